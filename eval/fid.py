@@ -1,0 +1,185 @@
+"""Distances between two sets of features: Frechet (FID) and kernel (KID).
+
+    FID = ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+    KID = unbiased MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3
+
+FID is biased upwards by small sets (both sides of a comparison need equally many
+pictures); KID is not, and may come out slightly negative. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppcl.errors import ArtifactError, UserError
+from ppcl.files import atomic_path
+
+
+class FeatureStatistics:
+    """Streaming mean and covariance of features, in float64 on the CPU.
+
+    Batches are merged by their centred sums (Chan et al.), so a large mean costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add features (N, D).
+
+        Raises:
+            ValueError: The shape differs from the features so far.
+        """
+        batch = features.detach().cpu().double()
+        if batch.ndim != 2 or (self.count and batch.shape[1] != len(self._mean)):
+            width = len(self._mean) if self.count else "D"
+            raise ValueError(f"features must be (N, {width}), got {tuple(batch.shape)}")
+        if not len(batch):
+            return
+        mean = batch.mean(0)
+        centred = batch - mean
+        scatter = centred.T @ centred
+        if not self.count:
+            self.count, self._mean, self._scatter = len(batch), mean, scatter
+            return
+        total = self.count + len(batch)
+        shift = mean - self._mean
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(batch) / total)
+        self._mean = self._mean + shift * (len(batch) / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) float64."""
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64, divided by count - 1.
+
+        Raises:
+            UserError: There are fewer than two pictures.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance of features needs at least 2 pictures, got {self.count}; give more prompts")
+        return self._scatter / (self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``mu``, ``sigma`` and ``count`` as ``.npz``, atomically."""
+        import numpy as np
+
+        mu, sigma = self.mean.numpy(), self.covariance.numpy()
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=mu, sigma=sigma, count=np.int64(self.count))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ArtifactError: The file is missing, damaged, or holds something else.
+        """
+        import numpy as np
+
+        result = cls()
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                result.count = int(data["count"])
+                result._mean = torch.from_numpy(data["mu"]).double()
+                result._scatter = torch.from_numpy(data["sigma"]).double() * (result.count - 1)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} does not exist; compute and save the statistics first") from None
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"{path} is not a file of feature statistics (mu, sigma, count): {reason}; delete it and write it again"
+            ) from None
+        if result._mean.ndim != 1 or result._scatter.shape != (len(result._mean),) * 2:
+            raise ArtifactError(f"{path} is damaged: mu and sigma do not fit together; delete it and write it again")
+        return result
+
+
+def _root_factor(sigma: Tensor) -> Tensor:
+    """Return A with A A^T = sigma; rounding below zero in the spectrum is cut."""
+    values, vectors = torch.linalg.eigh((sigma + sigma.T) / 2)
+    factor: Tensor = vectors * values.clamp(min=0).sqrt()
+    return factor
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians.
+
+    With S1 = A A^T and S2 = B B^T, tr (S1 S2)^(1/2) is the sum of the singular values of A^T B:
+    real for any covariances, singular ones too, where the square root of the product is not.
+
+    Args:
+        mu1: (D,) mean.
+        sigma1: (D, D) covariance.
+        mu2: (D,) mean.
+        sigma2: (D, D) covariance.
+
+    Returns:
+        The distance, not negative.
+
+    Raises:
+        UserError: A statistic is not finite.
+    """
+    mu1, mu2, sigma1, sigma2 = (value.detach().cpu().double() for value in (mu1, mu2, sigma1, sigma2))
+    if not all(bool(value.isfinite().all()) for value in (mu1, mu2, sigma1, sigma2)):
+        raise UserError("features hold NaN or infinity, so no FID can be computed; look at the pictures they come from")
+    overlap = torch.linalg.svdvals(_root_factor(sigma1).T @ _root_factor(sigma2)).sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+    return max(0.0, float(distance))
+
+
+def fid(features1: Tensor, features2: Tensor) -> float:
+    """Frechet distance of two feature sets (N1, D) and (N2, D).
+
+    Raises:
+        UserError: A set has fewer than two pictures.
+    """
+    one, two = FeatureStatistics(), FeatureStatistics()
+    one.update(features1)
+    two.update(features2)
+    return frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
+
+
+def kid(
+    features1: Tensor, features2: Tensor, *, degree: int = 3, gamma: float | None = None, coef: float = 1.0
+) -> float:
+    """Kernel distance: unbiased squared MMD over all pairs, with a polynomial kernel.
+
+    Args:
+        features1: (N1, D).
+        features2: (N2, D).
+        degree: Power of the kernel.
+        gamma: Factor of the inner product, 1 / D by default.
+        coef: Constant of the kernel.
+
+    Returns:
+        The estimate; around 0, of either sign, for equal distributions.
+
+    Raises:
+        UserError: A set has fewer than two pictures.
+    """
+    x, y = features1.detach().cpu().double(), features2.detach().cpu().double()
+    if min(len(x), len(y)) < 2:
+        raise UserError(f"KID needs at least 2 pictures on both sides, got {len(x)} and {len(y)}; give more prompts")
+    factor = 1.0 / x.shape[1] if gamma is None else gamma
+
+    def kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+        # in rows, so that 50,000 pictures need no 50,000 x 50,000 matrix
+        rows = [((part @ b.T) * factor + coef).pow(degree).sum() for part in torch.split(a, 1024)]
+        return torch.stack(rows).sum()
+
+    def within(a: Tensor) -> Tensor:
+        itself = (a.square().sum(1) * factor + coef).pow(degree).sum()
+        return (kernel_sum(a, a) - itself) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel_sum(x, y) / (len(x) * len(y)))

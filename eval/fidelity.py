@@ -1,0 +1,107 @@
+"""How close the student's pictures are to the teacher's, pair by pair (same prompt, same noise).
+
+Paired measures see a regression with tens of prompts, where distributions need thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PSNR_CAP_DB = 100.0
+CHUNK = 32
+SSIM_SIGMA = 1.5  # torchmetrics makes the window 11 pixels wide for it
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A measure of N pairs.
+
+    Attributes:
+        mean: Mean over the pairs.
+        values: One number a pair.
+    """
+
+    mean: float
+    values: tuple[float, ...]
+
+
+def _paired(values: Tensor) -> Paired:
+    numbers = values.detach().cpu().double()
+    return Paired(float(numbers.mean()), tuple(numbers.tolist()))
+
+
+def _compare(measure: Callable[[Tensor, Tensor], Tensor], images1: Tensor, images2: Tensor) -> Paired:
+    """Apply a measure of float64 pictures in [0, 1] in chunks; it returns one number a pair."""
+    if images1.shape != images2.shape or images1.ndim != 4 or not len(images1):
+        raise ValueError(
+            f"pictures must be pairs (N, 3, H, W) with N > 0, got {tuple(images1.shape)} and {tuple(images2.shape)}"
+        )
+    if images1.dtype != torch.uint8 or images2.dtype != torch.uint8:
+        raise ValueError(f"pictures must be uint8, got {images1.dtype} and {images2.dtype}")
+    pairs = zip(torch.split(images1, CHUNK), torch.split(images2, CHUNK), strict=True)
+    return _paired(torch.cat([measure(a.double() / 255, b.double() / 255) for a, b in pairs]))
+
+
+def psnr(images1: Tensor, images2: Tensor) -> Paired:
+    """Peak signal-to-noise ratio in dB.
+
+    Args:
+        images1: (N, 3, H, W) uint8.
+        images2: The same shape; row i belongs to row i.
+
+    Returns:
+        dB, at most 100: equal pictures would be infinite, which neither a mean nor JSON can hold.
+
+    Raises:
+        ValueError: The pictures are not pairs of uint8.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        value: Tensor = peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        return value.clamp(max=PSNR_CAP_DB)
+
+    return _compare(measure, images1, images2)
+
+
+def ssim(images1: Tensor, images2: Tensor) -> Paired:
+    """Structural similarity (window of 11 pixels, sigma 1.5), 1 for equal pictures.
+
+    Args:
+        images1: (N, 3, H, W) uint8.
+        images2: The same shape; row i belongs to row i.
+
+    Raises:
+        ValueError: The pictures are not pairs of uint8, or smaller than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(images1.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, got {tuple(images1.shape[-2:])}")
+
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        value = structural_similarity_index_measure(a, b, sigma=SSIM_SIGMA, reduction="none", data_range=1.0)
+        assert isinstance(value, Tensor)
+        return value.reshape(-1)
+
+    return _compare(measure, images1, images2)
+
+
+def feature_cosine(features1: Tensor, features2: Tensor) -> Paired:
+    """Cosine of paired picture features, 1 for equal directions.
+
+    Args:
+        features1: (N, D) features of the teacher's pictures.
+        features2: (N, D) features of the student's.
+
+    Raises:
+        ValueError: The features are not pairs.
+    """
+    if features1.shape != features2.shape or features1.ndim != 2 or not len(features1):
+        raise ValueError(f"features must be pairs (N, D), got {tuple(features1.shape)} and {tuple(features2.shape)}")
+    return _paired(F.cosine_similarity(features1.double(), features2.double(), dim=1))

@@ -1,0 +1,236 @@
+"""Drawing pictures: one PNG a prompt, one seed a picture, resumable.
+
+Picture ``index`` starts from noise that (seed, index) alone decides, drawn on the CPU, so the
+batch size and the device change nothing about it. A batch is drawn whole or not at all:
+the last bits of a batched forward pass depend on its neighbours, and a resumed folder must
+hold the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ppcl.errors import ArtifactError, UserError
+from ppcl.files import atomic_path, read_json, write_json
+from ppcl.progress import Progress
+from ppcl.training import step_generator
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+SETTINGS_FILE = "prompts.json"
+PICTURE_STREAM = 101  # keeps the pictures' noise apart from any noise of training with the same seed
+
+
+def picture_generator(seed: int, index: int) -> torch.Generator:
+    """The CPU generator of one picture; it depends on (seed, index) alone."""
+    return step_generator(seed, index, PICTURE_STREAM)
+
+
+def accepted_kwargs(pipeline: Any, call_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keep the arguments that the pipeline's call knows; None means its default and is left out."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    given = {key: value for key, value in call_kwargs.items() if value is not None}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return given
+    if unused := sorted(set(given) - set(parameters)):
+        logger.warning("%s does not take %s; ignored", type(pipeline).__name__, ", ".join(unused))
+    return {key: value for key, value in given.items() if key in parameters}
+
+
+def draw(
+    pipeline: Any,
+    prompts: Sequence[str],
+    generators: list[torch.Generator],
+    num_inference_steps: int,
+    call_kwargs: dict[str, Any],
+) -> list[Image.Image]:
+    """Call the pipeline on one batch.
+
+    Args:
+        pipeline: A diffusers text-to-image pipeline.
+        prompts: The batch.
+        generators: One for each prompt.
+        num_inference_steps: Denoising steps.
+        call_kwargs: Further arguments, all of which the pipeline takes.
+
+    Returns:
+        One PIL picture for each prompt.
+
+    Raises:
+        UserError: The pipeline ran out of memory, or returned something else.
+    """
+    kwargs = dict(call_kwargs)
+    if isinstance(kwargs.get("negative_prompt"), str):
+        # pipelines encode a string as a batch of one, which does not fit a batch of prompts
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    try:
+        output = pipeline(
+            prompt=list(prompts),
+            generator=generators,
+            num_inference_steps=num_inference_steps,
+            output_type="pil",
+            **kwargs,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory while drawing {len(prompts)} pictures at once; lower evaluate.batch_size"
+        ) from error
+    images = getattr(output, "images", None)
+    if not isinstance(images, list) or len(images) != len(prompts):
+        got = f"{len(images)} pictures" if isinstance(images, list) else "no list of pictures"
+        raise UserError(
+            f"{type(pipeline).__name__} returned {got} for {len(prompts)} prompts; evaluate a text-to-image pipeline"
+        )
+    return images
+
+
+@contextlib.contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Turn the pipeline's own progress bar off for a while; ours is shown instead."""
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        yield
+        return
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # Pillow reports a broken PNG as any of these
+        return False
+    return True
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a fresh folder, or make sure that it holds pictures of the same ones."""
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        held = read_json(path)
+        held = held if isinstance(held, dict) else {}
+        if different := [key for key in settings if held.get(key) != settings[key]]:
+            raise UserError(
+                f"{folder} holds pictures of other settings (different: {', '.join(different)}); "
+                "delete it, choose another folder, or go back to those settings"
+            )
+        return
+    if any(folder.glob("*.png")):
+        raise UserError(f"{folder} holds pictures but no {SETTINGS_FILE}; delete it or choose another folder")
+    write_json(path, settings)
+
+
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    num_inference_steps: int,
+    batch_size: int,
+    call_kwargs: dict[str, Any],
+    label: str,
+    model: str = "",
+) -> list[Path]:
+    """Draw every prompt once; pictures that are there already are kept.
+
+    Args:
+        pipeline: A diffusers text-to-image pipeline.
+        prompts: What to draw.
+        folder: Where ``0000.png``, ``0001.png`` ... and ``prompts.json`` go.
+        seed: Seed of the initial noise, together with a picture's index.
+        num_inference_steps: Denoising steps.
+        batch_size: Prompts drawn together.
+        call_kwargs: ``height``, ``width``, ``guidance_scale``, ``negative_prompt`` and the like; what the
+            pipeline does not take is ignored with a warning, None means the pipeline's default.
+        label: Shown beside the progress bar.
+        model: Identifies the weights; a folder of another model's pictures is refused.
+
+    Returns:
+        The pictures' paths, in the order of the prompts.
+
+    Raises:
+        UserError: The folder holds pictures of other settings, or drawing failed.
+    """
+    if not prompts or batch_size < 1:
+        raise UserError(f"nothing to draw: {len(prompts)} prompts, batch size {batch_size}; give at least one of each")
+    folder = Path(folder)
+    settings = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "prompts": list(prompts),
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "kwargs": {key: value for key, value in call_kwargs.items() if value is not None},
+    }
+    _claim(folder, json.loads(json.dumps(settings)))
+    paths = [folder / f"{index:04d}.png" for index in range(len(prompts))]
+    kwargs = accepted_kwargs(pipeline, call_kwargs)
+    with Progress(label, total=len(prompts)) as progress, quiet(pipeline):
+        for start in range(0, len(prompts), batch_size):
+            batch = range(start, min(start + batch_size, len(prompts)))
+            if not all(_is_readable(paths[index]) for index in batch):
+                generators = [picture_generator(seed, index) for index in batch]
+                texts = [prompts[index] for index in batch]
+                images = draw(pipeline, texts, generators, num_inference_steps, kwargs)
+                for index, image in zip(batch, images, strict=True):
+                    with atomic_path(paths[index]) as temporary:
+                        image.save(temporary, format="PNG")
+            progress.advance(len(batch))
+    return paths
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Grey, palette and 16-bit pictures as RGB; what is transparent shows white."""
+    if image.mode.startswith("I;16"):  # Pillow would clip, not scale, to 8 bits
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_images(paths: Sequence[Path]) -> Tensor:
+    """Read pictures of one size.
+
+    Args:
+        paths: Picture files; grey ones become RGB, transparent ones are laid on white.
+
+    Returns:
+        (N, 3, H, W) uint8.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or the sizes differ.
+    """
+    if not paths:
+        raise ArtifactError("no pictures to read; draw or name at least one")
+    arrays = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                arrays.append(np.array(_to_rgb(image)))
+        except FileNotFoundError:
+            raise ArtifactError(f"picture {path} does not exist; draw it again") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ArtifactError(f"picture {path} is damaged ({error}); delete it and draw it again") from None
+        if arrays[-1].shape != arrays[0].shape:
+            sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (arrays[-1], arrays[0])]
+            raise ArtifactError(f"picture {path} is {sizes[0]} pixels, {paths[0]} is {sizes[1]}; give one size")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,60 @@
+"""The report of a run: one self-contained HTML page, and a contact sheet for a README.
+
+The page shows, in the order a stranger needs it: the result, the pictures, the numbers,
+the blocks that were redundant, training, cost, and how to reproduce it. It is built from
+the run directory's files alone, without torch; a part whose file is absent says which
+stage writes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ppcl.eval.report_blocks import redundancy
+from ppcl.eval.report_data import read_run
+from ppcl.eval.report_html import page, text
+from ppcl.eval.report_pictures import find_pairs, readme_picture
+from ppcl.eval.report_scores import metrics_section
+from ppcl.eval.report_sections import cost, headline, pictures, reproduce, training
+from ppcl.files import write_text
+
+__all__ = ["readme_picture", "write_report"]
+
+CONTENTS = {
+    "pictures": "Side by side",
+    "numbers": "How good is it",
+    "blocks": "Which blocks, and why",
+    "training": "Training",
+    "cost": "Cost",
+    "reproduce": "What was run",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into a run directory from whatever artifacts it holds.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ArtifactError: ``run`` is not a directory.
+        UserError: The report cannot be written.
+    """
+    data = read_run(Path(run))
+    contents = "".join(f'<a href="#{anchor}">{text(title)}</a>' for anchor, title in CONTENTS.items())
+    body = "\n".join(
+        [
+            headline(data),
+            f"<nav>{contents}</nav>",
+            pictures(data, find_pairs(data.folder)),
+            metrics_section(data),
+            redundancy(data),
+            training(data),
+            cost(data),
+            reproduce(data),
+        ]
+    )
+    path = data.folder / "report.html"
+    model = data.config.get("model")
+    write_text(path, page(f"ppcl report: {model or data.folder.name}", body))
+    return path

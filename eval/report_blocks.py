@@ -1,0 +1,226 @@
+"""The report's section on which blocks were redundant and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis
+from ppcl.eval import figures
+from ppcl.eval.report_data import RunData
+from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
+
+DASH = "\N{EN DASH}"
+NUM_HUES = 4
+
+
+def span(first: int, last: int) -> str:
+    """``3-5`` with an en dash, or ``3`` for a single block."""
+    return str(first) if first == last else f"{first}{DASH}{last}"
+
+
+def redundancy(run: RunData) -> str:
+    """The plan as a strip of blocks, and the measurements behind it."""
+    title = "Which blocks were redundant, and why"
+    parts = []
+    if run.plan:
+        parts.append(paragraph(text(_summary(run, run.plan))))
+        parts += [_strip(run, run.plan, name) for name in run.plan.stacks]
+        parts += [_run_table(run, run.plan)]
+    else:
+        parts.append(missing(run.missing("plan.json")))
+    stacks = [stack for stack in (run.analysis.stacks if run.analysis else ()) if stack.cka]
+    cards = [card for stack in stacks for card in _stack_cards(run, stack)]
+    if not run.analysis:
+        parts.append(missing(run.missing("analysis.json")))
+    if run.candidates and run.candidates.candidates:
+        cards.append(_candidate_card(run))
+    else:
+        parts.append(missing(run.missing("candidates.json")))
+    if cards:
+        parts += ["<h3>The measurements behind the plan</h3>", _basis(run), '<div class="figures">', *cards, "</div>"]
+    return section("blocks", title, *parts)
+
+
+def _summary(run: RunData, plan: CompressionPlan) -> str:
+    total = sum(stack.num_blocks for stack in plan.model.stacks)
+    kept = sum(len(segments) for segments in plan.stacks.values())
+    budget = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
+    words = [f"Of {total} blocks {kept} are left: {len(plan.runs)} runs of neighbours became one block each"]
+    words[0] += f" (mode {plan.mode}, budget {budget})." if budget else f" (mode {plan.mode})."
+    inside, outside = _probe_errors(run, plan)
+    if inside and outside:
+        words.append(
+            f"A linear map misses a block's effect by {number(_mean(inside), 2)} on average inside these runs and by "
+            f"{number(_mean(outside), 2)} in the blocks that stay (relative error on held-out tokens)."
+        )
+    narrow = Counter(kind for segments in plan.stacks.values() for s in segments for kind in s.width)
+    if narrow:
+        names = ", ".join(f"{kind} in {number} blocks" for kind, number in sorted(narrow.items()))
+        words.append(f"Narrower inside: {names}.")
+    return " ".join(words)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _probe_errors(run: RunData, plan: CompressionPlan) -> tuple[list[float], list[float]]:
+    """Probe errors, averaged over streams, of the blocks inside the plan's runs and of the others."""
+    inside: list[float] = []
+    outside: list[float] = []
+    for stack in run.analysis.stacks if run.analysis else ():
+        merged = {block for first, last in run.runs_of(stack.name) for block in range(first, last + 1)}
+        for block in range(len(stack.influence)):
+            errors = [values[block] for values in stack.probe_error.values() if block < len(values)]
+            if errors and stack.name in plan.stacks:
+                (inside if block in merged else outside).append(_mean(errors))
+    return inside, outside
+
+
+def _cell(label: str, css: str, first: int, last: int, hint: str) -> str:
+    classes = f' class="{css}"' if css else ""
+    return f'<div{classes} style="grid-column:{first + 1}/{last + 2}" title="{text(hint)}">{label}</div>'
+
+
+def _caption(label: str) -> str:
+    return f"<div class=row>{text(label)}</div>"
+
+
+def _strip(run: RunData, plan: CompressionPlan, name: str) -> str:
+    """Three rows of one stack: the teacher's blocks, the paper's intervals, the student's blocks."""
+    segments = plan.stacks[name]
+    num_blocks = max((s.last for s in segments), default=-1) + 1
+    hues = {s.first: f"r{i % NUM_HUES + 1}" for i, s in enumerate([s for s in segments if s.is_run])}  # by first block
+    parts = [_caption(f"{name}: the teacher's {num_blocks} blocks; those that became one share a colour")]
+    for segment in segments:
+        for block in range(segment.first, segment.last + 1):
+            hint = f"block {block}: {'part of run ' + span(segment.first, segment.last) if segment.is_run else 'kept'}"
+            parts.append(_cell(str(block), hues.get(segment.first, ""), block, block, hint))
+    parts += _interval_row(run, name)
+    parts.append(_caption(f"the student's {len(segments)} blocks; a wide one stands for the whole run above it"))
+    parts += [_student_cell(segment, hues) for segment in segments]
+    if any(s.width for s in segments):
+        parts.append(_caption("a bar along the bottom: narrower inside (text stream, FFN or modulation)"))
+    columns = f"grid-template-columns:repeat({max(num_blocks, 1)},minmax(11px,1fr))"
+    return f'<div class=scroll><div class="strip" style="{columns}">{"".join(parts)}</div></div>'
+
+
+def _interval_row(run: RunData, name: str) -> Iterable[str]:
+    stack = next((s for s in (run.analysis.stacks if run.analysis else ()) if s.name == name), None)
+    if not stack or not stack.intervals:
+        return []
+    cells = [_cell(span(a, b), "open", a, b, f"eqs. 4-5: blocks {a} to {b}") for a, b in stack.intervals]
+    return [_caption("intervals that the paper's rule finds (eqs. 4\N{EN DASH}5), before any budget"), *cells]
+
+
+def _student_cell(segment: Segment, hues: dict[int, str]) -> str:
+    narrow = " narrow" if segment.width else ""
+    inside = f"; narrower: {', '.join(segment.width)}" if segment.width else ""
+    if segment.is_run:
+        label, css = span(segment.first, segment.last), hues[segment.first] + narrow
+        hint = f"one block instead of {label}; start: {segment.start or 'not recorded'}{inside}"
+        return _cell(label, css, segment.first, segment.last, hint)
+    hint = f"block {segment.first}, kept{inside}"
+    return _cell(str(segment.first), narrow.strip(), segment.first, segment.last, hint)
+
+
+def _candidate(run: RunData, stack: str, segment: Segment) -> Candidate | None:
+    found = run.candidates.candidates if run.candidates else ()
+    return next((c for c in found if (c.stack, c.first, c.last) == (stack, segment.first, segment.last)), None)
+
+
+def _cka(run: RunData, name: str, segment: Segment) -> float | None:
+    stack = next((s for s in (run.analysis.stacks if run.analysis else ()) if s.name == name), None)
+    in_range = stack and segment.last < len(stack.cka)
+    return stack.cka[segment.first][segment.last] if stack and in_range else None
+
+
+def _run_table(run: RunData, plan: CompressionPlan) -> str:
+    """One row for each run: what made it cheap and what it saves."""
+    if not plan.runs:
+        return missing("The plan keeps every block.")
+    params = {stack.name: stack.block_params for stack in plan.model.stacks}
+    several = len(plan.stacks) > 1
+    rows = []
+    for name, segment in plan.runs:
+        found = _candidate(run, name, segment)
+        saved = sum(params.get(name, ())[segment.first + 1 : segment.last + 1])
+        label = f"{text(name)} " * several + f"{span(segment.first, segment.last)}&nbsp;\N{RIGHTWARDS ARROW}&nbsp;1"
+        rows.append(
+            [
+                label,
+                number(_cka(run, name, segment), 4),
+                number(found.probe_error if found else None),
+                number(found.fitted_error if found else None),
+                text(segment.start or DASH),
+                percent(saved / plan.model.params if plan.model.params else None),
+            ]
+        )
+    header = ["run", "CKA of its probes", "error, probes", "error, fitted block", "starts from", "parameters saved"]
+    guide = (
+        "CKA: how alike the run's true output and its chained linear probes are (1 is the same). Errors: how far the "
+        "transformer's final output moves, relatively, when this run alone is replaced by its probes, or by one "
+        "briefly fitted block. Parameters saved: the blocks that disappear, as a share of the transformer."
+    )
+    return table(header, rows) + paragraph(guide, "soft small")
+
+
+def _basis(run: RunData) -> str:
+    if not run.analysis:
+        return ""
+    tokens = ", ".join(f"{count:,} {stream} tokens" for stream, count in run.analysis.num_tokens.items())
+    shaded = "Shaded spans are the plan's runs; blocks are numbered from 0."
+    basis = f"Measured on {run.analysis.num_states:,} denoising states of the teacher ({tokens}). {shaded}"
+    return paragraph(text(basis), "soft")
+
+
+def _stack_cards(run: RunData, stack: StackAnalysis) -> list[str]:
+    runs = run.runs_of(stack.name)
+    several = f"{stack.name}: " if run.analysis and len(run.analysis.stacks) > 1 else ""
+    cards = [
+        figure(
+            f"{several}How well linear maps imitate blocks u to k",
+            figures.cka_map(stack, runs),
+            "How to read: each cell says how alike the true output of block k and a chain of linear maps for blocks "
+            "u to k are; bright means alike, so bright cells far from the diagonal are long redundant runs. "
+            "Solid squares: the plan's runs; dashed: the paper's intervals.",
+        ),
+        figure(
+            f"{several}Where a run should end",
+            figures.difference_curves(stack, runs),
+            "How to read: D(u, k) is the likeness lost by adding block k to a run that starts at u; while it falls "
+            "the run goes on, and at its first rise the interval ends one block before (eqs. 4\N{EN DASH}5); "
+            "grey: all other starts.",
+        ),
+        figure(
+            f"{several}How much each block does",
+            figures.block_scores(stack, runs),
+            "How to read: low probe error means that a linear map nearly replaces the block; low influence means "
+            "that the block hardly turns its input (1 minus their cosine).",
+        ),
+    ]
+    if stack.ffn_linearity or stack.text_linearity:
+        cards.append(
+            figure(
+                f"{several}How linear the FFNs and the text stream are",
+                figures.linearity(stack, runs),
+                "How to read: error of the best linear map in place of each FFN (eq. 9) and of each block's text "
+                "signals (eq. 8); the lowest blocks lose least when made narrow.",
+            )
+        )
+    return cards
+
+
+def _candidate_card(run: RunData) -> str:
+    found = run.candidates.candidates if run.candidates else ()
+    chosen = {(name, s.first, s.last) for name, s in run.plan.runs} if run.plan else set()
+    shown = len(figures.select_candidates(found, chosen))
+    rest = f" Shown: {shown} of {len(found)}, the chosen and the cheapest others." if shown < len(found) else ""
+    return figure(
+        "What replacing each run costs",
+        figures.candidate_bars(found, chosen),
+        "How to read: how far the model's final output moves when this run alone is replaced; short bars are cheap, "
+        "and the planner picks runs that do not overlap and meet the budget at the least total of squared errors."
+        + rest,
+    )

@@ -1,0 +1,163 @@
+"""What a run directory holds, read without torch; a missing or damaged file is noted, never fatal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ppcl.artifacts import Analysis, Candidates, CompressionPlan, StackAnalysis, load_artifact
+from ppcl.errors import ArtifactError
+from ppcl.files import read_json
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STAGE_OF = {
+    "config.yaml": "every command that starts a run",
+    "analysis.json": "the analyze stage",
+    "candidates.json": "the fit stage",
+    "plan.json": "the plan stage",
+    "log.jsonl": "the distill stage",
+    "stages.json": "every stage",
+    "pipeline": "the export stage",
+    "eval/metrics.json": "the evaluate stage",
+    "eval": "the evaluate stage",
+}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the report shows except the pictures.
+
+    Attributes:
+        folder: The run directory, as the user named it.
+        config: Content of ``config.yaml``; empty if absent.
+        metrics: Content of ``eval/metrics.json``; empty if absent.
+        log: Rows of ``log.jsonl`` by stage, sorted by step, one row a step.
+        seconds: Seconds by stage.
+        problems: One line for each file that exists but cannot be read, by its relative name.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    analysis: Analysis | None = None
+    candidates: Candidates | None = None
+    plan: CompressionPlan | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    log: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def runs_of(self, stack: str) -> list[tuple[int, int]]:
+        """The plan's runs (first, last) in one stack; empty without a plan."""
+        return [(s.first, s.last) for name, s in self.plan.runs if name == stack] if self.plan else []
+
+    def missing(self, name: str) -> str:
+        """One sentence that says which stage writes ``name``, or why it could not be read."""
+        if name in self.problems:
+            return f"Left out: {self.problems[name]}."
+        return f"Nothing to show yet: {name} is written by {STAGE_OF[name]}."
+
+
+def read_run(folder: Path) -> RunData:
+    """Read the artifacts of a run directory.
+
+    Raises:
+        ArtifactError: ``folder`` is not a directory.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a run directory; give the --out folder of a run")
+    problems: dict[str, str] = {}
+
+    def attempt(name: str, read: Callable[[Path], T]) -> T | None:
+        path = folder / name
+        if not path.exists():
+            return None
+        try:
+            return read(path)
+        except ArtifactError as error:
+            problems[name] = str(error)
+            logger.warning("the report leaves out a part: %s", error)
+            return None
+
+    seconds = attempt("stages.json", _read_mapping) or {}
+    return RunData(
+        folder=folder,
+        config=attempt("config.yaml", _read_yaml) or {},
+        analysis=attempt("analysis.json", lambda p: load_artifact(Analysis, p)),
+        candidates=attempt("candidates.json", lambda p: load_artifact(Candidates, p)),
+        plan=attempt("plan.json", lambda p: load_artifact(CompressionPlan, p)),
+        metrics=attempt("eval/metrics.json", _read_mapping) or {},
+        log=attempt("log.jsonl", read_log) or {},
+        seconds={k: s for k, v in seconds.items() if (s := pick(v, "seconds")) is not None},
+        problems=problems,
+    )
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a mapping; delete it and run again")
+    return data
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{path} cannot be read ({reason}); delete it and run again") from None
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a mapping; delete it and run again")
+    return data
+
+
+def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read ``log.jsonl`` by stage.
+
+    A resumed run repeats steps: the last line of a (stage, step) wins. Lines that are not
+    JSON (a run that was killed while writing) and lines without a stage and step are skipped.
+
+    Raises:
+        ArtifactError: The file cannot be opened.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
+            rows.setdefault(row["stage"], {})[row["step"]] = row
+    return {stage: [steps[step] for step in sorted(steps)] for stage, steps in rows.items()}
+
+
+def pick(data: object, *keys: str) -> float | None:
+    """Follow ``keys`` into nested mappings; None where anything is absent, null, or not a finite number."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
+        return None
+    return float(data)
+
+
+def differences(stack: StackAnalysis, first: int) -> list[tuple[int, float]]:
+    """D(u,k) = -(cka(u,k) - cka(u,k-1)) for u = ``first`` (eq. 4).
+
+    Returns:
+        (k, D) for every k > u where both CKA values exist.
+    """
+    row = stack.cka[first]
+    pairs = zip(range(first + 1, len(row)), row[first:], row[first + 1 :], strict=False)
+    return [(k, before - now) for k, before, now in pairs if before is not None and now is not None]

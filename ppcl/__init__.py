@@ -1,0 +1,28 @@
+"""ppcl: halve a diffusion transformer and get back a pipeline that drops into diffusers.
+
+The names below are loaded when first used, so that ``import ppcl`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Run": "ppcl.stages",
+    "STAGES": "ppcl.stages",
+    "RunConfig": "ppcl.config",
+    "load_config": "ppcl.config",
+    "CompressionPlan": "ppcl.artifacts",
+    "load_pipeline": "ppcl.teacher",
+    "compress": "ppcl.api",
+}
+__all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ppcl' has no attribute {name!r}")

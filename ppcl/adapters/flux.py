@@ -1,0 +1,25 @@
+"""FLUX.1: dual-stream blocks, then single-stream blocks that also return both streams."""
+
+from ppcl.adapters.base import Adapter, StackSpec
+
+_STREAMS = {"image": "hidden_states", "text": "encoder_hidden_states"}
+
+FLUX = Adapter(
+    classes=("FluxTransformer2DModel",),
+    stacks=(
+        StackSpec(
+            name="transformer_blocks",
+            count_field="num_layers",
+            inputs=_STREAMS,
+            outputs=("text", "image"),
+            ffn={"image": "ff", "text": "ff_context"},
+            text_qkv="attn.add_q_proj",
+        ),
+        StackSpec(
+            name="single_transformer_blocks",
+            count_field="num_single_layers",
+            inputs=_STREAMS,
+            outputs=("text", "image"),
+        ),
+    ),
+)

@@ -1,0 +1,18 @@
+"""Qwen-Image: one list of dual-stream blocks."""
+
+from ppcl.adapters.base import Adapter, StackSpec
+
+QWEN_IMAGE = Adapter(
+    classes=("QwenImageTransformer2DModel",),
+    stacks=(
+        StackSpec(
+            name="transformer_blocks",
+            count_field="num_layers",
+            inputs={"image": "hidden_states", "text": "encoder_hidden_states"},
+            outputs=("text", "image"),
+            ffn={"image": "img_mlp", "text": "txt_mlp"},
+            masks={"text": "encoder_hidden_states_mask"},
+            text_qkv="attn.add_q_proj",
+        ),
+    ),
+)

@@ -1,0 +1,254 @@
+"""The analyze stage: one teacher pass over the states updates every sum."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter, StackSpec
+from ppcl.analysis.cka import chained_cka, combine, sample_rows
+from ppcl.analysis.intervals import detect_intervals
+from ppcl.analysis.statistics import Moments, best_ridge
+from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
+from ppcl.capture import States
+from ppcl.config import AnalyzeConfig
+from ppcl.files import write_tensors
+from ppcl.progress import Progress
+from ppcl.trace import BlockCall, run_traced
+from ppcl.training import step_generator
+from ppcl.trees import batch_size
+
+Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
+
+
+class Collector:
+    """Accumulates the sums of one split while the teacher runs.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        cka_tokens: Tokens a stream to keep for CKA, 0 for none.
+        num_states: States of the split, over which these tokens are spread.
+        seed: Fixes which tokens.
+    """
+
+    def __init__(self, transformer: nn.Module, adapter: Adapter, cka_tokens: int, num_states: int, seed: int) -> None:
+        self.transformer, self.adapter, self.seed = transformer, adapter, seed
+        self.moments: dict[Key, Moments] = {}
+        self.cosine: dict[tuple[str, int], list[float]] = {}
+        self.tokens: dict[str, int] = {}
+        # Many states: one token of every stride-th; few states: several tokens of each. Bounded either way.
+        self.quota = max(1, cka_tokens // max(1, num_states)) if cka_tokens else 0
+        self.stride = -(-num_states // cka_tokens) if cka_tokens else 1
+        self.kept: dict[tuple[str, str], list[list[Tensor]]] = {}
+        self.state_index = 0
+        self._signals: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+        self._text_inputs: dict[tuple[str, int], Tensor] = {}
+
+    def run(self, arguments: dict[str, Any]) -> None:
+        """Run the teacher on a batch of states."""
+        handles = [handle for spec in self.adapter.stacks for handle in self._watch(spec)]
+        try:
+            run_traced(self.transformer, self.adapter, arguments, self._visit)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.state_index += batch_size(arguments)
+
+    def _watch(self, spec: StackSpec) -> list[Any]:
+        """Hook the FFNs and the text projections of a stack."""
+        handles = []
+        for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
+            for stream, path in spec.ffn.items():
+                handles.append(block.get_submodule(path).register_forward_hook(self._ffn_hook(spec.name, index, stream)))
+            if spec.text_qkv:
+                handles.append(block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index)))
+        return handles
+
+    def _ffn_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._signals[stack, index, stream] = (args[0], output)
+
+        return hook
+
+    def _text_hook(self, stack: str, index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._text_inputs[stack, index] = args[0]
+
+        return hook
+
+    def _add(self, key: Key, x: Tensor, y: Tensor) -> None:
+        if key not in self.moments:
+            self.moments[key] = Moments(x.shape[-1], y.shape[-1], x.device)
+        self.moments[key].update(x, y)
+
+    def _visit(self, call: BlockCall) -> None:
+        stack, index = call.stack.name, call.index
+        for stream, before in call.inputs.items():
+            after = call.outputs[stream]
+            if after is None:
+                continue
+            mask = call.arguments.get(call.stack.masks.get(stream, ""))
+            valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
+            x, y = _rows(before, valid), _rows(after, valid)
+            self._add((stack, "probe", index, stream), x, y - x)
+            similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+            total = self.cosine.setdefault((stack, index), [0.0, 0.0])
+            total[0] += float(similarity.double().sum())
+            total[1] += len(x)
+            if index == 0:
+                self.tokens[stream] = self.tokens.get(stream, 0) + len(x)
+            if self.quota:
+                self._keep_tokens(call, stream, before, after, valid)
+            self._add_linearity(call, stream, valid)
+
+    def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
+        stack, index = call.stack.name, call.index
+        if (signal := self._signals.pop((stack, index, stream), None)) is not None and signal[0].ndim == 3:
+            self._add((stack, "ffn", index, stream), _rows(signal[0], valid), _rows(signal[1], valid))
+        if stream == "text" and (now := self._text_inputs.get((stack, index))) is not None:
+            earlier = self._text_inputs.pop((stack, index - 1), None)
+            if earlier is not None:
+                self._add((stack, "text", index, stream), _rows(earlier, valid), _rows(now, valid))
+
+    def _keep_tokens(self, call: BlockCall, stream: str, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
+        """Keep a few tokens of each state, the same ones at every block; independent of the batch size."""
+        picked = []
+        for row in range(len(before)):
+            if (self.state_index + row) % self.stride:
+                continue
+            generator = step_generator(self.seed, self.state_index + row, 19)
+            available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
+            chosen = available[sample_rows(len(available), self.quota, generator)]
+            picked.append(chosen + row * before.shape[1])
+        if not picked:
+            return
+        rows = torch.cat(picked).to(before.device)
+        levels = self.kept.setdefault((call.stack.name, stream), [])
+        while len(levels) < call.index + 2:
+            levels.append([])
+        if call.index == 0:
+            levels[0].append(before.flatten(0, 1)[rows].float().cpu())
+        levels[call.index + 1].append(after.flatten(0, 1)[rows].float().cpu())
+
+    def cka_states(self, stack: str, stream: str) -> Tensor:
+        """Kept tokens of a stack, (M + 1, n, d)."""
+        return torch.stack([torch.cat(parts) for parts in self.kept[stack, stream]])
+
+
+def _rows(states: Tensor, valid: Tensor | None) -> Tensor:
+    """(B, tokens, d) to (rows, d), without padding."""
+    return states.flatten(0, -2) if valid is None else states[valid]
+
+
+def collect(
+    transformer: nn.Module, adapter: Adapter, folder: Path, settings: AnalyzeConfig, seed: int
+) -> dict[str, Collector]:
+    """Run the teacher over both splits; returns the sums of each."""
+    splits = {name: States(folder, name) for name in ("train", "held-out")}
+    collectors = {}
+    with torch.no_grad(), Progress("analyze", total=sum(len(s) for s in splits.values())) as progress:
+        for name, states in splits.items():
+            tokens = settings.cka_tokens if name == "held-out" else 0
+            collectors[name] = Collector(transformer, adapter, tokens, len(states), seed)
+            for arguments in states.batches(settings.batch_size):
+                collectors[name].run(arguments)
+                progress.advance(batch_size(arguments))
+    return collectors
+
+
+def analyze(
+    transformer: nn.Module,
+    adapter: Adapter,
+    model: ModelInfo,
+    calibration: Path,
+    out: Path,
+    settings: AnalyzeConfig,
+    seed: int,
+) -> Analysis:
+    """Analyze the teacher; write ``analysis.safetensors`` and then ``analysis.json`` into ``out``.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        model: Its description.
+        calibration: The captured states.
+        out: The run directory.
+        settings: See :class:`AnalyzeConfig`.
+        seed: Fixes the tokens kept for CKA.
+    """
+    began = time.perf_counter()
+    collectors = collect(transformer, adapter, calibration, settings, seed)
+    stacks, matrices = [], {}
+    for spec in adapter.stacks:
+        if len(adapter.blocks(transformer, spec)) == 0:
+            continue
+        found, probes = _analyze_stack(spec, len(adapter.blocks(transformer, spec)), collectors, settings)
+        stacks.append(found)
+        for (index, stream), (weight, bias) in probes.items():
+            matrices[f"{spec.name}/{index}/{stream}/weight"] = weight.float()
+            matrices[f"{spec.name}/{index}/{stream}/bias"] = bias.float()
+    held_out = collectors["held-out"]
+    analysis = Analysis(
+        model=model,
+        stacks=tuple(stacks),
+        num_states=collectors["train"].state_index + held_out.state_index,
+        num_tokens=collectors["train"].tokens,
+        seconds=time.perf_counter() - began,
+    )
+    write_tensors(out / "analysis.safetensors", matrices)
+    save_artifact(analysis, out / "analysis.json")
+    return analysis
+
+
+Probes = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def _analyze_stack(
+    spec: StackSpec, num_blocks: int, collectors: dict[str, Collector], settings: AnalyzeConfig
+) -> tuple[StackAnalysis, Probes]:
+    """Solve probes, CKA, intervals and linearity of one stack from the sums."""
+    train, held_out = collectors["train"], collectors["held-out"]
+    probes: Probes = {}
+    errors: dict[str, list[float]] = {}
+    ridges: dict[str, list[float]] = {}
+    streams = [s for s in spec.inputs if (spec.name, "probe", num_blocks - 1, s) in train.moments]
+    for stream in streams:
+        for index in range(num_blocks):
+            key = (spec.name, "probe", index, stream)
+            weight, bias, ridge, error = best_ridge(train.moments[key], held_out.moments[key], settings.ridges)
+            probes[index, stream] = (weight, bias)
+            errors.setdefault(stream, []).append(error)
+            ridges.setdefault(stream, []).append(ridge)
+    tables = {
+        stream: chained_cka(held_out.cka_states(spec.name, stream).to(probes[0, stream][0].device),
+                            [probes[i, stream] for i in range(num_blocks)])
+        for stream in streams
+    }
+    cka = combine(tables, {stream: float(train.tokens[stream]) for stream in streams})
+
+    def linearity(kind: str, stream: str) -> tuple[float | None, ...]:
+        keys = [(spec.name, kind, index, stream) for index in range(num_blocks)]
+        return tuple(
+            best_ridge(train.moments[k], held_out.moments[k], settings.ridges)[3] if k in train.moments else None
+            for k in keys
+        )
+
+    text = {"input": linearity("text", "text"), "output": tuple(errors["text"])} if spec.text_qkv else {}
+    found = StackAnalysis(
+        name=spec.name,
+        cka=tuple(map(tuple, cka)),
+        cka_by_stream={stream: tuple(map(tuple, table)) for stream, table in tables.items()},
+        intervals=tuple(detect_intervals(cka, 0, num_blocks - 1)),
+        probe_error={stream: tuple(values) for stream, values in errors.items()},
+        ridge={stream: tuple(values) for stream, values in ridges.items()},
+        influence=tuple(1 - held_out.cosine[spec.name, i][0] / held_out.cosine[spec.name, i][1] for i in range(num_blocks)),
+        ffn_linearity={stream: linearity("ffn", stream) for stream in spec.ffn},
+        text_linearity=text,
+    )
+    return found, probes

@@ -1,0 +1,83 @@
+"""Streaming normal equations in float64.
+
+For rows x (1 x d) and y (1 x e) the sums n, sum x, sum y, X^T X, X^T Y and sum ||y||^2 are
+all that is needed to fit y = x W + b by ridge regression and to know the error of any
+(W, b) on the rows that made the sums. Memory does not depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sums over pairs of rows.
+
+    Args:
+        inputs: d, features of x.
+        outputs: e, features of y.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        options = {"dtype": torch.float64, "device": device}
+        self.count = 0
+        self.sum_x, self.sum_y = torch.zeros(inputs, **options), torch.zeros(outputs, **options)  # type: ignore[arg-type]
+        self.xx = torch.zeros(inputs, inputs, **options)  # type: ignore[arg-type]
+        self.xy = torch.zeros(inputs, outputs, **options)  # type: ignore[arg-type]
+        self.yy = 0.0
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add rows x (N, d) and y (N, e)."""
+        x, y = x.double(), y.double()
+        self.count += len(x)
+        self.sum_x += x.sum(0)
+        self.sum_y += y.sum(0)
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+        self.yy += float(y.pow(2).sum())
+
+    def ridge(self, strength: float) -> tuple[Tensor, Tensor]:
+        """Fit y = x W + b.
+
+        Args:
+            strength: Ridge relative to the mean diagonal of the centred Gram matrix.
+
+        Returns:
+            W (d, e) and b (e), float64.
+        """
+        mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
+        gram = self.xx - self.count * torch.outer(mean_x, mean_x)
+        cross = self.xy - self.count * torch.outer(mean_x, mean_y)
+        scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        gram.diagonal().add_(strength * scale)
+        weight = torch.linalg.lstsq(gram, cross, driver="gelsd" if gram.device.type == "cpu" else None).solution
+        return weight, mean_y - mean_x @ weight
+
+    def squared_error(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum of ||x W + b - y||^2 over the rows."""
+        quadratic = (weight * (self.xx @ weight)).sum() - 2 * (weight * self.xy).sum()
+        linear = 2 * bias @ (self.sum_x @ weight) - 2 * bias @ self.sum_y + self.count * bias @ bias
+        return max(0.0, float(quadratic + linear) + self.yy)
+
+    def variance(self) -> float:
+        """Sum of ||y - mean y||^2."""
+        return max(1e-300, self.yy - float(self.sum_y.pow(2).sum()) / self.count)
+
+
+def best_ridge(fit: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, Tensor, float, float]:
+    """Fit with each ridge strength and keep the one of least held-out error.
+
+    Returns:
+        W, b, the strength, and the held-out relative error sqrt(residual / variance).
+    """
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for strength in strengths:
+        weight, bias = fit.ridge(strength)
+        error = held_out.squared_error(weight, bias)
+        if best is None or error < best[0]:
+            best = (error, strength, weight, bias)
+    if best is None:
+        raise ValueError("at least one ridge strength is needed")
+    error, strength, weight, bias = best
+    return weight, bias, strength, (error / held_out.variance()) ** 0.5

@@ -1,0 +1,29 @@
+"""The Python way in: one function that runs all stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ppcl.config import RunConfig
+from ppcl.stages import STAGES, Run
+
+
+def compress(model: str, out: str | Path, config: RunConfig | None = None, prompts: str | Path | None = None) -> Path:
+    """Compress a text-to-image pipeline; the same call again resumes.
+
+    Args:
+        model: ``emoji``, a pipeline folder, or a hub id.
+        out: The run directory.
+        config: From :func:`ppcl.load_config`; defaults if None.
+        prompts: A text file with one prompt a line.
+
+    Returns:
+        The folder of the compressed pipeline, for ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        UserError: Anything that a user can mend; the message says how.
+    """
+    run = Run(model, Path(out), config or RunConfig(), Path(prompts) if prompts else None, "ppcl.compress(...)")
+    for stage in STAGES:
+        run.run(stage)
+    return run.out / "pipeline"

@@ -1,0 +1,258 @@
+"""What the stages hand to each other: typed, frozen, versioned, stored as JSON (no torch here).
+
+Blocks are numbered from 0 in execution order inside their stack (a block list of the
+transformer). A run ``first..last`` is inclusive. The paper numbers blocks from 1 and
+writes [u, v]; here u = first + 1 and v = last + 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppcl.errors import ArtifactError
+from ppcl.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One block list of a transformer.
+
+    Attributes:
+        name: Attribute path of the ModuleList, e.g. ``transformer_blocks``.
+        count_field: Config field that holds its length, e.g. ``num_layers``.
+        num_blocks: Its length in the teacher.
+        block_params: Parameters of each block.
+        block_flops: Forward FLOPs of each block for one sample of the calibration's shape.
+    """
+
+    name: str
+    count_field: str
+    num_blocks: int
+    block_params: tuple[int, ...]
+    block_flops: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The teacher as the planner sees it.
+
+    Attributes:
+        transformer_class: Class name of the transformer.
+        config_digest: Digest of its config; artifacts of another model are refused by it.
+        params: Parameters of the whole transformer.
+        flops: Forward FLOPs of the whole transformer for one sample (0: not counted).
+        bytes_per_param: Bytes of one stored weight.
+        other_bytes: Bytes of the pipeline's other components (text encoder, VAE).
+        stacks: The block lists in execution order.
+    """
+
+    transformer_class: str
+    config_digest: str
+    params: int
+    flops: int
+    bytes_per_param: int
+    other_bytes: int
+    stacks: tuple[Stack, ...]
+
+
+@dataclass(frozen=True)
+class StackAnalysis:
+    """What the analysis found in one stack of M blocks.
+
+    Attributes:
+        cka: ``cka[u][k]`` for u <= k: CKA between the true output of block k and the chained
+            probes u..k applied to block u's input, streams combined by token share; None for k < u (eq. 3).
+        cka_by_stream: The same per stream.
+        intervals: The paper's intervals [first, last] by eqs. 4-5 (runs of two or more blocks).
+        probe_error: Held-out relative error of each block's probe, per stream.
+        ridge: The ridge chosen per stream and block.
+        influence: Block influence, 1 - mean cosine of a block's input and output (ShortGPT).
+        ffn_linearity: Held-out relative error of the best linear map for each FFN, per stream (eq. 9).
+        text_linearity: Held-out relative errors of a linear map from the preceding block's text signals
+            (eq. 8): ``input`` for the text input of QKV, ``output`` for the block's text output.
+    """
+
+    name: str
+    cka: tuple[tuple[float | None, ...], ...]
+    cka_by_stream: dict[str, tuple[tuple[float | None, ...], ...]]
+    intervals: tuple[tuple[int, int], ...]
+    probe_error: dict[str, tuple[float, ...]]
+    ridge: dict[str, tuple[float, ...]]
+    influence: tuple[float, ...]
+    ffn_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    text_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The result of the analyze stage (the probe matrices lie beside it as safetensors)."""
+
+    model: ModelInfo
+    stacks: tuple[StackAnalysis, ...]
+    num_states: int
+    num_tokens: dict[str, int]
+    seconds: float
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that one block might replace, and what that costs.
+
+    Attributes:
+        probe_error: Relative error of the final velocity when the run alone is replaced by its chained
+            probes (the "output sensitivity" of the run).
+        start: The start of the substitute block that was best on held-out states.
+        fitted_error: The same error with the briefly fitted substitute block; None if it was not fitted.
+    """
+
+    stack: str
+    first: int
+    last: int
+    probe_error: float
+    start: str | None = None
+    fitted_error: float | None = None
+
+    @property
+    def removed(self) -> int:
+        """Blocks that replacing this run saves."""
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The result of the fit stage."""
+
+    candidates: tuple[Candidate, ...]
+    steps: int
+    seconds: float
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a stack in a plan: blocks first..last of the teacher become one block.
+
+    ``first == last`` keeps the teacher's block. ``width`` names substitutes inside the block
+    (text stream, FFN, modulation); empty for depth-only plans.
+    """
+
+    first: int
+    last: int
+    start: str | None = None
+    width: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether several blocks become one."""
+        return self.last > self.first
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan should give, before it is built.
+
+    Attributes:
+        params: Parameters of the compressed transformer (exact).
+        speedup: Teacher FLOPs / student FLOPs of the transformer (an estimate of the speed-up).
+        bytes: Bytes of the whole pipeline's weights.
+        error: Square root of the summed squared velocity errors of the single substitutes (an estimate).
+    """
+
+    params: int
+    param_ratio: float
+    speedup: float
+    bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Which blocks stay and which runs become one block, for every stack of the teacher."""
+
+    model: ModelInfo
+    mode: str
+    budget: dict[str, float]
+    stacks: dict[str, tuple[Segment, ...]]
+    predicted: Prediction
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def runs(self) -> list[tuple[str, Segment]]:
+        """All (stack name, run) pairs that a substitute block replaces, in execution order."""
+        return [(name, s) for name, segments in self.stacks.items() for s in segments if s.is_run]
+
+
+def identity_segments(num_blocks: int) -> tuple[Segment, ...]:
+    """The segments that keep every block."""
+    return tuple(Segment(i, i) for i in range(num_blocks))
+
+
+def to_jsonable(value: Any) -> Any:
+    """Turn dataclasses and tuples into plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(v) for v in value]
+    return value
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """Build an annotated type from JSON values; ValueError on a mismatch."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = set(value) - set(hints)
+        if unknown:
+            raise ValueError(f"unknown entry '{sorted(unknown)[0]}'")
+        return kind(**{k: _build(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_build(arguments[0], v) for v in value)
+        return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))
+    if origin is dict:
+        return {k: _build(arguments[1], v) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r} is not {kind.__name__}")
+    return value
+
+
+def save_artifact(artifact: Any, path: str | Path) -> None:
+    """Write a dataclass artifact as JSON, atomically."""
+    write_json(path, to_jsonable(artifact))
+
+
+def load_artifact(kind: type[T], path: str | Path) -> T:
+    """Read a dataclass artifact.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of another schema version.
+    """
+    data = read_json(path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {version}, expected {SCHEMA_VERSION}; delete it and run again"
+        )
+    try:
+        return typing.cast(T, _build(kind, data))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not a valid {kind.__name__} ({error}); delete it and run again") from None

@@ -1,0 +1,105 @@
+"""The bundle: a plan and its trained substitutes, from which a pipeline is built.
+
+    bundle/plan.json                 the plan
+    bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
+    bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
+    bundle/bundle.json               how it was trained, and hashes of the above
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
+from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, load_artifact, save_artifact
+from ppcl.errors import ArtifactError
+from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
+from ppcl.student import RunKey, assemble_student, register_depth, run_name, start_block, with_blocks
+
+
+@dataclass
+class Bundle:
+    """A plan with its substitutes.
+
+    Attributes:
+        plan: The plan.
+        substitutes: One block for each of its runs.
+        tuned: Student parameters by name that differ from the teacher's, substitutes excluded.
+    """
+
+    plan: CompressionPlan
+    substitutes: Mapping[RunKey, nn.Module]
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
+    """Write a bundle folder, atomically."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_artifact(bundle.plan, temporary / "plan.json")
+        tensors = {f"{run_name(r)}/{k}": v for r, block in bundle.substitutes.items() for k, v in block.state_dict().items()}
+        write_tensors(temporary / "substitutes.safetensors", tensors)
+        if bundle.tuned:
+            write_tensors(temporary / "tuned.safetensors", bundle.tuned)
+        hashes = {p.name: file_digest(p) for p in sorted(temporary.iterdir())}
+        write_json(temporary / "bundle.json", {"schema_version": SCHEMA_VERSION, "files": hashes, **how})
+
+
+def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:
+    """Read a bundle for a teacher.
+
+    Raises:
+        ArtifactError: A file is missing, damaged, or does not belong to the others.
+    """
+    about = read_json(folder / "bundle.json")
+    for name, expected in about["files"].items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing; run ppcl distill again")
+        if file_digest(folder / name) != expected:
+            raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
+    plan = load_artifact(CompressionPlan, folder / "plan.json")
+    tensors, _ = read_tensors(folder / "substitutes.safetensors")
+    substitutes: dict[RunKey, nn.Module] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for segment in plan.stacks[spec.name]:
+            if segment.is_run:
+                key = (spec.name, segment.first, segment.last)
+                prefix = f"{run_name(key)}/"
+                block = start_block(blocks, segment.first, segment.last, "first")
+                block.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                substitutes[key] = block
+    tuned = read_tensors(folder / "tuned.safetensors")[0] if (folder / "tuned.safetensors").is_file() else {}
+    return Bundle(plan, substitutes, tuned)
+
+
+@torch.no_grad()
+def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtype: torch.dtype | None = None) -> Any:
+    """Build the student of a bundle as an independent model, with counts and provenance in its config.
+
+    Args:
+        transformer: The teacher's transformer; it is left as it is.
+        adapter: Its family.
+        bundle: Plan, substitutes, tuned weights.
+        dtype: The weights' dtype; the teacher's if None.
+    """
+    import copy
+
+    student = assemble_student(transformer, adapter, bundle.plan, bundle.substitutes)
+    lists = {spec.name: [copy.deepcopy(b) for b in adapter.blocks(student, spec)] for spec in adapter.stacks}
+    student = with_blocks(student, lists)
+    for name, module in list(student._modules.items()):
+        if name not in lists:
+            student._modules[name] = copy.deepcopy(module)
+    register_depth(student, adapter, bundle.plan)
+    parameters = dict(student.named_parameters())
+    for name, value in bundle.tuned.items():
+        parameters[name].copy_(value)
+    student.requires_grad_(False).eval()
+    return student.to(dtype or next(transformer.parameters()).dtype)

@@ -1,0 +1,231 @@
+"""Record the teacher's denoising states, and replay the transformer from them.
+
+A *state* is one sample of one transformer call: latents, timestep, text embeddings and
+every other argument. States come from the teacher's own trajectories, so that no picture
+data is needed and the student is trained where the sampler goes. One file holds some calls
+of one batch of prompts; the files are split into train and held-out by prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl import trees
+from ppcl.config import CaptureConfig
+from ppcl.errors import ArtifactError, UserError
+from ppcl.files import read_tensors, write_tensors
+from ppcl.progress import Progress
+from ppcl.teacher import seeds
+from ppcl.training import step_generator
+
+logger = logging.getLogger(__name__)
+SPLITS = ("train", "held-out")
+
+
+def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
+    """Name the guidance and size arguments as this pipeline wants them.
+
+    Guidance-distilled transformers (``guidance_embeds``) take ``guidance_scale`` as an input;
+    Qwen-like pipelines take ``true_cfg_scale`` with a negative prompt; the rest take
+    ``guidance_scale`` with a negative prompt.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    distilled = bool(pipeline.transformer.config.get("guidance_embeds"))
+    arguments: dict[str, Any] = {"height": settings.height, "width": settings.width}
+    if distilled or "true_cfg_scale" not in accepted:
+        arguments["guidance_scale"] = settings.guidance_scale
+    else:
+        arguments["true_cfg_scale"] = settings.guidance_scale
+    if not distilled and settings.guidance_scale > 1:
+        arguments["negative_prompt"] = settings.negative_prompt
+    return {name: value for name, value in arguments.items() if value is not None and name in accepted}
+
+
+def call_pipeline(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> Any:
+    """Call a pipeline on a batch of prompts, repeating the negative prompt for each."""
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    return pipeline(prompt=list(prompts), **arguments)
+
+
+def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[dict[str, Any]]:
+    """Denoise a batch of prompts; return the named arguments of every transformer call."""
+    calls: list[dict[str, Any]] = []
+    parameters = inspect.signature(pipeline.transformer.forward)
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(parameters.bind(*args, **kwargs).arguments)
+        arguments.pop("return_dict", None)
+        calls.append(trees.to_device(arguments, torch.device("cpu")))
+
+    handle = pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        call_pipeline(
+            pipeline,
+            prompts,
+            generator=list(seeds(seed, len(prompts))),
+            num_inference_steps=settings.num_inference_steps,
+            output_type="latent",
+            **guidance_arguments(pipeline, settings),
+        )
+    finally:
+        handle.remove()
+    return calls
+
+
+def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list[int]:
+    """Draw ``count`` of ``num_calls`` calls, one from each equal stretch of the trajectory."""
+    count = min(count, num_calls)
+    edges = torch.linspace(0, num_calls, count + 1)
+    offsets = torch.rand(count, generator=generator)
+    return [min(int(a + (b - a) * o), num_calls - 1) for a, b, o in zip(edges[:-1], edges[1:], offsets, strict=True)]
+
+
+def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
+    """Shuffle prompts by seed and split them into train and held-out."""
+    order = torch.randperm(len(prompts), generator=step_generator(seed, 0, 17)).tolist()
+    count = max(1, round(share * len(prompts)))
+    shuffled = [prompts[i] for i in order]
+    return {"held-out": shuffled[:count], "train": shuffled[count:]}
+
+
+def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: CaptureConfig, seed: int) -> None:
+    """Record states of the prompts into ``folder``; files that are there are kept.
+
+    Args:
+        pipeline: The teacher.
+        prompts: Calibration prompts, at least two.
+        folder: Receives ``train-0000.safetensors``, ``held-out-0000.safetensors`` and so on.
+        settings: See :class:`CaptureConfig`.
+        seed: Fixes noise, split and choice of timesteps.
+
+    Raises:
+        UserError: There are fewer than two prompts.
+    """
+    prompts = list(dict.fromkeys(prompts))[: settings.num_prompts]
+    if len(prompts) < 2:
+        raise UserError(f"calibration needs at least 2 different prompts, got {len(prompts)}; add lines to --prompts")
+    jobs = []
+    for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
+        # Prompts of like length share a batch, so that few shapes of text embeddings arise.
+        chosen = sorted(chosen, key=lambda text: (_length(pipeline, text), text))
+        for start in range(0, len(chosen), settings.batch_size):
+            jobs.append((split, start // settings.batch_size, chosen[start : start + settings.batch_size]))
+    with Progress("capture", total=len(jobs)) as progress:
+        for number, (split, index, batch) in enumerate(jobs):
+            path = folder / f"{split}-{index:04d}.safetensors"
+            if not path.is_file():
+                calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
+                picked = choose_calls(len(calls), settings.states_per_prompt, step_generator(seed, number, 18))
+                tensors: dict[str, Tensor] = {}
+                rows = [trees.flatten(calls[i], f"{n:02d}", tensors) for n, i in enumerate(picked)]
+                # A tensor that several calls share is stored once: a clone each would repeat the text.
+                tensors, alias = _share(tensors)
+                write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})
+            progress.advance()
+
+
+def _length(pipeline: Any, text: str) -> int:
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
+
+
+def _share(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Store equal tensors once: return the kept ones and ``{dropped name: kept name}``."""
+    kept: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        twin = next((k for k, t in kept.items() if t.dtype == tensor.dtype and torch.equal(t, tensor)), None)
+        if twin is None:
+            kept[name] = tensor.clone()
+        else:
+            alias[name] = twin
+    return kept, alias
+
+
+class States:
+    """The recorded states of one split.
+
+    Args:
+        folder: What :func:`capture` wrote.
+        split: ``train`` or ``held-out``.
+
+    Raises:
+        ArtifactError: Nothing was recorded, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        paths = sorted(folder.glob(f"{split}-*.safetensors"))
+        if not paths:
+            raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
+        self.calls: list[dict[str, Any]] = []
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for path in paths:
+            tensors, meta = read_tensors(path)
+            if meta is None:
+                raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
+            tensors |= {name: tensors[twin] for name, twin in meta["alias"].items()}
+            for row in meta["calls"]:
+                call = trees.unflatten(row, tensors)
+                size = trees.batch_size(call)
+                groups.setdefault(trees.signature(call, size), []).extend((len(self.calls), i) for i in range(size))
+                self.calls.append(call)
+        self.groups = [groups[key] for key in sorted(groups)]
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def _assemble(self, rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        by_call: dict[int, list[int]] = {}
+        for call, row in rows:
+            by_call.setdefault(call, []).append(row)
+        parts = [trees.take(self.calls[c], r, trees.batch_size(self.calls[c])) for c, r in by_call.items()]
+        joined: dict[str, Any] = trees.join(parts, [len(r) for r in by_call.values()])
+        return joined
+
+    def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield all states once, in a fixed order, in batches of at most ``size``.
+
+        With ``limit``, about that many states, spread evenly over the set.
+        """
+        stride = max(1, len(self) // limit) if limit else 1
+        left = limit if limit else len(self)
+        for group in self.groups:
+            rows = group[::stride][:left]
+            left -= len(rows)
+            for start in range(0, len(rows), size):
+                yield self._assemble(rows[start : start + size])
+
+    def sample(self, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """Draw a batch of states of one shape, groups in proportion to their size."""
+        shares = torch.tensor([float(len(group)) for group in self.groups])
+        group = self.groups[int(torch.multinomial(shares, 1, generator=generator))]
+        picks = torch.randint(len(group), (min(size, len(group)),), generator=generator).tolist()
+        return self._assemble([group[i] for i in sorted(picks)])
+
+
+def velocity(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Run the transformer on a batch of states; return its output (a list of tensors is stacked)."""
+    output = transformer(**arguments, return_dict=False)
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.stack(output) if isinstance(output, list) else output
+
+
+@torch.no_grad()
+def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]]) -> float:
+    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states."""
+    difference, total = 0.0, 0.0
+    device = next(teacher.parameters()).device
+    for arguments in batches:
+        moved = trees.to_device(arguments, device)
+        target = velocity(teacher, moved).double()
+        difference += float((velocity(student, moved).double() - target).pow(2).sum())
+        total += float(target.pow(2).sum())
+    return (difference / total) ** 0.5

@@ -1,0 +1,174 @@
+"""The command line. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ppcl import __version__
+from ppcl.errors import ConfigError, UserError
+
+app = typer.Typer(
+    help="Halve a diffusion transformer and get back a pipeline that drops into diffusers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="'emoji' (embedded), a pipeline folder, or a hub id")]
+Out = Annotated[Path, typer.Option("--out", help="the run directory; run again to resume")]
+Files = Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
+Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
+Speedup = Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")]
+Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")]
+Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
+
+
+def parse_size(text: str) -> float:
+    """Turn ``24GB``, ``24`` or ``800MB`` into GB (1e9 bytes).
+
+    Raises:
+        ConfigError: It is not a size.
+    """
+    units = {"gb": 1.0, "mb": 1e-3, "": 1.0}
+    number = text.strip().lower().rstrip("bgm")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        return float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
+
+
+def resolve(
+    model: str, files: list[Path] | None, sets: list[str] | None, keep: float | None, speedup: float | None,
+    fit: str | None, mode: str | None,
+) -> Any:
+    """Build the config: built-in file for the embedded model, files, overrides, budget options."""
+    from ppcl.config import load_config
+
+    overrides = list(sets or [])
+    given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) > 1:
+        raise ConfigError(f"give one budget, got {len(chosen)}: --keep, --speedup and --fit exclude each other")
+    if chosen:  # the option replaces a budget from a file
+        overrides = [f"plan.{name}={chosen.get(name, 'null')}" for name in given] + overrides
+    if mode:
+        overrides.append(f"plan.mode={mode}")
+    built_in = [Path(__file__).resolve().parent / "assets" / "emoji.yaml"] if model == "emoji" else []
+    return load_config([*built_in, *(files or [])], overrides)
+
+
+def _open(
+    model: str, out: Path, files: list[Path] | None, sets: list[str] | None, prompts: Path | None,
+    keep: float | None = None, speedup: float | None = None, fit: str | None = None, mode: str | None = None,
+) -> Any:
+    from ppcl.config import load_config  # noqa: F401 - config errors come before heavy imports
+    from ppcl.stages import Run
+
+    config = resolve(model, files, sets, keep, speedup, fit, mode)
+    _quiet_libraries()
+    return Run(model, out, config, prompts, "ppcl " + " ".join(sys.argv[1:]))
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' chatter off the terminal; errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+@app.command()
+def compress(
+    model: Model, out: Out, config: Files = None, set_: Sets = None, prompts: Prompts = None, keep: Keep = None,
+    speedup: Speedup = None, fit: Fit = None, mode: Mode = None,
+) -> None:
+    """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
+    from ppcl.stages import STAGES
+    from ppcl.summary import print_prediction, print_summary
+
+    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
+    for number, stage in enumerate(STAGES, 1):
+        typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
+        typer.echo(": done before" if run.is_done(stage) else "", err=True)
+        run.run(stage)
+        if stage == "plan":
+            print_prediction(run.out)
+    print_summary(run.out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo")) -> None:
+    """Compress the embedded text-to-emoji teacher; about eight minutes on two cores."""
+    compress("emoji", out)
+
+
+def _stage_command(stage: str) -> None:
+    def command(
+        model: Model, out: Out, config: Files = None, set_: Sets = None, prompts: Prompts = None, keep: Keep = None,
+        speedup: Speedup = None, fit: Fit = None, mode: Mode = None,
+    ) -> None:
+        run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
+        ran = run.run(stage)
+        typer.echo(f"{stage}: {'done' if ran else 'done before'} in {run.out}")
+
+    from ppcl.stages import FUNCTIONS
+
+    command.__doc__ = f"Stage: {FUNCTIONS[stage].__doc__}"
+    app.command(name=stage)(command)
+
+
+for _stage in ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report"):
+    _stage_command(_stage)
+
+
+@app.command()
+def compare(
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    table: Annotated[Path | None, typer.Option("--table", help="also write the table here, e.g. docs/compare.md")] = None,
+) -> None:
+    """Compare plans under one budget and the same training steps; one table."""
+    from ppcl.compare import compare_plans
+
+    run = _open(model, out, config, set_, prompts, keep)
+    typer.echo(compare_plans(run, table))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Halve a diffusion transformer and get back a pipeline that drops into diffusers."""
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""One frozen pydantic model a stage; unknown keys are errors that name the nearest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ppcl.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CaptureConfig(Section):
+    """Recording the teacher's denoising states."""
+
+    num_prompts: int = Field(256, ge=2, description="prompts to sample from, at most")
+    batch_size: int = Field(16, ge=1, description="prompts denoised together")
+    num_inference_steps: int = Field(20, ge=1)
+    states_per_prompt: int = Field(8, ge=1, description="transformer calls kept of each trajectory")
+    held_out_share: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for selection")
+    height: int | None = Field(None, description="pixels; the pipeline's default if empty")
+    width: int | None = None
+    guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
+    negative_prompt: str = " "
+
+
+class AnalyzeConfig(Section):
+    """Probes, CKA trend, linearity."""
+
+    batch_size: int = Field(64, ge=1, description="states a teacher pass")
+    ridges: tuple[float, ...] = Field((1e-6, 1e-4, 1e-2), description="relative to the mean diagonal of the Gram")
+    cka_tokens: int = Field(2048, ge=16, description="held-out tokens a stream kept for CKA")
+
+
+class FitConfig(Section):
+    """The short joint fit that gives candidate runs their costs."""
+
+    max_run: int = Field(5, ge=2, description="longest run that one block may replace")
+    max_candidates: int = Field(48, ge=1, description="runs that are fitted; the others keep their probe score")
+    steps: int = Field(50, ge=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
+    starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
+
+
+class PlanConfig(Section):
+    """Choosing the runs under a budget; exactly one budget is used."""
+
+    mode: Literal["optimal", "paper", "uniform", "influence"] = "optimal"
+    keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
+    speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
+    fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
+    protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
+    protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PlanConfig:
+        given = [n for n in ("keep", "speedup", "fit_gb") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"plan: {' and '.join(given)} are both set; give one budget")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Kind and value of the budget in force (``keep`` 0.6 if none was given)."""
+        for name in ("keep", "speedup", "fit_gb"):
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return "keep", 0.6
+
+
+class DistillConfig(Section):
+    """Training the substitutes against the teacher."""
+
+    local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
+    output_steps: int = Field(200, ge=0, description="stage 2: the whole student on the teacher's velocity")
+    batch_size: int = Field(24, ge=1)
+    local_learning_rate: float = Field(1e-3, gt=0)
+    output_learning_rate: float = Field(3e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.98, ge=0, lt=1, description="0 turns the moving average off")
+    loss: Literal["normalized", "direction"] = Field(
+        "normalized", description="normalized: direction + magnitude by the teacher's norm; direction: the paper's eq. 6"
+    )
+    sequence: Literal["non-sequential", "sequential"] = Field(
+        "non-sequential", description="sequential: substitutes see the student's states, as an ablation"
+    )
+    train: Literal["substitutes", "all"] = Field("all", description="what the output stage trains")
+    from_fit: bool = Field(True, description="start from the fitted candidates where there are any")
+    checkpoint_every: int = Field(50, ge=1)
+
+
+class ExportConfig(Section):
+    """Writing the pipeline."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="the teacher's if empty")
+    max_shard_size: str = "5GB"
+
+
+class EvaluateConfig(Section):
+    """Pictures and numbers."""
+
+    num_prompts: int = Field(128, ge=2)
+    num_inference_steps: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
+    teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")
+    velocity_states: int = Field(64, ge=1)
+    features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
+    latency_runs: int = Field(10, ge=1)
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    seed: int = 0
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast of forward passes")
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if empty")
+    wandb: Literal["off", "online", "offline"] = "off"
+    capture: CaptureConfig = CaptureConfig()  # type: ignore[call-arg]
+    analyze: AnalyzeConfig = AnalyzeConfig()  # type: ignore[call-arg]
+    fit: FitConfig = FitConfig()  # type: ignore[call-arg]
+    plan: PlanConfig = PlanConfig()  # type: ignore[call-arg]
+    distill: DistillConfig = DistillConfig()  # type: ignore[call-arg]
+    export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
+    evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+
+
+def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
+    for part in prefix:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one line."""
+    problem = error.errors()[0]
+    location = tuple(str(part) for part in problem["loc"])
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(RunConfig, location[:-1])
+        return f"unknown key '{dotted}'{nearest(location[-1], valid)}; valid: {', '.join(valid)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{dotted or 'config'} = {problem['input']!r}: {message}" if dotted else message
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Parse ``a.b=c``; the value is YAML, so numbers, booleans and lists work.
+
+    Raises:
+        ConfigError: There is no ``=`` or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+    try:
+        return key.strip().split("."), _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; read it as the number that was meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with nested ``changes`` applied."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_config(
+    files: list[Path], overrides: list[str], defaults: dict[str, Any] | None = None
+) -> RunConfig:
+    """Build the config from defaults, YAML files and ``a.b=c`` overrides, later ones winning.
+
+    Raises:
+        ConfigError: A file is missing or damaged, a key unknown, or a value out of range.
+    """
+    data: dict[str, Any] = dict(defaults or {})
+    for path in files:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path} does not exist") from None
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = str(error).replace("\n", " ")
+            raise ConfigError(f"config file {path} cannot be read as YAML: {reason}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(loaded).__name__}")
+        data = merge(data, loaded)
+    for text in overrides:
+        keys, value = parse_override(text)
+        change: Any = value
+        for key in reversed(keys):
+            change = {key: change}
+        data = merge(data, change)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None

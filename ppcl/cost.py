@@ -1,0 +1,82 @@
+"""What a plan costs: parameters exactly, FLOPs exactly, bytes; before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ppcl.artifacts import ModelInfo, Prediction, Segment
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def count_params(module: nn.Module) -> int:
+    """Number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_flops(transformer: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], call: Callable[[], Any], samples: int) -> dict[str, Any]:
+    """Count forward FLOPs with torch's counter.
+
+    Args:
+        transformer: The whole transformer.
+        stacks: Its block lists by name.
+        call: Runs the transformer once.
+        samples: Batch size of that call.
+
+    Returns:
+        ``{"total": FLOPs a sample, "stacks": {name: [FLOPs of each block a sample]}}``.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    marks: dict[str, list[int]] = {name: [0] * len(blocks) for name, blocks in stacks.items()}
+    handles = []
+    for name, blocks in stacks.items():
+        for index, block in enumerate(blocks):
+
+            def before(*_: Any, name: str = name, index: int = index) -> None:
+                marks[name][index] -= counter.get_total_flops()
+
+            def after(*_: Any, name: str = name, index: int = index) -> None:
+                marks[name][index] += counter.get_total_flops()
+
+            handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    try:
+        with torch.no_grad(), counter:
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        "total": counter.get_total_flops() // samples,
+        "stacks": {name: [flops // samples for flops in counts] for name, counts in marks.items()},
+    }
+
+
+def predict(model: ModelInfo, stacks: Mapping[str, Sequence[Segment]], error: float | None = None) -> Prediction:
+    """Predict size and speed of a plan.
+
+    A substitute block has the parameters and FLOPs of the block it starts from; all blocks of
+    a stack are of one class, so the run's first block stands for it.
+
+    Args:
+        model: The teacher.
+        stacks: Segments of each stack.
+        error: Estimated velocity error, passed through.
+    """
+    params, flops = model.params, model.flops
+    for stack in model.stacks:
+        for segment in stacks[stack.name]:
+            params -= sum(stack.block_params[segment.first + 1 : segment.last + 1])
+            if stack.block_flops:
+                flops -= sum(stack.block_flops[segment.first + 1 : segment.last + 1])
+    return Prediction(
+        params=params,
+        param_ratio=params / model.params,
+        speedup=model.flops / flops if flops else 1.0,
+        bytes=params * model.bytes_per_param + model.other_bytes,
+        error=error,
+    )

@@ -1,0 +1,1 @@
+"""Train the substitutes against the teacher's own activations."""

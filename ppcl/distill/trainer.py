@@ -1,0 +1,188 @@
+"""The distill stage: local, then output; writes the bundle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
+from ppcl.artifacts import CompressionPlan, to_jsonable
+from ppcl.bundle import Bundle, save_bundle
+from ppcl.capture import States, velocity
+from ppcl.config import DistillConfig
+from ppcl.distill.local import local_backward, sequential_backward
+from ppcl.distill.losses import velocity_loss
+from ppcl.errors import ArtifactError
+from ppcl.files import digest, read_tensors
+from ppcl.student import RunKey, assemble_student, run_name, start_block, with_blocks
+from ppcl.teacher import autocast
+from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.trees import to_device
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def new_substitutes(
+    transformer: nn.Module, adapter: Adapter, plan: CompressionPlan, fitted: Path | None
+) -> dict[RunKey, nn.Module]:
+    """One trainable block for each run of the plan.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        plan: Names the start of each substitute.
+        fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
+    """
+    known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
+    substitutes: dict[RunKey, nn.Module] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for segment in plan.stacks[spec.name]:
+            if not segment.is_run:
+                continue
+            key = (spec.name, segment.first, segment.last)
+            block = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
+            prefix = f"{run_name(key)}/"
+            state = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
+            if state:
+                block.load_state_dict(state)
+            substitutes[key] = block
+    return substitutes
+
+
+class Distiller:
+    """Trains one plan's substitutes; resumes where it was.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        plan: The plan.
+        calibration: The captured states.
+        out: The run directory; checkpoints go to ``out/checkpoints/distill-*``.
+        settings: See :class:`DistillConfig`.
+        seed: Fixes the batches.
+        precision: Autocast of forward passes.
+        log: Receives one dict a step, with its ``stage``.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        adapter: Adapter,
+        plan: CompressionPlan,
+        calibration: Path,
+        out: Path,
+        settings: DistillConfig,
+        seed: int,
+        precision: str = "auto",
+        log: Log | None = None,
+    ) -> None:
+        self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
+        self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
+        self.states = States(calibration, "train")
+        self.device = next(transformer.parameters()).device
+        fitted = out / "candidates.safetensors" if settings.from_fit else None
+        self.substitutes = new_substitutes(transformer, adapter, plan, fitted)
+        self.student = assemble_student(transformer, adapter, plan, self.substitutes)
+
+    def run(self) -> Bundle:
+        """Train both stages and write ``out/bundle``."""
+        if self.substitutes and self.settings.local_steps:
+            self._local()
+        if self.settings.output_steps and (self.substitutes or self.settings.train == "all"):
+            self._output()
+        bundle = Bundle(self.plan, self.substitutes, self._tuned())
+        save_bundle(bundle, self.out / "bundle", {"distill": to_jsonable(self.settings.model_dump())})
+        return bundle
+
+    def _loop(self, stage: str, modules: Mapping[str, nn.Module], backward: Callable[[int], dict[str, float]],
+              steps: int, rate: float) -> None:
+        settings = self.settings
+        loop_settings = LoopSettings(
+            steps=steps,
+            learning_rate=rate,
+            warmup_steps=min(settings.warmup_steps, steps),
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            ema_decay=settings.ema_decay,
+            checkpoint_every=settings.checkpoint_every,
+            seed=self.seed,
+        )
+        fingerprint = digest(stage, sorted(modules), settings.model_dump(), to_jsonable(self.plan.stacks), self.seed)
+        log = (lambda row: self.log({"stage": f"distill.{stage}", **row})) if self.log else None
+        folder = self.out / "checkpoints" / f"distill-{stage}"
+        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, f"distill: {stage}")
+        loop.run()
+        loop.load_ema()
+
+    def _local(self) -> None:
+        """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
+
+        def backward(step: int) -> dict[str, float]:
+            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 31))
+            common = (self.transformer, self.adapter)
+            with autocast(self.device, self.precision):
+                if self.settings.sequence == "sequential":
+                    losses = sequential_backward(*common, self.student, arguments, self.substitutes, self.settings.loss)
+                else:
+                    losses = local_backward(*common, arguments, self.substitutes, self.settings.loss)
+            rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
+            return {"loss": sum(losses.values()) / len(losses), **rows}
+
+        modules = {run_name(run): block for run, block in self.substitutes.items()}
+        self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
+
+    def _output(self) -> None:
+        """Stage 2: the whole student on the teacher's velocity."""
+        modules = {run_name(run): block for run, block in self.substitutes.items()}
+        if self.settings.train == "all":
+            self._thaw()
+            modules = {"student": self.student}
+
+        def backward(step: int) -> dict[str, float]:
+            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 37))
+            arguments = to_device(arguments, self.device)
+            with autocast(self.device, self.precision):
+                with torch.no_grad():
+                    target = velocity(self.transformer, arguments)
+                loss = velocity_loss(velocity(self.student, arguments), target)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return {"loss": loss.item()}
+
+        self._loop("output", modules, backward, self.settings.output_steps, self.settings.output_learning_rate)
+
+    def _thaw(self) -> None:
+        """Give the student its own copies of the teacher's kept blocks, and train everything."""
+        lists = {}
+        for spec in self.adapter.stacks:
+            own = set(map(id, self.substitutes.values()))
+            blocks = self.adapter.blocks(self.student, spec)
+            lists[spec.name] = [block if id(block) in own else copy.deepcopy(block).float() for block in blocks]
+        self.student = with_blocks(self.student, lists)
+        for name, module in list(self.student._modules.items()):
+            if name not in lists:
+                self.student._modules[name] = copy.deepcopy(module)
+        self.student.requires_grad_(True)
+        self.student.train(False)
+
+    def _tuned(self) -> dict[str, Tensor]:
+        """Weights of kept blocks and of the rest that the output stage changed."""
+        if self.settings.train != "all" or not self.settings.output_steps:
+            return {}
+        own = {id(p) for block in self.substitutes.values() for p in block.parameters()}
+        return {name: p.detach() for name, p in self.student.named_parameters() if id(p) not in own}
+
+
+def check_plan(plan: CompressionPlan, digest_now: str, path: Path) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        ArtifactError: The digests differ.
+    """
+    if plan.model.config_digest != digest_now:
+        raise ArtifactError(f"{path} was made for another model ({plan.model.transformer_class}); choose another --out")

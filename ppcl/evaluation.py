@@ -1,0 +1,87 @@
+"""The evaluate stage of a run: the exported pipeline against the teacher."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppcl.artifacts import CompressionPlan
+from ppcl.capture import States, guidance_arguments, velocity, velocity_error
+from ppcl.cost import count_params
+from ppcl.distill.trainer import new_substitutes
+from ppcl.errors import UserError
+from ppcl.eval.evaluate import evaluate
+from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.files import file_digest
+from ppcl.student import assemble_student
+from ppcl.teacher import load_pipeline, weights_digest
+from ppcl.trees import to_device
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+logger = logging.getLogger(__name__)
+
+
+def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
+    """Load the feature extractor: the embedded one for the embedded model, ViT-B-32 otherwise."""
+    if features != "auto":
+        return load_extractor(features, device)
+    if model == "emoji":
+        return load_extractor("emoji", device)
+    try:
+        return load_extractor("ViT-B-32/openai", device)
+    except UserError as error:
+        logger.warning("%s; the embedded emoji evaluator is used instead, which knows emoji alone", error)
+        return load_extractor("emoji", device)
+
+
+def references_for(model: str) -> Tensor | None:
+    """Real pictures behind FID: all of the embedded data set for the embedded model, (N, 3, H, W) uint8."""
+    if model != "emoji":
+        return None
+    from ppcl.emoji.data import load_images
+
+    return torch.from_numpy(load_images()).permute(0, 3, 1, 2).contiguous()
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``."""
+    teacher = run.teacher
+    student = load_pipeline(str(run.out / "pipeline"), run.device, teacher.transformer.dtype)
+    held_out = States(run.out / "calibration", "held-out")
+    settings = run.config.evaluate
+    count = settings.velocity_states
+    error = velocity_error(teacher.transformer, student.transformer, held_out.batches(count, count))
+    one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
+    metrics = evaluate(
+        teacher,
+        student,
+        prompts=run.evaluation_prompts,
+        folder=run.out / "eval",
+        settings=settings,
+        call_kwargs=guidance_arguments(teacher, run.config.capture),
+        references=references_for(run.model),
+        extractor=choose_extractor(run.model, settings.features, str(run.device)),
+        velocity_error=error,
+        velocity_error_undistilled=undistilled_error(run, held_out),
+        transformer_calls=(lambda: velocity(teacher.transformer, one), lambda: velocity(student.transformer, one)),
+        seed=run.config.seed,
+        params=(count_params(teacher.transformer), count_params(student.transformer)),
+        models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
+    )
+    return metrics
+
+
+def undistilled_error(run: Run, held_out: States) -> float:
+    """Velocity error of the same plan with substitutes that were never trained."""
+    plan = run.read(CompressionPlan, "plan.json")
+    transformer, count = run.teacher.transformer, run.config.evaluate.velocity_states
+    substitutes = new_substitutes(transformer, run.adapter, plan, None)
+    with torch.no_grad():
+        student = assemble_student(transformer, run.adapter, plan, substitutes)
+        return velocity_error(transformer, student, held_out.batches(count, count))

@@ -1,0 +1,177 @@
+"""Reading and writing artifacts: atomic, checked, without pickle.
+
+A file is written beside its final name and renamed, so a reader sees the old file or
+the new one, never half of one. A folder is published the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppcl.errors import ArtifactError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
+
+    Works for a file and for a folder that the block creates. A folder replaces an older one.
+
+    Raises:
+        UserError: The place cannot be written (full disk, read-only folder).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            _swap_folder(temporary, path)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _swap_folder(new: Path, old: Path) -> None:
+    """Replace folder ``old`` by ``new``; a crash in between leaves one of them in place."""
+    retired = old.with_name(f".{old.name}.old-{os.getpid()}")
+    old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON atomically, with sorted keys so that equal data give equal bytes."""
+    write_text(path, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON artifact.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; run the stage that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically; ``metadata`` is kept as one JSON string."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    header = {"ppcl": json.dumps(metadata, sort_keys=True)} if metadata is not None else None
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=header)
+        except SafetensorError as error:  # safetensors reports a full disk as its own error
+            raise OSError(None, str(error)) from error
+
+
+def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], Any]:
+    """Read a safetensors artifact.
+
+    Returns:
+        The tensors by name, and the metadata given to :func:`write_tensors` (or None).
+
+    Raises:
+        ArtifactError: The file is missing, truncated or corrupted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; run the stage that writes it")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+    return tensors, json.loads(header["ppcl"]) if "ppcl" in header else None
+
+
+def read_tensor_header(path: str | Path) -> dict[str, Any]:
+    """Read the names, shapes and dtypes of a safetensors file without its data or torch.
+
+    Raises:
+        ArtifactError: The header is unreadable, or the file is shorter than it says.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (OSError, struct.error, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if path.stat().st_size != expected:
+        raise ArtifactError(
+            f"{path} is truncated ({path.stat().st_size} bytes, expected {expected}); fetch or write it again"
+        )
+    header.pop("__metadata__", None)
+    return header
+
+
+def digest(*parts: Any) -> str:
+    """Return a short SHA-256 of JSON-serialisable parts and of the content of Path parts."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            sha.update(file_digest(part).encode())
+        else:
+            sha.update(json.dumps(part, sort_keys=True, default=str).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of every file of a folder with its relative name."""
+    sha = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        sha.update(str(file.relative_to(path)).encode())
+        try:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    sha.update(chunk)
+        except OSError as error:
+            raise ArtifactError(f"{file} cannot be read: {error.strerror or error}") from error
+    return sha.hexdigest()

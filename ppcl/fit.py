@@ -1,0 +1,228 @@
+"""The fit stage: what would it cost to let one block replace this run?
+
+Every run of 2..max_run blocks is scored by how far the teacher's final velocity moves when
+the run alone is replaced by its chained probes (output sensitivity). The most promising
+ones are then fitted for a few steps, all at once, since non-sequential training lets one
+teacher pass serve them all, and scored again with the fitted block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter, StackSpec
+from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
+from ppcl.capture import States, velocity
+from ppcl.config import FitConfig
+from ppcl.distill.local import local_backward
+from ppcl.files import digest, write_tensors
+from ppcl.progress import Progress
+from ppcl.student import LinearRun, RunKey, patched, run_name, start_block
+from ppcl.trace import record_boundaries
+from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.trees import to_device
+
+Replacement = Callable[[RunKey], nn.Module]
+
+
+def all_runs(analysis: Analysis, max_run: int) -> list[RunKey]:
+    """Every run of 2..max_run blocks of every stack, and the paper's intervals whatever their length."""
+    runs: set[RunKey] = set()
+    for stack in analysis.model.stacks:
+        for first in range(stack.num_blocks):
+            runs |= {(stack.name, first, last) for last in range(first + 1, min(first + max_run, stack.num_blocks))}
+    for found in analysis.stacks:
+        runs |= {(found.name, *interval) for interval in found.intervals}
+    order = [stack.name for stack in analysis.model.stacks]
+    return sorted(runs, key=lambda run: (order.index(run[0]), run[1], run[2]))
+
+
+def chained_probe(
+    probes: Mapping[str, Tensor], run: RunKey, streams: Sequence[str], device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compose the residual probes of a run into one affine map a stream: h -> h A + c."""
+    maps = {}
+    for stream in streams:
+        total: Tensor | None = None
+        offset: Tensor | None = None
+        for index in range(run[1], run[2] + 1):
+            key = f"{run[0]}/{index}/{stream}"
+            if f"{key}/weight" not in probes:
+                break
+            weight = probes[f"{key}/weight"].to(device).double()
+            bias = probes[f"{key}/bias"].to(device).double()
+            step = torch.eye(len(weight), dtype=torch.float64, device=device) + weight
+            total = step if total is None else total @ step
+            offset = bias if offset is None else offset @ step + bias
+        if total is None or offset is None:
+            width = probes[f"{run[0]}/{run[1]}/{streams[0]}/weight"].shape[1]
+            total, offset = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        maps[stream] = (total.float().to(device), offset.float().to(device))
+    return maps
+
+
+@torch.no_grad()
+def output_errors(
+    transformer: nn.Module,
+    adapter: Adapter,
+    batches: Sequence[dict[str, Any]],
+    runs: Sequence[RunKey],
+    replacement: Replacement,
+    label: str,
+) -> dict[RunKey, float]:
+    """Relative velocity error of each run alone replaced; only the blocks after it are executed."""
+    device = next(transformer.parameters()).device
+    squares = dict.fromkeys(runs, 0.0)
+    total = 0.0
+    with Progress(label, total=len(runs) * len(batches)) as progress:
+        for arguments in batches:
+            calls, target = record_boundaries(transformer, adapter, arguments, {run[:2] for run in runs})
+            if target is None:
+                raise AssertionError("a full pass returns the velocity")
+            total += float(target.double().pow(2).sum())
+            moved = to_device(arguments, device)
+            for run in runs:
+                hybrid = patched(transformer, adapter, run, replacement(run), calls[run[:2]].inputs)
+                squares[run] += float((velocity(hybrid, moved).double() - target.double()).pow(2).sum())
+                progress.advance()
+    return {run: (square / total) ** 0.5 for run, square in squares.items()}
+
+
+def shortlist(errors: Mapping[RunKey, float], always: Sequence[RunKey], count: int) -> list[RunKey]:
+    """Keep the most promising runs of each length, about equally many, and those in ``always``."""
+    by_length: dict[int, list[RunKey]] = {}
+    for run in sorted(errors, key=lambda r: errors[r]):
+        by_length.setdefault(run[2] - run[1], []).append(run)
+    chosen = list(always)
+    position = 0
+    while len(chosen) < count and any(position < len(group) for group in by_length.values()):
+        for group in by_length.values():
+            if position < len(group) and group[position] not in chosen and len(chosen) < count:
+                chosen.append(group[position])
+        position += 1
+    return sorted(chosen)
+
+
+@torch.no_grad()
+def best_starts(
+    transformer: nn.Module, adapter: Adapter, arguments: dict[str, Any], runs: Sequence[RunKey], starts: Sequence[str]
+) -> dict[RunKey, str]:
+    """The start of least state error on held-out states, for each run."""
+    best: dict[RunKey, tuple[float, str]] = {}
+    for start in starts:
+        blocks = {run: start_block(_blocks(transformer, adapter, run), run[1], run[2], start) for run in runs}
+        for run, loss in local_backward(transformer, adapter, arguments, blocks, backward=False).items():
+            if run not in best or loss < best[run][0]:
+                best[run] = (loss, start)
+    return {run: start for run, (_, start) in best.items()}
+
+
+def _blocks(transformer: nn.Module, adapter: Adapter, run: RunKey) -> nn.ModuleList:
+    return adapter.blocks(transformer, _spec(adapter, run[0]))
+
+
+def _spec(adapter: Adapter, name: str) -> StackSpec:
+    return next(spec for spec in adapter.stacks if spec.name == name)
+
+
+def fit(
+    transformer: nn.Module,
+    adapter: Adapter,
+    analysis: Analysis,
+    probes: Mapping[str, Tensor],
+    calibration: Path,
+    out: Path,
+    settings: FitConfig,
+    seed: int,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> Candidates:
+    """Score candidate runs; write ``candidates.safetensors`` and then ``candidates.json``.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        analysis: The paper's intervals are always among the fitted runs.
+        probes: Probe matrices by ``stack/block/stream/weight|bias``.
+        calibration: The captured states.
+        out: The run directory; checkpoints go to ``out/checkpoints/fit``.
+        settings: See :class:`FitConfig`.
+        seed: Fixes the batches.
+        log: Receives one dict a training step.
+    """
+    began = time.perf_counter()
+    device = next(transformer.parameters()).device
+    held_out, train = States(calibration, "held-out"), States(calibration, "train")
+    batches = list(held_out.batches(settings.eval_states, settings.eval_states))
+    runs = all_runs(analysis, settings.max_run)
+
+    def linear(run: RunKey) -> nn.Module:
+        spec = _spec(adapter, run[0])
+        maps = chained_probe(probes, run, list(spec.inputs), device)
+        return LinearRun(adapter, spec, _blocks(transformer, adapter, run)[run[1]], maps)
+
+    probe_errors = output_errors(transformer, adapter, batches, runs, linear, "fit: sensitivity")
+    always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
+    chosen = shortlist(probe_errors, always, settings.max_candidates)
+    starts = best_starts(transformer, adapter, batches[0], chosen, settings.starts)
+    substitutes = {
+        run: start_block(_blocks(transformer, adapter, run), run[1], run[2], starts[run]).to(torch.float32)
+        for run in chosen
+    }
+    _train(transformer, adapter, train, substitutes, out, settings, seed, log)
+    fitted = output_errors(transformer, adapter, batches, chosen, lambda run: substitutes[run], "fit: costs")
+    result = Candidates(
+        candidates=tuple(
+            Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
+        ),
+        steps=settings.steps,
+        seconds=time.perf_counter() - began,
+    )
+    tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
+    write_tensors(out / "candidates.safetensors", tensors)
+    save_artifact(result, out / "candidates.json")
+    return result
+
+
+def _train(
+    transformer: nn.Module,
+    adapter: Adapter,
+    train: States,
+    substitutes: dict[RunKey, nn.Module],
+    out: Path,
+    settings: FitConfig,
+    seed: int,
+    log: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Fit all candidates together; each has its own loss and its own gradient norm."""
+    if settings.steps == 0:
+        return
+
+    def backward(step: int) -> dict[str, float]:
+        arguments = train.sample(settings.batch_size, step_generator(seed, step, 23))
+        losses = local_backward(transformer, adapter, arguments, substitutes)
+        for block in substitutes.values():
+            # one candidate's large gradient must not shrink the others' steps
+            nn.utils.clip_grad_norm_([p for p in block.parameters() if p.grad is not None], 1.0)
+        return {"loss": sum(losses.values()) / len(losses)}
+
+    loop_settings = LoopSettings(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=min(5, settings.steps),
+        clip_norm=1e9,
+        ema_decay=0.0,
+        checkpoint_every=max(10, settings.steps // 4),
+        seed=seed,
+    )
+    modules = {run_name(run).replace(".", "_"): block for run, block in substitutes.items()}
+    fingerprint = digest(sorted(modules), settings.model_dump(), seed)
+    TrainingLoop(modules, backward, loop_settings, out / "checkpoints" / "fit", fingerprint, log, "fit").run()
+
+
+

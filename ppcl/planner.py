@@ -1,0 +1,242 @@
+"""Choose the runs: analysis + candidates + budget -> plan. No torch here.
+
+``optimal``: dynamic programming over non-overlapping candidate runs, least summed squared
+velocity error under the budget. ``paper``: the intervals of eqs. 4-5, in order of least
+damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from ppcl.artifacts import (
+    Analysis,
+    Candidate,
+    Candidates,
+    CompressionPlan,
+    ModelInfo,
+    Prediction,
+    Segment,
+    Stack,
+)
+from ppcl.config import PlanConfig
+from ppcl.cost import predict
+from ppcl.errors import BudgetError
+
+Runs = tuple[tuple[str, int, int], ...]
+UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
+
+
+def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+    """Choose runs under the budget.
+
+    Args:
+        analysis: Gives the paper's intervals and block influence.
+        candidates: Runs with their costs.
+        settings: Mode, budget and protected blocks.
+
+    Returns:
+        The plan with its prediction.
+
+    Raises:
+        BudgetError: No plan meets the budget; the message names the nearest feasible one.
+    """
+    model = analysis.model
+    costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
+    allowed = [c for c in candidates.candidates if is_allowed(model, c, settings)]
+    if settings.mode == "optimal":
+        ladder = optimal_ladder(model, allowed)
+    elif settings.mode == "paper":
+        ladder = paper_ladder(analysis, costs, settings)
+    elif settings.mode == "influence":
+        ladder = influence_ladder(analysis, settings)
+    else:
+        ladder = uniform_ladder(model, settings)
+    kind, value = settings.budget
+    fitting = [runs for runs in ladder if meets(build_prediction(model, runs, costs), kind, value)]
+    if not fitting:
+        raise BudgetError(_infeasible(model, ladder, costs, kind, value, settings))
+    chosen = min(fitting, key=lambda runs: _rank(build_prediction(model, runs, costs), settings.mode))
+    stacks = {s.name: segments(s, [r for r in chosen if r[0] == s.name], costs) for s in model.stacks}
+    return CompressionPlan(model, settings.mode, {kind: value}, stacks, build_prediction(model, chosen, costs))
+
+
+def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
+    """Whether a run leaves the protected first and last blocks alone."""
+    first, last = model.stacks[0], model.stacks[-1]
+    if candidate.stack == first.name and candidate.first < settings.protect_first:
+        return False
+    return not (candidate.stack == last.name and candidate.last >= last.num_blocks - settings.protect_last)
+
+
+def cost_of(candidate: Candidate | None) -> float:
+    """Squared velocity error of a run: fitted where it was fitted, by probes otherwise."""
+    if candidate is None:
+        return math.inf
+    error = candidate.fitted_error if candidate.fitted_error is not None else candidate.probe_error
+    return error**2
+
+
+def optimal_ladder(model: ModelInfo, candidates: Sequence[Candidate]) -> list[Runs]:
+    """Best set of runs for every reachable number of removed blocks of every stack.
+
+    Dynamic programming over positions: state = blocks removed so far in each stack, value =
+    least cost and its runs. Squares of errors add (docs/decisions.md), so the parts are independent.
+    """
+    frontier: dict[tuple[int, ...], tuple[float, Runs]] = {(): (0.0, ())}
+    for stack in model.stacks:
+        own = [c for c in candidates if c.stack == stack.name and math.isfinite(cost_of(c))]
+        table = _stack_table(stack, own)
+        joined: dict[tuple[int, ...], tuple[float, Runs]] = {}
+        for removed, (cost, runs) in frontier.items():
+            for count, (extra, more) in table.items():
+                joined[(*removed, count)] = (cost + extra, (*runs, *more))
+        frontier = joined
+    return [runs for _, runs in frontier.values()]
+
+
+def _stack_table(stack: Stack, candidates: Sequence[Candidate]) -> dict[int, tuple[float, Runs]]:
+    """Least cost and runs of one stack for each number of removed blocks."""
+    by_end: dict[int, list[Candidate]] = {}
+    for candidate in candidates:
+        by_end.setdefault(candidate.last + 1, []).append(candidate)
+    best: list[dict[int, tuple[float, Runs]]] = [{0: (0.0, ())}]
+    for position in range(1, stack.num_blocks + 1):
+        row = dict(best[position - 1])
+        for candidate in by_end.get(position, ()):
+            run = (candidate.stack, candidate.first, candidate.last)
+            for removed, (cost, runs) in best[candidate.first].items():
+                option = (cost + cost_of(candidate), (*runs, run))
+                count = removed + candidate.removed
+                if count not in row or option[0] < row[count][0]:
+                    row[count] = option
+        best.append(row)
+    return best[-1]
+
+
+def paper_ladder(analysis: Analysis, costs: Mapping[tuple[str, int, int], Candidate], settings: PlanConfig) -> list[Runs]:
+    """The paper's intervals, added one after another in order of least damage."""
+    intervals = []
+    for found in analysis.stacks:
+        stack = next(s for s in analysis.model.stacks if s.name == found.name)
+        for first, last in found.intervals:
+            low = max(first, settings.protect_first if stack is analysis.model.stacks[0] else 0)
+            end = stack.num_blocks - (settings.protect_last if stack is analysis.model.stacks[-1] else 0)
+            high = min(last, end - 1)
+            if high > low:
+                intervals.append((found.name, low, high))
+    damage: Callable[[tuple[str, int, int]], float] = lambda run: cost_of(costs.get(run))  # noqa: E731
+    ordered = sorted(intervals, key=lambda run: (damage(run), run))
+    return [tuple(sorted(ordered[:count])) for count in range(len(ordered) + 1)]
+
+
+def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
+    """Pairs spread evenly over all blocks, then triples and so on: for each number of removed blocks."""
+    ladder: list[Runs] = [()]
+    free = [_free(model, stack, settings) for stack in model.stacks]
+    total = sum(max(0, high - low) for low, high in free)
+    for removed in range(1, total):
+        runs: list[tuple[str, int, int]] = []
+        for stack, (low, high) in zip(model.stacks, free, strict=True):
+            size = high - low
+            runs += _even_runs(stack.name, low, high, round(removed * size / total) if size > 0 else 0)
+        ladder.append(tuple(runs))
+    return ladder
+
+
+def _free(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
+    """Unprotected blocks low <= i < high of a stack."""
+    low = settings.protect_first if stack is model.stacks[0] else 0
+    return low, stack.num_blocks - (settings.protect_last if stack is model.stacks[-1] else 0)
+
+
+def _even_runs(name: str, low: int, high: int, removed: int) -> list[tuple[str, int, int]]:
+    """Split low..high into ``size - removed`` groups whose sizes differ by at most one, evenly mixed."""
+    groups = (high - low) - removed
+    if groups < 1 or removed < 1:
+        return []
+    edges = [low + round(i * (high - low) / groups) for i in range(groups + 1)]
+    return [(name, a, b - 1) for a, b in zip(edges[:-1], edges[1:], strict=True) if b - a > 1]
+
+
+def influence_ladder(analysis: Analysis, settings: PlanConfig) -> list[Runs]:
+    """Remove the blocks of least influence (ShortGPT), each merged into the kept block before it."""
+    scored = []
+    for found in analysis.stacks:
+        stack = next(s for s in analysis.model.stacks if s.name == found.name)
+        low, high = _free(analysis.model, stack, settings)
+        scored += [(found.influence[i], found.name, i) for i in range(max(1, low + 1), high)]
+    scored.sort()
+    ladder: list[Runs] = []
+    for count in range(len(scored) + 1):
+        removed = {(name, index) for _, name, index in scored[:count]}
+        runs: list[tuple[str, int, int]] = []
+        for name in {stack.name for stack in analysis.model.stacks}:
+            blocks = sorted(index for stack, index in removed if stack == name)
+            for index in blocks:
+                if runs and runs[-1][0] == name and runs[-1][2] == index - 1:
+                    runs[-1] = (name, runs[-1][1], index)
+                else:
+                    runs.append((name, index - 1, index))
+        ladder.append(tuple(sorted(runs)))
+    return ladder
+
+
+def segments(
+    stack: Stack, runs: Sequence[tuple[str, int, int]], costs: Mapping[tuple[str, int, int], Candidate]
+) -> tuple[Segment, ...]:
+    """Turn runs of one stack into its segments; the start of a substitute is the best known one."""
+    pieces, position = [], 0
+    for name, first, last in sorted(runs):
+        pieces += [Segment(i, i) for i in range(position, first)]
+        known = costs.get((name, first, last))
+        pieces.append(Segment(first, last, (known.start if known else None) or "middle"))
+        position = last + 1
+    return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
+
+
+def build_prediction(
+    model: ModelInfo, runs: Runs, costs: Mapping[tuple[str, int, int], Candidate]
+) -> Prediction:
+    """Predict a set of runs."""
+    squares = [cost_of(costs.get(run)) for run in runs]
+    error = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else None
+    stacks = {s.name: segments(s, [r for r in runs if r[0] == s.name], costs) for s in model.stacks}
+    return predict(model, stacks, error)
+
+
+def meets(prediction: Prediction, kind: str, value: float) -> bool:
+    """Whether a prediction is within the budget."""
+    if kind == "keep":
+        return prediction.param_ratio <= value + 1e-9
+    if kind == "speedup":
+        return prediction.speedup >= value - 1e-9
+    return prediction.bytes <= value * 1e9
+
+
+def _rank(prediction: Prediction, mode: str) -> tuple[float, float]:
+    """Order of preference: least error for ``optimal``; for the others the first rung that fits."""
+    error = prediction.error if mode == "optimal" and prediction.error is not None else 0.0
+    return (error, -prediction.params)
+
+
+def _infeasible(
+    model: ModelInfo,
+    ladder: Sequence[Runs],
+    costs: Mapping[tuple[str, int, int], Candidate],
+    kind: str,
+    value: float,
+    settings: PlanConfig,
+) -> str:
+    predictions = [build_prediction(model, runs, costs) for runs in ladder]
+    if kind == "keep":
+        nearest = f"--keep {math.ceil(min(p.param_ratio for p in predictions) * 1000) / 1000}"
+    elif kind == "speedup":
+        nearest = f"--speedup {math.floor(max(p.speedup for p in predictions) * 100) / 100}"
+    else:
+        nearest = f"--fit {math.ceil(min(p.bytes for p in predictions) / 1e8) / 10}GB"
+    return (
+        f"no {settings.mode} plan gives {value:g} {UNITS[kind]}; the nearest feasible budget is {nearest} "
+        "(longer runs with --set fit.max_run reach further)"
+    )

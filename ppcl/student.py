@@ -1,0 +1,170 @@
+"""Apply a plan: put substitutes in the place of runs, swap any of them in or out.
+
+The student is a shallow copy of the teacher's transformer whose block lists hold the
+teacher's own kept blocks (shared, not copied) and the substitutes. It is of the teacher's
+class, so everything that runs the teacher runs the student.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter, StackSpec, States
+from ppcl.artifacts import CompressionPlan, Segment, to_jsonable
+
+RunKey = tuple[str, int, int]
+STARTS = ("first", "middle", "last", "mean")
+
+
+def run_name(key: RunKey) -> str:
+    """A run's name in files: ``stack/first-last``."""
+    return f"{key[0]}/{key[1]}-{key[2]}"
+
+
+def start_block(blocks: Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
+    """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
+
+    Args:
+        blocks: The teacher's block list.
+        first: First block of the run.
+        last: Last block of the run, inclusive.
+        start: ``first`` (the paper), ``middle`` (its code), ``last``, or ``mean`` of the run's weights.
+
+    Raises:
+        ValueError: The start is unknown.
+    """
+    index = {"first": first, "middle": (first + last) // 2, "last": last, "mean": first}.get(start)
+    if index is None:
+        raise ValueError(f"unknown start {start!r}; expected one of {', '.join(STARTS)}")
+    block = copy.deepcopy(blocks[index])
+    if start == "mean":
+        members = [dict(blocks[i].named_parameters()) for i in range(first, last + 1)]
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                parameter.copy_(torch.stack([m[name].float() for m in members]).mean(0))
+    return block.requires_grad_(True)
+
+
+def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]]) -> Any:
+    """Return a shallow copy of a transformer with other block lists; all else is shared."""
+    clone = copy.copy(transformer)
+    clone.__dict__["_modules"] = dict(transformer._modules)
+    for name, blocks in lists.items():
+        setattr(clone, name, nn.ModuleList(blocks))
+    return clone
+
+
+def assemble_student(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    substitutes: Mapping[RunKey, nn.Module],
+    active: Collection[RunKey] | None = None,
+) -> Any:
+    """Build the student (or a hybrid) that a plan describes.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        plan: Which blocks stay.
+        substitutes: One block for each run of the plan, keyed (stack, first, last).
+        active: Runs that are replaced; the teacher's blocks stay in the others. All if None.
+
+    Returns:
+        A transformer of the teacher's class that shares its kept blocks.
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        chosen: list[nn.Module] = []
+        for segment in plan.stacks[spec.name]:
+            key = (spec.name, segment.first, segment.last)
+            if segment.is_run and (active is None or key in active):
+                chosen.append(substitutes[key])
+            else:
+                chosen.extend(blocks[segment.first : segment.last + 1])
+        lists[spec.name] = chosen
+    return with_blocks(transformer, lists)
+
+
+def register_depth(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
+    """Write the new counts and the provenance into the student's config, so that the stock class loads it."""
+    counts = {spec.count_field: len(adapter.blocks(student, spec)) for spec in adapter.stacks}
+    kept = {
+        name: [[s.first, s.last] if s.is_run else s.first for s in segments] for name, segments in plan.stacks.items()
+    }
+    # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
+    student.register_to_config(**counts, _ppcl={"kept_blocks": kept, "budget": to_jsonable(plan.budget)})
+
+
+class FixedStates(nn.Module):
+    """Stands for all blocks before a run: returns recorded states whatever it is given."""
+
+    def __init__(self, adapter: Adapter, stack: StackSpec, states: States) -> None:
+        super().__init__()
+        self.packed = adapter.pack(stack, states)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the recorded states."""
+        return self.packed
+
+
+class LinearRun(nn.Module):
+    """A run replaced by one affine map a stream (chained probes, eq. 3): h -> h A + c."""
+
+    def __init__(
+        self, adapter: Adapter, stack: StackSpec, block: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__()
+        self.adapter, self.stack, self.maps = adapter, stack, dict(maps)
+        self.template = [block]  # in a list: its parameters are not this module's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the maps to the streams of the call."""
+        arguments = self.adapter.bind(self.template[0], args, kwargs)
+        states = self.adapter.input_states(self.stack, arguments)
+        mapped = {s: (h.to(self.maps[s][0].dtype) @ self.maps[s][0] + self.maps[s][1]).to(h.dtype) for s, h in states.items()}
+        return self.adapter.pack(self.stack, mapped)
+
+
+def patched(
+    transformer: nn.Module,
+    adapter: Adapter,
+    run: RunKey,
+    replacement: nn.Module,
+    before: States | None = None,
+) -> Any:
+    """Return the transformer with one run replaced.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        run: (stack, first, last).
+        replacement: A module with the blocks' contract.
+        before: The states that enter the run, if known: then no block before it is executed.
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for position, spec in enumerate(adapter.stacks):
+        blocks = list(adapter.blocks(transformer, spec))
+        here = [s.name for s in adapter.stacks].index(run[0])
+        if spec.name == run[0]:
+            head: list[nn.Module] = blocks[: run[1]] if before is None else [FixedStates(adapter, spec, before)]
+            lists[spec.name] = [*head, replacement, *blocks[run[2] + 1 :]]
+        elif before is not None and position < here:
+            lists[spec.name] = []
+    return with_blocks(transformer, lists)
+
+
+def segments_from_runs(num_blocks: int, runs: Collection[tuple[int, int, str | None]]) -> tuple[Segment, ...]:
+    """Turn non-overlapping runs (first, last, start) of one stack into its segments."""
+    segments, position = [], 0
+    for first, last, start in sorted(runs):
+        segments += [Segment(i, i) for i in range(position, first)]
+        segments.append(Segment(first, last, start))
+        position = last + 1
+    return (*segments, *(Segment(i, i) for i in range(position, num_blocks)))

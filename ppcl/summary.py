@@ -1,0 +1,60 @@
+"""What the command line prints: the prediction before training, the table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ppcl.artifacts import CompressionPlan, load_artifact
+from ppcl.files import read_json
+
+
+def describe_runs(plan: CompressionPlan) -> str:
+    """The runs of a plan as ``transformer_blocks 3-5, 7-9``."""
+    parts = []
+    for name, segments in plan.stacks.items():
+        runs = [f"{s.first}-{s.last}" for s in segments if s.is_run]
+        if runs:
+            parts.append(f"{name} {', '.join(runs)}")
+    return "; ".join(parts) or "none"
+
+
+def print_prediction(out: Path) -> None:
+    """Print what a plan should give, before any training."""
+    plan = load_artifact(CompressionPlan, out / "plan.json")
+    p = plan.predicted
+    error = f", velocity error about {p.error:.3f} before distillation" if p.error is not None else ""
+    Console(stderr=True, highlight=False).print(
+        f"  plan: {describe_runs(plan)} -> one block each\n"
+        f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}), {p.speedup:.2f}x as fast{error}"
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def print_summary(out: Path) -> None:
+    """Print the final table and the path of the report."""
+    metrics = read_json(out / "eval" / "metrics.json")
+    table = Table(title=f"{metrics['samples']['prompts']} prompts, features: {metrics['features']}")
+    for name in ("", "teacher", "student", "teacher's own spread"):
+        table.add_column(name, justify="left" if not name else "right")
+    for key in ("params", "fid", "clip_score", "retrieval_at_1", "retrieval_at_5", "latency_ms", "latency_end_to_end_ms"):
+        spread = metrics["teacher_spread"].get(key, {}).get("std")
+        noise = f"± {_number(spread)}" if spread is not None else ""
+        table.add_row(key, _number(metrics["teacher"].get(key)), _number(metrics["student"].get(key)), noise)
+    console = Console(highlight=False)
+    console.print(table)
+    drop, fid = metrics["average_drop"], metrics["fid_ratio"]
+    console.print(
+        f"{metrics['param_ratio']:.1%} of the parameters, {metrics['speedup']:.2f}x as fast, "
+        f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
+        f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
+    )
+    console.print(f'use it:  DiffusionPipeline.from_pretrained("{out / "pipeline"}")', soft_wrap=True)
+    console.print(f"report:  {out / 'report.html'}", soft_wrap=True)

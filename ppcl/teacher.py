@@ -1,0 +1,162 @@
+"""Load the teacher: any diffusers pipeline with a supported transformer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.adapters import adapter_for
+from ppcl.artifacts import ModelInfo, Stack
+from ppcl.cost import count_params
+from ppcl.errors import ModelError, UserError
+from ppcl.files import digest, read_tensor_header
+
+EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "teacher"}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device.
+
+    Raises:
+        UserError: The device is unknown or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}); use --set device=cpu, cuda or auto") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context of a run: ``bf16``, ``fp32``, or ``auto`` (bf16 on CUDA alone)."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def model_path(model: str) -> str:
+    """Return the folder of an embedded model, or ``model`` itself."""
+    return str(EMBEDDED.get(model, model))
+
+
+def check_folder(folder: Path) -> None:
+    """Check a pipeline folder before any heavy import touches it.
+
+    Raises:
+        ModelError: It is not a pipeline, has no transformer, or a weight file is damaged.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} is not a diffusers pipeline: model_index.json is missing; give the pipeline's top folder")
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
+    if not isinstance(components, dict) or "transformer" not in components:
+        raise ModelError(
+            f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
+            "ppcl compresses diffusion transformers, not U-Nets"
+        )
+    for weights in sorted(folder.glob("*/*.safetensors")):
+        read_tensor_header(weights)
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Load a text-to-image pipeline, frozen, in evaluation mode.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id.
+        device: Where it goes.
+        dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
+
+    Returns:
+        The ``DiffusionPipeline``, without a progress bar.
+
+    Raises:
+        ModelError: It cannot be found or loaded, or its transformer is not supported.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    path = model_path(model)
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        known = ", ".join(EMBEDDED)
+        raise ModelError(f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known})")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(f"model {model!r} cannot be loaded: {reason[:300]}; check the name, the network and the files") from None
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise ModelError(f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets")
+    adapter_for(transformer)
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        raise ModelError(f"model {model!r}: its config and its weights disagree (some weights are missing); fetch it again")
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def config_digest(transformer: Any) -> str:
+    """Identify a transformer by its class and config (weights excluded, private keys too)."""
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    return digest(type(transformer).__name__, config)
+
+
+def weights_digest(model: str) -> str:
+    """Identify the weights that a model name stands for: files' sizes and names, or the hub id."""
+    folder = Path(model_path(model))
+    if not folder.is_dir():
+        return digest(model)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([(str(p.relative_to(folder)), p.stat().st_size) for p in files], folder / "model_index.json")
+
+
+def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
+    """Describe a pipeline's transformer for the planner.
+
+    Args:
+        pipeline: The teacher.
+        flops: What :func:`ppcl.cost.count_flops` measured: ``total`` and per-stack lists.
+    """
+    transformer = pipeline.transformer
+    adapter = adapter_for(transformer)
+    stacks = []
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        counted = tuple(flops["stacks"][spec.name]) if flops else ()
+        stacks.append(Stack(spec.name, spec.count_field, len(blocks), tuple(map(count_params, blocks)), counted))
+    others = [c for n, c in pipeline.components.items() if n != "transformer" and isinstance(c, nn.Module)]
+    return ModelInfo(
+        transformer_class=type(transformer).__name__,
+        config_digest=config_digest(transformer),
+        params=count_params(transformer),
+        flops=int(flops["total"]) if flops else 0,
+        bytes_per_param=next(transformer.parameters()).element_size(),
+        other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
+        stacks=tuple(stacks),
+    )
+
+
+def seeds(seed: int, count: int, device: torch.device | str = "cpu") -> Iterator[torch.Generator]:
+    """One generator an image, so that batch size does not change a picture's noise."""
+    for index in range(count):
+        yield torch.Generator(device).manual_seed(seed * 1_000_003 + index)

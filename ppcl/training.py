@@ -1,0 +1,203 @@
+"""One training loop for everything that is trained here.
+
+The caller gives the trainable modules and a ``backward(step)`` that computes its losses
+*and* runs their backward passes; the loop clips, steps, keeps the exponential moving
+average, logs, and saves. All randomness of a step is a function of (seed, step), so a
+resumed run repeats the undisturbed one bit by bit: there is no data position and no
+generator state to restore.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.errors import ArtifactError, TrainingError
+from ppcl.files import read_tensors, write_tensors
+from ppcl.progress import Progress
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs to know.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        learning_rate: Peak of the schedule (linear warm-up, cosine to ``final_fraction`` of it).
+        clip_norm: Largest global gradient norm.
+        ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
+        checkpoint_every: Steps between resumable checkpoints; the newest one is kept.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 0
+    final_fraction: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+def learning_rate_at(step: int, settings: LoopSettings) -> float:
+    """Linear warm-up, then cosine decay to ``final_fraction`` of the peak."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    span = max(1, settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
+    return settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * cosine)
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator that depends on (seed, step, stream) alone."""
+    mixed = (seed * 1_000_003 + step) * 8_191 + stream
+    return torch.Generator().manual_seed(mixed % (2**63 - 1))
+
+
+class TrainingLoop:
+    """Train modules for a number of steps, resumably.
+
+    Args:
+        modules: Trainable modules by name; their parameters with ``requires_grad`` are trained.
+        backward: ``backward(step)`` runs forward and backward of one step and returns scalars to log.
+        settings: See :class:`LoopSettings`.
+        folder: Where ``step-*`` checkpoints live.
+        fingerprint: Identifies the run; a checkpoint of another fingerprint is not resumed.
+        log: Called with one dict a step (already holding ``step``, ``loss`` and so on).
+        label: Name shown beside the progress bar.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        backward: Callable[[int], Mapping[str, float]],
+        settings: LoopSettings,
+        folder: Path,
+        fingerprint: str,
+        log: Callable[[dict[str, Any]], None] | None = None,
+        label: str = "train",
+    ) -> None:
+        self.backward, self.settings, self.folder = backward, settings, Path(folder)
+        self.fingerprint, self.log, self.label = fingerprint, log, label
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.{key}": parameter
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.ema = {k: p.detach().float().clone() for k, p in self.parameters.items()} if settings.ema_decay else {}
+
+    def run(self, until: int | None = None) -> int:
+        """Train to the last step (or to ``until``), resuming the newest checkpoint.
+
+        Returns:
+            The number of steps done in all.
+
+        Raises:
+            TrainingError: A loss or gradient was not finite; the last good state is saved.
+        """
+        start = self.resume()
+        end = min(until or self.settings.steps, self.settings.steps)
+        with Progress(self.label, total=self.settings.steps, start=start) as progress:
+            for step in range(start, end):
+                row = self._step(step)
+                if self.log:
+                    self.log(row)
+                progress.advance(loss=row.get("loss"))
+                if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == end:
+                    self.save(step + 1)
+        return end
+
+    def _step(self, step: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        rate = learning_rate_at(step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        scalars = dict(self.backward(step))
+        trained = [p for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)
+        if not math.isfinite(float(norm)) or not all(math.isfinite(v) for v in scalars.values()):
+            self.save(step)
+            bad = next((k for k, v in scalars.items() if not math.isfinite(v)), "the gradient")
+            raise TrainingError(
+                f"{self.label}: {bad} became NaN or infinite at step {step}; the state before it is kept in "
+                f"{self.folder / f'step-{step}'}; lower the learning rate ({rate:.2g}) and run again"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_ema(step)
+        seconds = time.perf_counter() - began
+        return {"step": step, **scalars, "gradient_norm": float(norm), "learning_rate": rate, "seconds": seconds}
+
+    @torch.no_grad()
+    def _update_ema(self, step: int) -> None:
+        if self.ema:
+            decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
+            targets = [p.detach().float() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.ema.values()), targets, 1 - decay)
+
+    @torch.no_grad()
+    def load_ema(self) -> None:
+        """Copy the moving average into the trained parameters (nothing without one)."""
+        for key, average in self.ema.items():
+            self.parameters[key].copy_(average)
+
+    def save(self, step: int) -> None:
+        """Write ``step-N`` and remove older ones."""
+        tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
+        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
+        for key, parameter in self.parameters.items():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{slot}/{key}"] = value
+        meta = {"step": step, "fingerprint": self.fingerprint, "settings": json.loads(json.dumps(asdict(self.settings)))}
+        target = self.folder / f"step-{step}" / "state.safetensors"
+        write_tensors(target, tensors, meta)
+        for _, folder in self._checkpoints():
+            if folder != target.parent:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        found = self.folder.glob("step-*/state.safetensors")
+        return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found)
+
+    @torch.no_grad()
+    def resume(self) -> int:
+        """Load the newest checkpoint of this fingerprint; return the step to go on from (0 without one)."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            return 0
+        path = checkpoints[-1][1] / "state.safetensors"
+        tensors, meta = read_tensors(path)
+        if meta["fingerprint"] != self.fingerprint:
+            return 0
+        if any(f"model/{key}" not in tensors for key in self.parameters):
+            raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
+        for key, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"model/{key}"])
+            slots = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{name}/{key}" in tensors]
+            if slots:
+                self.optimizer.state[parameter] = {
+                    # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
+                    slot: tensors[f"optimizer/{slot}/{key}"].to(parameter.device) for slot in slots
+                }
+        for key, average in self.ema.items():
+            average.copy_(tensors[f"ema/{key}"])
+        return int(meta["step"])

@@ -1,0 +1,88 @@
+"""Latency, memory and sizes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ppcl.eval.speed import count_params, measure_latency, measure_memory, measure_pair, summarize, weight_bytes
+
+
+def test_summary_of_times() -> None:
+    found = summarize([float(value) for value in range(1, 12)])  # 1 .. 11
+    assert (found.p10_ms, found.median_ms, found.p90_ms) == (2, 6, 10)
+    assert summarize([4.0]).p90_ms == 4.0
+
+
+def test_latency_is_in_milliseconds_and_leaves_the_warm_up_out() -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        time.sleep(0.08 if not calls else 0.01)
+        calls.append(1)
+
+    found = measure_latency(call, runs=3, warmup=1)
+    assert len(calls) == 4
+    assert 10 <= found.p10_ms <= found.median_ms <= found.p90_ms
+    assert found.median_ms < 80
+    with pytest.raises(ValueError, match="runs"):
+        measure_latency(call, runs=0)
+
+
+def test_pair_alternates_and_keeps_the_times_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr("ppcl.eval.speed.time.perf_counter", lambda: clock[0])
+
+    def a() -> None:
+        order.append("a")
+        clock[0] += 0.002
+
+    def b() -> None:
+        order.append("b")
+        clock[0] += 0.001
+
+    first, second = measure_pair(a, b, runs=4, warmup=1)
+    assert "".join(order) == "ab" + "abba" * 2
+    assert [first.median_ms, second.median_ms] == pytest.approx([2, 1])
+    with pytest.raises(ValueError, match="runs"):
+        measure_pair(a, b, runs=0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident set is read from /proc")
+def test_memory_of_a_call_does_not_depend_on_the_one_before() -> None:
+    def fill(megabytes: int) -> None:
+        torch.ones(megabytes, 1024, 1024, dtype=torch.uint8)
+
+    fill(1)
+    found = [measure_memory(lambda size=size: fill(size)) for size in (96, 48)]  # type: ignore[misc]
+    assert {memory.measure for memory in found} == {"resident"}
+    if any(memory.growth_bytes is None for memory in found):
+        pytest.skip("this kernel does not reset the high-water mark")
+    megabytes = [(memory.growth_bytes or 0) / 2**20 for memory in found]
+    assert megabytes == [pytest.approx(96, abs=6), pytest.approx(48, abs=6)]
+
+
+def test_memory_without_proc_is_unknown_but_the_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: Path, *_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "write_text", missing)
+    calls: list[int] = []
+    assert measure_memory(lambda: calls.append(1)).growth_bytes is None
+    assert calls == [1]
+
+
+def test_counts() -> None:
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    assert count_params(module) == 9
+    norm = nn.BatchNorm1d(2)  # 4 parameters, buffers of 2 + 2 floats and one int64
+    assert weight_bytes(norm) == 4 * 8 + 8
+    assert weight_bytes(norm, "cpu") == weight_bytes(norm)
+    assert weight_bytes(norm.to("meta"), "cpu") == 0

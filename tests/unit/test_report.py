@@ -1,0 +1,515 @@
+"""The report is built from a run directory's files alone, whatever is missing or damaged there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ppcl.artifacts import (
+    Analysis,
+    Candidate,
+    Candidates,
+    CompressionPlan,
+    ModelInfo,
+    Prediction,
+    Segment,
+    Stack,
+    StackAnalysis,
+    save_artifact,
+)
+from ppcl.errors import ArtifactError
+from ppcl.eval.figures import loss_points, select_candidates, smooth
+from ppcl.eval.report import readme_picture, write_report
+from ppcl.eval.report_data import differences, pick, read_log, read_run
+from ppcl.eval.report_html import count, duration, number
+from ppcl.eval.report_pictures import find_pairs, spread, thumbnails
+from ppcl.eval.report_scores import verdict
+from ppcl.eval.report_sections import headline_sentence, load_lines
+from ppcl.files import write_json
+
+NUM_BLOCKS = 24
+RUNS = ((3, 5), (8, 11), (13, 15), (18, 19))
+STACK = "transformer_blocks"
+HOSTILE = "<script>alert(\"x\")</script> & 'quoted'"
+
+
+def make_model(num_blocks: int = NUM_BLOCKS) -> ModelInfo:
+    """A teacher of one stack with equal blocks."""
+    stack = Stack(STACK, "num_layers", num_blocks, (590_000,) * num_blocks, (19_000_000,) * num_blocks)
+    return ModelInfo("QwenImageTransformer2DModel", "abc", 14_400_000, 470_000_000, 4, 60_000_000, (stack,))
+
+
+def make_analysis(num_blocks: int = NUM_BLOCKS) -> Analysis:
+    """A plausible analysis: the first and last blocks are the least linear."""
+    rng = np.random.default_rng(0)
+    effect = 0.004 + 0.05 * np.abs(np.linspace(-1, 1, num_blocks)) ** 4 + 0.004 * rng.random(num_blocks)
+
+    def row(u: int) -> tuple[float | None, ...]:
+        losses = [float(effect[u : k + 1].sum() * (1 + 0.2 * (k - u))) for k in range(u, num_blocks)]
+        return (None,) * u + tuple(1 - loss for loss in losses)
+
+    cka = tuple(row(u) for u in range(num_blocks))
+    error = tuple(float(x) for x in 0.08 + 6 * effect)
+    stack = StackAnalysis(
+        name=STACK,
+        cka=cka,
+        cka_by_stream={"img": cka, "txt": cka},
+        intervals=((2, 5), (8, 10), (12, 16)),
+        probe_error={"img": error, "txt": tuple(0.7 * e for e in error)},
+        ridge={"img": (1e-4,) * num_blocks, "txt": (1e-4,) * num_blocks},
+        influence=tuple(float(x) for x in 3 * effect),
+        ffn_linearity={"img": tuple(1.4 * e for e in error), "txt": (None, *error[1:])},
+        text_linearity={"input": (None, *error[1:]), "output": (None, *(0.5 * e for e in error[1:]))},
+    )
+    return Analysis(make_model(num_blocks), (stack,), 1024, {"img": 36_864, "txt": 12_288}, 41.2)
+
+
+def make_candidates() -> Candidates:
+    """Every run of two to four blocks; the longest are not fitted."""
+    rng = np.random.default_rng(1)
+    found = []
+    for first in range(1, NUM_BLOCKS - 4):
+        for last in range(first + 1, first + 4):
+            probe = 0.04 * (last - first) * (1 + float(rng.random()))
+            taken = (first, last) in RUNS
+            fitted = None if last - first == 3 and not taken else probe * (0.4 + 0.2 * float(rng.random()))
+            found.append(Candidate(STACK, first, last, probe, "middle" if fitted else None, fitted))
+    return Candidates(tuple(found), 50, 98.0)
+
+
+def make_plan(width: dict[str, Any] | None = None) -> CompressionPlan:
+    """Merge ``RUNS``; ``width`` goes into the first kept block."""
+    segments, block = [Segment(0, 0, width=width or {})], 1
+    while block < NUM_BLOCKS:
+        last = next((b for a, b in RUNS if a == block), block)
+        segments.append(Segment(block, last, "middle" if last > block else None))
+        block = last + 1
+    predicted = Prediction(9_700_000, 0.674, 1.49, 98_800_000, 0.127)
+    return CompressionPlan(make_model(), "optimal", {"keep": 0.7}, {STACK: tuple(segments)}, predicted)
+
+
+def make_metrics() -> dict[str, Any]:
+    """The content of eval/metrics.json."""
+
+    def side(params: int, fid: float, clip: float, latency: float) -> dict[str, float]:
+        return {
+            "params": params,
+            "fid": fid,
+            "clip_score": clip,
+            "retrieval_at_1": clip / 60,
+            "retrieval_at_5": clip / 45,
+            "latency_ms": latency,
+            "latency_end_to_end_ms": 22 * latency,
+            "peak_memory_bytes": params * 40,
+        }
+
+    values = {"fid": [31.0, 32.2], "clip_score": [28.3, 28.1]}
+    values |= {"retrieval_at_1": [0.47, 0.5], "retrieval_at_5": [0.63, 0.64]}
+    return {
+        "schema_version": 1,
+        "features": "emoji",
+        "num_inference_steps": 20,
+        "samples": {"prompts": 128, "references": 400, "teacher_seeds": 2},
+        "teacher": side(14_400_000, 31.0, 28.3, 24.5),
+        "student": side(9_700_000, 36.4, 27.7, 16.9),
+        "teacher_spread": {
+            k: {"mean": sum(v) / 2, "std": abs(v[0] - v[1]) / math.sqrt(2), "values": v} for k, v in values.items()
+        },
+        "fidelity": {
+            "psnr": 21.4,
+            "ssim": 0.83,
+            "feature_cosine": 0.94,
+            "velocity_error": 0.061,
+            "velocity_error_undistilled": 0.142,
+            "teacher_psnr_other_seed": 12.8,
+        },
+        "average_drop": 2.12,
+        "average_drop_per_metric": {"clip_score": 2.1, "retrieval_at_1": 2.1, "retrieval_at_5": 2.2},
+        "fid_ratio": 1.17,
+        "fid_reference": "real",
+        "param_ratio": 0.674,
+        "speedup": 1.45,
+        "speedup_end_to_end": 1.38,
+    }
+
+
+def write_pictures(run: Path, prompts: list[str], side: int = 48, noise: bool = False) -> None:
+    """Teacher with two seeds, student with one: a disc a prompt, or noise that no codec can shrink."""
+    rng = np.random.default_rng(2)
+    grid = np.mgrid[:side, :side] / side
+    for name, shift in (("teacher/seed-0", 0.0), ("student/seed-0", 0.03), ("teacher/seed-1", 0.2)):
+        folder = run / "eval" / name
+        folder.mkdir(parents=True)
+        write_json(folder / "prompts.json", {"prompts": prompts, "seed": int(name[-1])})
+        for index in range(len(prompts)):
+            pixels = np.full((side, side, 3), 255, np.uint8)
+            inside = (grid[0] - 0.5) ** 2 + (grid[1] - 0.4 - shift) ** 2 < 0.1
+            pixels[inside] = (40 + 3 * index % 200, 120, 200)
+            if noise:
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+
+
+def write_log(run: Path) -> None:
+    """Three stages, a repeated stretch after a resume, and a last line that was cut off."""
+    rng = np.random.default_rng(3)
+    lines = []
+    for stage, steps in (("fit", 50), ("distill.local", 300), ("distill.output", 200)):
+        for step in [*range(steps), *range(steps - 10, steps)]:
+            loss = math.exp(-3 * step / steps) * (0.2 + 0.05 * float(rng.random()))
+            row = {"stage": stage, "step": step, "loss": loss, "learning_rate": 1e-3, "seconds": 0.2}
+            lines.append(json.dumps(row))
+    (run / "log.jsonl").write_text("\n".join(lines) + '\n{"stage": "distill.output", "st', encoding="utf-8")
+
+
+def write_run(run: Path, prompts: list[str]) -> Path:
+    """A complete run directory."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = {
+        "command": "ppcl compress emoji --out runs/emoji --keep 0.7",
+        "versions": {"ppcl": "0.1.0", "torch": "2.9.0", "diffusers": "0.36.0"},
+        "seed": 0,
+        "device": "cpu",
+        "git_commit": "0123abc",
+        "model": "emoji",
+        "config": {"plan": {"mode": "optimal", "keep": 0.7}, "distill": {"local_steps": 300}},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    save_artifact(make_analysis(), run / "analysis.json")
+    save_artifact(make_candidates(), run / "candidates.json")
+    save_artifact(make_plan(), run / "plan.json")
+    write_log(run)
+    write_json(run / "eval" / "metrics.json", make_metrics())
+    write_pictures(run, prompts)
+    write_json(run / "pipeline" / "model_index.json", {})
+    seconds = {"capture": 61.0, "analyze": 41.2, "fit": 98.0, "plan": 0.2, "distill": 190.5, "evaluate": 122.0}
+    write_json(run / "stages.json", {name: {"seconds": value} for name, value in seconds.items()})
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A complete run of twelve prompts, the first of them hostile."""
+    return write_run(tmp_path / "run", [HOSTILE, *(f"prompt number {i}" for i in range(1, 12))])
+
+
+class Balanced(HTMLParser):
+    """Fails on unbalanced tags, and collects texts and attributes."""
+
+    VOID = ("meta", "img", "br", "input", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def parse(path: Path) -> Balanced:
+    """Parse a report and check what every report must be."""
+    content = path.read_text(encoding="utf-8")
+    assert len(content.encode()) < 5_000_000
+    assert not re.search(r"(?:src|href)\s*=\s*[\"']?\s*(?:https?:)?//", content)
+    assert not re.search(r"url\((?!#)|@import", content)
+    parser = Balanced()
+    parser.feed(content)
+    parser.close()
+    assert parser.open == []
+    assert all(link.startswith(("#", "data:image/")) for link in parser.links)
+    return parser
+
+
+def body_text(path: Path) -> str:
+    """All text of a report, without its style and script."""
+    content = re.sub(r"<(style|script)>.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    parser = Balanced()
+    parser.feed(content)
+    return " ".join("".join(parser.texts).split())
+
+
+def test_complete_run(run: Path) -> None:
+    path = write_report(run)
+    assert path == run / "report.html"
+    parse(path)
+    content, words = path.read_text(encoding="utf-8"), body_text(path)
+    assert "67% of the parameters, 1.45 times as fast, average drop 2.1%" in words
+    assert "predicted 67.4%" in words
+    assert "predicted 1.49\N{MULTIPLICATION SIGN}" in words
+    assert f'DiffusionPipeline.from_pretrained("{run.as_posix()}/pipeline")' in words
+    assert content.count("<li class=pair>") == 12 + 6
+    assert content.count("<svg") == 5 + 3  # map, differences, scores, linearity, candidates; three loss curves
+    assert content.count("How to read:") == 8
+    assert "Of 24 blocks 16 are left: 4 runs" in words
+    assert "Outside the teacher's own spread: worse" in words
+    assert "Small sample: 128 prompts" in words
+    assert "ppcl compress emoji --out runs/emoji --keep 0.7" in words
+    assert "Nothing to show yet" not in words
+    assert not list(run.glob(".*"))
+
+
+def test_same_run_gives_same_bytes(run: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+
+
+def test_colours_follow_the_page(run: Path) -> None:
+    assert "#0a0b0" not in write_report(run).read_text(encoding="utf-8")
+
+
+def test_hostile_prompt_is_text(run: Path) -> None:
+    path = write_report(run)
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
+    assert HOSTILE in body_text(path)
+
+
+def test_only_analysis_and_plan(tmp_path: Path) -> None:
+    save_artifact(make_analysis(), tmp_path / "analysis.json")
+    save_artifact(make_plan(), tmp_path / "plan.json")
+    path = write_report(tmp_path)
+    parse(path)
+    words = body_text(path)
+    assert "Planned, not measured yet: 67% of the parameters, about 1.49 times as fast (predicted)" in words
+    assert "eval/metrics.json is written by the evaluate stage" in words
+    assert "candidates.json is written by the fit stage" in words
+    assert "pipeline is written by the export stage" in words
+    assert path.read_text(encoding="utf-8").count("<svg") == 4
+
+
+def test_empty_run(tmp_path: Path) -> None:
+    path = write_report(tmp_path)
+    parse(path)
+    assert "Nothing has been measured in this run yet" in body_text(path)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "analysis.json", "candidates.json", "plan.json", "eval/metrics.json"])
+def test_damaged_file_costs_its_part_only(run: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    (run / name).write_text('{"schema_version": 1, "x', encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        path = write_report(run)
+    parse(path)
+    assert "Left out:" in body_text(path)
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize("null", [None, math.nan], ids=["null", "not a number"])
+def test_null_metrics(run: Path, null: float | None) -> None:
+    def blank(value: object) -> object:
+        return {k: blank(v) for k, v in value.items()} if isinstance(value, dict) else null
+
+    write_json(run / "eval" / "metrics.json", blank(make_metrics()))
+    path = write_report(run)
+    parse(path)
+    words = body_text(path)
+    assert "Not measured." in words
+    assert "nan" not in words.lower().split()
+    assert "None" not in words
+
+
+def test_empty_stacks_and_logs(run: Path) -> None:
+    empty = StackAnalysis(STACK, (), {}, (), {}, {}, ())
+    save_artifact(Analysis(make_model(), (empty,), 0, {}, 0.0), run / "analysis.json")
+    save_artifact(Candidates((), 0, 0.0), run / "candidates.json")
+    (run / "log.jsonl").write_text('{"stage": "fit", "step": 0, "loss": NaN}\n[]\n{}\n', encoding="utf-8")
+    parse(write_report(run))
+
+
+def test_two_stacks(tmp_path: Path) -> None:
+    model, stack = make_model(), make_analysis().stacks[0]
+    names = ("double_blocks", "single_$x_blocks$")
+    stacks = tuple(StackAnalysis(**{**vars(stack), "name": name}) for name in names)
+    save_artifact(Analysis(model, stacks, 8, {"img": 8}, 1.0), tmp_path / "analysis.json")
+    plan = make_plan()
+    segments = plan.stacks[STACK]
+    save_artifact(
+        CompressionPlan(model, "optimal", {}, dict.fromkeys(names, segments), plan.predicted), tmp_path / "plan.json"
+    )
+    found = tuple(Candidate(name, a, b, 0.2, "first", 0.1) for name in names for a, b in RUNS)
+    save_artifact(Candidates(found, 1, 1.0), tmp_path / "candidates.json")
+    path = write_report(tmp_path)
+    parse(path)
+    assert path.read_text(encoding="utf-8").count("<svg") == 9
+    assert "single_$x_blocks$ 8\N{EN DASH}11" in body_text(path)
+
+
+def test_last_line_of_a_step_wins_and_damage_is_skipped(tmp_path: Path) -> None:
+    lines = [{"stage": "fit", "step": 1, "loss": 3.0}, {"stage": "fit", "step": 0, "loss": 2.0}]
+    lines += [{"stage": "fit", "step": 1, "loss": 1.0}, {"step": 4}, {"stage": "fit"}]
+    path = tmp_path / "log.jsonl"
+    path.write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n{"stage": "fit", "step": 2, "lo\xff')
+    rows = read_log(path)["fit"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 2.0), (1, 1.0)]
+
+
+def test_size_limit_with_64_large_pairs(run: Path) -> None:
+    for name in ("teacher", "student"):
+        for file in (run / "eval" / name).rglob("*"):
+            if file.is_file():
+                file.unlink()
+        for folder in (run / "eval" / name).iterdir():
+            folder.rmdir()
+    write_pictures(run, ["x" * 300] * 70, side=256, noise=True)
+    path = write_report(run)
+    parse(path)
+    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 64 + 6
+
+
+def test_small_pictures_keep_every_pixel(run: Path) -> None:
+    import base64
+    import io
+
+    source = run / "eval" / "teacher" / "seed-0" / "0000.png"
+    uri = thumbnails([source])[source]
+    stored = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(Image.open(source)))
+
+
+def test_unreadable_picture_is_left_out_and_said(run: Path) -> None:
+    source = run / "eval" / "student" / "seed-0" / "0003.png"
+    source.write_bytes(source.read_bytes()[:60])
+    path = write_report(run)
+    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 11 + 5
+    assert "1 pair is left out" in body_text(path)
+
+
+def test_pairs_share_prompt_and_seed(run: Path) -> None:
+    (run / "eval" / "student" / "seed-0" / "0002.png").unlink()
+    pairs = find_pairs(run)
+    assert len(pairs) == 11
+    assert all(p.teacher.name == p.student.name for p in pairs)
+    assert all(p.teacher.parent.name == p.student.parent.name == "seed-0" for p in pairs)
+    assert {p.other.parent.name for p in pairs if p.other} == {"seed-1"}
+    assert pairs[2].prompt == "prompt number 3"
+
+
+def test_spread_is_even_and_in_order() -> None:
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]  # type: ignore[arg-type,comparison-overlap]
+    assert spread([], 4) == []
+
+
+def test_readme_picture(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    readme_picture(run, out, columns=4)
+    with Image.open(out) as sheet:
+        four = sheet.size
+    readme_picture(run, out, columns=99)
+    with Image.open(out) as sheet:
+        assert sheet.size[0] > four[0]
+        assert sheet.size[1] == four[1]
+        assert len(np.unique(np.asarray(sheet))) > 2
+    with pytest.raises(ArtifactError, match="evaluate"):
+        readme_picture(tmp_path, out)
+
+
+def test_width_plan_needs_the_import(run: Path) -> None:
+    assert "ppcl.pipelines" not in load_lines(read_run(run))
+    save_artifact(make_plan({"modulation": {"rank": 8}}), run / "plan.json")
+    assert "import ppcl.pipelines" in load_lines(read_run(run))
+    assert "Narrower inside: modulation in 1 blocks" in body_text(write_report(run))
+
+
+def test_headline_says_what_is_predicted(run: Path) -> None:
+    metrics = {**make_metrics(), "speedup": None, "average_drop": None}
+    write_json(run / "eval" / "metrics.json", metrics)
+    assert headline_sentence(read_run(run)) == "67% of the parameters, about 1.49 times as fast (predicted)"
+
+
+@pytest.mark.parametrize(
+    ("student", "values", "lower", "expected"),
+    [
+        (10.5, [10.0, 10.6], True, "Inside"),
+        (12.0, [10.0, 10.6], True, "worse"),
+        (8.0, [10.0, 10.6], True, "better"),
+        (8.0, [10.0, 10.6], False, "worse"),
+        (12.0, [10.0], True, "unknown"),
+        (None, [10.0, 10.6], True, "Not measured"),
+    ],
+)
+def test_verdict(student: float | None, values: list[float], lower: bool, expected: str) -> None:
+    assert expected in verdict(10.0, student, values, lower)
+
+
+def test_differences_are_equation_4() -> None:
+    cka = ((1.0, 0.9, 0.7), (None, 0.95, 0.85), (None, None, 0.99))
+    stack = StackAnalysis(STACK, cka, {}, (), {}, {}, (0.0, 0.0, 0.0))
+    assert [k for k, _ in differences(stack, 0)] == [1, 2]
+    assert [d for _, d in differences(stack, 0)] == pytest.approx([0.1, 0.2])
+    assert [d for _, d in differences(stack, 1)] == pytest.approx([0.1])
+    assert differences(stack, 2) == []
+
+
+def test_chosen_candidates_are_always_shown() -> None:
+    found = make_candidates().candidates
+    chosen = {(STACK, a, b) for a, b in RUNS}
+    shown = select_candidates(found, chosen, limit=10)
+    assert len(shown) == 10
+    assert chosen <= {(c.stack, c.first, c.last) for c in shown}
+
+
+def test_loss_points_skip_what_a_log_axis_cannot_show() -> None:
+    rows = [{"step": i, "loss": v} for i, v in enumerate([1.0, 0.0, -1.0, math.nan, None, 0.5])]
+    assert loss_points(rows) == [(0.0, 1.0), (5.0, 0.5)]
+    assert len(loss_points([{"step": i, "loss": 1.0} for i in range(10_000)])) <= 500
+    assert smooth([1.0, 9.0, 1.0], 3) == [5.0, 1.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(None), "\N{EN DASH}"),
+        (number(0.0), "0.000"),
+        (number(0.1234), "0.123"),
+        (number(1.449), "1.45"),
+        (number(28.31), "28.3"),
+        (number(412.3), "412"),
+        (number(-0.6), "\N{MINUS SIGN}0.600"),
+        (count(14_400_000), "14.4 M"),
+        (count(20_300_000_000), "20.3 B"),
+        (duration(7523), "2 h 5 min"),
+        (duration(3.21), "3.2 s"),
+    ],
+)
+def test_numbers(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_pick_takes_finite_numbers_only() -> None:
+    data = {"a": {"b": 2, "c": None, "d": "3", "e": True, "f": math.inf}}
+    assert pick(data, "a", "b") == 2.0
+    assert [pick(data, "a", key) for key in "cdefx"] == [None] * 5
+    assert pick(data, "a", "b", "c") is None
+
+
+def test_no_torch_needed() -> None:
+    code = "import sys, ppcl.eval.report; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
