@@ -339,7 +339,13 @@ def _samples(prompts: Sequence[str], references: Tensor | None, seeds: Sequence[
     return {"prompts": len(prompts), "references": count, "teacher_seeds": len(seeds)}
 
 
-def summary(quality: Quality, cost: Costs, params: tuple[int, int], velocity_error: float | None) -> dict[str, Any]:
+def summary(
+    quality: Quality,
+    cost: Costs,
+    params: tuple[int, int],
+    velocity_error: float | None,
+    velocity_error_undistilled: float | None = None,
+) -> dict[str, Any]:
     """Put scores and costs side by side, as ``metrics.json`` holds them; NaN and infinity become None."""
     teacher = {"params": params[0], **quality.teacher[0], **cost.teacher}
     student = {"params": params[1], **quality.student, **cost.student}
@@ -350,7 +356,11 @@ def summary(quality: Quality, cost: Costs, params: tuple[int, int], velocity_err
             "teacher": teacher,
             "student": student,
             "teacher_spread": spread(quality.teacher),
-            "fidelity": {**quality.fidelity, "velocity_error": velocity_error},
+            "fidelity": {
+                **quality.fidelity,
+                "velocity_error": velocity_error,
+                "velocity_error_undistilled": velocity_error_undistilled,
+            },
             **comparison(teacher, student),
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl.config import RunConfig
+from ppcl.config import RunConfig, load_config
 from ppcl.stages import STAGES, Run
 
 
@@ -23,7 +23,7 @@ def compress(model: str, out: str | Path, config: RunConfig | None = None, promp
     Raises:
         UserError: Anything that a user can mend; the message says how.
     """
-    run = Run(model, Path(out), config or RunConfig(), Path(prompts) if prompts else None, "ppcl.compress(...)")
+    run = Run(model, Path(out), config or load_config([], []), Path(prompts) if prompts else None, "ppcl.compress(...)")
     for stage in STAGES:
         run.run(stage)
     return run.out / "pipeline"

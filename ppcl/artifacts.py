@@ -209,30 +209,34 @@ def to_jsonable(value: Any) -> Any:
 
 def _build(kind: Any, value: Any) -> Any:
     """Build an annotated type from JSON values; ValueError on a mismatch."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
-            raise ValueError(f"unknown entry '{sorted(unknown)[0]}'")
+            raise ValueError(f"unknown entry '{min(unknown)}'")
         return kind(**{k: _build(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value)
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_build(arguments[0], v) for v in value)
-        return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))
-    if origin is dict:
-        return {k: _build(arguments[1], v) for k, v in value.items()}
+    if typing.get_origin(kind) is not None:
+        return _build_generic(typing.get_origin(kind), typing.get_args(kind), value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind):
         raise ValueError(f"{value!r} is not {kind.__name__}")
     return value
+
+
+def _build_generic(origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
+    """Build ``X | None``, tuples and dicts."""
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value)
+    if origin is dict:
+        return {k: _build(arguments[1], v) for k, v in value.items()}
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_build(arguments[0], v) for v in value)
+    return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))
 
 
 def save_artifact(artifact: Any, path: str | Path) -> None:
@@ -249,9 +253,7 @@ def load_artifact(kind: type[T], path: str | Path) -> T:
     data = read_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema_version {version}, expected {SCHEMA_VERSION}; delete it and run again"
-        )
+        raise ArtifactError(f"{path} has schema_version {version}, expected {SCHEMA_VERSION}; delete it and run again")
     try:
         return typing.cast(T, _build(kind, data))
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,9 +1,9 @@
 """The bundle: a plan and its trained substitutes, from which a pipeline is built.
 
-    bundle/plan.json                 the plan
-    bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
-    bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
-    bundle/bundle.json               how it was trained, and hashes of the above
+bundle/plan.json                 the plan
+bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
+bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
+bundle/bundle.json               how it was trained, and hashes of the above
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_artifact(bundle.plan, temporary / "plan.json")
-        tensors = {f"{run_name(r)}/{k}": v for r, block in bundle.substitutes.items() for k, v in block.state_dict().items()}
+        tensors = {
+            f"{run_name(r)}/{k}": v for r, block in bundle.substitutes.items() for k, v in block.state_dict().items()
+        }
         write_tensors(temporary / "substitutes.safetensors", tensors)
         if bundle.tuned:
             write_tensors(temporary / "tuned.safetensors", bundle.tuned)

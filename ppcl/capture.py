@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,4 +229,4 @@ def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterator[dic
         target = velocity(teacher, moved).double()
         difference += float((velocity(student, moved).double() - target).pow(2).sum())
         total += float(target.pow(2).sum())
-    return (difference / total) ** 0.5
+    return math.sqrt(difference / total)

@@ -48,8 +48,13 @@ def parse_size(text: str) -> float:
 
 
 def resolve(
-    model: str, files: list[Path] | None, sets: list[str] | None, keep: float | None, speedup: float | None,
-    fit: str | None, mode: str | None,
+    model: str,
+    files: list[Path] | None,
+    sets: list[str] | None,
+    keep: float | None,
+    speedup: float | None,
+    fit: str | None,
+    mode: str | None,
 ) -> Any:
     """Build the config: built-in file for the embedded model, files, overrides, budget options."""
     from ppcl.config import load_config
@@ -68,8 +73,15 @@ def resolve(
 
 
 def _open(
-    model: str, out: Path, files: list[Path] | None, sets: list[str] | None, prompts: Path | None,
-    keep: float | None = None, speedup: float | None = None, fit: str | None = None, mode: str | None = None,
+    model: str,
+    out: Path,
+    files: list[Path] | None,
+    sets: list[str] | None,
+    prompts: Path | None,
+    keep: float | None = None,
+    speedup: float | None = None,
+    fit: str | None = None,
+    mode: str | None = None,
 ) -> Any:
     from ppcl.config import load_config  # noqa: F401 - config errors come before heavy imports
     from ppcl.stages import Run
@@ -88,8 +100,15 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def compress(
-    model: Model, out: Out, config: Files = None, set_: Sets = None, prompts: Prompts = None, keep: Keep = None,
-    speedup: Speedup = None, fit: Fit = None, mode: Mode = None,
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    speedup: Speedup = None,
+    fit: Fit = None,
+    mode: Mode = None,
 ) -> None:
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
     from ppcl.stages import STAGES
@@ -113,8 +132,15 @@ def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo")) -> Non
 
 def _stage_command(stage: str) -> None:
     def command(
-        model: Model, out: Out, config: Files = None, set_: Sets = None, prompts: Prompts = None, keep: Keep = None,
-        speedup: Speedup = None, fit: Fit = None, mode: Mode = None,
+        model: Model,
+        out: Out,
+        config: Files = None,
+        set_: Sets = None,
+        prompts: Prompts = None,
+        keep: Keep = None,
+        speedup: Speedup = None,
+        fit: Fit = None,
+        mode: Mode = None,
     ) -> None:
         run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
         ran = run.run(stage)
@@ -138,7 +164,9 @@ def compare(
     set_: Sets = None,
     prompts: Prompts = None,
     keep: Keep = None,
-    table: Annotated[Path | None, typer.Option("--table", help="also write the table here, e.g. docs/compare.md")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/compare.md")
+    ] = None,
 ) -> None:
     """Compare plans under one budget and the same training steps; one table."""
     from ppcl.compare import compare_plans

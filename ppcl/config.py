@@ -90,7 +90,8 @@ class DistillConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.98, ge=0, lt=1, description="0 turns the moving average off")
     loss: Literal["normalized", "direction"] = Field(
-        "normalized", description="normalized: direction + magnitude by the teacher's norm; direction: the paper's eq. 6"
+        "normalized",
+        description="normalized: direction + magnitude by the teacher's norm; direction: the paper's eq. 6",
     )
     sequence: Literal["non-sequential", "sequential"] = Field(
         "non-sequential", description="sequential: substitutes see the student's states, as an ablation"
@@ -191,9 +192,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_config(
-    files: list[Path], overrides: list[str], defaults: dict[str, Any] | None = None
-) -> RunConfig:
+def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any] | None = None) -> RunConfig:
     """Build the config from defaults, YAML files and ``a.b=c`` overrides, later ones winning.
 
     Raises:

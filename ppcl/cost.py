@@ -16,7 +16,9 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_flops(transformer: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], call: Callable[[], Any], samples: int) -> dict[str, Any]:
+def count_flops(
+    transformer: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], call: Callable[[], Any], samples: int
+) -> dict[str, Any]:
     """Count forward FLOPs with torch's counter.
 
     Args:

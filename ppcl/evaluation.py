@@ -58,7 +58,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     count = settings.velocity_states
     error = velocity_error(teacher.transformer, student.transformer, held_out.batches(count, count))
     one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
-    metrics = evaluate(
+    return evaluate(
         teacher,
         student,
         prompts=run.evaluation_prompts,
@@ -74,7 +74,6 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         params=(count_params(teacher.transformer), count_params(student.transformer)),
         models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
     )
-    return metrics
 
 
 def undistilled_error(run: Run, held_out: States) -> float:

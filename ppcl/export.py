@@ -17,9 +17,7 @@ from ppcl.teacher import model_path
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(
-    pipeline: Any, student: Any, plan: CompressionPlan, source: str, out: Path, settings: ExportConfig
-) -> Path:
+def export(pipeline: Any, student: Any, plan: CompressionPlan, source: str, out: Path, settings: ExportConfig) -> Path:
     """Write the pipeline with the student in the transformer's place; nothing of ours is needed to load it.
 
     The other components are copied from the source folder byte by byte where it is a folder,

@@ -88,9 +88,7 @@ def read_json(path: str | Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
-) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
     """Write tensors as safetensors, atomically; ``metadata`` is kept as one JSON string."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -223,6 +223,3 @@ def _train(
     modules = {run_name(run).replace(".", "_"): block for run, block in substitutes.items()}
     fingerprint = digest(sorted(modules), settings.model_dump(), seed)
     TrainingLoop(modules, backward, loop_settings, out / "checkpoints" / "fit", fingerprint, log, "fit").run()
-
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from ppcl.artifacts import (
     Analysis,
@@ -115,7 +116,9 @@ def _stack_table(stack: Stack, candidates: Sequence[Candidate]) -> dict[int, tup
     return best[-1]
 
 
-def paper_ladder(analysis: Analysis, costs: Mapping[tuple[str, int, int], Candidate], settings: PlanConfig) -> list[Runs]:
+def paper_ladder(
+    analysis: Analysis, costs: Mapping[tuple[str, int, int], Candidate], settings: PlanConfig
+) -> list[Runs]:
     """The paper's intervals, added one after another in order of least damage."""
     intervals = []
     for found in analysis.stacks:
@@ -157,7 +160,7 @@ def _even_runs(name: str, low: int, high: int, removed: int) -> list[tuple[str, 
     if groups < 1 or removed < 1:
         return []
     edges = [low + round(i * (high - low) / groups) for i in range(groups + 1)]
-    return [(name, a, b - 1) for a, b in zip(edges[:-1], edges[1:], strict=True) if b - a > 1]
+    return [(name, a, b - 1) for a, b in pairwise(edges) if b - a > 1]
 
 
 def influence_ladder(analysis: Analysis, settings: PlanConfig) -> list[Runs]:
@@ -196,9 +199,7 @@ def segments(
     return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
 
 
-def build_prediction(
-    model: ModelInfo, runs: Runs, costs: Mapping[tuple[str, int, int], Candidate]
-) -> Prediction:
+def build_prediction(model: ModelInfo, runs: Runs, costs: Mapping[tuple[str, int, int], Candidate]) -> Prediction:
     """Predict a set of runs."""
     squares = [cost_of(costs.get(run)) for run in runs]
     error = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else None

@@ -23,7 +23,9 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"prompts file {path} cannot be read as UTF-8 text ({error})") from None
     prompts = list(dict.fromkeys(line for line in lines if line))
     if len(prompts) < 4:
-        raise UserError(f"prompts file {path} holds {len(prompts)} different prompts, at least 4 are needed; one a line")
+        raise UserError(
+            f"prompts file {path} holds {len(prompts)} different prompts, at least 4 are needed; one a line"
+        )
     return prompts
 
 

@@ -57,7 +57,9 @@ class Run:
         ArtifactError: The directory belongs to another model or another prompts file.
     """
 
-    def __init__(self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = "") -> None:
+    def __init__(
+        self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
+    ) -> None:
         self.model, self.out, self.config, self.command = model, out, config, command
         from ppcl.teacher import weights_digest
 
@@ -74,7 +76,8 @@ class Run:
             if not isinstance(stages, dict) or stages.get("identity") != self.identity:
                 owner = stages.get("model", "another model") if isinstance(stages, dict) else "another model"
                 raise ArtifactError(
-                    f"{self.out} holds a run of {owner} with other weights, prompts or seed; choose another --out or delete it"
+                    f"{self.out} holds a run of {owner} with other weights, prompts or seed; "
+                    "choose another --out or delete it"
                 )
             self.stages: dict[str, Any] = stages
             return
@@ -139,7 +142,7 @@ class Run:
         """Whether a stage ran with what it depends on now, and its products are there."""
         record = self.stages.get(stage)
         products = all((self.out / name).exists() for name in PRODUCTS[stage])
-        return bool(record) and record["digest"] == self.depends(stage) and products
+        return record is not None and record["digest"] == self.depends(stage) and products
 
     def run(self, stage: str) -> bool:
         """Run a stage unless it is done; returns whether it ran.
@@ -149,7 +152,9 @@ class Run:
         """
         position = STAGES.index(stage)
         if position and not self.is_done(STAGES[position - 1]):
-            raise UserError(f"ppcl {stage} needs the stage before it; run ppcl {STAGES[position - 1]} first, or ppcl compress")
+            raise UserError(
+                f"ppcl {stage} needs the stage before it; run ppcl {STAGES[position - 1]} first, or ppcl compress"
+            )
         if self.is_done(stage):
             return False
         self._write_config()

@@ -26,7 +26,7 @@ def run_name(key: RunKey) -> str:
     return f"{key[0]}/{key[1]}-{key[2]}"
 
 
-def start_block(blocks: Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
+def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.Module:
     """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
 
     Args:
@@ -47,7 +47,8 @@ def start_block(blocks: Sequence[nn.Module], first: int, last: int, start: str) 
         with torch.no_grad():
             for name, parameter in block.named_parameters():
                 parameter.copy_(torch.stack([m[name].float() for m in members]).mean(0))
-    return block.requires_grad_(True)
+    trained: nn.Module = block.requires_grad_(True)
+    return trained
 
 
 def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]]) -> Any:
@@ -128,7 +129,9 @@ class LinearRun(nn.Module):
         """Apply the maps to the streams of the call."""
         arguments = self.adapter.bind(self.template[0], args, kwargs)
         states = self.adapter.input_states(self.stack, arguments)
-        mapped = {s: (h.to(self.maps[s][0].dtype) @ self.maps[s][0] + self.maps[s][1]).to(h.dtype) for s, h in states.items()}
+        mapped = {
+            s: (h.to(self.maps[s][0].dtype) @ self.maps[s][0] + self.maps[s][1]).to(h.dtype) for s, h in states.items()
+        }
         return self.adapter.pack(self.stack, mapped)
 
 

@@ -44,7 +44,15 @@ def print_summary(out: Path) -> None:
     table = Table(title=f"{metrics['samples']['prompts']} prompts, features: {metrics['features']}")
     for name in ("", "teacher", "student", "teacher's own spread"):
         table.add_column(name, justify="left" if not name else "right")
-    for key in ("params", "fid", "clip_score", "retrieval_at_1", "retrieval_at_5", "latency_ms", "latency_end_to_end_ms"):
+    for key in (
+        "params",
+        "fid",
+        "clip_score",
+        "retrieval_at_1",
+        "retrieval_at_5",
+        "latency_ms",
+        "latency_end_to_end_ms",
+    ):
         spread = metrics["teacher_spread"].get(key, {}).get("std")
         noise = f"± {_number(spread)}" if spread is not None else ""
         table.add_row(key, _number(metrics["teacher"].get(key)), _number(metrics["student"].get(key)), noise)

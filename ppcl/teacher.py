@@ -57,7 +57,9 @@ def check_folder(folder: Path) -> None:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{folder} is not a diffusers pipeline: model_index.json is missing; give the pipeline's top folder")
+        raise ModelError(
+            f"{folder} is not a diffusers pipeline: model_index.json is missing; give the pipeline's top folder"
+        )
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -101,13 +103,19 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise ModelError(f"model {model!r} cannot be loaded: {reason[:300]}; check the name, the network and the files") from None
+        raise ModelError(
+            f"model {model!r} cannot be loaded: {reason[:300]}; check the name, the network and the files"
+        ) from None
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
-        raise ModelError(f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets")
+        raise ModelError(
+            f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
+        )
     adapter_for(transformer)
     if any(parameter.is_meta for parameter in transformer.parameters()):
-        raise ModelError(f"model {model!r}: its config and its weights disagree (some weights are missing); fetch it again")
+        raise ModelError(
+            f"model {model!r}: its config and its weights disagree (some weights are missing); fetch it again"
+        )
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)

@@ -33,7 +33,7 @@ class BlockCall:
     outputs: States
 
 
-class _StopForward(Exception):  # noqa: N818 - a control signal, not an error
+class _StopForward(Exception):
     """Ends a forward pass after the last block that matters."""
 
 

@@ -167,7 +167,11 @@ class TrainingLoop:
         for key, parameter in self.parameters.items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{slot}/{key}"] = value
-        meta = {"step": step, "fingerprint": self.fingerprint, "settings": json.loads(json.dumps(asdict(self.settings)))}
+        meta = {
+            "step": step,
+            "fingerprint": self.fingerprint,
+            "settings": json.loads(json.dumps(asdict(self.settings))),
+        }
         target = self.folder / f"step-{step}" / "state.safetensors"
         write_tensors(target, tensors, meta)
         for _, folder in self._checkpoints():
@@ -196,7 +200,8 @@ class TrainingLoop:
             if slots:
                 self.optimizer.state[parameter] = {
                     # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
-                    slot: tensors[f"optimizer/{slot}/{key}"].to(parameter.device) for slot in slots
+                    slot: tensors[f"optimizer/{slot}/{key}"].to(parameter.device)
+                    for slot in slots
                 }
         for key, average in self.ema.items():
             average.copy_(tensors[f"ema/{key}"])

@@ -65,9 +65,13 @@ class Collector:
         handles = []
         for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
             for stream, path in spec.ffn.items():
-                handles.append(block.get_submodule(path).register_forward_hook(self._ffn_hook(spec.name, index, stream)))
+                handles.append(
+                    block.get_submodule(path).register_forward_hook(self._ffn_hook(spec.name, index, stream))
+                )
             if spec.text_qkv:
-                handles.append(block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index)))
+                handles.append(
+                    block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
+                )
         return handles
 
     def _ffn_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
@@ -226,8 +230,10 @@ def _analyze_stack(
             errors.setdefault(stream, []).append(error)
             ridges.setdefault(stream, []).append(ridge)
     tables = {
-        stream: chained_cka(held_out.cka_states(spec.name, stream).to(probes[0, stream][0].device),
-                            [probes[i, stream] for i in range(num_blocks)])
+        stream: chained_cka(
+            held_out.cka_states(spec.name, stream).to(probes[0, stream][0].device),
+            [probes[i, stream] for i in range(num_blocks)],
+        )
         for stream in streams
     }
     cka = combine(tables, {stream: float(train.tokens[stream]) for stream in streams})
@@ -247,7 +253,9 @@ def _analyze_stack(
         intervals=tuple(detect_intervals(cka, 0, num_blocks - 1)),
         probe_error={stream: tuple(values) for stream, values in errors.items()},
         ridge={stream: tuple(values) for stream, values in ridges.items()},
-        influence=tuple(1 - held_out.cosine[spec.name, i][0] / held_out.cosine[spec.name, i][1] for i in range(num_blocks)),
+        influence=tuple(
+            1 - held_out.cosine[spec.name, i][0] / held_out.cosine[spec.name, i][1] for i in range(num_blocks)
+        ),
         ffn_linearity={stream: linearity("ffn", stream) for stream in spec.ffn},
         text_linearity=text,
     )

@@ -7,6 +7,8 @@ CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)). No n x n matrix is formed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
         raise ValueError(f"CKA needs at least 4 aligned rows, got {len(x)} and {len(y)}")
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     norm = _hsic(x, x) * _hsic(y, y)
-    return _hsic(x, y) / max(norm, 1e-300) ** 0.5
+    return _hsic(x, y) / math.sqrt(max(norm, 1e-300))
 
 
 def chained_cka(states: Tensor, probes: list[tuple[Tensor, Tensor]]) -> list[list[float | None]]:
@@ -58,7 +60,7 @@ def chained_cka(states: Tensor, probes: list[tuple[Tensor, Tensor]]) -> list[lis
             weight, bias = probes[k]
             chained = chained + chained @ weight + bias
             y = chained - chained.mean(0)
-            norm = max(_hsic(y, y) * own[k + 1], 1e-300) ** 0.5
+            norm = math.sqrt(max(_hsic(y, y) * own[k + 1], 1e-300))
             table[u][k] = _hsic(y, centred[k + 1]) / norm
     return table
 

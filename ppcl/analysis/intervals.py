@@ -16,7 +16,7 @@ def difference(cka: CkaTable, u: int, k: int) -> float:
 
 
 def interval_end(cka: CkaTable, u: int, last: int) -> int:
-    """v = min{k - 1 : D(u, k) > D(u, k-1), k >= u + 2}, eq. 5; ``last`` if D never rises."""
+    """V = min{k - 1 : D(u, k) > D(u, k-1), k >= u + 2}, eq. 5; ``last`` if D never rises."""
     for k in range(u + 2, last + 1):
         if difference(cka, u, k) > difference(cka, u, k - 1):
             return k - 1

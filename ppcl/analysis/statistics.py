@@ -20,11 +20,12 @@ class Moments:
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        options = {"dtype": torch.float64, "device": device}
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
         self.count = 0
-        self.sum_x, self.sum_y = torch.zeros(inputs, **options), torch.zeros(outputs, **options)  # type: ignore[arg-type]
-        self.xx = torch.zeros(inputs, inputs, **options)  # type: ignore[arg-type]
-        self.xy = torch.zeros(inputs, outputs, **options)  # type: ignore[arg-type]
+        self.sum_x, self.sum_y = zeros(inputs), zeros(outputs)
+        self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
         self.yy = 0.0
 
     def update(self, x: Tensor, y: Tensor) -> None:

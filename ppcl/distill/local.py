@@ -118,4 +118,3 @@ def sequential_backward(
         losses[run] = state_loss(output, call.outputs, masks_of(call.stack, call.arguments, call.outputs), kind)
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     return {run: loss.item() for run, loss in losses.items()}
-

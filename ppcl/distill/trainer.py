@@ -100,8 +100,14 @@ class Distiller:
         save_bundle(bundle, self.out / "bundle", {"distill": to_jsonable(self.settings.model_dump())})
         return bundle
 
-    def _loop(self, stage: str, modules: Mapping[str, nn.Module], backward: Callable[[int], dict[str, float]],
-              steps: int, rate: float) -> None:
+    def _loop(
+        self,
+        stage: str,
+        modules: Mapping[str, nn.Module],
+        backward: Callable[[int], dict[str, float]],
+        steps: int,
+        rate: float,
+    ) -> None:
         settings = self.settings
         loop_settings = LoopSettings(
             steps=steps,
@@ -114,7 +120,12 @@ class Distiller:
             seed=self.seed,
         )
         fingerprint = digest(stage, sorted(modules), settings.model_dump(), to_jsonable(self.plan.stacks), self.seed)
-        log = (lambda row: self.log({"stage": f"distill.{stage}", **row})) if self.log else None
+        report = self.log
+
+        def log(row: dict[str, Any]) -> None:
+            if report:
+                report({"stage": f"distill.{stage}", **row})
+
         folder = self.out / "checkpoints" / f"distill-{stage}"
         loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, f"distill: {stage}")
         loop.run()

@@ -1,0 +1,1 @@
+"""The embedded default: a text-to-emoji teacher, its data and its evaluator."""

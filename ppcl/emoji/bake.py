@@ -41,7 +41,9 @@ def read_emoji(packages: Path) -> list[dict[str, str]]:
         if entry is None or "group" not in entry or not picture["has_img_google"]:
             continue
         caption = entry["label"].replace("“", "").replace("”", "").replace("’", "'")
-        rows.append({"code": picture["unified"], "caption": caption, "group": entry["group"], "image": picture["image"]})
+        rows.append(
+            {"code": picture["unified"], "caption": caption, "group": entry["group"], "image": picture["image"]}
+        )
     order = {code: entry["order"] for code, entry in by_code.items() if "order" in entry}
     return sorted(rows, key=lambda row: order[row["code"].replace("-FE0F", "")])
 

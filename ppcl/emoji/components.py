@@ -141,5 +141,5 @@ def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean[:, :, 0] for part in pictures.split(64)])
+        latents = torch.cat([vae.encode(part).latent_dist.mean[:, :, 0] for part in torch.split(pictures, 64)])
     return (latents - mean) / std

@@ -29,7 +29,7 @@ CONTEXT = 16
 VOCABULARY = 2048
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": SIZE, "patch_size": 6, "width": 160, "layers": 5, "head_width": 32},
+    "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
     "text_cfg": {
         "context_length": CONTEXT,
         "vocab_size": VOCABULARY,
@@ -92,7 +92,7 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
 def retrieval_at_1(model: torch.nn.Module, pictures: Tensor, tokens: Tensor) -> float:
     """Share of pictures whose nearest caption among all given is their own."""
     with torch.no_grad():
-        image = torch.cat([model.encode_image(part, normalize=True) for part in pictures.split(128)])  # type: ignore[operator]
+        image = torch.cat([model.encode_image(part, normalize=True) for part in torch.split(pictures, 128)])  # type: ignore[operator]
         text = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
     return float((image @ text.T).argmax(1).eq(torch.arange(len(pictures))).float().mean())
 
@@ -123,7 +123,9 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
         return {"loss": loss.item()}
 
     settings = LoopSettings(steps, 1e-3, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98), ema_decay=0.99)
-    loop = TrainingLoop({"clip": model}, backward, settings, work / "checkpoints", f"evaluator-{steps}", label="evaluator")
+    loop = TrainingLoop(
+        {"clip": model}, backward, settings, work / "checkpoints", f"evaluator-{steps}", label="evaluator"
+    )
     loop.run()
     loop.load_ema()
     model.eval()
@@ -139,7 +141,9 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
     with atomic_path(out) as temporary:
         temporary.mkdir()
         write_json(temporary / "open_clip_config.json", {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS})
-        state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        state = {
+            name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()
+        }
         write_tensors(temporary / "open_clip_model.safetensors", state)
         save_tokenizer([captions[i] for i in chosen], temporary)
         write_json(temporary / "check.json", {k: round(v, 4) if not math.isnan(v) else None for k, v in check.items()})
@@ -149,6 +153,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/emoji-evaluator"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     given = parser.parse_args()
     train(given.out, given.work, given.steps)

@@ -67,7 +67,9 @@ class Captions:
         return ids, mask
 
 
-def train(vae_path: Path, out: Path, steps: int, batch_size: int, learning_rate: float, device: str, seed: int = 0) -> None:
+def train(
+    vae_path: Path, out: Path, steps: int, batch_size: int, learning_rate: float, device: str, seed: int = 0
+) -> None:
     """Train and write ``out/pipeline``; the training log goes to ``out/log.jsonl``."""
     rows = load_captions()
     chosen = [i for i, row in enumerate(rows) if row.split == "train"]

@@ -95,9 +95,11 @@ def train(out: Path, steps: int, batch_size: int = 16, seed: int = 0) -> float:
     loop.load_ema()
     vae.eval()
     with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(64)])
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pictures, 64)])
         mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-        restored = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in held_out.split(64)])
+        restored = torch.cat(
+            [vae.decode(vae.encode(part).latent_dist.mean).sample for part in torch.split(held_out, 64)]
+        )
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     with atomic_path(out / "vae") as temporary:
         vae.save_pretrained(temporary)
