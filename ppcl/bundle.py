@@ -60,9 +60,11 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
         ArtifactError: A file is missing, damaged, or does not belong to the others.
     """
     about = read_json(folder / "bundle.json")
+    if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
+        raise ArtifactError(f"{folder / 'bundle.json'} is not of a bundle; delete {folder} and run again")
     for name, expected in about["files"].items():
         if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing; run ppcl distill again")
+            raise ArtifactError(f"{folder / name} is missing; delete {folder} and run again")
         if file_digest(folder / name) != expected:
             raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
     plan = load_artifact(CompressionPlan, folder / "plan.json")

@@ -191,9 +191,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns an interrupt into exit code 130
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
         typer.echo("interrupted; the same command goes on from here", err=True)
         sys.exit(130)
 

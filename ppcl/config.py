@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ppcl.errors import ConfigError, nearest
 
@@ -119,6 +119,16 @@ class EvaluateConfig(Section):
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
     latency_runs: int = Field(10, ge=1)
 
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, name: str) -> str:
+        """Catch a typo before hours of distillation; open_clip's own names are checked when they are loaded."""
+        valid = ("auto", "emoji", "inception")
+        if name not in valid and not name.startswith("local-dir:") and "/" not in name:
+            names = ", ".join(valid)
+            raise ValueError(f"unknown features{nearest(name, valid)}; valid: {names}, local-dir:FOLDER, ViT-B-32/openai")
+        return name
+
 
 class RunConfig(Section):
     """Everything a run depends on."""
@@ -155,7 +165,9 @@ def _explain(error: ValidationError) -> str:
         valid = _valid_keys(RunConfig, location[:-1])
         return f"unknown key '{dotted}'{nearest(location[-1], valid)}; valid: {', '.join(valid)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{dotted or 'config'} = {problem['input']!r}: {message}" if dotted else message
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":
+        return message  # a rule about several keys names them itself
+    return f"{dotted} = {problem['input']!r}: {message}" if dotted else message
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:

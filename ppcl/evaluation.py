@@ -66,7 +66,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         settings=settings,
         call_kwargs=guidance_arguments(teacher, run.config.capture),
         references=references_for(run.model),
-        extractor=choose_extractor(run.model, settings.features, str(run.device)),
+        extractor=run.extractor,
         velocity_error=error,
         velocity_error_undistilled=undistilled_error(run, held_out),
         transformer_calls=(lambda: velocity(teacher.transformer, one), lambda: velocity(student.transformer, one)),

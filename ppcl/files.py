@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,54 @@ def _swap_folder(new: Path, old: Path) -> None:
     old.rename(retired)
     new.rename(old)
     shutil.rmtree(retired)
+
+
+# ours (see atomic_path), and the one that safetensors uses inside of save_file
+_LEFTOVER = re.compile(r"\..+\.(tmp|old)-\d+|\.tmp[A-Za-z0-9]{6}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of attempts that were killed; the caller holds the lock."""
+    for path in sorted(folder.rglob(".*")):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes out of a folder until the returned descriptor is closed or the process ends.
+
+    Returns:
+        A file descriptor, or None where the system has no POSIX locks.
+
+    Raises:
+        UserError: Another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+    except (BlockingIOError, PermissionError):
+        owner = os.read(descriptor, 20).decode(errors="replace")
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by process {owner}; wait until it is done, or choose another --out") from None
+    except OSError:  # a file system without locks: go on unprotected rather than not at all
+        pass
+    return descriptor
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -134,16 +183,19 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:  # also keeps a garbage length from allocating its memory
+                raise ValueError(f"{size} bytes, the header alone should have {length}")
             header: dict[str, Any] = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if path.stat().st_size != expected:
-        raise ArtifactError(
-            f"{path} is truncated ({path.stat().st_size} bytes, expected {expected}); fetch or write it again"
-        )
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; fetch or write it again") from None
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it, then fetch or write it again") from None
+    if size != expected:
+        raise ArtifactError(f"{path} is truncated ({size} bytes, expected {expected}); delete it, then fetch or write it again")
     header.pop("__metadata__", None)
     return header
 

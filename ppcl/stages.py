@@ -40,6 +40,11 @@ PRODUCTS = {
     "evaluate": ("eval",),
     "report": ("report.html",),
 }
+# Training states: kept while a stage is interrupted, useless once what it depends on has changed.
+CHECKPOINTS = {
+    "fit": ("checkpoints/fit",),
+    "distill": ("checkpoints/distill-local", "checkpoints/distill-output"),
+}
 PACKAGES = ("ppcl", "torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 
 
@@ -162,7 +167,7 @@ class Run:
             self._forget(position)
         started = self.stages.get(f"{stage}.started")
         if started != self.depends(stage):
-            for name in PRODUCTS[stage]:  # leftovers of an attempt with other settings
+            for name in (*PRODUCTS[stage], *CHECKPOINTS.get(stage, ())):  # leftovers of an attempt with other settings
                 _remove(self.out / name)
             self._record({f"{stage}.started": self.depends(stage)})
         began = time.perf_counter()

@@ -64,5 +64,5 @@ def print_summary(out: Path) -> None:
         f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
         f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
     )
-    console.print(f'use it:  DiffusionPipeline.from_pretrained("{out / "pipeline"}")', soft_wrap=True)
-    console.print(f"report:  {out / 'report.html'}", soft_wrap=True)
+    console.print(f'use it:  DiffusionPipeline.from_pretrained("{out / "pipeline"}")', soft_wrap=True, markup=False)
+    console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.adapters import adapter_for
+from ppcl.adapters import ADAPTERS, adapter_class, adapter_for
 from ppcl.artifacts import ModelInfo, Stack
 from ppcl.cost import count_params
 from ppcl.errors import ModelError, UserError
@@ -64,13 +64,43 @@ def check_folder(folder: Path) -> None:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
-    if not isinstance(components, dict) or "transformer" not in components:
+    if not isinstance(components, dict):
+        raise ModelError(f"{index} is damaged (a {type(components).__name__}, not a mapping); fetch the pipeline again")
+    if "transformer" not in components:
         raise ModelError(
             f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
             "ppcl compresses diffusion transformers, not U-Nets"
         )
+    _check_family(components["transformer"])
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
+
+
+def _check_family(entry: Any) -> None:
+    """Refuse a stock class that has no adapter before its weights are read."""
+    import diffusers
+
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if library == "diffusers" and name not in ADAPTERS:
+        kind = getattr(diffusers, str(name), None)
+        if isinstance(kind, type):
+            adapter_class(kind)
+
+
+def check_model(model: str) -> None:
+    """Check a model's name, and its folder if it is one, without loading it.
+
+    Raises:
+        ModelError: It is nothing that could be loaded.
+    """
+    path = model_path(model)
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        known = ", ".join(EMBEDDED)
+        raise ModelError(
+            f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known}); check the name"
+        )
 
 
 def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -91,16 +121,12 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     from safetensors import SafetensorError
 
     path = model_path(model)
-    if Path(path).is_dir():
-        check_folder(Path(path))
-    elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        known = ", ".join(EMBEDDED)
-        raise ModelError(f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known})")
+    check_model(model)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, AttributeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(

@@ -7,7 +7,7 @@ from ppcl.adapters.flux import FLUX
 from ppcl.adapters.qwenimage import QWEN_IMAGE
 from ppcl.errors import ModelError
 
-__all__ = ["ADAPTERS", "Adapter", "StackSpec", "States", "adapter_for"]
+__all__ = ["ADAPTERS", "Adapter", "StackSpec", "States", "adapter_class", "adapter_for"]
 
 ADAPTERS: dict[str, Adapter] = {name: adapter for adapter in (QWEN_IMAGE, FLUX) for name in adapter.classes}
 
@@ -18,10 +18,15 @@ def adapter_for(transformer: nn.Module) -> Adapter:
     Raises:
         ModelError: The family is not supported.
     """
-    for kind in type(transformer).__mro__:
+    return adapter_class(type(transformer))
+
+
+def adapter_class(transformer_class: type) -> Adapter:
+    """Return the adapter of a transformer class, see :func:`adapter_for`."""
+    for kind in transformer_class.__mro__:
         if kind.__name__ in ADAPTERS:
             return ADAPTERS[kind.__name__]
     raise ModelError(
-        f"{type(transformer).__name__} is not supported yet; supported: {', '.join(sorted(ADAPTERS))}. "
+        f"{transformer_class.__name__} is not supported yet; supported: {', '.join(sorted(ADAPTERS))}. "
         "An adapter for it is a file of about 20 lines, see README"
     )

@@ -68,6 +68,7 @@ class Distiller:
         seed: Fixes the batches.
         precision: Autocast of forward passes.
         log: Receives one dict a step, with its ``stage``.
+        fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
     """
 
     def __init__(
@@ -81,13 +82,14 @@ class Distiller:
         seed: int,
         precision: str = "auto",
         log: Log | None = None,
+        fitted: Path | None = None,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.states = States(calibration, "train")
         self.device = next(transformer.parameters()).device
-        fitted = out / "candidates.safetensors" if settings.from_fit else None
-        self.substitutes = new_substitutes(transformer, adapter, plan, fitted)
+        source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
+        self.substitutes = new_substitutes(transformer, adapter, plan, source)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
 
     def run(self) -> Bundle:

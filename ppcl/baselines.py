@@ -1,0 +1,88 @@
+"""Plans of equal size by several criteria, and one rule for the starts of their substitutes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, Segment
+from ppcl.capture import States
+from ppcl.config import PlanConfig
+from ppcl.fit import best_starts
+from ppcl.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
+from ppcl.student import RunKey
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+BASELINES = {"paper": "the paper's intervals", "uniform": "uniform", "influence": "block influence"}
+OURS = "optimal"
+
+
+def removed_blocks(runs: Runs) -> int:
+    """Blocks that a set of runs saves."""
+    return sum(last - first for _, first, last in runs)
+
+
+def nearest_rung(ladder: Sequence[Runs], count: int) -> Runs:
+    """The set of runs that removes ``count`` blocks, or the nearest number (the smaller of two)."""
+    return min(ladder, key=lambda runs: (abs(removed_blocks(runs) - count), removed_blocks(runs)))
+
+
+def plan_from_runs(model: ModelInfo, runs: Runs, mode: str, candidates: Candidates) -> CompressionPlan:
+    """Turn runs into a plan with its prediction; its budget is the number of removed blocks."""
+    costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
+    stacks = {s.name: segments(s, [run for run in runs if run[0] == s.name], costs) for s in model.stacks}
+    budget = {"removed_blocks": float(removed_blocks(runs))}
+    return CompressionPlan(model, mode, budget, stacks, build_prediction(model, runs, costs))
+
+
+def plans_of_equal_size(
+    analysis: Analysis, candidates: Candidates, settings: PlanConfig
+) -> tuple[dict[str, CompressionPlan], dict[str, str]]:
+    """The optimal plan under the budget, and each baseline's plan with as many blocks removed.
+
+    Returns:
+        Plans by mode, the optimal one first, and a note for each baseline that offers no such
+        number; its nearest plan is taken, or none if that would be the teacher itself.
+    """
+    best = plan(analysis, candidates, settings.model_copy(update={"mode": OURS}))
+    count = removed_blocks(run_keys(best))
+    costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
+    ladders = {
+        "paper": paper_ladder(analysis, costs, settings),
+        "uniform": uniform_ladder(analysis.model, settings),
+        "influence": influence_ladder(analysis, settings),
+    }
+    plans, notes = {OURS: best}, {}
+    for mode, ladder in ladders.items():
+        runs = nearest_rung(ladder, count)
+        if (found := removed_blocks(runs)) != count:
+            taken = f"the nearest, {found}, is taken" if found else "it is left out"
+            notes[mode] = f"{BASELINES[mode]} offers no plan that removes exactly {count} blocks; {taken}"
+        if found or not count:
+            plans[mode] = plan_from_runs(analysis.model, runs, mode, candidates)
+    return plans, notes
+
+
+def run_keys(chosen: CompressionPlan) -> tuple[RunKey, ...]:
+    """The runs of a plan as (stack, first, last)."""
+    return tuple((stack, segment.first, segment.last) for stack, segment in chosen.runs)
+
+
+def with_starts(run: Run, chosen: CompressionPlan) -> CompressionPlan:
+    """Choose the start of every substitute by its state error on held-out states, as the fit stage does."""
+    keys, settings = run_keys(chosen), run.config.fit
+    if not keys:
+        return chosen
+    states = States(run.out / "calibration", "held-out")
+    batch = next(states.batches(settings.eval_states, settings.eval_states))
+    starts = best_starts(run.teacher.transformer, run.adapter, batch, keys, settings.starts)
+
+    def changed(stack: str, segment: Segment) -> Segment:
+        start = starts.get((stack, segment.first, segment.last))
+        return dataclasses.replace(segment, start=start) if start else segment
+
+    stacks = {name: tuple(changed(name, s) for s in pieces) for name, pieces in chosen.stacks.items()}
+    return dataclasses.replace(chosen, stacks=stacks)

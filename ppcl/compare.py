@@ -1,0 +1,360 @@
+"""Several plans under one budget and the same training, in one table.
+
+Every row removes as many blocks as the optimal plan (where its criterion offers that
+number), chooses the starts of its substitutes by the same rule, and is trained with the
+same steps, batches and seeds. The teacher stands in the same table with the spread of its
+own seeds; scores that differ by less than twice that spread are not ranked.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
+from ppcl.baselines import BASELINES, OURS, plans_of_equal_size, removed_blocks, run_keys, with_starts
+from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.capture import States, guidance_arguments, velocity_error
+from ppcl.config import DistillConfig
+from ppcl.cost import count_params
+from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.eval.evaluate import SCORES, average_drop, score
+from ppcl.eval.features import FeatureExtractor
+from ppcl.eval.generate import generate, load_images
+from ppcl.evaluation import choose_extractor, references_for
+from ppcl.files import digest, read_json, write_json, write_text
+from ppcl.stages import Run
+from ppcl.student import assemble_student
+from ppcl.tables import markdown_table, number, provenance, spread
+
+TEACHER_SEEDS = 3  # fewer say nothing about a spread
+MEASURES = ("fid", *SCORES, "average_drop")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the comparison.
+
+    Attributes:
+        name: Its folder under ``RUN/compare``.
+        label: What the table calls it.
+        plan: Which blocks stay.
+        settings: How the substitutes are trained; zero steps for none.
+        note: What a reader must know about it, if anything.
+    """
+
+    name: str
+    label: str
+    plan: CompressionPlan
+    settings: DistillConfig
+    note: str | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a training seed makes a difference."""
+        return bool(self.settings.local_steps or self.settings.output_steps)
+
+
+def plan_rows(run: Run) -> tuple[list[Row], list[str]]:
+    """The rows of the comparison, and notes about criteria that could not keep to its rules."""
+    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
+    plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
+    plans = {mode: with_starts(run, chosen) for mode, chosen in plans.items()}
+    same = run.config.distill.model_copy(update={"from_fit": False})
+    none = same.model_copy(update={"local_steps": 0, "output_steps": 0})
+    ours = plans[OURS]
+    rows = [Row("ours", "ours (optimal)", ours, same), Row("ours-undistilled", "ours, undistilled", ours, none)]
+    rows += [Row(mode, BASELINES[mode], plans[mode], same, notes.get(mode)) for mode in BASELINES if mode in plans]
+    extra = f"ours + fit start goes on from the fit stage's candidates, which had {candidates.steps} steps more"
+    fit_start = same.model_copy(update={"from_fit": True})
+    rows.append(Row("ours-fit-start", "ours + fit start", ours, fit_start, extra))
+    left_out = [note for mode, note in notes.items() if mode not in plans]
+    return rows, left_out
+
+
+class Judge:
+    """Draws and scores the pictures of every row in the same way.
+
+    Args:
+        run: The run; its ``evaluate`` section says how many pictures, steps and seeds.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings = run, run.config.evaluate
+        self.folder = run.out / "compare" / "teacher"
+        count = max(TEACHER_SEEDS, self.settings.teacher_seeds)
+        self.seeds = [run.config.seed + offset for offset in range(count)]
+        section = self.settings.model_dump(exclude={"latency_runs", "batch_size"})
+        # the identity holds the weights, the prompts and the seed
+        self.depends = digest(run.identity, section, run.config.capture.model_dump(), self.seeds)
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """Features behind all scores."""
+        return choose_extractor(self.run.model, self.settings.features, str(self.run.device))
+
+    @cached_property
+    def text(self) -> Tensor | None:
+        """(N, D) features of the captions."""
+        return self.extractor.text_features(self.run.evaluation_prompts)
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """(M, D) features of real pictures, if there are any."""
+        references = references_for(self.run.model)
+        return self.extractor.image_features(references) if references is not None else None
+
+    def draw(self, pipeline: Any, folder: Path, seed: int, model: str) -> Tensor:
+        """Draw all prompts with one seed; return the (N, D) features of the pictures."""
+        paths = generate(
+            pipeline,
+            self.run.evaluation_prompts,
+            folder,
+            seed=seed,
+            num_inference_steps=self.settings.num_inference_steps,
+            batch_size=self.settings.batch_size,
+            call_kwargs=guidance_arguments(pipeline, self.run.config.capture),
+            label=f"{folder.parent.parent.name}: pictures",
+            model=model,
+        )
+        return self.extractor.image_features(load_images(paths))
+
+    def teacher_features(self, seed: int) -> Tensor:
+        """(N, D) features of the teacher's pictures of one seed."""
+        return self.draw(self.run.teacher, self.folder / "pictures" / f"seed-{seed}", seed, self.run.identity)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What FID compares with: real pictures, or the teacher's second seed."""
+        return self.real if self.real is not None else self.teacher_features(self.seeds[1])
+
+    def teacher(self) -> dict[str, Any]:
+        """Scores of each of the teacher's seeds, drawn once and kept."""
+        path = self.folder / "metrics.json"
+        if path.is_file() and (known := read_json(path)).get("digest") == self.depends:
+            return dict(known)
+        claim(self.folder, {"evaluated": self.depends}, {"evaluated": ("pictures", "metrics.json")})
+        scores = []
+        for seed in self.seeds:
+            own = self.real is None and seed == self.seeds[1]  # a set of pictures is not compared with itself
+            scores.append(score(self.teacher_features(seed), None if own else self.reference, self.text))
+        mean = mean_scores(scores)
+        scores = [{**each, "average_drop": average_drop(mean, each)[0]} for each in scores]
+        against = "real pictures" if self.real is not None else "the teacher's second seed"
+        metrics = {"digest": self.depends, "features": self.extractor.name, "fid_reference": against, "seeds": scores}
+        write_json(path, metrics)
+        return metrics
+
+    def student(self, student: Any, folder: Path, model: str, teacher: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores of a student, drawn with the teacher's first seed; the drop is against the teacher's mean."""
+        pipeline = with_transformer(self.run.teacher, student)
+        features = self.draw(pipeline, folder / "pictures" / f"seed-{self.seeds[0]}", self.seeds[0], model)
+        scores = score(features, self.reference, self.text)
+        return {**scores, "average_drop": average_drop(mean_scores(teacher["seeds"]), scores)[0]}
+
+
+def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Mean of each score over the seeds that have it."""
+    result: dict[str, float | None] = {}
+    for name in scores[0]:
+        known = [value for each in scores if (value := each[name]) is not None]
+        result[name] = statistics.fmean(known) if known else None
+    return result
+
+
+def with_transformer(pipeline: Any, transformer: Any) -> Any:
+    """Return a pipeline that shares all components but the transformer."""
+    copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+    copied.set_progress_bar_config(disable=True)
+    return copied
+
+
+def claim(folder: Path, depends: Mapping[str, str], products: Mapping[str, Sequence[str]]) -> None:
+    """Remove what was made from other inputs than now, and record what it is made from.
+
+    Args:
+        folder: Where a row lives.
+        depends: A digest by kind of product, in the order in which they follow from each other.
+        products: Names inside ``folder`` by kind; a changed kind takes all that follow with it.
+    """
+    path = folder / "depends.json"
+    known = read_json(path) if path.is_file() else {}
+    changed = False
+    for kind, now in depends.items():
+        changed = changed or known.get(kind) != now
+        for name in products[kind] if changed else ():
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    write_json(path, dict(depends))
+
+
+def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Train, draw and score one row with one training seed; what is done is kept.
+
+    Returns:
+        ``params``, ``velocity_error_before`` and ``velocity_error`` (relative, held-out states), ``fid``,
+        ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent).
+    """
+    folder = run.out / "compare" / row.name / f"seed-{seed}"
+    trained = digest(run.depends("fit"), to_jsonable(row.plan.stacks), row.settings.model_dump(), seed)
+    evaluated = digest(trained, judge.depends)
+    path = folder / "metrics.json"
+    if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
+        return dict(known)
+    products = {"trained": ("checkpoints", "bundle", "log.jsonl"), "evaluated": ("pictures", "metrics.json")}
+    claim(folder, {"trained": trained, "evaluated": evaluated}, products)
+    transformer, adapter, count = run.teacher.transformer, run.adapter, judge.settings.velocity_states
+    held_out = States(run.out / "calibration", "held-out")
+    fitted = run.out / "candidates.safetensors" if row.settings.from_fit else None
+    untrained = new_substitutes(transformer, adapter, row.plan, fitted)
+    with torch.no_grad():
+        start = assemble_student(transformer, adapter, row.plan, untrained)
+        before = velocity_error(transformer, start, held_out.batches(count, count))
+    student = build_student(transformer, adapter, train_row(run, row, seed, folder))
+    metrics = {
+        "digest": evaluated,
+        "params": count_params(student),
+        "velocity_error_before": before,
+        "velocity_error": velocity_error(transformer, student, held_out.batches(count, count)),
+        **judge.student(student, folder, trained, teacher),
+    }
+    write_json(path, metrics)
+    return metrics
+
+
+def train_row(run: Run, row: Row, seed: int, folder: Path) -> Bundle:
+    """Train the substitutes of a row into ``folder/bundle``, or read what was trained before."""
+    transformer, adapter = run.teacher.transformer, run.adapter
+    if (folder / "bundle").is_dir():
+        return load_bundle(folder / "bundle", transformer, adapter)
+    if not row.is_trained:
+        bundle = Bundle(row.plan, new_substitutes(transformer, adapter, row.plan, None))
+        save_bundle(bundle, folder / "bundle", {"distill": to_jsonable(row.settings.model_dump())})
+        return bundle
+
+    def log(entry: dict[str, Any]) -> None:
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    calibration, fitted = run.out / "calibration", run.out / "candidates.safetensors"
+    bundle = Distiller(
+        transformer, adapter, row.plan, calibration, folder, row.settings, seed, run.config.precision, log, fitted
+    ).run()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the optimizer's state of every row adds up
+    return bundle
+
+
+def compare_plans(run: Run, table: Path | None = None, seeds: Sequence[int] | None = None) -> str:
+    """Compare the optimal plan with the paper's, uniform and block influence; resumable.
+
+    Writes ``RUN/compare/<row>/seed-<s>`` (bundle, pictures, metrics.json) and ``RUN/compare/table.md|json``.
+
+    Args:
+        run: The run; capture, analyze and fit are done first if they are not.
+        table: A further place for the Markdown table.
+        seeds: Training seeds; the run's own if None.
+
+    Returns:
+        The Markdown text.
+
+    Raises:
+        UserError: The budget cannot be met, or an artifact is damaged.
+    """
+    for stage in ("capture", "analyze", "fit"):
+        run.run(stage)
+    chosen = tuple(seeds or (run.config.seed,))
+    rows, left_out = plan_rows(run)
+    judge = Judge(run)
+    teacher = judge.teacher()
+    results = []
+    for row in rows:
+        own = chosen if row.is_trained else chosen[:1]
+        results.append((row, [run_row(run, judge, row, seed, teacher) for seed in own]))
+    text = write_up(run, teacher, results, left_out, chosen)
+    data = {
+        "training_seeds": chosen,
+        "teacher": teacher,
+        "rows": {row.name: {"plan": to_jsonable(row.plan.stacks), "note": row.note, "seeds": m} for row, m in results},
+    }
+    write_json(run.out / "compare" / "table.json", data)
+    for path in filter(None, (run.out / "compare" / "table.md", table)):
+        write_text(path, text)
+    return text
+
+
+Results = Sequence[tuple[Row, Sequence[Mapping[str, Any]]]]
+
+
+def write_up(
+    run: Run, teacher: Mapping[str, Any], results: Results, left_out: Sequence[str], seeds: Sequence[int]
+) -> str:
+    """The comparison as Markdown: table, how to read it, notes, command."""
+    model, settings = results[0][0].plan.model, run.config.distill
+    ours = mean_scores([_measures(m) for m in results[0][1]])
+    own_spread = {name: _std([s[name] for s in teacher["seeds"]]) for name in MEASURES}
+    header = ["", "blocks removed", "parameters", "share", "speed-up (predicted)", "velocity error before training",
+              "after", "FID", "CLIP score", "retrieval@1", "retrieval@5", "average drop, %"]
+
+    def cell(name: str, values: Sequence[float | None], compared: bool = True) -> str:
+        mean, mine, std = mean_scores([{name: v} for v in values])[name], ours[name], own_spread[name]
+        alike = compared and mean is not None and mine is not None and std is not None and abs(mean - mine) <= 2 * std
+        return spread(values) + (" ~" if alike else "")
+
+    own_cells = [cell(n, [s[n] for s in teacher["seeds"]]) for n in MEASURES]
+    lines = [["teacher", "0", f"{model.params:,}", "100%", "1.00", "0", "0", *own_cells]]
+    for position, (row, metrics) in enumerate(results):
+        p = row.plan.predicted
+        errors = [spread([m[key] for m in metrics]) for key in ("velocity_error_before", "velocity_error")]
+        scores = [cell(n, [m[n] for m in metrics], position > 0) for n in MEASURES]
+        share = f"{metrics[0]['params'] / model.params:.1%}"
+        size = [str(removed_blocks(run_keys(row.plan))), f"{metrics[0]['params']:,}", share, f"{p.speedup:.2f}"]
+        lines.append([row.label, *size, *errors, *scores])
+    notes = [*(row.note for row, _ in results if row.note), *left_out]
+    reading = (
+        f"Every trained row has {settings.local_steps} local and {settings.output_steps} output steps of "
+        f"{settings.batch_size} states, training seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, and the same rule "
+        f"for the starts of its substitutes. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, "
+        f"FID against {teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
+        f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
+        "`~`: differs from ours (optimal) by at most twice the teacher's standard deviation, so that no ranking follows. "
+        "Velocity errors are relative, on held-out states."
+    )
+    return "\n\n".join(
+        ["# Plans compared under one budget", markdown_table(header, lines), reading,
+         *([("\n".join(f"* {note}." for note in notes))] if notes else []),
+         conclusion(results), provenance(run.command, str(run.device))]
+    ) + "\n"
+
+
+def conclusion(results: Results) -> str:
+    """What comes out, in words computed from the velocity errors after training."""
+    after = {row.name: statistics.fmean(m["velocity_error"] for m in metrics) for row, metrics in results}
+    parts = [
+        f"{after[mode] / after['ours'] - 1:+.1%} for {BASELINES[mode]}" for mode in BASELINES if mode in after
+    ]
+    best = min(after, key=lambda name: after[name])
+    label = next(row.label for row, _ in results if row.name == best)
+    return (
+        f"Velocity error after training, against ours (optimal) at {number(after['ours'])}: "
+        f"{'; '.join(parts) or 'no other plan'}. Least of all rows: {label} ({number(after[best])})."
+    )
+
+
+def _measures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: metrics[name] for name in MEASURES}
+
+
+def _std(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else None

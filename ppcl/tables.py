@@ -1,0 +1,82 @@
+"""Markdown tables, and the lines that say how their numbers came about."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from ppcl import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a table; the first column is text, the others are numbers.
+
+    Args:
+        header: Column names.
+        rows: One text a column each.
+    """
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with so many significant digits, never as 1e-3; a dash if it is not known."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """Write the mean of some numbers, with their standard deviation where there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = number(statistics.fmean(known), digits)
+    return f"{mean} ± {number(statistics.stdev(known), 2)}" if len(known) > 1 else mean
+
+
+def processor() -> str:
+    """Name the processor and count its cores, e.g. ``Intel Xeon, 2 cores``."""
+    name = platform.processor() or platform.machine()
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return f"{found.group(1).strip() if found else name}, {os.cpu_count()} cores"
+
+
+def device_name(device: str) -> str:
+    """Describe a torch device, e.g. ``cpu (Intel Xeon, 2 cores), 2 threads``."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"{device} ({processor()}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions() -> str:
+    """The versions behind a number, on one line."""
+    found = [f"ppcl {__version__}", f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def provenance(command: str, device: str) -> str:
+    """Command, device and versions as the end of a Markdown file."""
+    return f"Command: `{command}`\n\nDevice: {device_name(device)}. Versions: {versions()}."

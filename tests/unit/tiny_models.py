@@ -1,0 +1,117 @@
+"""Transformers of a few blocks, and calls of them, for the unit tests."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter, adapter_for
+from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction
+from ppcl.student import RunKey, segments_from_runs, start_block
+from ppcl.teacher import describe
+
+DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
+CAPTURE = {"num_prompts": 8, "batch_size": 4, "num_inference_steps": 3, "states_per_prompt": 2,
+           "held_out_share": 0.25, "height": 16, "width": 16, "guidance_scale": 2.0}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_qwen(num_layers: int = 4, seed: int = 0) -> Any:
+    """A random Qwen-Image transformer of width 32, frozen."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=num_layers, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+    )
+    return transformer.eval().requires_grad_(False)
+
+
+def tiny_flux(dual: int = 3, single: int = 4, seed: int = 0) -> Any:
+    """A random FLUX transformer with two block lists, frozen."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=dual, num_single_layers=single, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+    )
+    return transformer.eval().requires_grad_(False)
+
+
+def qwen_call(batch: int = 3, text: int = 5, seed: int = 0, padded: bool = False) -> dict[str, Any]:
+    """Arguments of a Qwen-Image transformer: 6 image tokens; ``padded`` masks the end of all texts but the first."""
+    mask = None
+    if padded:
+        mask = torch.ones(batch, text, dtype=torch.bool)
+        for row in range(1, batch):
+            mask[row, text - 1 - row % (text - 1) :] = False
+    return {
+        "hidden_states": noise(batch, 6, 16, seed=seed),
+        "encoder_hidden_states": noise(batch, text, 24, seed=seed + 1),
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.linspace(0.2, 0.9, batch),
+        "img_shapes": [[(1, 2, 3)]] * batch,
+    }
+
+
+def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
+    """Arguments of a FLUX transformer: 6 image tokens."""
+    ids = torch.stack([torch.zeros(6), torch.arange(6.0) // 3, torch.arange(6.0) % 3], 1)
+    return {
+        "hidden_states": noise(batch, 6, 16, seed=seed),
+        "encoder_hidden_states": noise(batch, text, 24, seed=seed + 1),
+        "pooled_projections": noise(batch, 8, seed=seed + 2),
+        "timestep": torch.linspace(0.2, 0.9, batch),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def describe_alone(transformer: nn.Module, flops: dict[str, Any] | None = None) -> ModelInfo:
+    """The planner's view of a transformer without a pipeline around it."""
+    return describe(SimpleNamespace(transformer=transformer, components={}), flops)
+
+
+def plan_for(transformer: nn.Module, runs: list[RunKey]) -> CompressionPlan:
+    """A plan that replaces the given runs."""
+    stacks = {
+        spec.name: segments_from_runs(
+            len(adapter_for(transformer).blocks(transformer, spec)), [(f, l, "middle") for s, f, l in runs if s == spec.name]
+        )
+        for spec in adapter_for(transformer).stacks
+    }
+    return CompressionPlan(describe_alone(transformer), "optimal", {"keep": 0.5}, stacks, Prediction(1, 1.0, 1.0, 1, None))
+
+
+def random_substitutes(transformer: nn.Module, adapter: Adapter, runs: list[RunKey], seed: int = 7) -> dict[RunKey, nn.Module]:
+    """Substitutes that differ from all of the teacher's blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    substitutes = {}
+    for run in runs:
+        block = start_block(getattr(transformer, run[0]), run[1], run[2], "middle")
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        substitutes[run] = block
+    return substitutes
+
+
+@lru_cache(maxsize=1)
+def shared_pipeline() -> Any:
+    """A pipeline of four blocks that all unit tests share; leave it as it is."""
+    from conftest import tiny_qwen_pipeline
+
+    pipeline = tiny_qwen_pipeline(num_layers=4)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline
