@@ -188,7 +188,9 @@ class CompressionPlan:
     @property
     def runs(self) -> list[tuple[str, Segment]]:
         """All (stack name, run) pairs that a substitute block replaces, in execution order."""
-        return [(name, s) for name, segments in self.stacks.items() for s in segments if s.is_run]
+        order = [stack.name for stack in self.model.stacks]  # JSON sorts the keys of ``stacks``
+        names = sorted(self.stacks, key=lambda name: order.index(name) if name in order else len(order))
+        return [(name, s) for name in names for s in self.stacks[name] if s.is_run]
 
 
 def identity_segments(num_blocks: int) -> tuple[Segment, ...]:
@@ -234,6 +236,8 @@ def _build_generic(origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
         return _build(next(a for a in arguments if a is not type(None)), value)
     if origin is dict:
         return {k: _build(arguments[1], v) for k, v in value.items()}
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_build(arguments[0], v) for v in value)
     return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))

@@ -60,7 +60,7 @@ def plans_of_equal_size(
         runs = nearest_rung(ladder, count)
         if (found := removed_blocks(runs)) != count:
             taken = f"the nearest, {found}, is taken" if found else "it is left out"
-            notes[mode] = f"{BASELINES[mode]} offers no plan that removes exactly {count} blocks; {taken}"
+            notes[mode] = f"{BASELINES[mode]}: no plan removes exactly {count} blocks; {taken}"
         if found or not count:
             plans[mode] = plan_from_runs(analysis.model, runs, mode, candidates)
     return plans, notes

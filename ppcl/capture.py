@@ -84,15 +84,15 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
 def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list[int]:
     """Draw ``count`` of ``num_calls`` calls, one from each equal stretch of the trajectory."""
     count = min(count, num_calls)
-    edges = torch.linspace(0, num_calls, count + 1)
-    offsets = torch.rand(count, generator=generator)
-    return [min(int(a + (b - a) * o), num_calls - 1) for a, b, o in zip(edges[:-1], edges[1:], offsets, strict=True)]
+    edges = [i * num_calls // count for i in range(count + 1)]  # whole numbers, so that no call is drawn twice
+    offsets = torch.rand(count, generator=generator).tolist()
+    return [a + min(int((b - a) * o), b - a - 1) for a, b, o in zip(edges[:-1], edges[1:], offsets, strict=True)]
 
 
 def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
-    """Shuffle prompts by seed and split them into train and held-out."""
+    """Shuffle prompts by seed and split them into train and held-out, neither of them empty."""
     order = torch.randperm(len(prompts), generator=step_generator(seed, 0, 17)).tolist()
-    count = max(1, round(share * len(prompts)))
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
     shuffled = [prompts[i] for i in order]
     return {"held-out": shuffled[:count], "train": shuffled[count:]}
 
@@ -187,8 +187,10 @@ class States:
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
-        parts = [trees.take(self.calls[c], r, trees.batch_size(self.calls[c])) for c, r in by_call.items()]
-        joined: dict[str, Any] = trees.join(parts, [len(r) for r in by_call.values()])
+        sizes = {c: trees.batch_size(self.calls[c]) for c in by_call}
+        parts = [trees.take(self.calls[c], picked, sizes[c]) for c, picked in by_call.items()]
+        one = next(iter(by_call))
+        joined: dict[str, Any] = trees.join(parts, self.calls[one], sizes[one])
         return joined
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:

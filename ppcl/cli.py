@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,18 @@ def parse_size(text: str) -> float:
         return float(number) * units[unit]
     except (KeyError, ValueError):
         raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Turn ``0,1,2`` into seeds.
+
+    Raises:
+        ConfigError: It is not a list of different whole numbers from 0 on.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of different seeds; write it like 0,1,2")
+    return tuple(map(int, parts))
 
 
 def resolve(
@@ -95,6 +108,9 @@ def _quiet_libraries() -> None:
     """Keep other libraries' chatter off the terminal; errors still show."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers renames it; older versions need it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 
@@ -167,12 +183,36 @@ def compare(
     table: Annotated[
         Path | None, typer.Option("--table", help="also write the table here, e.g. docs/compare.md")
     ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0",
 ) -> None:
     """Compare plans under one budget and the same training steps; one table."""
+    chosen = parse_seeds(seeds)
+    run = _open(model, out, config, set_, prompts, keep)
     from ppcl.compare import compare_plans
 
+    typer.echo(compare_plans(run, table, chosen))
+
+
+@app.command()
+def study(
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="also write the tables here, e.g. docs/study.md")
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", min=2, help="random removals of each size and kind")] = 12,
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0,1",
+) -> None:
+    """Test the paper's observations on this teacher: contiguity, non-sequential training, predictions."""
+    chosen = parse_seeds(seeds)
     run = _open(model, out, config, set_, prompts, keep)
-    typer.echo(compare_plans(run, table))
+    from ppcl.study import study as run_study
+
+    typer.echo(run_study(run, table, draws, chosen))
 
 
 def _version(value: bool) -> None:

@@ -74,7 +74,11 @@ def plan_rows(run: Run) -> tuple[list[Row], list[str]]:
     ours = plans[OURS]
     rows = [Row("ours", "ours (optimal)", ours, same), Row("ours-undistilled", "ours, undistilled", ours, none)]
     rows += [Row(mode, BASELINES[mode], plans[mode], same, notes.get(mode)) for mode in BASELINES if mode in plans]
-    extra = f"ours + fit start goes on from the fit stage's candidates, which had {candidates.steps} steps more"
+    fitted = {(c.stack, c.first, c.last) for c in candidates.candidates if c.fitted_error is not None}
+    extra = (
+        f"ours + fit start goes on from the fit stage's candidates, which had {candidates.steps} steps more, in "
+        f"{sum(key in fitted for key in run_keys(ours))} of {len(ours.runs)} runs"
+    )
     fit_start = same.model_copy(update={"from_fit": True})
     rows.append(Row("ours-fit-start", "ours + fit start", ours, fit_start, extra))
     left_out = [note for mode, note in notes.items() if mode not in plans]
@@ -303,8 +307,20 @@ def write_up(
     model, settings = results[0][0].plan.model, run.config.distill
     ours = mean_scores([_measures(m) for m in results[0][1]])
     own_spread = {name: _std([s[name] for s in teacher["seeds"]]) for name in MEASURES}
-    header = ["", "blocks removed", "parameters", "share", "speed-up (predicted)", "velocity error before training",
-              "after", "FID", "CLIP score", "retrieval@1", "retrieval@5", "average drop, %"]
+    header = [
+        "",
+        "blocks removed",
+        "parameters",
+        "share",
+        "speed-up (predicted)",
+        "velocity error before training",
+        "after",
+        "FID",
+        "CLIP score",
+        "retrieval@1",
+        "retrieval@5",
+        "average drop, %",
+    ]
 
     def cell(name: str, values: Sequence[float | None], compared: bool = True) -> str:
         mean, mine, std = mean_scores([{name: v} for v in values])[name], ours[name], own_spread[name]
@@ -315,7 +331,7 @@ def write_up(
     lines = [["teacher", "0", f"{model.params:,}", "100%", "1.00", "0", "0", *own_cells]]
     for position, (row, metrics) in enumerate(results):
         p = row.plan.predicted
-        errors = [spread([m[key] for m in metrics]) for key in ("velocity_error_before", "velocity_error")]
+        errors = [number(metrics[0]["velocity_error_before"]), spread([m["velocity_error"] for m in metrics])]
         scores = [cell(n, [m[n] for m in metrics], position > 0) for n in MEASURES]
         share = f"{metrics[0]['params'] / model.params:.1%}"
         size = [str(removed_blocks(run_keys(row.plan))), f"{metrics[0]['params']:,}", share, f"{p.speedup:.2f}"]
@@ -323,26 +339,32 @@ def write_up(
     notes = [*(row.note for row, _ in results if row.note), *left_out]
     reading = (
         f"Every trained row has {settings.local_steps} local and {settings.output_steps} output steps of "
-        f"{settings.batch_size} states, training seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, and the same rule "
-        f"for the starts of its substitutes. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, "
+        f"{settings.batch_size} states, the same training seeds ({', '.join(map(str, seeds))}), and the same rule for "
+        f"the starts of its substitutes. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, "
         f"FID against {teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
         f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
-        "`~`: differs from ours (optimal) by at most twice the teacher's standard deviation, so that no ranking follows. "
+        "`~`: differs from ours (optimal) by at most twice the teacher's standard deviation; no ranking follows. "
         "Velocity errors are relative, on held-out states."
     )
-    return "\n\n".join(
-        ["# Plans compared under one budget", markdown_table(header, lines), reading,
-         *([("\n".join(f"* {note}." for note in notes))] if notes else []),
-         conclusion(results), provenance(run.command, str(run.device))]
-    ) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "# Plans compared under one budget",
+                markdown_table(header, lines),
+                reading,
+                *([("\n".join(f"* {note}." for note in notes))] if notes else []),
+                conclusion(results),
+                provenance(run.command, str(run.device)),
+            ]
+        )
+        + "\n"
+    )
 
 
 def conclusion(results: Results) -> str:
     """What comes out, in words computed from the velocity errors after training."""
     after = {row.name: statistics.fmean(m["velocity_error"] for m in metrics) for row, metrics in results}
-    parts = [
-        f"{after[mode] / after['ours'] - 1:+.1%} for {BASELINES[mode]}" for mode in BASELINES if mode in after
-    ]
+    parts = [f"{after[mode] / after['ours'] - 1:+.1%} for {BASELINES[mode]}" for mode in BASELINES if mode in after]
     best = min(after, key=lambda name: after[name])
     label = next(row.label for row, _ in results if row.name == best)
     return (

@@ -125,8 +125,8 @@ class EvaluateConfig(Section):
         """Catch a typo before hours of distillation; open_clip's own names are checked when they are loaded."""
         valid = ("auto", "emoji", "inception")
         if name not in valid and not name.startswith("local-dir:") and "/" not in name:
-            names = ", ".join(valid)
-            raise ValueError(f"unknown features{nearest(name, valid)}; valid: {names}, local-dir:FOLDER, ViT-B-32/openai")
+            names = ", ".join((*valid, "local-dir:FOLDER", "ViT-B-32/openai and others of open_clip"))
+            raise ValueError(f"unknown features{nearest(name, valid)}; valid: {names}")
         return name
 
 

@@ -103,7 +103,9 @@ def lock_folder(folder: Path) -> int | None:
     except (BlockingIOError, PermissionError):
         owner = os.read(descriptor, 20).decode(errors="replace")
         os.close(descriptor)
-        raise UserError(f"{folder} is in use by process {owner}; wait until it is done, or choose another --out") from None
+        raise UserError(
+            f"{folder} is in use by process {owner}; wait until it is done, or choose another --out"
+        ) from None
     except OSError:  # a file system without locks: go on unprotected rather than not at all
         pass
     return descriptor
@@ -195,7 +197,9 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete it, then fetch or write it again") from None
     if size != expected:
-        raise ArtifactError(f"{path} is truncated ({size} bytes, expected {expected}); delete it, then fetch or write it again")
+        raise ArtifactError(
+            f"{path} is truncated ({size} bytes, expected {expected}); delete it, then fetch or write it again"
+        )
     header.pop("__metadata__", None)
     return header
 

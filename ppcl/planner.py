@@ -47,7 +47,11 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
     costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     allowed = [c for c in candidates.candidates if is_allowed(model, c, settings)]
     if settings.mode == "optimal":
-        ladder = optimal_ladder(model, allowed)
+        # Fitted and probe costs are on different scales (a probe can beat a briefly fitted block),
+        # so unfitted runs come in only where the fitted ones cannot meet the budget.
+        ladder = optimal_ladder(model, [c for c in allowed if c.fitted_error is not None])
+        if not any(meets(build_prediction(model, runs, costs), *settings.budget) for runs in ladder):
+            ladder = optimal_ladder(model, allowed)
     elif settings.mode == "paper":
         ladder = paper_ladder(analysis, costs, settings)
     elif settings.mode == "influence":
@@ -138,14 +142,23 @@ def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
     """Pairs spread evenly over all blocks, then triples and so on: for each number of removed blocks."""
     ladder: list[Runs] = [()]
     free = [_free(model, stack, settings) for stack in model.stacks]
-    total = sum(max(0, high - low) for low, high in free)
-    for removed in range(1, total):
+    limits = [max(0, high - low - 1) for low, high in free]  # one block of each stack stays
+    for removed in range(1, sum(limits) + 1):
         runs: list[tuple[str, int, int]] = []
-        for stack, (low, high) in zip(model.stacks, free, strict=True):
-            size = high - low
-            runs += _even_runs(stack.name, low, high, round(removed * size / total) if size > 0 else 0)
+        for stack, (low, high), count in zip(model.stacks, free, _shares(removed, limits), strict=True):
+            runs += _even_runs(stack.name, low, high, count)
         ladder.append(tuple(runs))
     return ladder
+
+
+def _shares(total: int, limits: Sequence[int]) -> list[int]:
+    """Split ``total`` in proportion to ``limits``; the largest remainders take what rounding leaves."""
+    exact = [total * limit / sum(limits) for limit in limits]
+    shares = [math.floor(value) for value in exact]
+    order = sorted(range(len(limits)), key=lambda i: shares[i] - exact[i])
+    for index in order[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 def _free(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
@@ -236,7 +249,8 @@ def _infeasible(
     elif kind == "speedup":
         nearest = f"--speedup {math.floor(max(p.speedup for p in predictions) * 100) / 100}"
     else:
-        nearest = f"--fit {math.ceil(min(p.bytes for p in predictions) / 1e8) / 10}GB"
+        least = min(p.bytes for p in predictions)
+        nearest = f"--fit {math.ceil(least / 1e8) / 10}GB" if least > 1e9 else f"--fit {math.ceil(least / 1e4) / 100}MB"
     return (
         f"no {settings.mode} plan gives {value:g} {UNITS[kind]}; the nearest feasible budget is {nearest} "
         "(longer runs with --set fit.max_run reach further)"

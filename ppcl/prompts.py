@@ -49,7 +49,7 @@ def prompts_for(model: str, path: Path | None, count: int) -> tuple[list[str], l
     if path is not None:
         return split_evaluation(read_prompts(path), count)
     if model == "emoji":
-        from ppcl.emoji.data import load_captions
+        from ppcl.emoji.data import is_core, load_captions
 
-        return split_evaluation([row.caption for row in load_captions("train")], count)
+        return split_evaluation([row.caption for row in load_captions("train") if is_core(row)], count)
     return split_evaluation(read_prompts(BUILT_IN), count)

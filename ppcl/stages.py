@@ -3,31 +3,38 @@
 One stage is one function, one command and one place in the run directory. A stage that is
 done is recorded in ``stages.json`` with a digest of everything it depended on (its config
 section, the seed, the digests of the stages before it); it is skipped while that digest
-stays the same. A changed config runs the stage and all that follow again.
+stays the same and its files are there. A changed config runs the stage and all that follow
+again; what a user can have got wrong is checked before anything older is removed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
+import weakref
 from collections.abc import Callable
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, load_artifact, save_artifact
 from ppcl.config import RunConfig
 from ppcl.errors import ArtifactError, UserError
-from ppcl.files import digest, read_json, read_tensors, write_json, write_text
+from ppcl.files import (
+    digest,
+    lock_folder,
+    read_json,
+    read_tensor_header,
+    read_tensors,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from ppcl.prompts import prompts_for
+from ppcl.provenance import record_of
+from ppcl.tracking import Tracker
 
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
 PRODUCTS = {
@@ -45,7 +52,14 @@ CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
     "distill": ("checkpoints/distill-local", "checkpoints/distill-output"),
 }
-PACKAGES = ("ppcl", "torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
+READS = {
+    "analyze": ("calibration",),
+    "fit": ("calibration", "analysis.json", "analysis.safetensors"),
+    "plan": ("analysis.json", "candidates.json"),
+    "distill": ("calibration", "plan.json", "candidates.safetensors"),
+    "export": ("bundle",),
+    "evaluate": ("calibration", "plan.json", "pipeline"),
+}
 
 
 class Run:
@@ -59,6 +73,7 @@ class Run:
         command: The command line, for the record.
 
     Raises:
+        ModelError: There is no such model.
         ArtifactError: The directory belongs to another model or another prompts file.
     """
 
@@ -66,30 +81,50 @@ class Run:
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
         self.model, self.out, self.config, self.command = model, out, config, command
-        from ppcl.teacher import weights_digest
+        from ppcl.teacher import check_model, weights_digest
 
+        check_model(model)
         self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
         self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
-        self._claim(model)
+        self._locked = False
+        self.stages: dict[str, Any] = self._claim()
         self._log_path = out / "log.jsonl"
 
-    def _claim(self, model: str) -> None:
-        """Make the directory this run's, or refuse one that is another's."""
+    def _claim(self) -> dict[str, Any]:
+        """Read what is done in the directory, or refuse one that is another's; nothing is written yet."""
         record = self.out / "stages.json"
         if record.is_file():
-            stages = read_json(record)
+            try:
+                stages = read_json(record)
+            except ArtifactError as error:
+                what = str(error).partition("; ")[0]
+                raise ArtifactError(f"{what}; choose another --out or delete {self.out}") from None
             if not isinstance(stages, dict) or stages.get("identity") != self.identity:
                 owner = stages.get("model", "another model") if isinstance(stages, dict) else "another model"
                 raise ArtifactError(
-                    f"{self.out} holds a run of {owner} with other weights, prompts or seed; "
+                    f"{self.out} holds a run of {owner} with other weights, prompts, evaluate.num_prompts or seed; "
                     "choose another --out or delete it"
                 )
-            self.stages: dict[str, Any] = stages
-            return
-        if self.out.is_dir() and any(p for p in self.out.iterdir() if not p.name.startswith(".")):
+            return stages
+        try:
+            empty = not self.out.is_dir() or all(p.name.startswith(".") for p in self.out.iterdir())
+        except OSError as error:
+            reason = error.strerror or error
+            raise ArtifactError(f"{self.out} cannot be read: {reason}; choose another --out") from error
+        if not empty:
             raise ArtifactError(f"{self.out} is not empty and not a run of ppcl; choose another --out")
-        self.stages = {"schema_version": 1, "model": model, "identity": self.identity}
-        write_json(record, self.stages)
+        return {"schema_version": 1, "model": self.model, "identity": self.identity}
+
+    def _lock(self) -> None:
+        """Take the directory for as long as this run lives, and clear up after attempts that were killed."""
+        if self._locked:
+            return
+        descriptor = lock_folder(self.out)
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+        self._locked = True
+        remove_leftovers(self.out)
+        self.stages = self._claim()
 
     # What stages share, loaded when first needed.
 
@@ -105,6 +140,12 @@ class Run:
         return resolve_device(self.config.device)
 
     @cached_property
+    def tracker(self) -> Tracker:
+        """The mirror of the log in wandb."""
+        config = {"identity": self.identity, "model": self.model, **self.config.model_dump(mode="json")}
+        return Tracker(self.config.wandb, self.out, config)
+
+    @cached_property
     def teacher(self) -> Any:
         """The teacher's pipeline."""
         from ppcl.teacher import load_pipeline
@@ -118,14 +159,26 @@ class Run:
 
         return adapter_for(self.teacher.transformer)
 
+    @cached_property
+    def extractor(self) -> Any:
+        """The features behind the scores."""
+        from ppcl.evaluation import choose_extractor
+
+        return choose_extractor(self.model, self.config.evaluate.features, str(self.device))
+
     def read(self, kind: Any, name: str) -> Any:
         """Read a JSON artifact of this run."""
         return load_artifact(kind, self.out / name)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to ``log.jsonl``."""
-        with self._log_path.open("a", encoding="utf-8") as file:
-            print(json.dumps(row), file=file, flush=True)
+        """Append a row to ``log.jsonl`` and mirror it in wandb, if asked."""
+        try:
+            with self._log_path.open("a", encoding="utf-8") as file:
+                print(json.dumps(row), file=file, flush=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {self._log_path}: {reason}; free some space and run again") from error
+        self.tracker.log(row)
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on."""
@@ -146,14 +199,15 @@ class Run:
     def is_done(self, stage: str) -> bool:
         """Whether a stage ran with what it depends on now, and its products are there."""
         record = self.stages.get(stage)
-        products = all((self.out / name).exists() for name in PRODUCTS[stage])
-        return record is not None and record["digest"] == self.depends(stage) and products
+        if not isinstance(record, dict) or record.get("digest") != self.depends(stage):
+            return False
+        return all((self.out / name).exists() for name in (*PRODUCTS[stage], *record.get("files", ())))
 
     def run(self, stage: str) -> bool:
         """Run a stage unless it is done; returns whether it ran.
 
         Raises:
-            UserError: A stage before it is not done.
+            UserError: A stage before it is not done, another process works here, or the stage failed.
         """
         position = STAGES.index(stage)
         if position and not self.is_done(STAGES[position - 1]):
@@ -162,47 +216,62 @@ class Run:
             )
         if self.is_done(stage):
             return False
-        self._write_config()
-        if (old := self.stages.get(stage)) and old["digest"] != self.depends(stage):
+        self._check(stage)
+        self._lock()
+        if self.is_done(stage):  # by a process that has just left
+            return False
+        write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
+        wanted = self.depends(stage)
+        old = self.stages.get(stage)
+        same = isinstance(old, dict) and old.get("digest") == wanted  # some of its files went missing; keep the rest
+        if old is not None and not same:
             self._forget(position)
-        started = self.stages.get(f"{stage}.started")
-        if started != self.depends(stage):
+        if not same and self.stages.get(f"{stage}.started") != wanted:
             for name in (*PRODUCTS[stage], *CHECKPOINTS.get(stage, ())):  # leftovers of an attempt with other settings
                 _remove(self.out / name)
-            self._record({f"{stage}.started": self.depends(stage)})
+        self._record({**self.stages, f"{stage}.started": wanted})
         began = time.perf_counter()
         FUNCTIONS[stage](self)
-        seconds = time.perf_counter() - began
+        seconds = round(time.perf_counter() - began, 2)
         done = {k: v for k, v in self.stages.items() if k != f"{stage}.started"}
-        self.stages = {**done, stage: {"digest": self.depends(stage), "seconds": round(seconds, 2)}}
-        write_json(self.out / "stages.json", self.stages)
+        self._record({**done, stage: {"digest": wanted, "seconds": seconds, "files": self._files(stage)}})
         return True
+
+    def _check(self, stage: str) -> None:
+        """Find what a user can have got wrong before anything of an earlier attempt is removed.
+
+        Raises:
+            UserError: A model, device, input or setting of the stage cannot be used.
+        """
+        for name in READS.get(stage, ()):
+            path = self.out / name
+            if path.suffix == ".json":
+                read_json(path)
+            for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+                if file.suffix == ".safetensors":
+                    read_tensor_header(file)
+        if stage == "capture":
+            _ = self.teacher
+        elif stage == "plan":
+            _make_plan(self)
+        elif stage == "evaluate":
+            _ = self.extractor
+
+    def _files(self, stage: str) -> list[str]:
+        """Files that a stage wrote into its folders, relative to the run directory."""
+        found = (p for name in PRODUCTS[stage] for p in (self.out / name).rglob("*") if p.is_file())
+        return sorted(str(p.relative_to(self.out)) for p in found)
 
     def _forget(self, position: int) -> None:
         """Remove the products of a stage and of all after it."""
+        self._record({k: v for k, v in self.stages.items() if k not in STAGES[position:]})
         for stage in STAGES[position:]:
-            self.stages.pop(stage, None)
             for name in PRODUCTS[stage]:
                 _remove(self.out / name)
-        write_json(self.out / "stages.json", self.stages)
 
-    def _record(self, change: dict[str, Any]) -> None:
-        self.stages = {**self.stages, **change}
-        write_json(self.out / "stages.json", self.stages)
-
-    def _write_config(self) -> None:
-        """Write the resolved config, versions and where it runs."""
-        record = {
-            "model": self.model,
-            "command": self.command,
-            "seed": self.config.seed,
-            "device": f"{self.device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
-            "python": sys.version.split()[0],
-            "versions": {name: _version(name) for name in PACKAGES},
-            "git_commit": _commit(),
-            "config": self.config.model_dump(mode="json"),
-        }
-        write_text(self.out / "config.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+    def _record(self, stages: dict[str, Any]) -> None:
+        self.stages = stages
+        write_json(self.out / "stages.json", stages)
 
 
 def _remove(path: Path) -> None:
@@ -210,23 +279,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that runs, if it is one."""
-    try:
-        here = Path(__file__).resolve().parent
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 def capture_stage(run: Run) -> None:
@@ -276,10 +328,13 @@ def fit_stage(run: Run) -> None:
 
 def plan_stage(run: Run) -> None:
     """Choose the runs under the budget."""
+    save_artifact(_make_plan(run), run.out / "plan.json")
+
+
+def _make_plan(run: Run) -> CompressionPlan:
     from ppcl.planner import plan
 
-    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
-    save_artifact(plan(analysis, candidates, run.config.plan), run.out / "plan.json")
+    return plan(run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json"), run.config.plan)
 
 
 def distill_stage(run: Run) -> None:

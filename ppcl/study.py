@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ppcl.planner import cost_of, is_allowed, optimal_ladder
 from ppcl.progress import Progress
 from ppcl.stages import Run
 from ppcl.student import LinearRun, assemble_student, with_blocks
-from ppcl.study_text import Comparison, write_up
+from ppcl.study_text import write_up
 from ppcl.training import step_generator
 from ppcl.trees import to_device
 
@@ -92,7 +93,7 @@ def scattered_removals(stacks: Sequence[Sequence[Position]], size: int, draws: i
             break
         picked = sorted(torch.randperm(len(blocks), generator=generator)[:size].tolist())
         chosen = tuple(blocks[i] for i in picked)
-        if all(a[0] != b[0] or b[1] - a[1] > 1 for a, b in zip(chosen[:-1], chosen[1:], strict=True)):
+        if all(a[0] != b[0] or b[1] - a[1] > 1 for a, b in pairwise(chosen)):
             found.add(chosen)
     return sorted(found)
 
@@ -125,8 +126,12 @@ def without_blocks(
     return with_blocks(transformer, lists)
 
 
-def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[Comparison]:
-    """(a) Errors of contiguous and of scattered removals, by number of blocks and by what takes their place."""
+def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[dict[str, Any]]:
+    """(a) Errors of contiguous and of scattered removals, by number of blocks and by what takes their place.
+
+    Returns:
+        The fields of :class:`ppcl.study_text.Comparison`, one row a size and form.
+    """
     transformer, adapter, seed = run.teacher.transformer, run.adapter, run.config.seed
     probes = read_tensors(run.out / "analysis.safetensors", str(run.device))[0]
     stacks = removable(run)
@@ -139,15 +144,16 @@ def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[Comparison]:
     found = []
     with Progress("study: removals", total=total) as progress:
 
-        def errors(removals: Sequence[Removal], form: str) -> tuple[float, ...]:
+        def errors(removals: Sequence[Removal], form: str) -> list[float]:
             maps = probes if form == "probes" else None
-            values = tuple(ruler.error(without_blocks(transformer, adapter, removal, maps)) for removal in removals)
+            values = [ruler.error(without_blocks(transformer, adapter, removal, maps)) for removal in removals]
             progress.advance(len(removals))
             return values
 
         for form in FORMS:
             for size, (together, apart) in drawn.items():
-                found.append(Comparison(form, size, errors(together, form), errors(apart, form)))
+                row = {"contiguous": errors(together, form), "scattered": errors(apart, form)}
+                found.append({"form": form, "size": size, **row})
     return found
 
 
@@ -163,21 +169,31 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
         )
         rows = []
         for seed in seeds:
-            folder = run.out / "study" / sequence / f"seed-{seed}"
-            made_of = digest(run.depends("fit"), to_jsonable(plan.stacks), settings.model_dump(), seed)
             # the digest is in the folder's name: an interrupted training of other settings is not resumed
-            folder = folder / made_of
+            made_of = digest(run.depends("fit"), to_jsonable(plan.stacks), settings.model_dump(), seed)
+            folder = run.out / "study" / sequence / f"seed-{seed}" / made_of
             times: list[float] = []
             if not (folder / "bundle").is_dir():
                 Distiller(
-                    transformer, adapter, plan, run.out / "calibration", folder, settings, seed, run.config.precision,
+                    transformer,
+                    adapter,
+                    plan,
+                    run.out / "calibration",
+                    folder,
+                    settings,
+                    seed,
+                    run.config.precision,
                     lambda row, times=times: times.append(row["seconds"]),  # type: ignore[misc]
                 ).run()
-                write_json(folder / "seconds.json", {"median_step_seconds": statistics.median(times) if times else None})
+                write_json(
+                    folder / "seconds.json", {"median_step_seconds": statistics.median(times) if times else None}
+                )
             bundle = load_bundle(folder / "bundle", transformer, adapter)
             error = ruler.error(assemble_student(transformer, adapter, plan, bundle.substitutes))
             seconds = folder / "seconds.json"
-            rows.append({"error": error, **(read_json(seconds) if seconds.is_file() else {"median_step_seconds": None})})
+            rows.append(
+                {"error": error, **(read_json(seconds) if seconds.is_file() else {"median_step_seconds": None})}
+            )
         result[sequence] = rows
     return result
 
@@ -189,7 +205,9 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, float]]:
     """
     analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
     fitted = [
-        c for c in candidates.candidates if c.fitted_error is not None and is_allowed(analysis.model, c, run.config.plan)
+        c
+        for c in candidates.candidates
+        if c.fitted_error is not None and is_allowed(analysis.model, c, run.config.plan)
     ]
     costs = {(c.stack, c.first, c.last): c for c in fitted}
     rows = []
@@ -201,7 +219,13 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, float]]:
         measured = ruler.error(fitted_student(run, plan))
         squares = sum(error**2 for error in errors) ** 0.5
         rows.append(
-            {"removed": removed_blocks(runs), "runs": len(runs), "squares": squares, "sum": sum(errors), "measured": measured}
+            {
+                "removed": removed_blocks(runs),
+                "runs": len(runs),
+                "squares": squares,
+                "sum": sum(errors),
+                "measured": measured,
+            }
         )
     return sorted(rows, key=lambda row: row["removed"])
 
@@ -221,7 +245,10 @@ def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) 
     for mode, plan in plans.items():
         keys = run_keys(plan)
         plain = assemble_student(
-            run.teacher.transformer, run.adapter, plan, new_substitutes(run.teacher.transformer, run.adapter, plan, None)
+            run.teacher.transformer,
+            run.adapter,
+            plan,
+            new_substitutes(run.teacher.transformer, run.adapter, plan, None),
         )
         rows.append(
             {
@@ -235,6 +262,16 @@ def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) 
             }
         )
     return rows
+
+
+def kept(run: Run, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
+    """Return the result of a part from ``RUN/study/<name>.json``, or work it out and keep it there."""
+    path, made_of = run.out / "study" / f"{name}.json", digest(run.depends("fit"), inputs)
+    if path.is_file() and (known := read_json(path)).get("digest") == made_of:
+        return known["result"]
+    result = part()
+    write_json(path, {"digest": made_of, "result": result})
+    return result
 
 
 def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[int] = (0, 1)) -> str:
@@ -262,14 +299,23 @@ def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[
     ruler = Ruler(run.teacher.transformer, list(held_out.batches(count, count)))
     # the costs behind a prediction were measured on these states: no difference comes from the choice of states
     cost_ruler = Ruler(run.teacher.transformer, list(held_out.batches(costs, costs)))
-    parts: tuple[tuple[str, Callable[[], Any]], ...] = (
-        ("contiguity", lambda: study_contiguity(run, ruler, draws)),
-        ("sequence", lambda: study_sequence(run, ruler, plans[OURS], seeds)),
-        ("squares", lambda: study_squares(run, cost_ruler)),
-        ("planner", lambda: study_planner(run, cost_ruler, plans)),
-    )
-    results = {name: part() for name, part in parts}
-    info = {"model": run.model, "states": sum(map(len, ruler.targets)), "seeds": tuple(seeds), "notes": list(notes.values())}
+    parts: dict[str, Callable[[], Any]] = {
+        "contiguity": lambda: study_contiguity(run, ruler, draws),
+        "sequence": lambda: study_sequence(run, ruler, plans[OURS], seeds),
+        "squares": lambda: study_squares(run, cost_ruler),
+        "planner": lambda: study_planner(run, cost_ruler, plans),
+    }
+    config = run.config
+    inputs = {  # beyond what the fit stage depends on
+        "contiguity": [config.plan.model_dump(), count, draws],
+        "sequence": [to_jsonable(plans[OURS].stacks), config.distill.model_dump(), count, list(seeds)],
+        "squares": [config.plan.model_dump()],
+        "planner": [{mode: to_jsonable(plan.stacks) for mode, plan in plans.items()}],
+    }
+    results = {name: kept(run, name, inputs[name], part) for name, part in parts.items()}
+    name = Path(run.model).name if Path(run.model).is_dir() else run.model
+    states = sum(map(len, ruler.targets))
+    info = {"model": name, "states": states, "seeds": tuple(seeds), "notes": list(notes.values())}
     text = write_up(results, info, run.command, str(run.device))
     write_json(run.out / "study" / "table.json", to_jsonable({**results, **info}))
     for path in filter(None, (run.out / "study" / "table.md", table)):

@@ -31,7 +31,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Write a number with so many significant digits, never as 1e-3; a dash if it is not known."""
     if value is None or not math.isfinite(value):
         return "-"
-    if value == 0:
+    if abs(value) < 1e-9:  # nothing here is measured that finely: it is rounding
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"

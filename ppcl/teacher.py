@@ -99,7 +99,8 @@ def check_model(model: str) -> None:
     elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         known = ", ".join(EMBEDDED)
         raise ModelError(
-            f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known}); check the name"
+            f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known}); "
+            "check the name"
         )
 
 
@@ -117,8 +118,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     Raises:
         ModelError: It cannot be found or loaded, or its transformer is not supported.
     """
+    import diffusers
+    import transformers
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
     path = model_path(model)
     check_model(model)
@@ -126,7 +132,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(

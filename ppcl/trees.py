@@ -70,16 +70,22 @@ def take(tree: Tree, rows: list[int], size: int) -> Tree:
     return tree
 
 
-def join(trees: list[Tree], sizes: list[int]) -> Tree:
-    """Join trees of equal signature along the samples."""
-    first = trees[0]
+def join(parts: list[Tree], like: Tree, size: int) -> Tree:
+    """Join what :func:`take` picked out of trees of equal signature, along the samples.
+
+    Args:
+        parts: Picked trees, in order.
+        like: One of the trees they were picked from: it tells what is per sample, which a part
+            cannot (a shared tensor may happen to have as many rows as the part has samples).
+        size: Samples of ``like``.
+    """
+    first = parts[0]
     if isinstance(first, Tensor):
-        per_sample = first.ndim > 0 and len(first) == sizes[0]
-        return torch.cat(trees) if per_sample else first
+        return torch.cat(parts) if like.ndim > 0 and len(like) == size else first
     if isinstance(first, list):
-        return [item for tree in trees for item in tree] if len(first) == sizes[0] else first
+        return [item for part in parts for item in part] if len(like) == size else first
     if isinstance(first, dict):
-        return {key: join([tree[key] for tree in trees], sizes) for key in first}
+        return {key: join([part[key] for part in parts], like[key], size) for key in first}
     return first
 
 

@@ -17,6 +17,7 @@ from ppcl.analysis.statistics import Moments, best_ridge
 from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
 from ppcl.capture import States
 from ppcl.config import AnalyzeConfig
+from ppcl.errors import UserError
 from ppcl.files import write_tensors
 from ppcl.progress import Progress
 from ppcl.trace import BlockCall, run_traced
@@ -41,7 +42,7 @@ class Collector:
         self.transformer, self.adapter, self.seed = transformer, adapter, seed
         self.moments: dict[Key, Moments] = {}
         self.cosine: dict[tuple[str, int], list[float]] = {}
-        self.tokens: dict[str, int] = {}
+        self.tokens: dict[tuple[str, str], int] = {}  # stack, stream
         # Many states: one token of every stride-th; few states: several tokens of each. Bounded either way.
         self.quota = max(1, cka_tokens // max(1, num_states)) if cka_tokens else 0
         self.stride = -(-num_states // cka_tokens) if cka_tokens else 1
@@ -101,12 +102,13 @@ class Collector:
             valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
             x, y = _rows(before, valid), _rows(after, valid)
             self._add((stack, "probe", index, stream), x, y - x)
-            similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
-            total = self.cosine.setdefault((stack, index), [0.0, 0.0])
-            total[0] += float(similarity.double().sum())
-            total[1] += len(x)
+            if self.quota:
+                similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+                total = self.cosine.setdefault((stack, index), [0.0, 0.0])
+                total[0] += float(similarity.double().sum())
+                total[1] += len(x)
             if index == 0:
-                self.tokens[stream] = self.tokens.get(stream, 0) + len(x)
+                self.tokens[stack, stream] = self.tokens.get((stack, stream), 0) + len(x)
             if self.quota:
                 self._keep_tokens(call, stream, before, after, valid)
             self._add_linearity(call, stream, valid)
@@ -141,8 +143,18 @@ class Collector:
         levels[call.index + 1].append(after.flatten(0, 1)[rows].float().cpu())
 
     def cka_states(self, stack: str, stream: str) -> Tensor:
-        """Kept tokens of a stack, (M + 1, n, d)."""
-        return torch.stack([torch.cat(parts) for parts in self.kept[stack, stream]])
+        """Kept tokens of a stack, (M + 1, n, d).
+
+        Raises:
+            UserError: There are too few for CKA.
+        """
+        states = torch.stack([torch.cat(parts) for parts in self.kept[stack, stream]])
+        if states.shape[1] < 4:
+            raise UserError(
+                f"CKA needs at least 4 held-out tokens of the {stream} stream, got {states.shape[1]}; "
+                "raise capture.num_prompts or capture.states_per_prompt"
+            )
+        return states
 
 
 def _rows(states: Tensor, valid: Tensor | None) -> Tensor:
@@ -202,7 +214,8 @@ def analyze(
         model=model,
         stacks=tuple(stacks),
         num_states=collectors["train"].state_index + held_out.state_index,
-        num_tokens=collectors["train"].tokens,
+        # the same tokens pass through all stacks: those of the first one count
+        num_tokens={stream: count for (_, stream), count in reversed(collectors["train"].tokens.items())},
         seconds=time.perf_counter() - began,
     )
     write_tensors(out / "analysis.safetensors", matrices)
@@ -236,7 +249,7 @@ def _analyze_stack(
         )
         for stream in streams
     }
-    cka = combine(tables, {stream: float(train.tokens[stream]) for stream in streams})
+    cka = combine(tables, {stream: float(train.tokens[spec.name, stream]) for stream in streams})
 
     def linearity(kind: str, stream: str) -> tuple[float | None, ...]:
         keys = [(spec.name, kind, index, stream) for index in range(num_blocks)]

@@ -1,4 +1,4 @@
-"""Streaming normal equations in float64.
+"""Streaming normal equations, summed in float64.
 
 For rows x (1 x d) and y (1 x e) the sums n, sum x, sum y, X^T X, X^T Y and sum ||y||^2 are
 all that is needed to fit y = x W + b by ridge regression and to know the error of any
@@ -29,14 +29,19 @@ class Moments:
         self.yy = 0.0
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x (N, d) and y (N, e)."""
-        x, y = x.double(), y.double()
+        """Add rows x (N, d) and y (N, e).
+
+        The products of one batch are made in the rows' own precision (at least float32) and summed
+        in float64: float64 products would cost more than the teacher's blocks themselves.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
         self.count += len(x)
         self.sum_x += x.sum(0)
         self.sum_y += y.sum(0)
-        self.xx.addmm_(x.T, x)
-        self.xy.addmm_(x.T, y)
-        self.yy += float(y.pow(2).sum())
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += float(torch.linalg.vector_norm(y, dtype=torch.float64)) ** 2
 
     def ridge(self, strength: float) -> tuple[Tensor, Tensor]:
         """Fit y = x W + b.
@@ -52,7 +57,12 @@ class Moments:
         cross = self.xy - self.count * torch.outer(mean_x, mean_y)
         scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         gram.diagonal().add_(strength * scale)
-        weight = torch.linalg.lstsq(gram, cross, driver="gelsd" if gram.device.type == "cpu" else None).solution
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # not positive definite: dependent features and hardly any ridge
+            driver = "gelsd" if gram.device.type == "cpu" else None
+            weight = torch.linalg.lstsq(gram, cross, driver=driver).solution
+        else:
+            weight = torch.cholesky_solve(cross, factor)
         return weight, mean_y - mean_x @ weight
 
     def squared_error(self, weight: Tensor, bias: Tensor) -> float:

@@ -28,7 +28,7 @@ from ppcl.emoji.components import (
     new_transformer,
     pack,
 )
-from ppcl.emoji.data import SIZE, load_captions, load_images
+from ppcl.emoji.data import SIZE, is_core, load_captions, load_images
 from ppcl.emoji.vae import to_tensor
 from ppcl.files import atomic_path
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
@@ -68,16 +68,24 @@ class Captions:
 
 
 def train(
-    vae_path: Path, out: Path, steps: int, batch_size: int, learning_rate: float, device: str, seed: int = 0
+    vae_path: Path,
+    out: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    device: str,
+    core: bool = False,
+    seed: int = 0,
 ) -> None:
     """Train and write ``out/pipeline``; the training log goes to ``out/log.jsonl``."""
     rows = load_captions()
-    chosen = [i for i, row in enumerate(rows) if row.split == "train"]
+    train_rows = [row for row in rows if row.split == "train"]
+    chosen = [i for i, row in enumerate(rows) if (is_core(row) if core else row.split == "train")]
     vae = AutoencoderKLQwenImage.from_pretrained(vae_path)
     latents = pack(encode_pictures(vae, to_tensor(load_images()[chosen]))).to(device)
     captions = [rows[i].caption for i in chosen]
     torch.manual_seed(seed)
-    tokenizer = new_tokenizer(captions)
+    tokenizer = new_tokenizer([row.caption for row in train_rows])
     text_encoder, transformer = new_text_encoder(tokenizer).to(device), new_transformer().to(device)
     text_encoder.model.visual.requires_grad_(False)
     # The last block's text half cannot reach the output.
@@ -146,6 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--core", action="store_true", help="only the core of the data (may be switched when resuming)")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    train(given.vae, given.out, given.steps, given.batch_size, given.learning_rate, given.device)
+    train(given.vae, given.out, given.steps, given.batch_size, given.learning_rate, given.device, given.core)

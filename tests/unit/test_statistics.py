@@ -76,8 +76,9 @@ def test_constant_and_repeated_features_give_finite_maps() -> None:
     x = torch.cat([x, x[:, :1], torch.ones(N, 1).double()], 1)
     weight, bias = moments(x, y, 10).ridge(0.0)
     assert torch.isfinite(weight).all()
-    best = moments(x[:, :D], y, 10)
-    assert moments(x, y, 10).squared_error(weight, bias) == pytest.approx(best.squared_error(*best.ridge(0.0)), rel=1e-6)
+    plain = moments(x[:, :D], y, 10)
+    least = plain.squared_error(*plain.ridge(0.0))
+    assert moments(x, y, 10).squared_error(weight, bias) == pytest.approx(least, rel=1e-6)
 
 
 def test_best_ridge_avoids_overfitting() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppcl import trees
 from ppcl.adapters import Adapter, adapter_for
 from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction
+from ppcl.files import write_tensors
 from ppcl.student import RunKey, segments_from_runs, start_block
 from ppcl.teacher import describe
 
@@ -76,6 +79,14 @@ def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def write_states(folder: Path, split: str, calls: list[dict[str, Any]]) -> None:
+    """Write calls as :func:`ppcl.capture.capture` would, one a file."""
+    for index, call in enumerate(calls):
+        tensors: dict[str, Tensor] = {}
+        node = trees.flatten(call, "00", tensors)
+        write_tensors(folder / f"{split}-{index:04d}.safetensors", tensors, {"calls": [node], "alias": {}})
+
+
 def describe_alone(transformer: nn.Module, flops: dict[str, Any] | None = None) -> ModelInfo:
     """The planner's view of a transformer without a pipeline around it."""
     return describe(SimpleNamespace(transformer=transformer, components={}), flops)
@@ -83,16 +94,17 @@ def describe_alone(transformer: nn.Module, flops: dict[str, Any] | None = None) 
 
 def plan_for(transformer: nn.Module, runs: list[RunKey]) -> CompressionPlan:
     """A plan that replaces the given runs."""
-    stacks = {
-        spec.name: segments_from_runs(
-            len(adapter_for(transformer).blocks(transformer, spec)), [(f, l, "middle") for s, f, l in runs if s == spec.name]
-        )
-        for spec in adapter_for(transformer).stacks
-    }
-    return CompressionPlan(describe_alone(transformer), "optimal", {"keep": 0.5}, stacks, Prediction(1, 1.0, 1.0, 1, None))
+    adapter, model = adapter_for(transformer), describe_alone(transformer)
+    stacks = {}
+    for spec in adapter.stacks:
+        own = [(first, last, "middle") for stack, first, last in runs if stack == spec.name]
+        stacks[spec.name] = segments_from_runs(len(adapter.blocks(transformer, spec)), own)
+    return CompressionPlan(model, "optimal", {"keep": 0.5}, stacks, Prediction(1, 1.0, 1.0, 1, None))
 
 
-def random_substitutes(transformer: nn.Module, adapter: Adapter, runs: list[RunKey], seed: int = 7) -> dict[RunKey, nn.Module]:
+def random_substitutes(
+    transformer: nn.Module, adapter: Adapter, runs: list[RunKey], seed: int = 7
+) -> dict[RunKey, nn.Module]:
     """Substitutes that differ from all of the teacher's blocks."""
     generator = torch.Generator().manual_seed(seed)
     substitutes = {}

@@ -1,0 +1,48 @@
+"""What a run was made with: model, command, resolved config, versions, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from ppcl.config import RunConfig
+
+PACKAGES = ("ppcl", "torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
+
+
+def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
+    """Return the text of ``RUN/config.yaml``."""
+    record = {
+        "model": model,
+        "command": command,
+        "seed": config.seed,
+        "device": f"{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git_commit": _commit(),
+        "config": config.model_dump(mode="json"),
+    }
+    return str(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, if it is one."""
+    try:
+        here = Path(__file__).resolve().parent
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,438 @@
+"""What a user can get wrong: exit code 2, one line that says what to do, nothing overwritten."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppcl import cli
+
+JOURNAL = ("config.yaml", "stages.json", "log.jsonl", ".lock")
+
+
+def tree(folder, without=()):
+    """Digest of every file by relative name; empty if there is nothing."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file() and p.name not in without and "checkpoints" not in p.parts
+    }
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Call the command line in this process; returns (exit code, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def refuses(run_cli):
+    """Call the command line, which must refuse in one line that holds all of ``says``."""
+
+    def call(*arguments, says=(), watch=None, without=()):
+        before = tree(watch, without) if watch else None
+        code, err = run_cli(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, err
+        assert len(lines) == 1, err
+        assert err.rstrip().endswith(lines[0])
+        assert "Traceback" not in err
+        for text in says:
+            assert text in lines[0], lines[0]
+        if watch:
+            assert tree(watch, without) == before
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def common(tiny_model, prompts_file, small_config):
+    """Options that make a good run."""
+    return (tiny_model, "--config", small_config, "--prompts", prompts_file)
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    """A finished run that a test may damage."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+# Models
+
+
+def test_unknown_model(refuses, tmp_path, prompts_file):
+    out = tmp_path / "run"
+    for name in (tmp_path / "nowhere", "./nowhere", "nowhere"):
+        says = ("nowhere", "neither a pipeline folder, a hub id", "check the name")
+        refuses("compress", name, "--out", out, "--prompts", prompts_file, says=says)
+    assert not out.exists()
+
+
+def test_hub_id_out_of_reach(refuses, tmp_path, prompts_file, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    def fail(*_, **__):
+        raise OSError("Cannot load model owner/nothing: no connection\nsecond line")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    says = ("'owner/nothing' cannot be loaded", "check the name, the network")
+    refuses("compress", "owner/nothing", "--out", tmp_path / "run", "--prompts", prompts_file, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        (None, ("model_index.json is missing", "give the pipeline's top folder")),
+        ('{"_class_name": "StableDiff', ("model_index.json is damaged", "fetch the pipeline again")),
+        ("[1, 2]", ("model_index.json is damaged", "fetch the pipeline again")),
+        (
+            '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',
+            ("has no transformer (StableDiffusionPipeline)", "not U-Nets"),
+        ),
+        (
+            '{"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}',
+            ("DiTTransformer2DModel is not supported yet", "supported: ", "An adapter for it"),
+        ),
+    ],
+)
+def test_folder_that_cannot_be_compressed(refuses, tmp_path, prompts_file, index, says):
+    model = tmp_path / "model"
+    model.mkdir()
+    if index is not None:
+        (model / "model_index.json").write_text(index)
+    refuses("compress", model, "--out", tmp_path / "run", "--prompts", prompts_file, says=says, watch=tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pipeline_of_an_unsupported_family(refuses, tmp_path, prompts_file):
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4)
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    says = ("DiTTransformer2DModel is not supported yet",)
+    refuses("compress", tmp_path / "dit", "--out", tmp_path / "run", "--prompts", prompts_file, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_damaged_weights(refuses, tmp_path, tiny_model, prompts_file, small_config, damage):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes({"truncated": content[:-500], "garbage": b"\xff" * 600, "empty": b""}[damage])
+    says = (str(weights), "truncated" if damage == "truncated" else "damaged", "fetch or write it again")
+    arguments = ("compress", model, "--out", tmp_path / "run", "--prompts", prompts_file, "--config", small_config)
+    refuses(*arguments, says=says, watch=tmp_path)
+
+
+def test_config_that_does_not_fit_the_weights(refuses, tmp_path, tiny_model, prompts_file, small_config):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 9}))
+    arguments = ("compress", model, "--out", tmp_path / "run", "--prompts", prompts_file, "--config", small_config)
+    refuses(*arguments, says=(str(model), "fetch it again"), watch=tmp_path)
+    path.write_text("{")
+    refuses(*arguments, says=(str(model), "cannot be loaded"), watch=tmp_path)
+
+
+# Options and config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--set", "distill.local_stepz=3"), ("unknown key", "did you mean 'local_steps'?")),
+        (("--set", "distill"), ("--set 'distill' is not of the form section.key=value",)),
+        (("--set", "capture.held_out_share=2"), ("capture.held_out_share = 2", "less than 1")),
+        (("--mode", "best"), ("plan.mode = 'best'", "'optimal', 'paper', 'uniform' or 'influence'")),
+        (("--keep", "0.5", "--speedup", "2"), ("give one budget",)),
+        (("--fit", "24TB"), ("--fit '24TB' is not a size", "24GB")),
+        (("--set", "evaluate.features=emojis"), ("unknown features (did you mean 'emoji'?)", "valid: ")),
+        (("--set", "device=gpu"), ("device 'gpu' cannot be used", "use --set device=cpu")),
+        (("--set", "device=cuda:99"), ("device 'cuda:99' cannot be used", "use --set device=cpu")),
+        (("--config", "nowhere.yaml"), ("nowhere.yaml does not exist",)),
+        (("--prompts", "nowhere.txt"), ("nowhere.txt does not exist", "one prompt a line")),
+    ],
+)
+def test_bad_option(refuses, common, tmp_path, options, says):
+    refuses("compress", *common, "--out", tmp_path / "run", *options, says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("plan: {kep: 0.5}\n", ("unknown key 'plan.kep'", "did you mean 'keep'?")),
+        ("- 1\n", ("must hold a mapping",)),
+        ("a: [\n", ("cannot be read as YAML",)),
+    ],
+)
+def test_bad_config_file(refuses, common, tmp_path, content, says):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    refuses("compress", *common, "--config", path, "--out", tmp_path / "run", says=says)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", ("holds 0 different prompts, at least 4",)),
+        (b"\n  \n", ("holds 0 different prompts",)),
+        (b"cat\ncat\ncat\ncat\ndog\n", ("holds 2 different prompts",)),
+        (b"\xff\xfe\x00c\x00a", ("cannot be read as UTF-8",)),
+    ],
+)
+def test_bad_prompts_file(refuses, tiny_model, tmp_path, content, says):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    refuses("compress", tiny_model, "--prompts", path, "--out", tmp_path / "run", says=(str(path), *says))
+    assert not (tmp_path / "run").exists()
+
+
+# The run directory
+
+
+def test_a_later_stage_first(refuses, common, tmp_path):
+    refuses("distill", *common, "--out", tmp_path / "run", says=("ppcl distill needs", "run ppcl plan first"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_directory_of_something_else(refuses, common, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    says = ("is not empty and not a run of ppcl", "choose another --out")
+    refuses("compress", *common, "--out", tmp_path, says=says, watch=tmp_path)
+
+
+def test_run_of_another(refuses, common, finished_run, tiny_model, small_config, prompts_file, tmp_path):
+    other_prompts = tmp_path / "prompts.txt"
+    other_prompts.write_text("\n".join(f"prompt {i}" for i in range(12)))
+    other_model = shutil.copytree(tiny_model, tmp_path / "other")
+    index = other_model / "model_index.json"
+    index.write_text(index.read_text() + "\n")
+    says = (str(finished_run), "other weights, prompts, evaluate.num_prompts or seed", "choose another --out")
+    for options in (
+        (*common, "--set", "seed=1"),
+        (*common, "--prompts", other_prompts),
+        (other_model, *common[1:]),
+    ):
+        refuses("compress", *options, "--out", finished_run, says=says, watch=finished_run)
+
+
+def test_out_below_a_file(refuses, common, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "run", tmp_path / "file"):
+        refuses("compress", *common, "--out", out, says=("cannot write", "choose another --out"), watch=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_out(refuses, common, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        refuses("compress", *common, "--out", tmp_path / "run", says=("cannot write", "choose another --out"))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_run_in_use(refuses, common, run_copy):
+    import subprocess
+
+    fcntl = pytest.importorskip("fcntl")
+    code = (
+        "import sys; from pathlib import Path; from ppcl.files import lock_folder\n"
+        "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", code, str(run_copy)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as other:
+        assert fcntl
+        assert other.stdout.readline() == "locked\n"
+        says = (f"is in use by process {other.pid}", "choose another --out")
+        refuses("plan", *common, "--keep", "0.9", "--out", run_copy, says=says, watch=run_copy)
+        other.stdin.close()
+
+
+@pytest.mark.parametrize("option", [("--keep", "0.01"), ("--speedup", "40"), ("--fit", "0.1MB")])
+def test_impossible_budget_keeps_the_finished_run(refuses, run_cli, common, run_copy, option):
+    says = ("no optimal plan gives", "the nearest feasible budget is --")
+    refuses("compress", *common, *option, "--out", run_copy, says=says, watch=run_copy, without=(".lock",))
+    code, err = run_cli("compress", *common, "--out", run_copy)
+    assert code == 0
+    assert err.count(": done before") == 8
+
+
+def test_unknown_open_clip_model_keeps_the_evaluation(refuses, common, run_copy):
+    option = ("--set", "evaluate.features=ViT-B-33/openai")
+    says = ("features 'ViT-B-33/openai' are unknown", "did you mean 'ViT-B-32'?")
+    refuses("evaluate", *common, *option, "--out", run_copy, says=says, watch=run_copy)
+
+
+# Damaged artifacts. Each: the file, the stage that reads it, and an option that makes it run again.
+
+READERS = [
+    ("plan.json", "distill", "distill.local_steps=2"),
+    ("analysis.json", "fit", "fit.steps=2"),
+    ("analysis.safetensors", "fit", "fit.steps=2"),
+    ("candidates.json", "plan", "plan.keep=0.9"),
+    ("candidates.safetensors", "distill", "distill.local_steps=2"),
+    ("calibration/train-0000.safetensors", "analyze", "analyze.cka_tokens=32"),
+    ("calibration/held-out-0000.safetensors", "fit", "fit.steps=2"),
+    ("bundle/substitutes.safetensors", "export", "export.dtype=bfloat16"),
+    ("bundle/tuned.safetensors", "export", "export.dtype=bfloat16"),
+    ("pipeline/transformer/diffusion_pytorch_model.safetensors", "evaluate", "evaluate.batch_size=3"),
+]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+@pytest.mark.parametrize(("name", "stage", "option"), READERS)
+def test_damaged_artifact(refuses, common, run_copy, name, stage, option, damage):
+    path = run_copy / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x93garbage" * 100)
+    says = (str(path), "delete it")
+    refuses(stage, *common, "--set", option, "--out", run_copy, says=says, watch=run_copy)
+
+
+@pytest.mark.parametrize("name", ["bundle/bundle.json", "bundle/plan.json", "bundle/substitutes.safetensors"])
+def test_changed_bundle(refuses, common, run_copy, name):
+    path = run_copy / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    line = refuses("export", *common, "--set", "export.dtype=bfloat16", "--out", run_copy)
+    assert str(run_copy / "bundle") in line
+    assert "delete" in line
+
+
+def test_json_of_another_shape(refuses, common, run_copy):
+    for text in ("[]", "3", '{"schema_version": 7}', '{"schema_version": 1, "model": 5}'):
+        (run_copy / "candidates.json").write_text(text)
+        refuses("plan", *common, "--keep", "0.9", "--out", run_copy, says=("candidates.json", "delete it"))
+    for text in ("[]", '{"files": 3}'):
+        (run_copy / "bundle" / "bundle.json").write_text(text)
+        refuses("export", *common, "--set", "export.dtype=bfloat16", "--out", run_copy, says=("delete", "run again"))
+
+
+def test_damaged_record_of_stages(refuses, common, run_copy):
+    (run_copy / "stages.json").write_text('{"identity": ')
+    says = ("stages.json is damaged", "choose another --out or delete")
+    refuses("compress", *common, "--out", run_copy, says=says, watch=run_copy)
+
+
+def test_damaged_checkpoint(refuses, run_cli, common, run_copy):
+    path = next((run_copy / "checkpoints" / "distill-local").glob("*/state.safetensors"))
+    path.write_bytes(path.read_bytes()[:1000])
+    shutil.rmtree(run_copy / "bundle")
+    refuses("distill", *common, "--out", run_copy, says=(str(path), "delete it and run again"))
+    path.unlink()
+    assert run_cli("distill", *common, "--out", run_copy)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "remade"),
+    [("plan.json", "plan.json"), ("candidates.safetensors", "candidates.safetensors"),
+     ("calibration/train-0000.safetensors", "calibration/train-0000.safetensors"),
+     ("bundle/substitutes.safetensors", "bundle")],
+)  # fmt: skip
+def test_deleting_as_told_mends_it(refuses, run_cli, common, finished_run, run_copy, name, remade):
+    path = run_copy / remade
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, err = run_cli("compress", *common, "--out", run_copy)
+    assert code == 0, err
+    assert err.count(": done before") == 7
+    assert (run_copy / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+# The disk
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_while_writing_json(refuses, common, run_copy, monkeypatch):
+    write = Path.write_text
+
+    def fail(self, *arguments, **options):
+        return full_disk() if "plan.json" in self.name else write(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    says = ("cannot write", "plan.json", "No space left", "free some space")
+    refuses("plan", *common, "--keep", "0.9", "--out", run_copy, says=says)
+    assert not list(run_copy.rglob(".*.tmp-*"))
+
+
+def test_full_disk_while_writing_tensors(refuses, run_cli, common, run_copy, monkeypatch):
+    import safetensors.torch
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    says = ("cannot write", "substitutes.safetensors", "No space left", "free some space")
+    options = ("--set", "distill.local_steps=0", "--set", "distill.output_steps=0")
+    refuses("distill", *common, *options, "--out", run_copy, says=says)
+    assert not list(run_copy.rglob(".*.tmp-*"))
+    monkeypatch.undo()
+    assert run_cli("distill", *common, *options, "--out", run_copy)[0] == 0
+
+
+def test_full_disk_while_logging(refuses, common, run_copy, monkeypatch):
+    opened = Path.open
+
+    def fail(self, *arguments, **options):
+        return full_disk() if self.name == "log.jsonl" else opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    says = ("cannot write", "log.jsonl", "No space left")
+    refuses("distill", *common, "--set", "distill.local_steps=2", "--out", run_copy, says=says)
+
+
+# Training
+
+
+def test_training_that_explodes(refuses, run_cli, common, run_copy):
+    wild = ("distill.local_learning_rate=1e30", "distill.clip_norm=1e30", "distill.warmup_steps=0")
+    options = [part for text in wild for part in ("--set", text)]
+    says = ("NaN or infinite at step", "distill-local", "lower the learning rate")
+    line = refuses("distill", *common, *options, "--out", run_copy, says=says)
+    step = line.partition("at step ")[2].partition(";")[0]
+    kept = run_copy / "checkpoints" / "distill-local" / f"step-{step}" / "state.safetensors"
+    assert str(kept.parent) in line
+    assert kept.is_file()
+    code, err = run_cli("compress", *common, "--set", "distill.local_learning_rate=1e-3", "--out", run_copy)
+    assert code == 0, err
+    metrics = json.loads((run_copy / "eval" / "metrics.json").read_text())
+    assert metrics["fidelity"]["velocity_error"] < 1
+
+
+def test_not_a_number_in_the_fit(refuses, common, run_copy, monkeypatch):
+    import ppcl.fit
+
+    def poisoned(*_, **__):
+        return {("transformer_blocks", 1, 2): float("nan")}
+
+    monkeypatch.setattr(ppcl.fit, "local_backward", poisoned)
+    monkeypatch.setattr(ppcl.fit, "best_starts", lambda *a: {run: "first" for run in a[3]})
+    option = ("--set", "fit.steps=2")
+    refuses("fit", *common, *option, "--out", run_copy, says=("fit: loss became NaN", "at step 0", "learning rate"))

@@ -1,0 +1,119 @@
+"""The real command from end to end, and what a second and a changed call do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
+
+
+def ppcl(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ppcl.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def times(folder):
+    """When each file was last written."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_model, prompts_file, small_config, tmp_path_factory):
+    """The run directory and the arguments that made it."""
+    out = tmp_path_factory.mktemp("cli") / "a run [1]"  # a name that shells and markup could trip over
+    arguments = ("compress", tiny_model, "--out", out, "--config", small_config, "--prompts", prompts_file)
+    result = ppcl(*arguments, "--keep", 0.8, "--set", "device=cpu")
+    assert result.returncode == 0, result.stderr
+    return out, arguments, result
+
+
+def test_one_command_writes_everything(compressed, tiny_model):
+    out, _, result = compressed
+    expected = {
+        *("config.yaml", "stages.json", "analysis.json", "analysis.safetensors", "candidates.json"),
+        *("candidates.safetensors", "plan.json", "bundle/bundle.json", "bundle/plan.json"),
+        *("bundle/substitutes.safetensors", "pipeline/model_index.json", "pipeline/README.md"),
+        *("pipeline/transformer/diffusion_pytorch_model.safetensors", "eval/metrics.json", "report.html", "log.jsonl"),
+        *("calibration/train-0000.safetensors", "calibration/held-out-0000.safetensors"),
+    }
+    assert expected <= set(times(out))
+    assert "Traceback" not in result.stderr
+    assert "%|" not in result.stderr  # no progress bars outside a terminal
+    for number, stage in enumerate(STAGES, 1):
+        assert f"[{number}/8] {stage}\n" in result.stderr
+    assert "predicted:" in result.stderr
+    assert result.stderr.index("predicted:") < result.stderr.index("distill")
+    assert f'from_pretrained("{out / "pipeline"}")' in result.stdout
+    assert f"report:  {out / 'report.html'}" in result.stdout
+    record = yaml.safe_load((out / "config.yaml").read_text())
+    assert record["config"]["plan"]["keep"] == 0.8
+    assert record["command"].startswith("ppcl compress")
+
+
+def test_the_pipeline_is_what_the_plan_predicted(compressed):
+    from diffusers import DiffusionPipeline
+
+    out, _, _ = compressed
+    plan = json.loads((out / "plan.json").read_text())
+    metrics = json.loads((out / "eval" / "metrics.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
+    params = sum(p.numel() for p in pipeline.transformer.parameters())
+    assert params == plan["predicted"]["params"] == metrics["student"]["params"]
+    assert plan["predicted"]["param_ratio"] <= 0.8
+
+
+def test_the_second_call_does_nothing(compressed):
+    out, arguments, _ = compressed
+    before = times(out)
+    result = ppcl(*arguments, "--keep", 0.8, "--set", "device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(": done before") == len(STAGES)
+    assert times(out) == before
+
+
+def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys):
+    from ppcl import cli
+
+    out, arguments, _ = compressed
+    before = times(out)
+    plan_before = (out / "plan.json").read_text()
+    monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments), "--keep", "0.9", "--set", "device=cpu"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert capsys.readouterr().err.count(": done before") == 3
+    after = times(out)
+    kept = ("calibration/", "analysis.", "candidates.", "checkpoints/fit/")
+    assert {k: v for k, v in after.items() if k.startswith(kept)} == {
+        k: v for k, v in before.items() if k.startswith(kept)
+    }
+    for name in ("plan.json", "bundle/bundle.json", "pipeline/README.md", "eval/metrics.json", "report.html"):
+        assert after[name] > before[name]
+    assert (out / "plan.json").read_text() != plan_before
+
+
+def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, small_config, tmp_path):
+    import shutil
+
+    from ppcl.config import load_config
+    from ppcl.stages import Run
+
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    shard = out / "calibration" / "train-0001.safetensors"
+    content, before = shard.read_bytes(), times(out / "calibration")
+    shard.unlink()
+    run = Run(str(tiny_model), out, load_config([small_config], []), prompts_file)
+    assert run.is_done("capture") is False
+    assert run.run("capture") is True
+    assert shard.read_bytes() == content
+    after = times(out / "calibration")
+    assert after.pop("train-0001.safetensors") != before.pop("train-0001.safetensors")
+    assert after == before
+    assert run.is_done("report")

@@ -1,0 +1,207 @@
+"""A run that is killed again and again ends as the undisturbed one, bit for bit.
+
+The kills are real (SIGKILL of a forked process) and repeatable: a process dies at its n-th
+*event* inside a stage. Events are the moments just before and just after a file gets its
+final name, every training step, every batch of prompts, every batch of pictures. Run as a
+script, this file is the process that imports everything once and forks the attempts.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
+VOLATILE = ("latency", "peak_memory", "speedup", "seconds")
+JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", ".lock")
+
+
+# The part that runs as a script
+
+
+class Events:
+    """Counts events by stage; dies at the wanted one."""
+
+    def __init__(self, kill, journal):
+        self.kill, self.journal, self.stage, self.count = kill, journal, None, 0
+
+    def happen(self, name):
+        if self.stage is None:
+            return
+        self.count += 1
+        if self.journal:
+            with Path(self.journal).open("a") as file:
+                print(json.dumps([self.stage, self.count, name]), file=file)
+        if self.kill == (self.stage, self.count):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, owner, name, after=False):
+        """Make a function an event, or two."""
+        function = getattr(owner, name)
+
+        def wrapper(*arguments, **options):
+            self.happen(f"before {name} {arguments[0]!r}"[:200])
+            result = function(*arguments, **options)
+            if after:
+                self.happen(f"after {name} {arguments[0]!r}"[:200])
+            return result
+
+        setattr(owner, name, wrapper)
+
+    def install(self):
+        import ppcl.capture
+        import ppcl.eval.generate
+        from ppcl.stages import Run
+        from ppcl.training import TrainingLoop
+
+        self.around(Path, "replace", after=True)
+        self.around(TrainingLoop, "_step")
+        self.around(ppcl.capture, "record_calls")
+        self.around(ppcl.eval.generate, "draw")
+        run = Run.run
+
+        def run_stage(this, stage):
+            self.stage, self.count = stage, 0
+            return run(this, stage)
+
+        Run.run = run_stage
+
+
+def attempt(arguments, output, kill=None, journal=None):
+    """Run the command in a forked process; returns its exit code, or -9 if it was killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            Events(kill, journal).install()
+            sys.argv = ["ppcl", *arguments]
+            from ppcl.cli import main
+
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def leftovers(folder):
+    return [str(p) for p in folder.rglob(".*") if ".tmp" in p.name or ".old-" in p.name]
+
+
+def act(folder, *options):
+    """Make ``folder/undisturbed`` and ``folder/killed``; print what happened."""
+    # imported once here instead of in every attempt; no tensor is touched before the forks
+    import matplotlib.pyplot  # noqa: F401
+    import open_clip  # noqa: F401
+    import torch
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel  # noqa: F401
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer  # noqa: F401
+
+    import ppcl.evaluation
+    import ppcl.export
+    import ppcl.fit
+    import ppcl.stages  # noqa: F401
+    from ppcl.eval.report import write_report  # noqa: F401
+
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    output, journal = str(folder / "output.txt"), folder / "events.jsonl"
+    command = ["compress", *options]
+    assert attempt([*command, "--out", str(folder / "undisturbed")], output, journal=str(journal)) == 0
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    chance = random.Random(20)
+    history = []
+    for stage in STAGES:
+        count = max(n for name, n, _ in events if name == stage)
+        # the second kill comes early in what is left of the stage: however little, it has six events
+        for number in (chance.randint(count // 2, count - 1), chance.randint(3, 6)):
+            code = attempt([*command, "--out", str(folder / "killed")], output, kill=(stage, number))
+            history.append({"stage": stage, "event": number, "of": count, "code": code,
+                            "left": leftovers(folder / "killed")})  # fmt: skip
+    final = attempt([*command, "--out", str(folder / "killed")], output)
+    print(json.dumps({"history": history, "final": final}))
+
+
+# The tests
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, prompts_file, small_config, tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("forks processes that have imported torch")
+    folder = tmp_path_factory.mktemp("resume")
+    options = (tiny_model, "--config", small_config, "--prompts", prompts_file, "--keep", 0.8, "--set", "device=cpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, folder, *options]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
+    output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
+    assert result.returncode == 0, result.stderr + output
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["final"] == 0, output
+    return folder, told["history"]
+
+
+def stable(value):
+    """JSON without times and memory."""
+    if isinstance(value, dict):
+        return {k: stable(v) for k, v in value.items() if not k.startswith(VOLATILE)}
+    return [stable(v) for v in value] if isinstance(value, list) else value
+
+
+def test_every_stage_was_killed_inside(runs):
+    _, history = runs
+    assert [row["code"] for row in history] == [-signal.SIGKILL] * (2 * len(STAGES)), history
+    assert any(row["left"] for row in history)  # otherwise the test below would prove nothing
+
+
+def test_nothing_temporary_is_left(runs):
+    folder, _ = runs
+    assert leftovers(folder / "killed") == []
+
+
+def test_the_same_files_bit_for_bit(runs):
+    folder, _ = runs
+    names = [
+        {str(p.relative_to(folder / run)) for p in (folder / run).rglob("*") if p.is_file()}
+        for run in ("undisturbed", "killed")
+    ]
+    assert names[0] == names[1]
+    assert {"plan.json", "bundle/tuned.safetensors", "eval/metrics.json", "eval/student/seed-0/0000.png"} < names[0]
+    for name in sorted(names[0]):
+        first, second = folder / "undisturbed" / name, folder / "killed" / name
+        if name in JOURNAL:
+            continue
+        if name in ("analysis.json", "candidates.json", "eval/metrics.json"):
+            assert stable(json.loads(first.read_text())) == stable(json.loads(second.read_text())), name
+        else:
+            assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_same_log(runs):
+    from ppcl.eval.report_data import read_log
+
+    folder, _ = runs
+    logs = [read_log(folder / run / "log.jsonl") for run in ("undisturbed", "killed")]
+    assert {"fit", "distill.local", "distill.output"} <= set(logs[0])
+    assert stable(logs[0]) == stable(logs[1])
+
+
+if __name__ == "__main__":
+    act(*sys.argv[1:])

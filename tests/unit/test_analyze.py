@@ -1,0 +1,231 @@
+"""The analyze stage on transformers of a few blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    DUAL,
+    SINGLE,
+    describe_alone,
+    flux_call,
+    qwen_call,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
+from torch import Tensor, nn
+
+from ppcl.adapters import adapter_for
+from ppcl.analysis.analyze import Collector, analyze
+from ppcl.analysis.cka import chained_cka
+from ppcl.analysis.intervals import detect_intervals
+from ppcl.artifacts import Analysis, load_artifact
+from ppcl.capture import States
+from ppcl.config import AnalyzeConfig
+from ppcl.errors import UserError
+from ppcl.files import read_tensors
+from ppcl.trace import record_boundaries
+from ppcl.trees import take
+
+Calls = dict[str, list[dict[str, Any]]]
+RIDGES = (1e-4, 1e-1)
+
+
+def qwen_calls(batch: int = 4) -> Calls:
+    return {
+        "train": [qwen_call(batch, text=n, seed=seed, padded=True) for n, seed in ((5, 0), (5, 10), (7, 20))],
+        "held-out": [qwen_call(batch, text=5, seed=seed, padded=True) for seed in (30, 40)],
+    }
+
+
+def in_float64(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
+
+
+def run(transformer: nn.Module, calls: Calls, folder: Path, **settings: Any) -> Analysis:
+    for split, recorded in calls.items():
+        write_states(folder / "calibration", split, recorded)
+    config = AnalyzeConfig(**{"cka_tokens": 64, "batch_size": 3, "ridges": RIDGES, **settings})
+    adapter = adapter_for(transformer)
+    return analyze(transformer, adapter, describe_alone(transformer), folder / "calibration", folder, config, seed=0)
+
+
+def numbers(analysis: Analysis) -> list[float]:
+    """All numbers of the stacks, in order; None becomes -1."""
+    found: list[float] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value):
+                visit(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif not isinstance(value, str):
+            found.append(-1.0 if value is None else float(value))
+
+    visit([dataclasses.asdict(stack) for stack in analysis.stacks])
+    return found
+
+
+@pytest.mark.parametrize("batch", [4, 10])
+def test_batch_size_does_not_matter(batch: int, tmp_path: Path) -> None:
+    """Two tokens of each of 8 held-out states are kept, or one of every second of 20."""
+    transformer = tiny_qwen(4).double()
+    calls = {split: [in_float64(call) for call in recorded] for split, recorded in qwen_calls(batch).items()}
+    small, large = (run(transformer, calls, tmp_path / str(size), batch_size=size, cka_tokens=16) for size in (1, 5))
+    assert small.stacks[0].intervals == large.stacks[0].intervals
+    assert numbers(small) == pytest.approx(numbers(large), abs=1e-9)
+    assert small.num_tokens == large.num_tokens
+    a, b = (read_tensors(tmp_path / name / "analysis.safetensors")[0] for name in ("1", "5"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_padding_is_excluded(tmp_path: Path) -> None:
+    """What stands in the padding changes nothing, and padding is not counted."""
+    clean, noisy = qwen_calls(), qwen_calls()
+    for call in noisy["train"] + noisy["held-out"]:
+        call["encoder_hidden_states"][~call["encoder_hidden_states_mask"]] = 50.0
+    first, second = run(tiny_qwen(3), clean, tmp_path / "a"), run(tiny_qwen(3), noisy, tmp_path / "b")
+    valid = sum(int(call["encoder_hidden_states_mask"].sum()) for call in clean["train"])
+    assert first.num_tokens == second.num_tokens == {"image": 3 * 4 * 6, "text": valid}
+    assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
+
+
+def rows_of(transformer: nn.Module, calls: list[dict[str, Any]], index: int, stream: str) -> tuple[Tensor, Tensor]:
+    """States before and after a block, valid tokens alone."""
+    before, after = [], []
+    for call in calls:
+        traced, _ = record_boundaries(transformer, adapter_for(transformer), call, {(DUAL, index)})
+        block = traced[DUAL, index]
+        everything = torch.ones(block.inputs[stream].shape[:2], dtype=torch.bool)
+        keep = call["encoder_hidden_states_mask"] if stream == "text" else everything
+        before.append(block.inputs[stream][keep])
+        after.append(block.outputs[stream][keep])
+    return torch.cat(before).double(), torch.cat(after).double()
+
+
+def test_numbers_are_those_of_the_states(tmp_path: Path) -> None:
+    transformer, calls = tiny_qwen(3), qwen_calls()
+    analysis = run(transformer, calls, tmp_path)
+    found = analysis.stacks[0]
+    matrices, _ = read_tensors(tmp_path / "analysis.safetensors")
+    assert load_artifact(Analysis, tmp_path / "analysis.json") == analysis
+    assert analysis.num_states == 5 * 4
+    assert len(matrices) == 3 * 2 * 2
+    for index in range(3):
+        cosines = []
+        for stream in ("image", "text"):
+            x, y = rows_of(transformer, calls["held-out"], index, stream)
+            weight, bias = (matrices[f"{DUAL}/{index}/{stream}/{part}"].double() for part in ("weight", "bias"))
+            change = y - x
+            error = (x @ weight + bias - change).norm() / (change - change.mean(0)).norm()
+            assert found.probe_error[stream][index] == pytest.approx(error.item(), rel=1e-4)
+            assert found.ridge[stream][index] in RIDGES
+            cosines.append(nn.functional.cosine_similarity(x, y))
+        assert found.influence[index] == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
+    assert found.text_linearity["output"] == found.probe_error["text"]
+    assert found.text_linearity["input"][0] is None
+    assert all(isinstance(value, float) for value in found.text_linearity["input"][1:])
+    assert set(found.ffn_linearity) == {"image", "text"}
+    assert list(found.intervals) == detect_intervals(found.cka, 0, 2)
+
+
+def test_cka_is_that_of_all_held_out_tokens_when_all_are_kept(tmp_path: Path) -> None:
+    transformer, calls = tiny_qwen(3), qwen_calls()
+    analysis = run(transformer, calls, tmp_path, cka_tokens=10_000)
+    matrices, _ = read_tensors(tmp_path / "analysis.safetensors")
+    tables = {}
+    for stream in ("image", "text"):
+        states = [rows_of(transformer, calls["held-out"], 0, stream)[0]]
+        states += [rows_of(transformer, calls["held-out"], index, stream)[1] for index in range(3)]
+        names = [f"{DUAL}/{i}/{stream}" for i in range(3)]
+        probes = [(matrices[f"{name}/weight"].double(), matrices[f"{name}/bias"].double()) for name in names]
+        tables[stream] = chained_cka(torch.stack(states), probes)
+    image, text = analysis.num_tokens["image"], analysis.num_tokens["text"]
+    for u in range(3):
+        for k in range(u, 3):
+            for stream, table in tables.items():
+                assert analysis.stacks[0].cka_by_stream[stream][u][k] == pytest.approx(table[u][k], abs=1e-5)
+            share = (image * tables["image"][u][k] + text * tables["text"][u][k]) / (image + text)
+            assert analysis.stacks[0].cka[u][k] == pytest.approx(share, abs=1e-5)
+
+
+def test_ffn_of_a_linear_network_is_linear(tmp_path: Path) -> None:
+    """Replace one FFN by a linear layer: its linearity error vanishes, the others' do not."""
+    transformer = tiny_qwen(2)
+    transformer.transformer_blocks[1].img_mlp = nn.Linear(32, 32)
+    found = run(transformer, qwen_calls(batch=12), tmp_path, ridges=(1e-12, 1e-4)).stacks[0]
+    assert found.ffn_linearity["image"][1] < 1e-4
+    assert found.ffn_linearity["image"][0] > 1e-3
+
+
+def test_two_stacks(tmp_path: Path) -> None:
+    transformer = tiny_flux(dual=2, single=3)
+    calls = {"train": [flux_call(7), flux_call(7, seed=5)], "held-out": [flux_call(4, seed=9)]}
+    analysis = run(transformer, calls, tmp_path)
+    assert [(stack.name, len(stack.influence)) for stack in analysis.stacks] == [(DUAL, 2), (SINGLE, 3)]
+    assert analysis.num_tokens == {"image": 14 * 6, "text": 14 * 5}  # once, though they pass two stacks
+    assert analysis.stacks[1].text_linearity == {}
+
+
+def test_too_few_tokens_for_cka(tmp_path: Path) -> None:
+    calls = {"train": [qwen_call(4)], "held-out": [qwen_call(1, text=3)]}
+    with pytest.raises(UserError, match=r"at least 4 held-out tokens of the text stream, got 3; raise capture"):
+        run(tiny_qwen(2), calls, tmp_path)
+
+
+def held(collector: Collector) -> tuple[int, int]:
+    """Numbers held by a collector in kept tokens, and in everything else."""
+    seen: dict[int, int] = {}
+
+    def visit(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return value.numel()
+        if id(value) in seen or isinstance(value, nn.Module):
+            return 0
+        seen[id(value)] = 1
+        if isinstance(value, dict):
+            return sum(map(visit, value.values()))
+        if isinstance(value, list | tuple | set):
+            return len(value) + sum(map(visit, value))
+        return visit(vars(value)) if hasattr(value, "__dict__") else 0
+
+    parts = dict(vars(collector))
+    del parts["adapter"]
+    kept = parts.pop("kept")
+    return sum(t.numel() for levels in kept.values() for level in levels for t in level), visit(parts)
+
+
+@pytest.mark.parametrize("tokens", [16, 20, 0])
+def test_memory_does_not_grow_with_the_states(tokens: int, tmp_path: Path) -> None:
+    transformer = tiny_qwen(2)
+    call = qwen_call(12, padded=True)
+    write_states(tmp_path, "held-out", [call] * 5)
+    states = States(tmp_path, "held-out")
+    sizes = []
+    for batches in (2, 15):
+        collector = Collector(transformer, adapter_for(transformer), tokens, 4 * batches, seed=0)
+        with torch.no_grad():
+            for batch, _ in zip(states.batches(4), range(batches), strict=False):
+                collector.run(batch)
+        kept, rest = held(collector)
+        assert kept <= tokens * 32 * 3 * 2  # features, levels, streams
+        assert (kept > 0) == (tokens > 0)
+        sizes.append(rest)
+    assert sizes[0] == sizes[1]
+    assert take(call, [0], 12)["hidden_states"].shape[0] == 1
+
+
+def test_hooks_are_removed_even_after_an_error() -> None:
+    transformer = tiny_qwen(2)
+    collector = Collector(transformer, adapter_for(transformer), 8, 1, seed=0)
+    with pytest.raises(TypeError):
+        collector.run({"hidden_states": torch.zeros(1, 6, 16), "nonsense": 1})
+    assert not any(module._forward_hooks for module in transformer.modules())

@@ -1,0 +1,248 @@
+"""Recording states and replaying the transformer from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CAPTURE, flux_call, noise, qwen_call, shared_pipeline, tiny_flux, tiny_qwen, write_states
+from torch import Tensor, nn
+
+from ppcl import trees
+from ppcl.capture import (
+    States,
+    capture,
+    choose_calls,
+    guidance_arguments,
+    record_calls,
+    split_prompts,
+    velocity,
+    velocity_error,
+)
+from ppcl.config import CaptureConfig
+from ppcl.errors import ArtifactError, UserError
+from ppcl.files import write_tensors
+
+SETTINGS = CaptureConfig(**CAPTURE)
+LONG = "a very old blue house by the sea"
+PROMPTS = ["red cat", LONG, "boat", "tiny tiny cat", "old boat", "house", "blue cat", "red house"]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    capture(shared_pipeline(), PROMPTS, folder, SETTINGS, seed=0)
+    return folder
+
+
+def test_replaying_recorded_calls_gives_the_pipelines_outputs() -> None:
+    pipeline = shared_pipeline()
+    outputs: list[Tensor] = []
+    handle = pipeline.transformer.register_forward_hook(lambda *args: outputs.append(args[-1][0].clone()))
+    calls = record_calls(pipeline, PROMPTS[:2], 5, SETTINGS)
+    handle.remove()
+    assert len(calls) == len(outputs) == 2 * SETTINGS.num_inference_steps  # with and without the prompt
+    assert not pipeline.transformer._forward_pre_hooks
+    masked = 0
+    with torch.no_grad():
+        for call, output in zip(calls, outputs, strict=True):
+            tensors: dict[str, Tensor] = {}
+            node = trees.flatten(call, "00", tensors)
+            assert torch.equal(velocity(pipeline.transformer, trees.unflatten(node, tensors)), output)
+            one = trees.take(call, [1], 2)
+            assert torch.allclose(velocity(pipeline.transformer, one), output[1:], atol=1e-5)
+            masked += call["encoder_hidden_states_mask"] is not None
+    assert masked == SETTINGS.num_inference_steps  # prompts of two lengths: padding was seen, and kept
+
+
+def test_record_calls_cleans_up_after_an_error() -> None:
+    pipeline = shared_pipeline()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    handle = pipeline.transformer.proj_out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        record_calls(pipeline, PROMPTS[:2], 0, SETTINGS)
+    handle.remove()
+    assert not pipeline.transformer._forward_pre_hooks
+
+
+def test_noise_of_a_prompt_does_not_depend_on_the_batch() -> None:
+    alone, together = (record_calls(shared_pipeline(), PROMPTS[:n], 5, SETTINGS)[0] for n in (1, 3))
+    assert torch.equal(alone["hidden_states"][0], together["hidden_states"][0])
+    assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
+
+
+@pytest.mark.parametrize(("total", "count"), [(40, 8), (10, 3), (7, 7), (3, 8)])
+def test_chosen_calls_are_stratified(total: int, count: int) -> None:
+    for seed in range(30):
+        chosen = choose_calls(total, count, torch.Generator().manual_seed(seed))
+        assert chosen == choose_calls(total, count, torch.Generator().manual_seed(seed))
+        assert len(chosen) == len(set(chosen)) == min(total, count)
+        for index, call in enumerate(chosen):
+            assert index * total // len(chosen) <= call < (index + 1) * total / len(chosen)
+
+
+def test_every_call_can_be_chosen() -> None:
+    chosen = {c for seed in range(60) for c in choose_calls(10, 3, torch.Generator().manual_seed(seed))}
+    assert chosen == set(range(10))
+
+
+def test_split_is_by_prompt_and_repeatable() -> None:
+    prompts = [str(i) for i in range(40)]
+    split = split_prompts(prompts, 0.25, seed=1)
+    assert len(split["held-out"]) == 10
+    assert not set(split["held-out"]) & set(split["train"])
+    assert sorted(split["held-out"] + split["train"]) == sorted(prompts)
+    assert split == split_prompts(prompts, 0.25, seed=1)
+    assert split != split_prompts(prompts, 0.25, seed=2)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.99])
+def test_neither_side_of_a_split_is_empty(share: float) -> None:
+    split = split_prompts(["a", "b"], share, seed=0)
+    assert [len(split[name]) for name in ("held-out", "train")] == [1, 1]
+
+
+def test_captured_files(calibration: Path) -> None:
+    names = [path.name for path in sorted(calibration.iterdir())]
+    assert names == ["held-out-0000.safetensors", "train-0000.safetensors", "train-0001.safetensors"]
+    assert len(States(calibration, "held-out")) == 2 * SETTINGS.states_per_prompt
+    assert len(States(calibration, "train")) == 6 * SETTINGS.states_per_prompt
+
+
+def test_capture_is_resumed_with_identical_bytes(calibration: Path, tmp_path: Path) -> None:
+    original = {path.name: path.read_bytes() for path in calibration.iterdir()}
+    for name, content in original.items():
+        if name != "train-0000.safetensors":
+            (tmp_path / name).write_bytes(content)
+    kept = (tmp_path / "train-0001.safetensors").stat().st_mtime_ns
+    capture(shared_pipeline(), PROMPTS, tmp_path, SETTINGS, seed=0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == original
+    assert (tmp_path / "train-0001.safetensors").stat().st_mtime_ns == kept
+
+
+def test_another_seed_draws_other_states(calibration: Path, tmp_path: Path) -> None:
+    capture(shared_pipeline(), PROMPTS, tmp_path, SETTINGS, seed=1)
+    first, second = States(calibration, "train"), States(tmp_path, "train")
+    assert not torch.equal(first.calls[0]["hidden_states"], second.calls[0]["hidden_states"])
+
+
+@pytest.mark.parametrize("prompts", [[], ["cat"], ["cat", "cat"]])
+def test_fewer_than_two_prompts(prompts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="calibration needs at least 2 different prompts, got"):
+        capture(shared_pipeline(), prompts, tmp_path, SETTINGS, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def fingerprints(batch: dict[str, Any]) -> list[tuple[float, float]]:
+    """What tells one state from another: its latents and its time."""
+    return [(h.sum().item(), t.item()) for h, t in zip(batch["hidden_states"], batch["timestep"], strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_batches_yield_every_state_once(calibration: Path, size: int) -> None:
+    states = States(calibration, "train")
+    expected = [f for call in states.calls for f in fingerprints(call)]
+    found = [f for batch in states.batches(size) for f in fingerprints(batch)]
+    assert sorted(found) == sorted(expected)
+    assert found == [f for batch in states.batches(3) for f in fingerprints(batch)]
+    assert max(trees.batch_size(batch) for batch in states.batches(size)) <= size
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7, 1000])
+def test_a_limit_is_kept(calibration: Path, limit: int) -> None:
+    states = States(calibration, "train")
+    count = sum(trees.batch_size(batch) for batch in states.batches(3, limit))
+    assert 1 <= count <= min(limit, len(states))
+    assert count >= min(limit, len(states)) // 2
+
+
+def test_samples_depend_on_the_generator_alone(calibration: Path) -> None:
+    states = States(calibration, "train")
+
+    def draw(seed: int) -> list[tuple[float, float]]:
+        return fingerprints(states.sample(5, torch.Generator().manual_seed(seed)))
+
+    expected = draw(0)
+    draw(1)
+    torch.manual_seed(99)
+    assert draw(0) == expected
+    assert len({tuple(draw(seed)) for seed in range(8)}) > 4
+    everything = {f for call in states.calls for f in fingerprints(call)}
+    assert {f for seed in range(40) for f in draw(seed)} == everything
+
+
+def test_batches_from_several_calls_replay_like_their_samples(calibration: Path) -> None:
+    transformer, states = shared_pipeline().transformer, States(calibration, "train")
+    with torch.no_grad():
+        for batch in states.batches(5):
+            size = trees.batch_size(batch)
+            whole = velocity(transformer, batch)
+            alone = torch.cat([velocity(transformer, trees.take(batch, [i], size)) for i in range(size)])
+            assert torch.allclose(whole, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_shared_tables_survive_batches_of_any_size(rows: int, tmp_path: Path) -> None:
+    """FLUX shares a table of positions; here it has as many rows as a batch may have samples."""
+    write_states(tmp_path, "train", [flux_call(batch=7, text=rows, seed=seed) for seed in (0, 10)])
+    transformer, states = tiny_flux(1, 1), States(tmp_path, "train")
+    found = 0
+    with torch.no_grad():
+        for batch in states.batches(2 * rows):
+            assert torch.equal(batch["txt_ids"], torch.zeros(rows, 3))
+            found += len(velocity(transformer, batch))
+    assert found == 14
+
+
+def test_states_that_are_missing_or_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no train states; run ppcl capture"):
+        States(tmp_path, "train")
+    write_tensors(tmp_path / "train-0000.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ArtifactError, match="was not written by ppcl capture"):
+        States(tmp_path, "train")
+
+
+def test_velocity_error_is_relative_over_all_states() -> None:
+    teacher, student = tiny_qwen(2, seed=0), tiny_qwen(2, seed=1)
+    batches = [qwen_call(2, seed=1), qwen_call(3, seed=2)]
+    with torch.no_grad():
+        t = torch.cat([velocity(teacher, b) for b in batches])
+        s = torch.cat([velocity(student, b) for b in batches])
+    expected = ((s - t).norm() / t.norm()).item()
+    assert velocity_error(teacher, student, iter(batches)) == pytest.approx(expected, rel=1e-5)
+    assert velocity_error(teacher, teacher, iter(batches)) == 0
+
+
+def test_velocity_stacks_lists() -> None:
+    class Lists(nn.Module):
+        def forward(self, x: Tensor, return_dict: bool = True) -> tuple[list[Tensor]]:
+            return (list(x),)
+
+    x = noise(3, 2, 2)
+    assert torch.equal(velocity(Lists(), {"x": x}), x)
+
+
+@pytest.mark.parametrize(("distilled", "names", "scale", "expected"), [
+    (False, ("true_cfg_scale", "negative_prompt", "guidance_scale"), 4.0,
+     {"true_cfg_scale": 4.0, "negative_prompt": " "}),
+    (False, ("true_cfg_scale", "negative_prompt"), 1.0, {"true_cfg_scale": 1.0}),
+    (True, ("true_cfg_scale", "negative_prompt", "guidance_scale"), 3.5, {"guidance_scale": 3.5}),
+    (False, ("guidance_scale", "negative_prompt"), 5.0, {"guidance_scale": 5.0, "negative_prompt": " "}),
+    (False, ("guidance_scale",), 5.0, {"guidance_scale": 5.0}),
+])
+def test_guidance_goes_by_the_name_the_pipeline_knows(
+    distilled: bool, names: tuple[str, ...], scale: float, expected: dict[str, Any]
+) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"def call(self, prompt, {', '.join(names)}, height): pass", namespace)
+    kind = type("Pipeline", (), {"__call__": namespace["call"]})
+    pipeline = kind()
+    pipeline.transformer = SimpleNamespace(config={"guidance_embeds": distilled})
+    settings = CaptureConfig(guidance_scale=scale, height=64, width=32)  # this pipeline takes no width
+    assert guidance_arguments(pipeline, settings) == {**expected, "height": 64}

@@ -1,0 +1,190 @@
+"""The command line without a model: start-up, sizes, budgets, one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppcl import cli
+from ppcl.artifacts import Analysis, Candidates, load_artifact
+from ppcl.config import PlanConfig, load_config
+from ppcl.errors import BudgetError, ConfigError, UserError
+from ppcl.files import lock_folder, remove_leftovers
+from ppcl.planner import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize("what", ["import ppcl", "from ppcl.cli import main; main()"])
+def test_start_up_is_light(what):
+    code = (
+        "import sys, time, json\n"
+        "sys.argv = ['ppcl', '--help']\n"
+        f"try:\n    exec({what!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = [m for m in ('torch', 'diffusers', 'transformers', 'open_clip', 'matplotlib') if m in sys.modules]\n"
+        "print(json.dumps([time.process_time(), heavy]))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    seconds, heavy = json.loads(result.stdout.splitlines()[-1])
+    assert heavy == []
+    assert seconds < 1
+    if "main" in what:
+        for command in ("compress", "demo", "capture", "analyze", "fit", "plan", "distill", "export", "report"):
+            assert command in result.stdout
+
+
+@pytest.mark.parametrize(("text", "gigabytes"), [("24GB", 24), ("24", 24), ("1.5 gb", 1.5), ("800MB", 0.8)])
+def test_size(text, gigabytes):
+    assert cli.parse_size(text) == pytest.approx(gigabytes)
+
+
+@pytest.mark.parametrize("text", ["24TB", "GB", "big", "", "2,4GB"])
+def test_bad_size(text):
+    with pytest.raises(ConfigError, match="write it like 24GB"):
+        cli.parse_size(text)
+
+
+def test_a_budget_option_replaces_the_budget_of_a_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("plan: {keep: 0.5}\n")
+    config = cli.resolve("x/y", [path], None, None, 1.5, None, "paper")
+    assert config.plan.budget == ("speedup", 1.5)
+    assert config.plan.mode == "paper"
+
+
+def test_two_budgets():
+    with pytest.raises(ConfigError, match="give one budget"):
+        cli.resolve("x/y", None, None, 0.5, 1.5, None, None)
+    with pytest.raises(ConfigError, match="keep and speedup are both set; give one budget"):
+        cli.resolve("x/y", None, ["plan.keep=0.5", "plan.speedup=2"], None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distil.local_steps=3", "unknown key 'distil' (did you mean 'distill'?)"),
+        ("distill.local_step=3", "unknown key 'distill.local_step' (did you mean 'local_steps'?)"),
+        ("distill.local_steps=-1", "distill.local_steps = -1"),
+        ("distill.local_steps=many", "distill.local_steps = 'many'"),
+        ("plan.keep=1.5", "plan.keep = 1.5"),
+        ("plan.keep=.nan", "plan.keep = nan"),
+        ("plan.mode=optimum", "'optimal', 'paper', 'uniform' or 'influence'"),
+        ("fit.starts=[first, best]", "'first', 'middle', 'last' or 'mean'"),
+        ("precision=fp8", "'auto', 'fp32' or 'bf16'"),
+        ("evaluate.features=incepton", "unknown features (did you mean 'inception'?)"),
+        ("plan=3", "plan = 3"),
+        ("distill.local_steps", "is not of the form section.key=value"),
+        ("=3", "is not of the form section.key=value"),
+        ("plan.mode=[", "the value is not valid YAML"),
+    ],
+)
+def test_bad_override(override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"plan: {kep: 0.5}", "unknown key 'plan.kep' (did you mean 'keep'?)"),
+        (b"- keep\n- 0.5\n", "must hold a mapping of sections, got list"),
+        (b"keep", "must hold a mapping of sections, got str"),
+        (b"plan: {keep: [", "cannot be read as YAML"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+    ],
+)
+def test_bad_config_file(tmp_path, content, expected):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config([path], [])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_file_missing(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config([tmp_path / "c.yaml"], [])
+
+
+def test_numbers_without_a_point():
+    assert load_config([], ["fit.learning_rate=1e-4"]).fit.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("one\ntwo"), 2, "error: one two\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, error, code, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+    assert capsys.readouterr().err == says
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
+    with pytest.raises(RuntimeError, match="bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.01}, {"speedup": 50.0}, {"fit_gb": 1e-6}])
+@pytest.mark.parametrize("mode", ["optimal", "uniform"])
+def test_the_nearest_feasible_budget_is_feasible(finished_run, budget, mode):
+    analysis = load_artifact(Analysis, finished_run / "analysis.json")
+    candidates = load_artifact(Candidates, finished_run / "candidates.json")
+    with pytest.raises(BudgetError) as caught:
+        plan(analysis, candidates, PlanConfig(mode=mode, **budget))
+    option, value = str(caught.value).partition("nearest feasible budget is --")[2].split()[:2]
+    number = cli.parse_size(value) if option == "fit" else float(value)
+    name = "fit_gb" if option == "fit" else option
+    assert name in budget
+    assert plan(analysis, candidates, PlanConfig(mode=mode, **{name: number})).runs
+
+
+def test_leftovers_of_dead_attempts(tmp_path):
+    (tmp_path / "eval").mkdir()
+    for name in (".plan.json.tmp-12", "eval/.0001.png.tmp-7", ".tmpXGBOxV", "eval/.keep", ".lock", "plan.json"):
+        (tmp_path / name).touch()
+    (tmp_path / ".bundle.old-3").mkdir()
+    (tmp_path / ".bundle.old-3" / "x").touch()
+    remove_leftovers(tmp_path)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+    assert left == [".lock", "eval", "eval/.keep", "plan.json"]
+
+
+def test_one_process_a_folder(tmp_path):
+    descriptor = lock_folder(tmp_path / "run")
+    if descriptor is None:
+        pytest.skip("no POSIX locks here")
+    code = "import sys; from pathlib import Path; from ppcl.files import lock_folder; lock_folder(Path(sys.argv[1]))"
+    refused = python(code, str(tmp_path / "run"))
+    assert refused.returncode == 1
+    assert f"is in use by process {os.getpid()}; wait" in refused.stderr
+    os.close(descriptor)
+    assert python(code, str(tmp_path / "run")).returncode == 0

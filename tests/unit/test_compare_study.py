@@ -1,0 +1,387 @@
+"""compare, study, the plans of equal size behind them, and the benchmarks, on the tiny pipeline."""
+
+import importlib
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ppcl import compare as compare_module
+from ppcl import study as study_module
+from ppcl.artifacts import Analysis, Candidates
+from ppcl.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
+from ppcl.capture import States, velocity
+from ppcl.cli import app, parse_seeds
+from ppcl.compare import Judge, claim, compare_plans, mean_scores, with_transformer
+from ppcl.config import load_config
+from ppcl.errors import ConfigError
+from ppcl.fit import chained_probe
+from ppcl.planner import uniform_ladder
+from ppcl.stages import Run
+from ppcl.student import LinearRun, patched
+from ppcl.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
+from ppcl.study_text import Comparison, contiguity_section, squares_section
+from ppcl.tables import markdown_table, number, spread
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STACK = [("blocks", index) for index in range(1, 11)]
+
+
+@pytest.fixture(scope="module")
+def open_run(tiny_model, prompts_file, small_config, tmp_path_factory):
+    """A function that opens one run directory with other settings."""
+    out = tmp_path_factory.mktemp("compare") / "run"
+    base = ["plan.keep=0.7", "fit.max_candidates=12", "evaluate.teacher_seeds=1"]
+
+    def opened(*overrides):
+        config = load_config([small_config], [*base, *overrides])
+        return Run(str(tiny_model), out, config, prompts_file, "ppcl compare tiny")
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def compared(open_run):
+    """A run that was compared with two training seeds, and the Markdown text."""
+    run = open_run()
+    return run, compare_plans(run, None, (0, 1))
+
+
+@pytest.fixture(scope="module")
+def studied(open_run, compared):
+    """The study of the same run, with its text."""
+    run = open_run()
+    return run, study(run, run.out / "copy.md", draws=3, seeds=(0, 1))
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("this was done before")
+
+
+# Formatting
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (float("nan"), "-"),
+        (0.0, "0"),
+        (3.7e-15, "0"),
+        (0.012345, "0.0123"),
+        (1234.5, "1,234"),
+        (-0.5, "-0.500"),
+    ],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+def test_spread_and_table():
+    assert spread([None, 2.0]) == "2.00"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.4"
+    assert spread([None]) == "-"
+    assert markdown_table(["", "x"], [["a", "1"]]) == "|  | x |\n| --- | ---: |\n| a | 1 |"
+
+
+def test_parse_seeds():
+    assert parse_seeds("0, 3") == (0, 3)
+    for text in ("", "a", "1,1", "-1", "0,"):
+        with pytest.raises(ConfigError, match="--seeds"):
+            parse_seeds(text)
+
+
+def test_bad_seeds_on_the_command_line(tmp_path):
+    result = CliRunner().invoke(app, ["study", "emoji", "--out", str(tmp_path / "run"), "--seeds", "x"])
+    assert isinstance(result.exception, ConfigError)
+    assert not (tmp_path / "run").exists()
+
+
+# Plans of equal size
+
+
+def test_nearest_rung_prefers_exact_then_smaller():
+    ladder = [(), (("s", 1, 3),), (("s", 1, 5),)]
+    assert removed_blocks(nearest_rung(ladder, 4)) == 4
+    assert removed_blocks(nearest_rung(ladder, 3)) == 2
+    assert nearest_rung(ladder, 1) == ()
+
+
+def test_all_plans_remove_as_many_blocks(compared):
+    run, _ = compared
+    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
+    plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
+    counts = {mode: removed_blocks(run_keys(plan)) for mode, plan in plans.items()}
+    assert counts["optimal"] == counts["uniform"] == counts["influence"] == 2
+    assert ("paper" in notes) == (counts.get("paper") != 2)
+    assert plans["uniform"].predicted.params == plans["optimal"].predicted.params
+    assert run_keys(plans["uniform"]) in uniform_ladder(analysis.model, run.config.plan)
+
+
+def test_a_criterion_without_that_size_is_noted(compared):
+    run, _ = compared
+    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
+    bare = Analysis(
+        **{**vars(analysis), "stacks": tuple(type(s)(**{**vars(s), "intervals": ()}) for s in analysis.stacks)}
+    )
+    plans, notes = plans_of_equal_size(bare, candidates, run.config.plan)
+    assert "paper" not in plans
+    assert "left out" in notes["paper"]
+
+
+# compare
+
+
+def test_rows_are_trained_alike(compared):
+    run, text = compared
+    data = json.loads((run.out / "compare" / "table.json").read_text())
+    rows = data["rows"]
+    assert {"ours", "ours-undistilled", "uniform", "influence", "ours-fit-start"} <= set(rows)
+    logs = {
+        path.parent.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (run.out / "compare").glob("*/seed-0/log.jsonl")
+    }
+    steps = {name: [(row["stage"], row["step"]) for row in log] for name, log in logs.items()}
+    assert set(steps) == set(rows) - {"ours-undistilled"}
+    assert all(row == steps["ours"] for row in steps.values())
+    assert len(steps["ours"]) == run.config.distill.local_steps + run.config.distill.output_steps
+    plain = rows["ours-undistilled"]["seeds"]
+    assert len(plain) == 1  # a training seed makes no difference to it
+    assert plain[0]["velocity_error"] == pytest.approx(plain[0]["velocity_error_before"], rel=1e-6)
+    assert plain[0]["velocity_error_before"] == rows["ours"]["seeds"][0]["velocity_error_before"]
+    assert rows["ours-fit-start"]["seeds"][0]["velocity_error_before"] != plain[0]["velocity_error_before"]
+    first, second = rows["ours"]["seeds"]
+    assert first["velocity_error"] != second["velocity_error"]
+    assert "| ours (optimal) |" in text
+
+
+def test_the_teacher_has_a_spread(compared):
+    run, text = compared
+    teacher = json.loads((run.out / "compare" / "teacher" / "metrics.json").read_text())
+    assert len(teacher["seeds"]) == 3  # although the config asks for one
+    assert teacher["seeds"][1]["fid"] is None  # the reference is not compared with itself
+    assert teacher["seeds"][0]["fid"] is not None
+    assert sum(each["average_drop"] for each in teacher["seeds"]) == pytest.approx(0, abs=1e-9)
+    assert re.search(r"\| teacher \|.*±", text)
+
+
+def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared, monkeypatch, tmp_path):
+    pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(compare_module, "references_for", lambda model: pictures)
+    run = open_run()
+    run.out = tmp_path / "run"
+    shutil.copytree(compared[0].out / "compare" / "teacher" / "pictures", run.out / "compare" / "teacher" / "pictures")
+    (run.out / "compare" / "teacher" / "depends.json").write_text(json.dumps({"evaluated": Judge(run).depends}))
+    teacher = Judge(run).teacher()
+    assert teacher["fid_reference"] == "real pictures"
+    assert all(each["fid"] is not None for each in teacher["seeds"])
+    own = json.loads((compared[0].out / "compare" / "teacher" / "metrics.json").read_text())
+    assert teacher["seeds"][0]["clip_score"] == own["seeds"][0]["clip_score"]
+    assert teacher["seeds"][0]["fid"] != own["seeds"][0]["fid"]
+
+
+def test_a_second_call_only_reads(open_run, compared, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare_module, "Distiller", refuse)
+    monkeypatch.setattr(compare_module, "generate", refuse)
+    assert compare_plans(open_run(), tmp_path / "table.md", (0, 1)) == compared[1]
+    assert (tmp_path / "table.md").read_text() == compared[1]
+
+
+def test_an_interrupted_row_ends_up_the_same(open_run, compared):
+    run, text = compared
+    folder = run.out / "compare" / "uniform" / "seed-1"
+    (folder / "metrics.json").unlink()
+    shutil.rmtree(folder / "bundle")
+    (folder / "log.jsonl").unlink()
+    next(folder.glob("pictures/*/0001.png")).unlink()
+    assert compare_plans(open_run(), None, (0, 1)) == text
+
+
+def test_changed_training_replaces_trained_rows_alone(open_run, compared, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(compared[0].out, copy)
+    run = open_run("distill.local_steps=2")
+    run.out = copy
+    marks = {p: p.stat().st_mtime_ns for p in copy.glob("compare/*/seed-0/metrics.json")}
+    compare_plans(run, None, (0,))
+    kept = {p.parent.parent.name for p, mark in marks.items() if p.stat().st_mtime_ns == mark}
+    assert kept == {"ours-undistilled"}
+
+
+def test_claim_removes_what_depends_on_the_change(tmp_path):
+    products = {"trained": ("bundle",), "evaluated": ("pictures",)}
+
+    def fill():
+        for name in ("bundle", "pictures"):
+            (tmp_path / name).mkdir(exist_ok=True)
+
+    claim(tmp_path, {"trained": "1", "evaluated": "1"}, products)
+    fill()
+    claim(tmp_path, {"trained": "1", "evaluated": "1"}, products)
+    assert (tmp_path / "bundle").is_dir() and (tmp_path / "pictures").is_dir()
+    claim(tmp_path, {"trained": "1", "evaluated": "2"}, products)
+    assert (tmp_path / "bundle").is_dir() and not (tmp_path / "pictures").exists()
+    fill()
+    claim(tmp_path, {"trained": "2", "evaluated": "2"}, products)
+    assert not (tmp_path / "bundle").exists() and not (tmp_path / "pictures").exists()
+
+
+def test_with_transformer_shares_the_rest(compared):
+    run, _ = compared
+    other = object.__new__(type(run.teacher.transformer))
+    other.__dict__ = dict(run.teacher.transformer.__dict__)
+    copied = with_transformer(run.teacher, other)
+    assert copied.transformer is other and run.teacher.transformer is not other
+    assert copied.vae is run.teacher.vae and copied.text_encoder is run.teacher.text_encoder
+
+
+def test_mean_scores_skips_unknown():
+    assert mean_scores([{"fid": None, "clip": 1.0}, {"fid": 2.0, "clip": 3.0}]) == {"fid": 2.0, "clip": 2.0}
+
+
+def test_changed_upstream_settings_train_the_candidates_again(open_run, compared, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(compared[0].out, copy)
+    run = open_run("capture.guidance_scale=1.0")
+    run.out, run._log_path = copy, copy / "log.jsonl"
+    before = (copy / "candidates.safetensors").read_bytes()
+    rows = len(run._log_path.read_text().splitlines())
+    for stage in ("capture", "analyze", "fit"):
+        assert run.run(stage)
+    assert (copy / "candidates.safetensors").read_bytes() != before
+    assert len(run._log_path.read_text().splitlines()) == rows + run.config.fit.steps
+
+
+# study
+
+
+def test_draws_are_what_they_say():
+    together = contiguous_removals([STACK], 3, 100, seed=0)
+    assert len(together) == len(set(together)) == 8  # all there are
+    assert all(b[1] - a[1] == 1 for removal in together for a, b in pairwise(removal))
+    apart = scattered_removals([STACK], 3, 20, seed=0)
+    assert len(apart) == len(set(apart)) == 20
+    assert all(b[1] - a[1] > 1 for removal in apart for a, b in pairwise(removal))
+    assert apart == scattered_removals([STACK], 3, 20, seed=0) != scattered_removals([STACK], 3, 20, seed=1)
+    assert scattered_removals([STACK], 6, 4, seed=0) == []  # ten blocks have no six without neighbours
+    two = [[("a", 0), ("a", 1)], [("b", 0), ("b", 1)]]
+    assert scattered_removals(two, 2, 9, seed=0) == [
+        ((s, i), (t, j)) for s, i, t, j in [("a", 0, "b", 0), ("a", 0, "b", 1), ("a", 1, "b", 0), ("a", 1, "b", 1)]
+    ]
+    assert contiguous_removals(two, 2, 9, seed=0) == [(("a", 0), ("a", 1)), (("b", 0), ("b", 1))]
+
+
+def test_without_blocks(compared):
+    run, _ = compared
+    transformer, adapter = run.teacher.transformer, run.adapter
+    (spec,) = adapter.stacks
+    probes = study_module.read_tensors(run.out / "analysis.safetensors")[0]
+    batches = list(States(run.out / "calibration", "held-out").batches(4))
+    ruler = Ruler(transformer, batches)
+    assert ruler.error(without_blocks(transformer, adapter, (), None)) == 0
+    removal = tuple((spec.name, i) for i in (1, 2, 4))
+    assert len(getattr(without_blocks(transformer, adapter, removal, None), spec.name)) == 3
+    assert len(getattr(without_blocks(transformer, adapter, removal, probes), spec.name)) == 5
+    maps = chained_probe(probes, (spec.name, 1, 2), list(spec.inputs), torch.device("cpu"))
+    block = adapter.blocks(transformer, spec)[1]
+    one = patched(transformer, adapter, (spec.name, 1, 2), LinearRun(adapter, spec, block, maps))
+    same = without_blocks(transformer, adapter, removal[:2], probes)
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(same, batches[0]), velocity(one, batches[0]))
+    assert len(adapter.blocks(transformer, spec)) == 6
+
+
+def test_comparison_knows_what_is_clear():
+    assert Comparison("skipped", 2, [1.0, 1.1], [2.0, 2.1]).cheaper == "contiguous"
+    assert Comparison("skipped", 2, [1.0, 1.1], [2.0, 2.1]).is_clear
+    assert not Comparison("skipped", 2, [1.0, 3.0], [2.0, 2.1]).is_clear
+    assert not Comparison("skipped", 2, [1.0], [2.0]).is_clear
+    text = contiguity_section(
+        [Comparison("skipped", n, [1.0, 1.1], [other, other + 0.1]) for n, other in ((2, 2.0), (3, 0.1))]
+    )
+    assert (
+        "Blocks skipped: contiguous removal is cheaper in 1 of 2 sizes (clearly in 1; scattered removal clearly in 1)."
+        in text
+    )
+    assert "too few blocks" in contiguity_section([])
+
+
+def test_words_about_squares_follow_the_numbers():
+    row = {"removed": 2, "runs": 2, "squares": 0.5, "sum": 0.7, "measured": 0.55}
+    other = {"removed": 3, "runs": 3, "squares": 0.5, "sum": 0.8, "measured": 0.79}
+    assert "better than the plain sum in 1 of 2 plans" in squares_section([row, other])
+    assert "nothing can be said" in squares_section([{**row, "runs": 1}])
+
+
+def test_single_fitted_runs_measure_what_the_fit_stage_measured(compared):
+    run, _ = compared
+    held_out = States(run.out / "calibration", "held-out")
+    count = run.config.fit.eval_states
+    rows = study_squares(run, Ruler(run.teacher.transformer, list(held_out.batches(count, count))))
+    single = [row for row in rows if row["runs"] == 1]
+    assert single
+    for row in single:
+        assert row["measured"] == pytest.approx(row["squares"], rel=1e-4) == pytest.approx(row["sum"], rel=1e-4)
+
+
+def test_study_text_and_data(studied):
+    run, text = studied
+    data = json.loads((run.out / "study" / "table.json").read_text())
+    assert (run.out / "study" / "table.md").read_text() == text == (run.out / "copy.md").read_text()
+    assert {(row["form"], row["size"]) for row in data["contiguity"]} == {("skipped", 2), ("probes", 2)}
+    assert all(len(data["sequence"][name]) == 2 for name in ("sequential", "non-sequential"))
+    assert data["planner"][0]["mode"] == "optimal"
+    assert "Command: `ppcl compare tiny`" in text
+    assert str(run.out.parent) not in text and str(Path(run.model).parent) not in text
+    assert "cheaper in" in text
+
+
+def test_a_second_study_only_reads(open_run, studied, monkeypatch):
+    for name in ("Distiller", "study_contiguity", "study_squares", "study_planner"):
+        monkeypatch.setattr(study_module, name, refuse)
+    assert study(open_run(), None, draws=3, seeds=(0, 1)) == studied[1]
+
+
+# benchmarks
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tiny_model, prompts_file, small_config, tmp_path):
+    """Run a benchmark's main on the tiny pipeline; returns the table that it wrote."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+
+    def run(name, *extra):
+        table = tmp_path / f"{name}.md"
+        where = ["--model", str(tiny_model), "--prompts", str(prompts_file), "--config", str(small_config)]
+        importlib.import_module(name).main([*where, "--quick", "--threads", "1", "--table", str(table), *extra])
+        return table.read_text()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def cells(text, start):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_analysis_cost(benchmark):
+    text = benchmark("analysis_cost")
+    assert cells(text, "bare teacher passes")[2] == "1.00"
+    assert float(cells(text, "analyze stage")[1]) > 0
+    assert float(cells(text, "sums and tokens")[3]) < 1.5  # while there are several times as many states
+    assert "Device:" in text and "Versions:" in text and "--quick" in text
+
+
+def test_distill_step_holds_one_graph(benchmark):
+    text = benchmark("distill_step")
+    assert cells(text, "ideal")[2] == "1.00"
+    memory = text[text.index("Activation memory") :]
+    assert float(cells(memory, "one local step")[2]) == pytest.approx(1, abs=0.05)
+    assert float(cells(memory, "ordinary way")[2]) > 1.5

@@ -1,0 +1,126 @@
+"""Strict configs: what is accepted, and what is said about the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ppcl.config import RunConfig, load_config, merge, parse_override
+from ppcl.errors import ConfigError, UserError
+
+
+def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("text", "key", "meant"), [
+    ("distill: {local_step: 3}", "distill.local_step", "local_steps"),
+    ("distil: {local_steps: 3}", "distil", "distill"),
+    ("plan: {kep: 0.5}", "plan.kep", "keep"),
+    ("sed: 1", "sed", "seed"),
+])
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([write(tmp_path, text)], [])
+    assert str(caught.value).startswith(f"unknown key '{key}' (did you mean '{meant}'?); valid: ")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, UserError)
+
+
+def test_an_unknown_override_is_refused_too() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'fit\.stepps' \(did you mean 'steps'\?\)"):
+        load_config([], ["fit.stepps=3"])
+
+
+def test_two_budgets_are_refused() -> None:
+    with pytest.raises(ConfigError, match="keep and speedup are both set; give one budget"):
+        load_config([], ["plan.keep=0.5", "plan.speedup=2"])
+
+
+@pytest.mark.parametrize(("overrides", "budget"), [
+    ([], ("keep", 0.6)), (["plan.keep=0.5"], ("keep", 0.5)), (["plan.speedup=1.7"], ("speedup", 1.7)),
+    (["plan.fit_gb=24"], ("fit_gb", 24.0)),
+])
+def test_budget_in_force(overrides: list[str], budget: tuple[str, float]) -> None:
+    assert load_config([], overrides).plan.budget == budget
+
+
+def test_yaml_reads_exponents_as_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-4 for text."""
+    path = write(tmp_path, "distill: {local_learning_rate: 1e-4}\nanalyze: {ridges: [1e-6, 1e-3]}")
+    config = load_config([path], ["distill.output_learning_rate=2e-5", "fit.steps=1e2"])
+    assert config.distill.local_learning_rate == 1e-4
+    assert config.distill.output_learning_rate == 2e-5
+    assert config.analyze.ridges == (1e-6, 1e-3)
+    assert config.fit.steps == 100
+
+
+@pytest.mark.parametrize(("text", "keys", "value"), [
+    ("a.b=c", ["a", "b"], "c"),
+    ("plan.keep=0.5", ["plan", "keep"], 0.5),
+    ("plan.keep=", ["plan", "keep"], None),
+    (" seed = 3", ["seed"], 3),
+    ("fit.starts=[first, mean]", ["fit", "starts"], ["first", "mean"]),
+    ("capture.negative_prompt=a=b", ["capture", "negative_prompt"], "a=b"),
+    ("x=true", ["x"], True),
+    ("x=1e-4", ["x"], 1e-4),
+])
+def test_overrides(text: str, keys: list[str], value: object) -> None:
+    assert parse_override(text) == (keys, value)
+
+
+@pytest.mark.parametrize("text", ["plan.keep", "=3", " =3", "a=[1"])
+def test_bad_overrides(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_override(text)
+
+
+def test_later_values_win(tmp_path: Path) -> None:
+    base = write(tmp_path, "seed: 1\nfit: {steps: 5, max_run: 4}\ncapture: {height: 64}")
+    more = write(tmp_path, "fit: {steps: 6}\nseed: 2", "b.yaml")
+    config = load_config([base, more], ["fit.steps=7"], {"capture": {"width": 32}, "fit": {"batch_size": 3}})
+    assert (config.seed, config.fit.steps, config.fit.max_run, config.fit.batch_size) == (2, 7, 4, 3)
+    assert (config.capture.height, config.capture.width) == (64, 32)
+    assert config.evaluate == RunConfig().evaluate
+
+
+def test_merge_does_not_touch_its_arguments() -> None:
+    base, changes = {"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": {"z": 0}}
+    assert merge(base, changes) == {"a": {"x": 1, "y": 3}, "b": 1, "c": {"z": 0}}
+    assert base == {"a": {"x": 1, "y": 2}, "b": 1}
+    assert merge({"a": {"x": 1}}, {"a": None}) == {"a": None}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("fit: {steps: many}", r"fit\.steps = 'many'"),
+    ("plan: {keep: 1.5}", r"plan\.keep = 1\.5: .*less than or equal to 1"),
+    ("plan: {mode: best}", r"plan\.mode = 'best'.*'optimal'"),
+    ("fit: 3", r"fit = 3"),
+    ("- a", "must hold a mapping of sections, got list"),
+    ("a: [1", "cannot be read as YAML"),
+    ("1: 2", "1"),
+])
+def test_bad_values_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([write(tmp_path, text)], [])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+        load_config([tmp_path / "none.yaml"], [])
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_config([write(tmp_path, "# nothing yet\n")], []) == RunConfig()
+
+
+def test_configs_are_frozen_and_survive_a_dump() -> None:
+    config = load_config([], ["plan.keep=0.5", "fit.starts=[mean]"])
+    with pytest.raises(ValidationError):
+        config.fit.steps = 3
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,187 @@
+"""Candidate runs: which, their probes, their fit and their costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    DUAL,
+    SINGLE,
+    describe_alone,
+    noise,
+    qwen_call,
+    random_substitutes,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
+from torch import nn
+
+from ppcl.adapters import adapter_for
+from ppcl.analysis.analyze import analyze
+from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
+from ppcl.capture import velocity
+from ppcl.config import AnalyzeConfig, FitConfig
+from ppcl.distill.local import local_backward
+from ppcl.files import read_tensors
+from ppcl.fit import all_runs, best_starts, chained_probe, fit, output_errors, shortlist
+from ppcl.student import STARTS, patched, start_block
+
+CPU = torch.device("cpu")
+
+
+def analysis_of(transformer: nn.Module, intervals: dict[str, tuple[tuple[int, int], ...]]) -> Analysis:
+    model = describe_alone(transformer)
+    stacks = tuple(StackAnalysis(s.name, (), {}, intervals.get(s.name, ()), {}, {}, ()) for s in model.stacks)
+    return Analysis(model, stacks, 1, {}, 0.0)
+
+
+def test_all_runs_are_short_ones_and_the_papers_intervals() -> None:
+    runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {SINGLE: ((0, 4),)}), max_run=2)
+    assert runs == [
+        (DUAL, 0, 1), (DUAL, 1, 2), (SINGLE, 0, 1), (SINGLE, 0, 4), (SINGLE, 1, 2), (SINGLE, 2, 3), (SINGLE, 3, 4),
+    ]
+    four = all_runs(analysis_of(tiny_qwen(4), {}), max_run=9)
+    assert [run[1:] for run in four] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
+    probes = {f"{SINGLE}/{i}/image/{part}": noise(*shape, seed=i) for i in (1, 2)
+              for part, shape in (("weight", (8, 8)), ("bias", (8,)))}
+    maps = chained_probe(probes, (SINGLE, 1, 2), ["image", "text"], CPU)
+    h = noise(5, 8, seed=9)
+    by_hand = h
+    for i in (1, 2):
+        by_hand = by_hand + by_hand @ probes[f"{SINGLE}/{i}/image/weight"] + probes[f"{SINGLE}/{i}/image/bias"]
+    assert torch.allclose(h @ maps["image"][0] + maps["image"][1], by_hand, rtol=1e-4, atol=1e-4)
+    assert torch.equal(h @ maps["text"][0] + maps["text"][1], h)
+
+
+def test_shortlist_takes_the_best_of_each_length_and_what_it_must() -> None:
+    errors = {("a", i, i + n): 0.1 * i + n for n in (1, 2, 3) for i in range(5)}
+    chosen = shortlist(errors, [("a", 4, 5)], count=6)
+    assert chosen == [("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("a", 4, 5)]
+    assert shortlist(errors, [("a", 4, 5)], count=1) == [("a", 4, 5)]
+    assert shortlist(errors, [], count=100) == sorted(errors)
+
+
+def test_output_errors_are_those_of_whole_forward_passes() -> None:
+    transformer = tiny_qwen(5)
+    adapter = adapter_for(transformer)
+    runs = [(DUAL, 0, 1), (DUAL, 2, 4), (DUAL, 2, 3)]
+    blocks = random_substitutes(transformer, adapter, runs)
+    batches = [qwen_call(3, padded=True), qwen_call(2, seed=4)]
+    found = output_errors(transformer, adapter, batches, runs, blocks.__getitem__, "test")
+    with torch.no_grad():
+        target = torch.cat([velocity(transformer, b) for b in batches])
+        for run in runs:
+            student = patched(transformer, adapter, run, blocks[run])
+            moved = torch.cat([velocity(student, b) for b in batches]) - target
+            assert found[run] == pytest.approx((moved.norm() / target.norm()).item(), rel=1e-4)
+
+
+def test_an_exact_replacement_costs_nothing() -> None:
+    transformer = tiny_qwen(3)
+    run, block = (DUAL, 1, 1), transformer.transformer_blocks[1]
+    found = output_errors(transformer, adapter_for(transformer), [qwen_call()], [run], lambda _: block, "test")
+    assert found[run] < 1e-6
+
+
+def test_best_start_is_the_one_of_least_loss() -> None:
+    transformer = tiny_qwen(5)
+    adapter = adapter_for(transformer)
+    runs = [(DUAL, 0, 2), (DUAL, 1, 4), (DUAL, 3, 4)]
+    call = qwen_call(padded=True)
+    best = best_starts(transformer, adapter, call, runs, STARTS)
+    for run in runs:
+        losses = {}
+        for start in STARTS:
+            block = start_block(transformer.transformer_blocks, run[1], run[2], start)
+            losses[start] = local_backward(transformer, adapter, call, {run: block}, backward=False)[run]
+        assert losses[best[run]] == min(losses.values())
+    assert best_starts(transformer, adapter, call, runs, ["last"]) == dict.fromkeys(runs, "last")
+
+
+SETTINGS = FitConfig(max_run=3, max_candidates=3, steps=8, batch_size=4, eval_states=8, learning_rate=3e-3)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[Any, Analysis, Path]:
+    """A teacher of four blocks with its analysis."""
+    transformer = tiny_qwen(4)
+    write_states(tmp_path / "calibration", "train", [qwen_call(4, seed=s, padded=True) for s in (0, 10, 20)])
+    write_states(tmp_path / "calibration", "held-out", [qwen_call(4, seed=30, padded=True)])
+    about = adapter_for(transformer), describe_alone(transformer)
+    analysis = analyze(transformer, *about, tmp_path / "calibration", tmp_path, AnalyzeConfig(), seed=0)
+    return transformer, analysis, tmp_path
+
+
+def run_fit(
+    prepared: tuple[Any, Analysis, Path], out: Path, settings: FitConfig = SETTINGS, log: Any = None
+) -> Candidates:
+    transformer, analysis, folder = prepared
+    probes, _ = read_tensors(folder / "analysis.safetensors")
+    return fit(transformer, adapter_for(transformer), analysis, probes, folder / "calibration", out, settings, 0, log)
+
+
+def test_fit_scores_all_runs_and_fits_the_promising_ones(prepared: tuple[Any, Analysis, Path]) -> None:
+    transformer, analysis, folder = prepared
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    found = run_fit(prepared, folder, log=rows.append)
+    assert [(c.stack, c.first, c.last) for c in found.candidates] == all_runs(analysis, SETTINGS.max_run)
+    assert all(c.probe_error > 0 for c in found.candidates)
+    fitted = [c for c in found.candidates if c.fitted_error is not None]
+    wanted = {(found.name, *interval) for found in analysis.stacks for interval in found.intervals}
+    assert wanted <= {(c.stack, c.first, c.last) for c in fitted}
+    assert len(fitted) == max(3, len(wanted))
+    assert all(c.start in STARTS for c in fitted)
+    assert len(rows) == SETTINGS.steps
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert load_artifact(Candidates, folder / "candidates.json") == found
+    tensors, _ = read_tensors(folder / "candidates.safetensors")
+    assert {name.rsplit("/", 1)[0] for name in tensors} == {f"{c.stack}/{c.first}-{c.last}" for c in fitted}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_the_fit_pays(prepared: tuple[Any, Analysis, Path]) -> None:
+    folder = prepared[2]
+    raw = run_fit(prepared, folder / "raw", SETTINGS.model_copy(update={"steps": 0}))
+    fitted = run_fit(prepared, folder / "fitted", SETTINGS.model_copy(update={"steps": 30}))
+    both = zip(raw.candidates, fitted.candidates, strict=True)
+    pairs = [(a.fitted_error, b.fitted_error) for a, b in both if a.fitted_error]
+    assert pairs
+    assert sum(b for _, b in pairs) < 0.9 * sum(a for a, _ in pairs)
+
+
+def test_candidates_do_not_disturb_each_other(prepared: tuple[Any, Analysis, Path]) -> None:
+    """Each has its own gradient norm: a run fitted among others is fitted as if alone."""
+    folder = prepared[2]
+    many = run_fit(prepared, folder / "many")
+    few = run_fit(prepared, folder / "few", SETTINGS.model_copy(update={"max_candidates": 1}))
+    alone = {(c.first, c.last): c.fitted_error for c in few.candidates if c.fitted_error is not None}
+    assert 0 < len(alone) < sum(c.fitted_error is not None for c in many.candidates)
+    together = {(c.first, c.last): c.fitted_error for c in many.candidates}
+    for run, error in alone.items():
+        assert together[run] == pytest.approx(error, rel=1e-4)
+
+
+def test_fit_is_resumed(prepared: tuple[Any, Analysis, Path]) -> None:
+    folder = prepared[2]
+    settings = SETTINGS.model_copy(update={"steps": 14})  # a checkpoint every ten steps
+    whole = run_fit(prepared, folder / "whole", settings)
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(prepared, folder / "cut", settings, log=stop)
+    assert not (folder / "cut" / "candidates.json").exists()
+    steps: list[int] = []
+    resumed = run_fit(prepared, folder / "cut", settings, log=lambda row: steps.append(row["step"]))
+    assert steps == [10, 11, 12, 13]
+    assert resumed.candidates == whole.candidates
