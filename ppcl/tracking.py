@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ppcl.errors import UserError
 
@@ -17,7 +17,7 @@ class Tracker:
         config: Recorded with the run.
     """
 
-    def __init__(self, mode: str, out: Path, config: dict[str, Any]) -> None:
+    def __init__(self, mode: Literal["off", "online", "offline"], out: Path, config: dict[str, Any]) -> None:
         self.mode, self.out, self.config = mode, out, config
         self._run: Any = None
 
@@ -30,11 +30,11 @@ class Tracker:
         if self.mode == "off":
             return
         if self._run is None:
-            self._run = self._start()
+            self._run = self._start(self.mode)
         stage = row.get("stage", "run")
         self._run.log({f"{stage}/{key}": value for key, value in row.items() if key != "stage"})
 
-    def _start(self) -> Any:
+    def _start(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         try:
@@ -45,7 +45,7 @@ class Tracker:
                 id=self.config["identity"],
                 resume="allow",
                 dir=str(self.out),
-                mode=self.mode,
+                mode=mode,
                 config=self.config,
             )
         except (wandb.Error, OSError) as error:

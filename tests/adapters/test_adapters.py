@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_capture_sees_every_block_and_chains(family):
         (s.name, i) for s in adapter.stacks for i in range(len(adapter.blocks(model, s)))
     ]
     assert torch.equal(output, velocity(model, arguments))
-    for before, after in zip(calls[:-1], calls[1:], strict=True):
+    for before, after in pairwise(calls):
         if before.stack is after.stack:
             assert all(torch.equal(before.outputs[s], after.inputs[s]) for s in after.inputs)
 

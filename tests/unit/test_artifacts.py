@@ -106,23 +106,27 @@ def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_artifact(CompressionPlan, tmp_path / "a.json")
 
 
-@pytest.mark.parametrize(("path", "value"), [
-    (("mode",), 3),
-    (("mode",), None),
-    (("budget",), [1]),
-    (("budget", "keep"), "half"),
-    (("model", "params"), 1.5),
-    (("model", "params"), "100"),
-    (("model", "stacks"), None),
-    (("model", "stacks"), "text"),
-    (("model", "stacks", 0), [1]),
-    (("model", "stacks", 0, "block_params"), [1, "2"]),
-    (("predicted", "error"), "none"),
-    (("stacks", "z_blocks"), [{"first": 0}]),
-    (("stacks", "z_blocks"), [{"first": 0, "last": 1, "typo": 2}]),
-    (("stacks", "z_blocks"), {}),
-    (("stacks", "z_blocks", 0), None),
-], ids=str)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("mode",), 3),
+        (("mode",), None),
+        (("budget",), [1]),
+        (("budget", "keep"), "half"),
+        (("model", "params"), 1.5),
+        (("model", "params"), "100"),
+        (("model", "stacks"), None),
+        (("model", "stacks"), "text"),
+        (("model", "stacks", 0), [1]),
+        (("model", "stacks", 0, "block_params"), [1, "2"]),
+        (("predicted", "error"), "none"),
+        (("stacks", "z_blocks"), [{"first": 0}]),
+        (("stacks", "z_blocks"), [{"first": 0, "last": 1, "typo": 2}]),
+        (("stacks", "z_blocks"), {}),
+        (("stacks", "z_blocks", 0), None),
+    ],
+    ids=str,
+)
 def test_wrong_types_are_refused(tmp_path: Path, path: tuple[Any, ...], value: Any) -> None:
     file = tmp_path / "plan.json"
     save_artifact(PLAN, file)

@@ -49,10 +49,14 @@ def new_bundle(transformer: nn.Module, runs: list[tuple[str, int, int]], tuned: 
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-@pytest.mark.parametrize(("transformer", "call", "runs"), [
-    (tiny_qwen(5), qwen_call(padded=True), [(DUAL, 1, 2)]),
-    (tiny_flux(), flux_call(), [(DUAL, 0, 1), (SINGLE, 1, 3)]),
-], ids=["qwen", "flux"])
+@pytest.mark.parametrize(
+    ("transformer", "call", "runs"),
+    [
+        (tiny_qwen(5), qwen_call(padded=True), [(DUAL, 1, 2)]),
+        (tiny_flux(), flux_call(), [(DUAL, 0, 1), (SINGLE, 1, 3)]),
+    ],
+    ids=["qwen", "flux"],
+)
 def test_round_trip(tmp_path: Path, transformer: Any, call: dict[str, Any], runs: list[Any], tuned: bool) -> None:
     adapter, bundle = adapter_for(transformer), new_bundle(transformer, runs, tuned)
     save_bundle(bundle, tmp_path / "bundle", {"steps": 3})
@@ -152,8 +156,16 @@ numpy.save(out, picture)
 
 
 def draw(pipeline: Any) -> np.ndarray:
-    return pipeline("red cat", negative_prompt=" ", true_cfg_scale=2.0, height=16, width=16, num_inference_steps=2,
-                    generator=torch.Generator().manual_seed(0), output_type="np").images
+    return pipeline(
+        "red cat",
+        negative_prompt=" ",
+        true_cfg_scale=2.0,
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
 
 
 def student_and_pipeline() -> tuple[Any, Any, Bundle]:
@@ -173,7 +185,11 @@ def test_an_exported_pipeline_needs_stock_diffusers_alone(tmp_path: Path) -> Non
     out = export(pipeline, student, bundle.plan, str(tmp_path / "source"), tmp_path / "pipeline", ExportConfig())
     done = subprocess.run(
         [sys.executable, "-I", "-c", STOCK, str(out), str(tmp_path / "picture.npy")],
-        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.abs(np.load(tmp_path / "picture.npy") - expected).max() < 1e-4
@@ -198,7 +214,11 @@ def test_export_of_a_hub_model_writes_all_components_in_the_wanted_dtype(tmp_pat
     assert sum(np.prod(entry["shape"]) for entry in header.values()) == count_params(student)
     index = json.loads((out / "model_index.json").read_text())
     assert {name for name, value in index.items() if isinstance(value, list) and value[0]} == {
-        "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+        "vae",
     }
     loaded = type(pipeline).from_pretrained(out)
     loaded.set_progress_bar_config(disable=True)

@@ -228,14 +228,21 @@ def test_velocity_stacks_lists() -> None:
     assert torch.equal(velocity(Lists(), {"x": x}), x)
 
 
-@pytest.mark.parametrize(("distilled", "names", "scale", "expected"), [
-    (False, ("true_cfg_scale", "negative_prompt", "guidance_scale"), 4.0,
-     {"true_cfg_scale": 4.0, "negative_prompt": " "}),
-    (False, ("true_cfg_scale", "negative_prompt"), 1.0, {"true_cfg_scale": 1.0}),
-    (True, ("true_cfg_scale", "negative_prompt", "guidance_scale"), 3.5, {"guidance_scale": 3.5}),
-    (False, ("guidance_scale", "negative_prompt"), 5.0, {"guidance_scale": 5.0, "negative_prompt": " "}),
-    (False, ("guidance_scale",), 5.0, {"guidance_scale": 5.0}),
-])
+@pytest.mark.parametrize(
+    ("distilled", "names", "scale", "expected"),
+    [
+        (
+            False,
+            ("true_cfg_scale", "negative_prompt", "guidance_scale"),
+            4.0,
+            {"true_cfg_scale": 4.0, "negative_prompt": " "},
+        ),
+        (False, ("true_cfg_scale", "negative_prompt"), 1.0, {"true_cfg_scale": 1.0}),
+        (True, ("true_cfg_scale", "negative_prompt", "guidance_scale"), 3.5, {"guidance_scale": 3.5}),
+        (False, ("guidance_scale", "negative_prompt"), 5.0, {"guidance_scale": 5.0, "negative_prompt": " "}),
+        (False, ("guidance_scale",), 5.0, {"guidance_scale": 5.0}),
+    ],
+)
 def test_guidance_goes_by_the_name_the_pipeline_knows(
     distilled: bool, names: tuple[str, ...], scale: float, expected: dict[str, Any]
 ) -> None:

@@ -17,12 +17,15 @@ def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
     return path
 
 
-@pytest.mark.parametrize(("text", "key", "meant"), [
-    ("distill: {local_step: 3}", "distill.local_step", "local_steps"),
-    ("distil: {local_steps: 3}", "distil", "distill"),
-    ("plan: {kep: 0.5}", "plan.kep", "keep"),
-    ("sed: 1", "sed", "seed"),
-])
+@pytest.mark.parametrize(
+    ("text", "key", "meant"),
+    [
+        ("distill: {local_step: 3}", "distill.local_step", "local_steps"),
+        ("distil: {local_steps: 3}", "distil", "distill"),
+        ("plan: {kep: 0.5}", "plan.kep", "keep"),
+        ("sed: 1", "sed", "seed"),
+    ],
+)
 def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, meant: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([write(tmp_path, text)], [])
@@ -41,10 +44,15 @@ def test_two_budgets_are_refused() -> None:
         load_config([], ["plan.keep=0.5", "plan.speedup=2"])
 
 
-@pytest.mark.parametrize(("overrides", "budget"), [
-    ([], ("keep", 0.6)), (["plan.keep=0.5"], ("keep", 0.5)), (["plan.speedup=1.7"], ("speedup", 1.7)),
-    (["plan.fit_gb=24"], ("fit_gb", 24.0)),
-])
+@pytest.mark.parametrize(
+    ("overrides", "budget"),
+    [
+        ([], ("keep", 0.6)),
+        (["plan.keep=0.5"], ("keep", 0.5)),
+        (["plan.speedup=1.7"], ("speedup", 1.7)),
+        (["plan.fit_gb=24"], ("fit_gb", 24.0)),
+    ],
+)
 def test_budget_in_force(overrides: list[str], budget: tuple[str, float]) -> None:
     assert load_config([], overrides).plan.budget == budget
 
@@ -59,16 +67,19 @@ def test_yaml_reads_exponents_as_numbers(tmp_path: Path) -> None:
     assert config.fit.steps == 100
 
 
-@pytest.mark.parametrize(("text", "keys", "value"), [
-    ("a.b=c", ["a", "b"], "c"),
-    ("plan.keep=0.5", ["plan", "keep"], 0.5),
-    ("plan.keep=", ["plan", "keep"], None),
-    (" seed = 3", ["seed"], 3),
-    ("fit.starts=[first, mean]", ["fit", "starts"], ["first", "mean"]),
-    ("capture.negative_prompt=a=b", ["capture", "negative_prompt"], "a=b"),
-    ("x=true", ["x"], True),
-    ("x=1e-4", ["x"], 1e-4),
-])
+@pytest.mark.parametrize(
+    ("text", "keys", "value"),
+    [
+        ("a.b=c", ["a", "b"], "c"),
+        ("plan.keep=0.5", ["plan", "keep"], 0.5),
+        ("plan.keep=", ["plan", "keep"], None),
+        (" seed = 3", ["seed"], 3),
+        ("fit.starts=[first, mean]", ["fit", "starts"], ["first", "mean"]),
+        ("capture.negative_prompt=a=b", ["capture", "negative_prompt"], "a=b"),
+        ("x=true", ["x"], True),
+        ("x=1e-4", ["x"], 1e-4),
+    ],
+)
 def test_overrides(text: str, keys: list[str], value: object) -> None:
     assert parse_override(text) == (keys, value)
 
@@ -95,15 +106,18 @@ def test_merge_does_not_touch_its_arguments() -> None:
     assert merge({"a": {"x": 1}}, {"a": None}) == {"a": None}
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("fit: {steps: many}", r"fit\.steps = 'many'"),
-    ("plan: {keep: 1.5}", r"plan\.keep = 1\.5: .*less than or equal to 1"),
-    ("plan: {mode: best}", r"plan\.mode = 'best'.*'optimal'"),
-    ("fit: 3", r"fit = 3"),
-    ("- a", "must hold a mapping of sections, got list"),
-    ("a: [1", "cannot be read as YAML"),
-    ("1: 2", "1"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fit: {steps: many}", r"fit\.steps = 'many'"),
+        ("plan: {keep: 1.5}", r"plan\.keep = 1\.5: .*less than or equal to 1"),
+        ("plan: {mode: best}", r"plan\.mode = 'best'.*'optimal'"),
+        ("fit: 3", r"fit = 3"),
+        ("- a", "must hold a mapping of sections, got list"),
+        ("a: [1", "cannot be read as YAML"),
+        ("1: 2", "1"),
+    ],
+)
 def test_bad_values_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([write(tmp_path, text)], [])

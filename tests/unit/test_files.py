@@ -49,8 +49,10 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device; free some space"), \
-            files.atomic_path(path):
+    with (
+        pytest.raises(UserError, match=r"cannot write .*a\.txt: No space left on device; free some space"),
+        files.atomic_path(path),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "old"
 
@@ -67,9 +69,14 @@ def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "does not exist; run the stage that writes it"), (b'{"a": ', "is damaged"), (b"\xff\xfe\xff", "is damaged"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; run the stage that writes it"),
+        (b'{"a": ', "is damaged"),
+        (b"\xff\xfe\xff", "is damaged"),
+    ],
+)
 def test_bad_json(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "a.json"
     if content is not None:
@@ -119,15 +126,19 @@ def test_missing_tensors(tmp_path: Path) -> None:
         files.read_tensor_header(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("content", [
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",  # a pointer instead of the weights
-    b"\xff" * 64,
-    b"<html>not found</html>",
-    (2).to_bytes(8, "little") + b"[]",
-    (13).to_bytes(8, "little") + b'{"x": {"a":1}}'[:13],
-    (12).to_bytes(8, "little") + b'{"x":{"a":1}}'[:12],
-    (13).to_bytes(8, "little") + b'{"x":{"a":1}}',
-], ids=["lfs pointer", "garbage", "html", "list", "cut header", "cut header 2", "no offsets"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",  # a pointer instead of the weights
+        b"\xff" * 64,
+        b"<html>not found</html>",
+        (2).to_bytes(8, "little") + b"[]",
+        (13).to_bytes(8, "little") + b'{"x": {"a":1}}'[:13],
+        (12).to_bytes(8, "little") + b'{"x":{"a":1}}'[:12],
+        (13).to_bytes(8, "little") + b'{"x":{"a":1}}',
+    ],
+    ids=["lfs pointer", "garbage", "html", "list", "cut header", "cut header 2", "no offsets"],
+)
 def test_a_header_that_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -142,7 +153,8 @@ def test_header_tells_shapes_without_data(tmp_path: Path) -> None:
     files.write_tensors(path, {"x": noise(2, 3), "y": noise(5).bfloat16()}, {"some": "metadata"})
     header = files.read_tensor_header(path)
     assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
-        "x": ("F32", [2, 3]), "y": ("BF16", [5]),
+        "x": ("F32", [2, 3]),
+        "y": ("BF16", [5]),
     }
     path.write_bytes(path.read_bytes() + b"tail")
     with pytest.raises(ArtifactError, match="truncated"):

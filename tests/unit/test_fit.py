@@ -42,15 +42,24 @@ def analysis_of(transformer: nn.Module, intervals: dict[str, tuple[tuple[int, in
 def test_all_runs_are_short_ones_and_the_papers_intervals() -> None:
     runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {SINGLE: ((0, 4),)}), max_run=2)
     assert runs == [
-        (DUAL, 0, 1), (DUAL, 1, 2), (SINGLE, 0, 1), (SINGLE, 0, 4), (SINGLE, 1, 2), (SINGLE, 2, 3), (SINGLE, 3, 4),
+        (DUAL, 0, 1),
+        (DUAL, 1, 2),
+        (SINGLE, 0, 1),
+        (SINGLE, 0, 4),
+        (SINGLE, 1, 2),
+        (SINGLE, 2, 3),
+        (SINGLE, 3, 4),
     ]
     four = all_runs(analysis_of(tiny_qwen(4), {}), max_run=9)
     assert [run[1:] for run in four] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 
 
 def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
-    probes = {f"{SINGLE}/{i}/image/{part}": noise(*shape, seed=i) for i in (1, 2)
-              for part, shape in (("weight", (8, 8)), ("bias", (8,)))}
+    probes = {
+        f"{SINGLE}/{i}/image/{part}": noise(*shape, seed=i)
+        for i in (1, 2)
+        for part, shape in (("weight", (8, 8)), ("bias", (8,)))
+    }
     maps = chained_probe(probes, (SINGLE, 1, 2), ["image", "text"], CPU)
     h = noise(5, 8, seed=9)
     by_hand = h

@@ -81,10 +81,14 @@ def test_padding_has_no_say() -> None:
                 assert torch.allclose(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("runs", "executed"), [
-    ([(DUAL, 0, 1)], [(DUAL, 0), (DUAL, 1)]),
-    ([(SINGLE, 0, 1), (DUAL, 1, 2)], [(DUAL, 0), (DUAL, 1), (DUAL, 2), (SINGLE, 0), (SINGLE, 1)]),
-], ids=["first stack", "both stacks"])
+@pytest.mark.parametrize(
+    ("runs", "executed"),
+    [
+        ([(DUAL, 0, 1)], [(DUAL, 0), (DUAL, 1)]),
+        ([(SINGLE, 0, 1), (DUAL, 1, 2)], [(DUAL, 0), (DUAL, 1), (DUAL, 2), (SINGLE, 0), (SINGLE, 1)]),
+    ],
+    ids=["first stack", "both stacks"],
+)
 def test_blocks_after_the_last_run_do_not_run(runs: list[RunKey], executed: list[tuple[str, int]]) -> None:
     teacher = tiny_flux(dual=3, single=4)
     adapter = adapter_for(teacher)

@@ -49,8 +49,14 @@ def analysis_of(model: ModelInfo, intervals: dict[str, list[tuple[int, int]]], s
 def random_candidates(model: ModelInfo, seed: int, longest: int = 4) -> Candidates:
     generator = random.Random(seed)
     found = [
-        Candidate(stack.name, first, last, generator.random() * (last - first), "middle",
-                  generator.random() * (last - first) if generator.random() < 0.5 else None)
+        Candidate(
+            stack.name,
+            first,
+            last,
+            generator.random() * (last - first),
+            "middle",
+            generator.random() * (last - first) if generator.random() < 0.5 else None,
+        )
         for stack in model.stacks
         for first in range(stack.num_blocks)
         for last in range(first + 1, min(first + longest, stack.num_blocks))
@@ -79,8 +85,11 @@ def within(runs: list[Candidate], budget: dict[str, float]) -> bool:
     params = MODEL.params - sum(c.removed * (1_000_000 if c.stack == "a" else 700_000) for c in runs)
     flops = MODEL.flops - sum(c.removed * (40 if c.stack == "a" else 90) for c in runs)
     ((kind, value),) = budget.items()
-    measured = {"keep": -params / MODEL.params, "speedup": MODEL.flops / flops,
-                "fit_gb": -(params * 4 + MODEL.other_bytes) / 1e9}[kind]
+    measured = {
+        "keep": -params / MODEL.params,
+        "speedup": MODEL.flops / flops,
+        "fit_gb": -(params * 4 + MODEL.other_bytes) / 1e9,
+    }[kind]
     return measured >= (value if kind == "speedup" else -value) - 1e-12
 
 
@@ -88,10 +97,19 @@ def chosen_runs(plan: CompressionPlan) -> set[Run]:
     return {(name, s.first, s.last) for name, s in plan.runs}
 
 
-@pytest.mark.parametrize("budget", [
-    {"keep": 0.9}, {"keep": 0.7}, {"keep": 0.55}, {"speedup": 1.3}, {"speedup": 1.8}, {"fit_gb": 0.08},
-    {"fit_gb": 0.073},
-], ids=str)
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"keep": 0.9},
+        {"keep": 0.7},
+        {"keep": 0.55},
+        {"speedup": 1.3},
+        {"speedup": 1.8},
+        {"fit_gb": 0.08},
+        {"fit_gb": 0.073},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_optimal_is_the_best_of_all_sets(budget: dict[str, float], seed: int) -> None:
     candidates = random_candidates(MODEL, seed)
@@ -180,7 +198,8 @@ def test_influence_removes_the_least_influential_blocks() -> None:
     analysis = analysis_of(MODEL, {}, seed=4)
     scored = sorted(
         (found.influence[i], found.name, i)
-        for found, blocks in zip(analysis.stacks, (range(2, 6), range(1, 4)), strict=True) for i in blocks
+        for found, blocks in zip(analysis.stacks, (range(2, 6), range(1, 4)), strict=True)
+        for i in blocks
     )
     for count, runs in enumerate(planner.influence_ladder(analysis, settings)):
         gone = {(name, i) for name, first, last in runs for i in range(first + 1, last + 1)}

@@ -143,8 +143,9 @@ def test_training_substitutes_leaves_the_teacher_alone(build: Build) -> None:
     optimizer.step()
     fresh = random_substitutes(teacher, adapter, runs)
     for run, block in substitutes.items():
-        assert not torch.equal(nn.utils.parameters_to_vector(block.parameters()),
-                               nn.utils.parameters_to_vector(fresh[run].parameters()))
+        assert not torch.equal(
+            nn.utils.parameters_to_vector(block.parameters()), nn.utils.parameters_to_vector(fresh[run].parameters())
+        )
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert teacher.state_dict().keys() == before.keys()

@@ -94,7 +94,10 @@ def test_a_killed_process_is_resumed_bit_by_bit(tmp_path: Path) -> None:
     root = str(Path(ppcl.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", CRASH, str(Path(__file__).parent), str(tmp_path / "b")],
-        env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 7, done.stderr
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["step-4"]
@@ -239,7 +242,9 @@ def test_frozen_parameters_are_neither_trained_nor_saved(tmp_path: Path) -> None
 
 
 def test_step_generators_differ_by_each_of_their_numbers() -> None:
-    draws = {key: torch.rand(2, generator=step_generator(*key)).tolist()[0] for key in
-             [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (10**12, 5, 2)]}
+    draws = {
+        key: torch.rand(2, generator=step_generator(*key)).tolist()[0]
+        for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (10**12, 5, 2)]
+    }
     assert len(set(draws.values())) == len(draws)
     assert torch.rand(2, generator=step_generator(0, 0, 1)).tolist()[0] == draws[0, 0, 1]

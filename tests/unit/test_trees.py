@@ -73,8 +73,10 @@ def test_take_picks_samples_and_keeps_what_is_shared() -> None:
     assert torch.equal(part["latents"], whole["latents"][[2, 0]])
     assert torch.equal(part["texts"][0], whole["texts"][2])
     assert len(part["shapes"]) == 2
-    assert same({k: part[k] for k in ("ids", "scale", "options", "nothing")},
-                {k: whole[k] for k in ("ids", "scale", "options", "nothing")})
+    assert same(
+        {k: part[k] for k in ("ids", "scale", "options", "nothing")},
+        {k: whole[k] for k in ("ids", "scale", "options", "nothing")},
+    )
 
 
 @pytest.mark.parametrize("cuts", [[[0], [1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2, 3]]], ids=str)

@@ -18,8 +18,16 @@ from ppcl.student import RunKey, segments_from_runs, start_block
 from ppcl.teacher import describe
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
-CAPTURE = {"num_prompts": 8, "batch_size": 4, "num_inference_steps": 3, "states_per_prompt": 2,
-           "held_out_share": 0.25, "height": 16, "width": 16, "guidance_scale": 2.0}
+CAPTURE = {
+    "num_prompts": 8,
+    "batch_size": 4,
+    "num_inference_steps": 3,
+    "states_per_prompt": 2,
+    "held_out_share": 0.25,
+    "height": 16,
+    "width": 16,
+    "guidance_scale": 2.0,
+}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -32,8 +40,14 @@ def tiny_qwen(num_layers: int = 4, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=num_layers, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
     )
     return transformer.eval().requires_grad_(False)
 
@@ -44,8 +58,15 @@ def tiny_flux(dual: int = 3, single: int = 4, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=dual, num_single_layers=single, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=8, axes_dims_rope=(4, 6, 6),
+        patch_size=1,
+        in_channels=16,
+        num_layers=dual,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
     )
     return transformer.eval().requires_grad_(False)
 

@@ -1,0 +1,117 @@
+"""Look at the embedded teacher: a contact sheet of fixed captions, judged by the evaluator too.
+
+    python -m ppcl.emoji.sheet --out docs/teacher
+
+Draws 32 fixed training captions (every twelfth of the core, in Unicode order) beside the
+real pictures, and all held-out emoji of the same kinds. Writes ``sheet-train.png``,
+``sheet-held_out.png`` and ``sheet.json`` (which captions the evaluator recognised among all 1,897).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image, ImageDraw
+
+from ppcl.emoji.data import ASSETS, SIZE, Emoji, is_core, load_captions, load_images
+from ppcl.files import atomic_path, write_json
+
+COLUMNS = 8
+CELL = 2 * SIZE + 8
+
+
+def fixed_captions() -> list[int]:
+    """Indices of the 32 fixed training captions."""
+    core = [i for i, row in enumerate(load_captions()) if is_core(row)]
+    return core[:: len(core) // 32][:32]
+
+
+def held_out_captions() -> list[int]:
+    """Indices of the held-out emoji of the same kinds as the core."""
+    rows = load_captions()
+    return [
+        i
+        for i, row in enumerate(rows)
+        if row.split == "held-out" and is_core(Emoji(row.code, row.caption, row.group, "train"))
+    ]
+
+
+def draw(pipeline: Any, captions: list[str], guidance: float, steps: int) -> list[Image.Image]:
+    """Draw captions, picture i from noise of seed i."""
+    with torch.no_grad():
+        output = pipeline(
+            captions,
+            negative_prompt=[" "] * len(captions),
+            true_cfg_scale=guidance,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
+        )
+    images: list[Image.Image] = output.images
+    return images
+
+
+def ranks(pictures: list[Image.Image], wanted: list[int]) -> list[int]:
+    """Rank of each picture's own caption among all captions, by the evaluator; 0 is best."""
+    folder = f"local-dir:{ASSETS / 'evaluator'}"
+    model, preprocess = open_clip.create_model_from_pretrained(folder)
+    tokenizer = open_clip.get_tokenizer(folder)
+    with torch.no_grad():
+        text = model.encode_text(tokenizer([row.caption for row in load_captions()]), normalize=True)
+        image = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+    scores = image @ text.T
+    own = scores[torch.arange(len(wanted)), torch.tensor(wanted)]
+    better: list[int] = (scores > own[:, None]).sum(1).tolist()
+    return better
+
+
+def sheet(drawn: list[Image.Image], real: np.ndarray, captions: list[str]) -> Image.Image:
+    """Drawn pictures with the real ones beside them and the caption below."""
+    rows = -(-len(drawn) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * CELL, rows * (SIZE + 18)), "white")
+    pen = ImageDraw.Draw(page)
+    for index, picture in enumerate(drawn):
+        left, top = index % COLUMNS * CELL, index // COLUMNS * (SIZE + 18)
+        page.paste(picture, (left, top))
+        page.paste(Image.fromarray(real[index]), (left + SIZE, top))
+        pen.text((left + 2, top + SIZE + 2), captions[index][:17], fill="black")
+    return page.resize((page.width * 2, page.height * 2), Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    """Draw both lists and write the sheet."""
+    from diffusers import DiffusionPipeline
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ASSETS / "teacher"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=20)
+    given = parser.parse_args()
+    pipeline = DiffusionPipeline.from_pretrained(given.model)
+    pipeline.set_progress_bar_config(disable=True)
+    rows, real = load_captions(), load_images()
+    record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "captions_ranked": len(rows)}
+    for name, chosen in (("train", fixed_captions()), ("held_out", held_out_captions())):
+        captions = [rows[i].caption for i in chosen]
+        drawn = draw(pipeline, captions, given.guidance, given.steps)
+        found = ranks(drawn, chosen)
+        record[name] = {
+            "recognised_at_1": sum(r == 0 for r in found) / len(found),
+            "recognised_at_5": sum(r < 5 for r in found) / len(found),
+            "rank": dict(zip(captions, found, strict=True)),
+        }
+        with atomic_path(given.out / f"sheet-{name}.png") as temporary:
+            sheet(drawn, real[chosen], captions).save(temporary, format="PNG")
+    write_json(given.out / "sheet.json", record)
+    print({name: {k: v for k, v in record[name].items() if k != "rank"} for name in ("train", "held_out")})
+
+
+if __name__ == "__main__":
+    main()
