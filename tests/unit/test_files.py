@@ -129,7 +129,7 @@ def test_missing_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",  # a pointer instead of the weights
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         b"\xff" * 64,
         b"<html>not found</html>",
         (2).to_bytes(8, "little") + b"[]",

@@ -115,12 +115,26 @@ def test_optimal_is_the_best_of_all_sets(budget: dict[str, float], seed: int) ->
     candidates = random_candidates(MODEL, seed)
     settings = PlanConfig(protect_first=0, protect_last=0, **budget)
     found = planner.plan(analysis_of(MODEL, {}), candidates, settings)
-    best = min(sum(map(square, runs)) for runs in all_sets(list(candidates.candidates)) if within(runs, budget))
+    fitted = [c for c in candidates.candidates if c.fitted_error is not None]
+    feasible = [runs for runs in all_sets(fitted) if within(runs, budget)]
+    # unfitted runs, whose costs are on another scale, come in only where the fitted ones cannot meet the budget
+    feasible = feasible or [runs for runs in all_sets(list(candidates.candidates)) if within(runs, budget)]
+    best = min(sum(map(square, runs)) for runs in feasible)
     by_key = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     mine = [by_key[run] for run in chosen_runs(found)]
     assert within(mine, budget)
     assert sum(map(square, mine)) == pytest.approx(best, rel=1e-12)
     assert found.predicted.error == pytest.approx(math.sqrt(best), rel=1e-12)
+
+
+def test_unfitted_runs_come_in_only_when_needed() -> None:
+    cheap = Candidate("a", 1, 2, 1e-6)
+    dear = Candidate("a", 3, 4, 0.8, "middle", 0.5)
+    candidates = Candidates((cheap, dear), 0, 0.0)
+    one = planner.plan(analysis_of(MODEL, {}), candidates, PlanConfig(keep=0.95))
+    assert chosen_runs(one) == {("a", 3, 4)}
+    two = planner.plan(analysis_of(MODEL, {}), candidates, PlanConfig(keep=0.85))
+    assert chosen_runs(two) == {("a", 1, 2), ("a", 3, 4)}
 
 
 def test_fitted_errors_come_before_probe_errors() -> None:
