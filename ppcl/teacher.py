@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,12 +163,25 @@ def config_digest(transformer: Any) -> str:
 
 
 def weights_digest(model: str) -> str:
-    """Identify the weights that a model name stands for: files' sizes and names, or the hub id."""
+    """Identify the weights that a model name stands for: the hub id, or names, sizes and ends of a folder's files.
+
+    Reading 40 GB to name them would take minutes; other weights differ in the last 64 kB of their files too.
+    """
     folder = Path(model_path(model))
     if not folder.is_dir():
         return digest(model)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return digest([(str(p.relative_to(folder)), p.stat().st_size) for p in files], folder / "model_index.json")
+    return digest([(str(p.relative_to(folder)), p.stat().st_size, _tail(p)) for p in files])
+
+
+def _tail(path: Path, size: int = 65536) -> str:
+    """SHA-256 of the last bytes of a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from None
 
 
 def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:

@@ -188,3 +188,15 @@ def test_one_process_a_folder(tmp_path):
     assert f"is in use by process {os.getpid()}; wait" in refused.stderr
     os.close(descriptor)
     assert python(code, str(tmp_path / "run")).returncode == 0
+
+
+def test_other_weights_of_the_same_size_are_another_model(tmp_path):
+    from ppcl.teacher import weights_digest
+
+    (tmp_path / "transformer").mkdir()
+    weights = tmp_path / "transformer" / "model.safetensors"
+    weights.write_bytes(b"0" * 200_000)
+    before = weights_digest(str(tmp_path))
+    assert weights_digest(str(tmp_path)) == before
+    weights.write_bytes(b"0" * 199_999 + b"1")
+    assert weights_digest(str(tmp_path)) != before
