@@ -2,14 +2,27 @@
 
 A depth-compressed pipeline is stock diffusers: ``DiffusionPipeline.from_pretrained(folder)``
 is all it takes, and nothing of this package. What is here helps with what diffusers cannot
-know: which of the teacher's blocks are still there.
+know: which of the teacher's blocks are still there, and so where a LoRA or a ControlNet made
+for the teacher belongs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ppcl.errors import ModelError
+from ppcl.pipelines.blocks import pipeline_record
+from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
+from ppcl.pipelines.lora import MappingReport, convert_lora, load_lora, remap_lora
+
+__all__ = [
+    "MappingReport",
+    "attach_controlnet",
+    "convert_lora",
+    "detach_controlnet",
+    "kept_blocks",
+    "load_lora",
+    "remap_lora",
+]
 
 
 def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:
@@ -25,10 +38,5 @@ def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:
     Raises:
         ModelError: The pipeline was not compressed by ppcl.
     """
-    record = pipeline.transformer.config.get("_ppcl")
-    if not record:
-        raise ModelError(
-            f"this {type(pipeline).__name__} was not compressed by ppcl: its transformer has no '_ppcl' entry"
-        )
-    blocks: dict[str, list[int | list[int]]] = record["kept_blocks"]
+    blocks: dict[str, list[int | list[int]]] = pipeline_record(pipeline)["kept_blocks"]
     return blocks

@@ -137,6 +137,11 @@ class Candidates:
     schema_version: int = SCHEMA_VERSION
 
 
+def start_index(first: int, last: int, start: str | None) -> int:
+    """Number of the teacher's block whose shape the substitute of first..last has (``mean``: the first's)."""
+    return {"first": first, "mean": first, "last": last}.get(start or "middle", (first + last) // 2)
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of a stack in a plan: blocks first..last of the teacher become one block.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, load_artifact, save_artifact
+from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, load_artifact, save_artifact, start_index
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
 from ppcl.student import RunKey, assemble_student, register_depth, run_name, start_block, with_blocks
@@ -76,7 +76,7 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
             if segment.is_run:
                 key = (spec.name, segment.first, segment.last)
                 prefix = f"{run_name(key)}/"
-                block = start_block(blocks, segment.first, segment.last, "first")
+                block = start_block(blocks, segment.first, segment.last, segment.start or "middle")
                 block.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
                 substitutes[key] = block
     tuned = read_tensors(folder / "tuned.safetensors")[0] if (folder / "tuned.safetensors").is_file() else {}
@@ -91,13 +91,13 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
         transformer: The teacher's transformer; it is left as it is.
         adapter: Its family.
         bundle: Plan, substitutes, tuned weights.
-        dtype: The weights' dtype; the teacher's if None.
+        dtype: The weights' dtype; the teacher's, weight by weight, if None.
     """
     import copy
 
     student = assemble_student(transformer, adapter, bundle.plan, bundle.substitutes)
     lists = {spec.name: [copy.deepcopy(b) for b in adapter.blocks(student, spec)] for spec in adapter.stacks}
-    student = with_blocks(student, lists)
+    student = with_blocks(student, lists, own=True)
     for name, module in list(student._modules.items()):
         if name not in lists:
             student._modules[name] = copy.deepcopy(module)
@@ -106,4 +106,18 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
     for name, value in bundle.tuned.items():
         parameters[name].copy_(value)
     student.requires_grad_(False).eval()
-    return student.to(dtype or next(transformer.parameters()).dtype)
+    if dtype is not None:
+        return student.to(dtype)
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for block, segment in zip(adapter.blocks(student, spec), bundle.plan.stacks[spec.name], strict=True):
+            _cast_like(block, blocks[start_index(segment.first, segment.last, segment.start)])
+    return student
+
+
+def _cast_like(block: nn.Module, like: nn.Module) -> None:
+    """Give a block the dtypes of another; some classes keep a few weights in float32 whatever the rest is."""
+    dtypes = {name: parameter.dtype for name, parameter in like.named_parameters()}
+    main = max(like.parameters(), key=torch.numel).dtype
+    for name, parameter in block.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, main))

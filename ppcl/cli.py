@@ -215,6 +215,48 @@ def study(
     typer.echo(run_study(run, table, draws, chosen))
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="'emoji', a pipeline folder, a hub id, or a transformer's config.json")],
+    config: Files = None,
+    set_: Sets = None,
+    keep: Keep = None,
+    speedup: Speedup = None,
+    height: Annotated[int | None, typer.Option("--height", min=1, help="of the picture, pixels")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="of the picture, pixels")] = None,
+    text_tokens: Annotated[int | None, typer.Option("--text-tokens", min=1, help="of the prompt")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""
+    settings = resolve(model, config, set_, keep, speedup, None, None)
+    _quiet_libraries()
+    import json
+
+    from ppcl.artifacts import to_jsonable
+    from ppcl.inspection import inspect_model, report
+
+    height, width = height or settings.capture.height, width or settings.capture.width
+    found = inspect_model(model, settings.plan, settings.fit.max_run, height, width, text_tokens)
+    typer.echo(json.dumps(to_jsonable(found), indent=1) if json_ else report(found))
+
+
+@app.command()
+def families(
+    table: Annotated[
+        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/families.md")
+    ] = None,
+) -> None:
+    """List the transformer classes of the installed diffusers: supported, inferred, refused (why)."""
+    _quiet_libraries()
+    from ppcl.adapters.listing import family_table
+    from ppcl.files import write_text
+
+    text = family_table()
+    if table:
+        write_text(table, f"# Supported transformers\n\n{text}\n\nCommand: `ppcl families --table {table}`\n")
+    typer.echo(text)
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(__version__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts import ModelInfo, Prediction, Segment
+from ppcl.artifacts import ModelInfo, Prediction, Segment, start_index
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,8 +61,7 @@ def count_flops(
 def predict(model: ModelInfo, stacks: Mapping[str, Sequence[Segment]], error: float | None = None) -> Prediction:
     """Predict size and speed of a plan.
 
-    A substitute block has the parameters and FLOPs of the block it starts from; all blocks of
-    a stack are of one class, so the run's first block stands for it.
+    A substitute block has the parameters and FLOPs of the block it starts from.
 
     Args:
         model: The teacher.
@@ -72,9 +71,11 @@ def predict(model: ModelInfo, stacks: Mapping[str, Sequence[Segment]], error: fl
     params, flops = model.params, model.flops
     for stack in model.stacks:
         for segment in stacks[stack.name]:
-            params -= sum(stack.block_params[segment.first + 1 : segment.last + 1])
+            start = start_index(segment.first, segment.last, segment.start)
+            gone = [i for i in range(segment.first, segment.last + 1) if i != start]
+            params -= sum(stack.block_params[i] for i in gone)
             if stack.block_flops:
-                flops -= sum(stack.block_flops[segment.first + 1 : segment.last + 1])
+                flops -= sum(stack.block_flops[i] for i in gone)
     return Prediction(
         params=params,
         param_ratio=params / model.params,

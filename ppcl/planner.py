@@ -141,12 +141,12 @@ def paper_ladder(
 def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
     """Pairs spread evenly over all blocks, then triples and so on: for each number of removed blocks."""
     ladder: list[Runs] = [()]
-    free = [_free(model, stack, settings) for stack in model.stacks]
+    free = [free_blocks(model, stack, settings) for stack in model.stacks]
     limits = [max(0, high - low - 1) for low, high in free]  # one block of each stack stays
     for removed in range(1, sum(limits) + 1):
         runs: list[tuple[str, int, int]] = []
         for stack, (low, high), count in zip(model.stacks, free, _shares(removed, limits), strict=True):
-            runs += _even_runs(stack.name, low, high, count)
+            runs += even_runs(stack.name, low, high, count)
         ladder.append(tuple(runs))
     return ladder
 
@@ -161,13 +161,13 @@ def _shares(total: int, limits: Sequence[int]) -> list[int]:
     return shares
 
 
-def _free(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
+def free_blocks(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
     """Unprotected blocks low <= i < high of a stack."""
     low = settings.protect_first if stack is model.stacks[0] else 0
     return low, stack.num_blocks - (settings.protect_last if stack is model.stacks[-1] else 0)
 
 
-def _even_runs(name: str, low: int, high: int, removed: int) -> list[tuple[str, int, int]]:
+def even_runs(name: str, low: int, high: int, removed: int) -> list[tuple[str, int, int]]:
     """Split low..high into ``size - removed`` groups whose sizes differ by at most one, evenly mixed."""
     groups = (high - low) - removed
     if groups < 1 or removed < 1:
@@ -181,7 +181,7 @@ def influence_ladder(analysis: Analysis, settings: PlanConfig) -> list[Runs]:
     scored = []
     for found in analysis.stacks:
         stack = next(s for s in analysis.model.stacks if s.name == found.name)
-        low, high = _free(analysis.model, stack, settings)
+        low, high = free_blocks(analysis.model, stack, settings)
         scored += [(found.influence[i], found.name, i) for i in range(max(1, low + 1), high)]
     scored.sort()
     ladder: list[Runs] = []

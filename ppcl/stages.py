@@ -292,6 +292,7 @@ def analyze_stage(run: Run) -> None:
     """Probes, CKA, intervals, linearity."""
     import torch
 
+    from ppcl.adapters import check_inferred
     from ppcl.analysis.analyze import analyze
     from ppcl.capture import States, velocity
     from ppcl.cost import count_flops
@@ -302,6 +303,7 @@ def analyze_stage(run: Run) -> None:
     calibration = run.out / "calibration"
     one = next(States(calibration, "held-out").batches(1))
     one = to_device(one, run.device)
+    check_inferred(transformer, one, batch_size(one))
     stacks = {spec.name: list(run.adapter.blocks(transformer, spec)) for spec in run.adapter.stacks}
     with torch.no_grad():
         flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), batch_size(one))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec, States
-from ppcl.artifacts import CompressionPlan, Segment, to_jsonable
+from ppcl.adapters import Adapter, StackSpec, States, fixed_tail
+from ppcl.artifacts import CompressionPlan, Segment, start_index, to_jsonable
 
 RunKey = tuple[str, int, int]
 STARTS = ("first", "middle", "last", "mean")
@@ -38,25 +38,37 @@ def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.
     Raises:
         ValueError: The start is unknown.
     """
-    index = {"first": first, "middle": (first + last) // 2, "last": last, "mean": first}.get(start)
-    if index is None:
+    if start not in STARTS:
         raise ValueError(f"unknown start {start!r}; expected one of {', '.join(STARTS)}")
-    block = copy.deepcopy(blocks[index])
+    block = copy.deepcopy(blocks[start_index(first, last, start)])
     if start == "mean":
         members = [dict(blocks[i].named_parameters()) for i in range(first, last + 1)]
         with torch.no_grad():
             for name, parameter in block.named_parameters():
-                parameter.copy_(torch.stack([m[name].float() for m in members]).mean(0))
+                # Blocks of SD3.5 medium differ in shape: the mean is over those that have this parameter.
+                alike = [m[name].float() for m in members if name in m and m[name].shape == parameter.shape]
+                parameter.copy_(torch.stack(alike).mean(0))
     trained: nn.Module = block.requires_grad_(True)
     return trained
 
 
-def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]]) -> Any:
-    """Return a shallow copy of a transformer with other block lists; all else is shared."""
+def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:
+    """Return a shallow copy of a transformer with other block lists; all else is shared.
+
+    Args:
+        transformer: The teacher's transformer or a student.
+        lists: The blocks of some stacks, without fixed tails, which are kept.
+        own: Copy the fixed tails, and the parameters and buffers that lie in no submodule, instead of
+            sharing them: what is done to them then leaves the given transformer alone.
+    """
     clone = copy.copy(transformer)
     clone.__dict__["_modules"] = dict(transformer._modules)
+    if own:
+        for kind in ("_parameters", "_buffers"):
+            clone.__dict__[kind] = copy.deepcopy(transformer.__dict__[kind])
     for name, blocks in lists.items():
-        setattr(clone, name, nn.ModuleList(blocks))
+        tail = fixed_tail(transformer, name)
+        setattr(clone, name, nn.ModuleList([*blocks, *(copy.deepcopy(tail) if own else tail)]))
     return clone
 
 
@@ -95,12 +107,18 @@ def assemble_student(
 
 def register_depth(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
     """Write the new counts and the provenance into the student's config, so that the stock class loads it."""
-    counts = {spec.count_field: len(adapter.blocks(student, spec)) for spec in adapter.stacks}
-    kept = {
+    kept: dict[str, list[Any]] = {
         name: [[s.first, s.last] if s.is_run else s.first for s in segments] for name, segments in plan.stacks.items()
     }
+    for spec in adapter.stacks:  # a fixed tail keeps its place behind the planned blocks
+        end = plan.stacks[spec.name][-1].last + 1
+        kept[spec.name] += range(end, end + spec.fixed_tail)
+    starts = {name: [s.start if s.is_run else None for s in segments] for name, segments in plan.stacks.items()}
     # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
-    student.register_to_config(**counts, _ppcl={"kept_blocks": kept, "budget": to_jsonable(plan.budget)})
+    student.register_to_config(
+        **adapter.depth_config(student),
+        _ppcl={"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget)},
+    )
 
 
 class FixedStates(nn.Module):

@@ -204,7 +204,8 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
         config_digest=config_digest(transformer),
         params=count_params(transformer),
         flops=int(flops["total"]) if flops else 0,
-        bytes_per_param=next(transformer.parameters()).element_size(),
+        # the largest weight's: some classes keep small ones in float32 whatever the rest is loaded in
+        bytes_per_param=max(transformer.parameters(), key=torch.numel).element_size(),
         other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
         stacks=tuple(stacks),
     )

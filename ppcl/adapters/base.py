@@ -34,6 +34,10 @@ class StackSpec:
         ffn: Submodule path of each stream's feed-forward network.
         masks: Block argument that marks each stream's valid tokens, (B, tokens), if there is one.
         text_qkv: Submodule path of a projection that sees the text input of the attention (eq. 8).
+        fixed_tail: Last blocks that differ from the others and stay as they are (SD3's last block returns no
+            text). They are no blocks to the compressor: :meth:`Adapter.blocks` leaves them out.
+        index_fields: Config fields that list the numbers of special blocks (SD3.5's ``dual_attention_layers``),
+            with the submodule that tells them from the others.
     """
 
     name: str
@@ -43,6 +47,8 @@ class StackSpec:
     ffn: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
     text_qkv: str | None = None
+    fixed_tail: int = 0
+    index_fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,16 @@ class Adapter:
     stacks: tuple[StackSpec, ...]
 
     def blocks(self, transformer: nn.Module, stack: StackSpec) -> nn.ModuleList:
-        """Return the block list.
+        """Return the blocks that may be replaced: the block list without its fixed tail.
+
+        Raises:
+            ModelError: The transformer has no such list.
+        """
+        blocks = self.all_blocks(transformer, stack)
+        return nn.ModuleList(list(blocks)[: -stack.fixed_tail]) if stack.fixed_tail else blocks
+
+    def all_blocks(self, transformer: nn.Module, stack: StackSpec) -> nn.ModuleList:
+        """Return the whole block list.
 
         Raises:
             ModelError: The transformer has no such list.
@@ -70,6 +85,16 @@ class Adapter:
                 "install the diffusers version this adapter was written for"
             )
         return blocks
+
+    def depth_config(self, transformer: nn.Module) -> dict[str, Any]:
+        """Return the config fields that describe the block lists as they are now: counts and block numbers."""
+        fields: dict[str, Any] = {}
+        for stack in self.stacks:
+            blocks = self.all_blocks(transformer, stack)
+            fields[stack.count_field] = len(blocks)
+            for name, part in stack.index_fields.items():
+                fields[name] = [i for i, block in enumerate(blocks) if getattr(block, part, None) is not None]
+        return fields
 
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name all arguments of a block call."""

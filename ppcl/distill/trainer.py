@@ -176,7 +176,7 @@ class Distiller:
             own = set(map(id, self.substitutes.values()))
             blocks = self.adapter.blocks(self.student, spec)
             lists[spec.name] = [block if id(block) in own else copy.deepcopy(block).float() for block in blocks]
-        self.student = with_blocks(self.student, lists)
+        self.student = with_blocks(self.student, lists, own=True)
         for name, module in list(self.student._modules.items()):
             if name not in lists:
                 self.student._modules[name] = copy.deepcopy(module)

@@ -109,7 +109,7 @@ def test_hub_id_out_of_reach(refuses, tmp_path, prompts_file, monkeypatch):
         ),
         (
             '{"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}',
-            ("DiTTransformer2DModel is not supported yet", "supported: ", "An adapter for it"),
+            ("DiTTransformer2DModel is not supported yet", "class labels", "ppcl families"),
         ),
     ],
 )

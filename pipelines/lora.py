@@ -1,0 +1,366 @@
+"""LoRA made for the teacher on a depth-compressed pipeline.
+
+A LoRA names blocks by number, and pruning moves the numbers: loaded as it is, it lands on
+other blocks, and all that diffusers may notice is that the highest numbers are missing. The
+bridge renames every block key to where that block is now and drops the LoRA of blocks that are
+gone. The LoRA of a run that one substitute replaces is dropped too: a substitute is a newly
+trained block with weights of its own, and an update made for another block's weights means
+nothing to it.
+
+Every key of a block list is either mapped or dropped, and anything else is an error, so
+nothing lands on a wrong block silently.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppcl.errors import ModelError, UserError
+from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
+from ppcl.pipelines.lora_metadata import remap_metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNS = ("drop", "start")
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfig, as JSON
+CONVERTED_KEY = "ppcl_kept_blocks"  # marks files whose blocks are already those of a compressed model
+# What may stand before a block list's name: nothing, diffusers' component, PEFT's wrapper, both.
+_PREFIX = r"(?P<prefix>(?:base_model\.model\.)?(?:transformer\.)?)"
+_BLOCK_LIKE = re.compile(r"(?:^|[._])(?P<stack>[a-z_]*(?:blocks|layers))[._](?P<index>\d+)(?=[._])")
+_OTHER_COMPONENT = re.compile(r"(?:text_encoder(?:_\d)?|lora_te\d?_?)")
+_WEIGHT = re.compile(r"\.(?:lora_[A-Za-z_]+|lora\.(?:up|down)|lokr_\w+|alpha|dora_scale)(?:\..+)?$")
+_LOAD_OPTIONS = ("adapter_name", "hotswap", "low_cpu_mem_usage")
+
+
+@dataclass(frozen=True)
+class MappingReport:
+    """What became of the tensors of a LoRA.
+
+    Attributes:
+        mapped: New key of each block tensor that stayed, by its old key.
+        dropped: Keys of block tensors that were left out.
+        other: Keys outside of the block lists; they stay as they are.
+        moved: Old and new name, such as ``transformer_blocks.5``, of every block that kept its LoRA.
+        lost: Names of the teacher's blocks whose LoRA was left out.
+    """
+
+    mapped: Mapping[str, str]
+    dropped: tuple[str, ...]
+    other: tuple[str, ...]
+    moved: tuple[tuple[str, str], ...]
+    lost: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"mapped: {len(self.mapped)} tensors of {len(self.moved)} blocks"]
+        lines += [f"  {old} -> {new}" for old, new in self.moved]
+        lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks that a substitute replaces")
+        lines += [f"  {name}" for name in self.lost]
+        return "\n".join([*lines, f"outside of the blocks, unchanged: {len(self.other)} tensors"])
+
+
+def remap_lora(
+    state_dict: Mapping[str, Tensor],
+    kept_blocks: Mapping[str, Sequence[Any]],
+    *,
+    runs: str = "drop",
+    starts: Mapping[str, Sequence[str | None]] | None = None,
+    unpruned: Sequence[str] = (),
+) -> tuple[dict[str, Tensor], MappingReport]:
+    """Rename the blocks of a LoRA from the teacher's numbers to those of a compressed transformer.
+
+    The LoRA of a run's blocks is dropped, because the block in their place is newly trained. With
+    ``runs="start"`` the LoRA of the block that the substitute was initialised from goes to the
+    substitute and the rest of the run is dropped: an approximation, better the shorter the
+    distillation was. Keys that name no block (``img_in``, text encoders) stay as they are.
+
+    Args:
+        state_dict: Tensors with dotted module names (``lora_A``/``lora_B`` or ``lora_down``/``lora_up``,
+            ``alpha``), with or without ``transformer.`` in front. Other formats: :func:`load_lora`.
+        kept_blocks: See :func:`ppcl.pipelines.kept_blocks`.
+        runs: ``drop`` or ``start``.
+        starts: For ``runs="start"``: for each stack one entry a block, what its substitute started from.
+        unpruned: Paths of the transformer's other block lists, whose LoRA stays as it is.
+
+    Returns:
+        The renamed tensors (the same objects), and what became of each.
+
+    Raises:
+        UserError: The LoRA is of another family or format, names blocks that the teacher does not have,
+            or has nothing left; ``runs`` is unknown, or asks for a start that was not recorded.
+        ModelError: ``kept_blocks`` is not the record of a compressed transformer.
+    """
+    maps = block_maps(kept_blocks, starts)
+    if runs not in RUNS:
+        raise UserError(f"runs is {runs!r}; expected one of {', '.join(RUNS)}")
+    out: dict[str, Tensor] = {}
+    mapped: dict[str, str] = {}
+    dropped: list[str] = []
+    other: list[str] = []
+    moved: dict[tuple[str, int], tuple[str, str]] = {}
+    lost: dict[tuple[str, int], str] = {}
+    for key, tensor in state_dict.items():
+        found = _parse(key, maps, unpruned)
+        if found is None:
+            out[key] = tensor
+            other.append(key)
+            continue
+        prefix, stack, index, rest = found
+        position = _target(maps[stack], stack, index, runs)
+        if position is None:
+            dropped.append(key)
+            lost[stack, index] = f"{stack}.{index}"
+            continue
+        mapped[key] = f"{prefix}{stack}.{position}.{rest}"
+        moved[stack, index] = (f"{stack}.{index}", f"{stack}.{position}")
+        out[mapped[key]] = tensor
+    if not out:
+        reason = "all its blocks were replaced by substitutes" if dropped else "it has no tensors"
+        raise UserError(f"nothing of this LoRA is left: {reason}; train it on the compressed pipeline instead")
+    names = tuple(moved[k] for k in sorted(moved)), tuple(lost[k] for k in sorted(lost))
+    return out, MappingReport(mapped, tuple(dropped), tuple(other), *names)
+
+
+def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwargs: Any) -> MappingReport:
+    """Load a LoRA made for the teacher into a compressed pipeline, onto the right blocks.
+
+    Whatever diffusers converts for the family (kohya, ``diffusion_model.``) is converted by
+    diffusers first, then renamed by :func:`remap_lora`, checked against the transformer, and
+    loaded by ``pipe.load_lora_weights``. Everything that works after that call
+    (``set_adapters``, ``fuse_lora``, ``unload_lora_weights``) works after this one. A LoRA trained
+    on the compressed pipeline itself has its numbers already: load it without the bridge.
+
+    Args:
+        pipe: A pipeline that ppcl exported.
+        path_or_dict: A file, a folder, a hub id, or tensors by name.
+        **kwargs: ``runs`` as in :func:`remap_lora`; all else as for ``pipe.load_lora_weights``.
+
+    Returns:
+        What became of each tensor.
+
+    Raises:
+        UserError: See :func:`remap_lora`; also a LoRA that was converted already or does not fit the transformer.
+        ModelError: The pipeline was not compressed by ppcl, or its class cannot load LoRA.
+    """
+    from safetensors.torch import save_file
+
+    runs = kwargs.pop("runs", "drop")
+    options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
+    if not isinstance(path_or_dict, Mapping):
+        _refuse_converted(path_or_dict, kwargs.get("weight_name"))
+    tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs)
+    if adapter is None:
+        pipe.load_lora_weights(tensors, **options)
+        return report
+    # Given tensors, diffusers' loader has no place for the adapter's metadata; it reads it from files only.
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        save_file(_storable(tensors), file, {"format": "pt", METADATA_KEY: json.dumps(adapter)})
+        pipe.load_lora_weights(str(file), **options)
+    return report
+
+
+def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, runs: str = "drop") -> MappingReport:
+    """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads.
+
+    The file's metadata is kept, with the block names inside the adapter's metadata
+    (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well.
+
+    Args:
+        src: A safetensors file made for the teacher.
+        dst: The file to write (atomically).
+        pipe_or_kept_blocks: The compressed pipeline, or its kept blocks; formats that diffusers has to
+            convert, and the check against the transformer, need the pipeline.
+        runs: See :func:`remap_lora`.
+
+    Returns:
+        What became of each tensor.
+
+    Raises:
+        UserError: See :func:`load_lora`; also a file that cannot be read or written.
+    """
+    from safetensors.torch import save_file
+
+    from ppcl.files import atomic_path
+
+    _refuse_converted(src, None)
+    tensors, header = _read(Path(src))
+    record: Mapping[str, Sequence[Any]]
+    if isinstance(pipe_or_kept_blocks, Mapping):
+        record = pipe_or_kept_blocks
+        out, report = remap_lora(tensors, record, runs=runs)
+        adapter = remap_metadata(json.loads(header[METADATA_KEY]), _modules(report)) if METADATA_KEY in header else None
+    else:
+        record = pipeline_record(pipe_or_kept_blocks)["kept_blocks"]
+        out, adapter, report = _bridge(pipe_or_kept_blocks, str(src), runs, {})
+    if adapter is not None:
+        header[METADATA_KEY] = json.dumps(adapter)
+    header[CONVERTED_KEY] = json.dumps(record)
+    with atomic_path(dst) as temporary:
+        save_file(_storable(out), temporary, header)
+    return report
+
+
+def _bridge(
+    pipe: Any, source: str | Path | Mapping[str, Tensor], runs: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, MappingReport]:
+    """Let diffusers read and convert a LoRA, rename it, and check that it fits the pipeline's transformer."""
+    record = pipeline_record(pipe)
+    if not hasattr(pipe, "lora_state_dict"):
+        raise ModelError(f"{type(pipe).__name__} cannot load LoRA; use the family's text-to-image pipeline")
+    given = dict(source) if isinstance(source, Mapping) else str(source)
+    asks_alphas = "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters
+    extra = {"return_alphas": True} if asks_alphas else {}
+    try:
+        tensors, *alphas, metadata = pipe.lora_state_dict(given, return_lora_metadata=True, **extra, **options)
+    except (ValueError, KeyError, OSError) as error:
+        name = "these tensors" if isinstance(source, Mapping) else source
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"diffusers cannot read {name} as a LoRA for {type(pipe).__name__} ({reason}); "
+            "check the path and that it was made for this family"
+        ) from error
+    together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
+    named = {_component_name(key): tensor for key, tensor in together.items()}
+    lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
+    unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
+    out, report = remap_lora(named, record["kept_blocks"], runs=runs, starts=record.get("starts"), unpruned=unpruned)
+    if all(_OTHER_COMPONENT.match(key) for key in named) and "text_encoder" not in pipe._lora_loadable_modules:
+        raise UserError(
+            f"this LoRA is for a text encoder alone (the first key is '{next(iter(named))}'), "
+            f"and {type(pipe).__name__} loads LoRA into its transformer only"
+        )
+    _check_fits(pipe.transformer, out, report)
+    return out, None if metadata is None else remap_metadata(metadata, _modules(report)), report
+
+
+def _parse(key: str, maps: Mapping[str, BlockMap], unpruned: Sequence[str]) -> tuple[str, str, int, str] | None:
+    """Split a key into prefix, stack, block number and rest; None if it names no block."""
+    stacks = "|".join(re.escape(stack) for stack in maps)
+    match = re.match(rf"{_PREFIX}(?P<stack>{stacks})\.(?P<index>\d+)\.(?P<rest>.+)$", key)
+    if match:
+        return match["prefix"], match["stack"], int(match["index"]), match["rest"]
+    bare = re.sub(rf"^{_PREFIX}", "", key)
+    if _OTHER_COMPONENT.match(key) or any(bare.startswith(f"{path}.") for path in unpruned):
+        return None
+    like = _BLOCK_LIKE.search(key)
+    if like:
+        raise UserError(
+            f"'{key}' names block {like['index']} of '{like['stack'].strip('_')}', expected "
+            f"'transformer.{next(iter(maps))}.N...' of this transformer; the LoRA is of another family, or of a format "
+            "that only diffusers converts: use load_lora, or convert_lora with the pipeline"
+        )
+    return None
+
+
+def _target(stack: BlockMap, name: str, index: int, runs: str) -> int | None:
+    """Return the position to which the LoRA of teacher block ``index`` goes, None if it is dropped."""
+    if index >= stack.num_teacher_blocks:
+        raise UserError(
+            f"the LoRA names block {index} of '{name}', but the teacher had {stack.num_teacher_blocks} "
+            f"(0-{stack.num_teacher_blocks - 1}); it was made for another model"
+        )
+    position = stack.locate(index)
+    if not stack.is_run(position):
+        return position
+    if runs == "drop":
+        return None
+    start = stack.start_index(position)
+    if start is None:
+        first, last = stack.spans[position]
+        raise UserError(
+            f"runs='start' needs the one block that the substitute for {name} {first}-{last} started from, "
+            f"and the record says {stack.starts[position]!r}; use runs='drop', or export the pipeline again"
+        )
+    return position if index == start else None
+
+
+def _component_name(key: str) -> str:
+    """Bring PEFT's bare names, and names that diffusers' converter prefixed twice, to ``transformer.<module>``.
+
+    diffusers skips what lacks the prefix; with it, a name that fits nothing is found out.
+    """
+    if _OTHER_COMPONENT.match(key):
+        return key
+    return "transformer." + re.sub(r"^(?:base_model\.model\.|transformer\.)+", "", key)
+
+
+def _check_fits(transformer: Any, tensors: Mapping[str, Tensor], report: MappingReport) -> None:
+    """Make sure that every module exists and that the matrices of the blocks have its shape."""
+    modules = dict(transformer.named_modules())
+    in_blocks = set(report.mapped.values())
+    for key, tensor in tensors.items():
+        if _OTHER_COMPONENT.match(key):
+            continue
+        name = _WEIGHT.sub("", key.removeprefix("transformer."))
+        module = modules.get(name)
+        whole_norm = "norm_" in name and ".lora_" not in key  # of FLUX control LoRA; diffusers loads them by itself
+        if module is None and not whole_norm:
+            raise UserError(
+                f"the LoRA has '{key}', but {type(transformer).__name__} has no module '{name}'; "
+                "it was made for another family, or for a model whose blocks differ"
+            )
+        if key not in in_blocks or tensor.ndim != 2:  # outside of the blocks diffusers may widen a layer
+            continue
+        side, dimension = ("in_features", 1) if ".lora_A." in key else ("out_features", 0)
+        expected = getattr(module, side, None)
+        if expected is not None and tensor.shape[dimension] != expected and ".lora_" in key:
+            raise UserError(
+                f"'{key}' has {tensor.shape[dimension]} {side}, but the layer has {expected}; "
+                "the LoRA was made for a model of another width"
+            )
+
+
+def _modules(report: MappingReport) -> dict[str, str]:
+    """Return old and new module name of everything in a report that stayed in the transformer."""
+    pairs = {**report.mapped, **{key: key for key in report.other if not _OTHER_COMPONENT.match(key)}}
+    strip = re.compile(rf"^{_PREFIX}")
+    return {strip.sub("", _WEIGHT.sub("", old)): strip.sub("", _WEIGHT.sub("", new)) for old, new in pairs.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file with its whole metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected the safetensors file of a LoRA")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); download or save it again") from None
+
+
+def _refuse_converted(source: str | Path, weight_name: str | None) -> None:
+    """Refuse a file that convert_lora wrote: its numbers are the compressed model's, and would be moved twice."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source)
+    files = [path / weight_name] if weight_name else [path, *(path.glob("*.safetensors") if path.is_dir() else ())]
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            with safe_open(file, framework="pt") as opened:
+                converted = CONVERTED_KEY in (opened.metadata() or {})
+        except (SafetensorError, OSError):
+            continue  # whoever reads it next says what is wrong with it
+        if converted:
+            raise UserError(
+                f"{file} was already converted for a compressed model; load it with pipe.load_lora_weights, "
+                "or start from the file made for the teacher"
+            )
+
+
+def _storable(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors wants them: contiguous, none of them shared, numbers as tensors."""
+    import torch
+
+    return {k: torch.as_tensor(v).detach().clone().contiguous() for k, v in tensors.items()}

@@ -1,0 +1,52 @@
+"""The stored LoraConfig of a LoRA file names modules too: ranks, alphas, targets (no torch here)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """Rename the blocks inside the stored config of a LoRA.
+
+    A pattern that could tell blocks apart (it has a digit, a list's name, or is a regular
+    expression) is written out for the modules that it matched; plain layer names stay.
+
+    Args:
+        metadata: What diffusers stores as ``lora_adapter_metadata``; its keys are prefixed with the component.
+        modules: New path of every module of the transformer whose LoRA stayed, by its old path.
+
+    Returns:
+        A changed copy.
+    """
+    out = dict(metadata)
+    for key, value in metadata.items():
+        component, _, name = key.rpartition(".")
+        if component not in ("", "transformer") or not value:
+            continue
+        if name in ("rank_pattern", "alpha_pattern"):
+            out[key] = _expand(value, modules)
+        elif name == "target_modules" and (isinstance(value, str) or any(_names_blocks(v) for v in value)):
+            out[key] = sorted(set(modules.values()))
+        elif name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+            out[key] = None  # the tensors decide; by number these would now mean other blocks
+            out[f"{component}.target_modules".lstrip(".")] = sorted(set(modules.values()))
+    return out
+
+
+def _names_blocks(pattern: str) -> bool:
+    return bool(re.search(r"\d|blocks|layers|[\\^$*+?|()\[\]]", pattern))
+
+
+def _expand(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """Write the patterns that name blocks out for each module; PEFT takes the first pattern that matches."""
+    out: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        if not _names_blocks(pattern):
+            out.setdefault(pattern, value)
+            continue
+        for old, new in modules.items():
+            if re.match(rf"(.*\.)?({pattern})$", old):
+                out.setdefault(f"^{new}", value)
+    return out

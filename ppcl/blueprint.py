@@ -1,0 +1,224 @@
+"""A transformer without weights: built on the meta device from its config file, and called there.
+
+A pipeline's plan depends on shapes alone, so a user can look at one before fetching 40 GB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import adapter_class, adapter_for
+from ppcl.errors import ModelError, UserError
+from ppcl.teacher import EMBEDDED, check_folder, check_model, model_path
+
+CONFIG_FILE = "transformer/config.json"
+VAE_FILE = "vae/config.json"
+DEFAULT_VAE_SCALE = 8  # of the published models of the families below
+# FLUX pipelines always pad to 512; Qwen-Image takes as many as the prompt has: a hundred words
+DEFAULT_TEXT_TOKENS = {"FluxTransformer2DModel": 512, "QwenImageTransformer2DModel": 128}
+
+
+def read_config(model: str) -> tuple[dict[str, Any], int]:
+    """Read a transformer's config and the scale of the VAE beside it; no weights are touched.
+
+    Args:
+        model: ``emoji``, a pipeline folder, a transformer folder, its config.json, or a hub id.
+
+    Returns:
+        The config, and how many pixels of height one latent row stands for (8 where no VAE is beside it).
+
+    Raises:
+        ModelError: There is no such config, or it is not one of a diffusers model.
+    """
+    place = Path(model_path(model))
+    if place.is_file() or place.suffix == ".json":
+        config_path: Path | None = place
+        vae_path: Path | None = place.parent.parent / VAE_FILE
+    elif place.is_dir():
+        bare = (place / "config.json").is_file() and not (place / CONFIG_FILE).is_file()
+        if (place / "model_index.json").is_file() and not (place / CONFIG_FILE).is_file():
+            check_folder(place)  # says it better where the pipeline has no transformer at all
+        config_path, vae_path = (place / "config.json", None) if bare else (place / CONFIG_FILE, place / VAE_FILE)
+    else:
+        check_model(model)
+        config_path = _fetch(model, CONFIG_FILE)
+        vae_path = _fetch(model, VAE_FILE, required=False)
+    if config_path is None:
+        raise AssertionError("a required file is there or an error")
+    config = _read_json(config_path)
+    if not isinstance(config.get("_class_name"), str):
+        raise ModelError(
+            f"{config_path} names no _class_name, so it is not the config of a diffusers model; "
+            "give a pipeline folder, or its transformer/config.json"
+        )
+    vae = _read_json(vae_path) if vae_path is not None and vae_path.is_file() else {}
+    return config, _vae_scale(vae)
+
+
+def _fetch(repository: str, name: str, required: bool = True) -> Path | None:
+    """Fetch one small file of a hub repository, or find it in the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if not required:
+            return None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        remedy = "check the name and the network, or give a folder"
+        if isinstance(error, GatedRepoError):
+            remedy = "accept the model's licence on the hub and log in with `hf auth login`"
+        raise ModelError(f"{name} of {repository!r} cannot be fetched ({reason[:200]}); {remedy}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} does not exist; give a pipeline folder (with {CONFIG_FILE}), a transformer folder, "
+            f"a transformer's config.json, a hub id, or an embedded model ({', '.join(EMBEDDED)})"
+        ) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}); fetch it again") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is damaged (a {type(data).__name__}, not a mapping); fetch it again")
+    return data
+
+
+def _vae_scale(config: dict[str, Any]) -> int:
+    """Pixels a latent row, as the families' pipelines derive it from the VAE's config."""
+    for key, extra in (("temperal_downsample", 0), ("block_out_channels", 1)):
+        if isinstance(config.get(key), list):
+            return int(2 ** (len(config[key]) - extra))
+    return DEFAULT_VAE_SCALE
+
+
+def build_on_meta(config: dict[str, Any]) -> Any:
+    """Build a transformer on the meta device: all shapes, no memory.
+
+    Args:
+        config: What :func:`read_config` returned.
+
+    Raises:
+        ModelError: diffusers does not know the class, it is not supported, or the values do not fit together.
+    """
+    import diffusers
+
+    name = config["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_config"):
+        raise ModelError(
+            f"diffusers {diffusers.__version__} knows no class {name!r}; upgrade diffusers, or check _class_name"
+        )
+    if not issubclass(kind, nn.Module):
+        raise ModelError(f"{name} is not a model; give a pipeline folder, or its transformer/config.json")
+    adapter = adapter_class(kind)
+    try:
+        with torch.device("meta"):
+            transformer = kind.from_config(config).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(_unfit(name, error)) from None
+    for spec in adapter.stacks:
+        if not len(adapter.blocks(transformer, spec)):
+            raise ModelError(f"the config of {name} has {spec.count_field} = 0: there is no block to remove")
+    return transformer
+
+
+def _unfit(name: str, error: Exception) -> str:
+    lines = str(error).splitlines()
+    reason = lines[0][:200] if lines else type(error).__name__
+    return f"the values in the config of {name} do not fit together ({reason}); fetch it again"
+
+
+def _qwen_image(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
+    if config.get("use_additional_t_cond") or config.get("use_layer3d_rope"):
+        return None  # the layered variant takes several pictures a call
+    return {
+        "hidden_states": _meta(1, grid[0] * grid[1], config.in_channels),
+        "encoder_hidden_states": _meta(1, text_tokens, config.joint_attention_dim),
+        "timestep": _meta(1),
+        "img_shapes": [[(1, *grid)]],
+    }
+
+
+def _flux(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
+    tokens = grid[0] * grid[1]
+    return {
+        "hidden_states": _meta(1, tokens, config.in_channels),
+        "encoder_hidden_states": _meta(1, text_tokens, config.joint_attention_dim),
+        "pooled_projections": _meta(1, config.pooled_projection_dim),
+        "timestep": _meta(1),
+        "img_ids": _meta(tokens, 3),
+        "txt_ids": _meta(text_tokens, 3),
+        "guidance": _meta(1) if config.guidance_embeds else None,
+    }
+
+
+CALLS: dict[str, Callable[[Any, tuple[int, int], int], dict[str, Any] | None]] = {
+    "QwenImageTransformer2DModel": _qwen_image,
+    "FluxTransformer2DModel": _flux,
+}
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def token_grid(height: int, width: int, vae_scale: int) -> tuple[int, int]:
+    """Rows and columns of image tokens: a token is 2 x 2 latents, a picture is cut to whole tokens.
+
+    Args:
+        height: Of the picture, pixels.
+        width: Likewise.
+        vae_scale: Pixels a latent row.
+
+    Raises:
+        UserError: The picture is smaller than one token.
+    """
+    step = 2 * vae_scale
+    if height < step or width < step:
+        raise UserError(f"--height {height} --width {width}: a picture has at least {step} x {step} pixels here")
+    return height // step, width // step
+
+
+def example_call(transformer: Any, grid: tuple[int, int], text_tokens: int | None = None) -> dict[str, Any] | None:
+    """Arguments of one call for one picture, on the meta device.
+
+    Args:
+        transformer: From :func:`build_on_meta`.
+        grid: Rows and columns of image tokens.
+        text_tokens: Tokens of the prompt; what is usual for the family if None.
+
+    Returns:
+        The named arguments, or None where the family has no builder.
+    """
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in CALLS:
+            usual = DEFAULT_TEXT_TOKENS[kind.__name__]
+            return CALLS[kind.__name__](transformer.config, grid, text_tokens or usual)
+    return None
+
+
+def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Count the FLOPs of a call without computing anything, see :func:`ppcl.cost.count_flops`.
+
+    Raises:
+        ModelError: The shapes in the config do not fit together.
+    """
+    from ppcl.cost import count_flops
+
+    adapter = adapter_for(transformer)
+    stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
+    try:
+        return count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(_unfit(type(transformer).__name__, error)) from None
