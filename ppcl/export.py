@@ -90,6 +90,7 @@ Plan ({plan.mode}, budget {plan.budget}):
 
 {chr(10).join(rows)}
 
-LoRA and ControlNet made for the teacher name its blocks by number; the numbers have moved.
-The kept blocks are listed in `transformer/config.json` under `_ppcl`.
+LoRA and ControlNet made for the teacher name its blocks by number; the numbers have moved (the kept blocks are
+listed in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)` and
+`ppcl.pipelines.attach_controlnet(pipe, controlnet)` put them at the right blocks.
 """

@@ -152,6 +152,7 @@ def train(
         # encoder would not fit the rest when somebody loads the folder without naming a dtype
         pipeline.transformer.half()
         pipeline.vae.half()
+        vae.register_to_config(_name_or_path="emoji")  # not the folder it happened to be loaded from
         pipeline.save_pretrained(temporary)
 
 
