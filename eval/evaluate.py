@@ -328,7 +328,7 @@ def evaluate(
         "num_inference_steps": settings.num_inference_steps,
         "seed": seed,
         "samples": _samples(prompts, references, seeds),
-        **summary(quality, cost, params, velocity_error),
+        **summary(quality, cost, params, velocity_error, velocity_error_undistilled),
     }
     write_json(folder / "metrics.json", metrics)
     return metrics

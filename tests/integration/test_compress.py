@@ -117,3 +117,11 @@ def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, sm
     assert after.pop("train-0001.safetensors") != before.pop("train-0001.safetensors")
     assert after == before
     assert run.is_done("report")
+
+
+def test_metrics_hold_the_error_before_training(finished_run):
+    import json
+
+    fidelity = json.loads((finished_run / "eval" / "metrics.json").read_text())["fidelity"]
+    assert fidelity["velocity_error_undistilled"] > 0
+    assert fidelity["velocity_error"] > 0
