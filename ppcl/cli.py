@@ -13,6 +13,7 @@ import typer
 
 from ppcl import __version__
 from ppcl.errors import ConfigError, UserError
+from ppcl.stages import FUNCTIONS, STAGES
 
 app = typer.Typer(
     help="Halve a diffusion transformer and get back a pipeline that drops into diffusers.",
@@ -127,7 +128,6 @@ def compress(
     mode: Mode = None,
 ) -> None:
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
-    from ppcl.stages import STAGES
     from ppcl.summary import print_prediction, print_summary
 
     run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
@@ -162,13 +162,11 @@ def _stage_command(stage: str) -> None:
         ran = run.run(stage)
         typer.echo(f"{stage}: {'done' if ran else 'done before'} in {run.out}")
 
-    from ppcl.stages import FUNCTIONS
-
     command.__doc__ = f"Stage: {FUNCTIONS[stage].__doc__}"
     app.command(name=stage)(command)
 
 
-for _stage in ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report"):
+for _stage in STAGES:
     _stage_command(_stage)
 
 

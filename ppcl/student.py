@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States, fixed_tail
-from ppcl.artifacts import CompressionPlan, Segment, start_index, to_jsonable
+from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
 
 RunKey = tuple[str, int, int]
 STARTS = ("first", "middle", "last", "mean")
@@ -179,13 +179,3 @@ def patched(
         elif before is not None and position < here:
             lists[spec.name] = []
     return with_blocks(transformer, lists)
-
-
-def segments_from_runs(num_blocks: int, runs: Collection[tuple[int, int, str | None]]) -> tuple[Segment, ...]:
-    """Turn non-overlapping runs (first, last, start) of one stack into its segments."""
-    segments, position = [], 0
-    for first, last, start in sorted(runs):
-        segments += [Segment(i, i) for i in range(position, first)]
-        segments.append(Segment(first, last, start))
-        position = last + 1
-    return (*segments, *(Segment(i, i) for i in range(position, num_blocks)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from ppcl import trees
 from ppcl.adapters import Adapter, adapter_for
-from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction
+from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction, Segment
 from ppcl.files import write_tensors
-from ppcl.student import RunKey, segments_from_runs, start_block
+from ppcl.student import RunKey, start_block
 from ppcl.teacher import describe
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -148,3 +149,13 @@ def shared_pipeline() -> Any:
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
+
+
+def segments_from_runs(num_blocks: int, runs: Collection[tuple[int, int, str | None]]) -> tuple[Segment, ...]:
+    """Turn non-overlapping runs (first, last, start) of one stack into its segments."""
+    segments, position = [], 0
+    for first, last, start in sorted(runs):
+        segments += [Segment(i, i) for i in range(position, first)]
+        segments.append(Segment(first, last, start))
+        position = last + 1
+    return (*segments, *(Segment(i, i) for i in range(position, num_blocks)))
