@@ -37,6 +37,7 @@ class AnalyzeConfig(Section):
     batch_size: int = Field(64, ge=1, description="states a teacher pass")
     ridges: tuple[float, ...] = Field((1e-6, 1e-4, 1e-2), description="relative to the mean diagonal of the Gram")
     cka_tokens: int = Field(2048, ge=16, description="held-out tokens a stream kept for CKA")
+    rows_per_feature: int = Field(128, ge=0, description="about so many tokens per feature enter the sums; 0: all")
 
 
 class FitConfig(Section):

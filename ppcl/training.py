@@ -36,6 +36,8 @@ class LoopSettings:
         clip_norm: Largest global gradient norm.
         ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
         checkpoint_every: Steps between resumable checkpoints; the newest one is kept.
+        muon_learning_rate: Peak for the weights of linear layers, which Muon then trains instead of AdamW
+            (Jordan et al. 2024; twice as far per sample on the embedded teacher). 0 is AdamW for everything.
     """
 
     steps: int
@@ -48,15 +50,51 @@ class LoopSettings:
     ema_decay: float = 0.0
     checkpoint_every: int = 100
     seed: int = 0
+    muon_learning_rate: float = 0.0
 
 
-def learning_rate_at(step: int, settings: LoopSettings) -> float:
-    """Linear warm-up, then cosine decay to ``final_fraction`` of the peak."""
+def schedule_at(step: int, settings: LoopSettings) -> float:
+    """The share of the peak learning rate: linear warm-up, then cosine decay to ``final_fraction``."""
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return (step + 1) / settings.warmup_steps
     span = max(1, settings.steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
-    return settings.learning_rate * (settings.final_fraction + (1 - settings.final_fraction) * cosine)
+    return settings.final_fraction + (1 - settings.final_fraction) * cosine
+
+
+def new_optimizers(
+    parameters: Mapping[str, nn.Parameter], matrices: set[nn.Parameter], settings: LoopSettings
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices and AdamW for the rest."""
+    if settings.muon_learning_rate and not hasattr(torch.optim, "Muon"):
+        raise TrainingError(f"torch {torch.__version__} has no Muon optimizer; install torch 2.9 or newer")
+    by_muon = [p for p in parameters.values() if settings.muon_learning_rate and p in matrices]
+    rest = [p for p in parameters.values() if not settings.muon_learning_rate or p not in matrices]
+    found: list[torch.optim.Optimizer] = []
+    if rest:
+        found.append(
+            torch.optim.AdamW(
+                rest,
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        )
+    if by_muon:
+        # the update is scaled to AdamW's typical size, so that weight decay and rates keep their meaning
+        found.append(
+            torch.optim.Muon(
+                by_muon,
+                lr=settings.muon_learning_rate,
+                weight_decay=settings.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -96,13 +134,8 @@ class TrainingLoop:
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        matrices = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear)}
+        self.optimizers = new_optimizers(self.parameters, matrices, settings)
         self.ema = {k: p.detach().float().clone() for k, p in self.parameters.items()} if settings.ema_decay else {}
 
     def run(self, until: int | None = None) -> int:
@@ -128,9 +161,11 @@ class TrainingLoop:
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
-        rate = learning_rate_at(step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        share = schedule_at(step, self.settings)
+        rate = self.settings.learning_rate * share
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
         scalars = dict(self.backward(step))
         trained = [p for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)
@@ -141,8 +176,9 @@ class TrainingLoop:
                 f"{self.label}: {bad} became NaN or infinite at step {step}; the state before it is kept in "
                 f"{self.folder / f'step-{step}'}; lower the learning rate ({rate:.2g}) and run again"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._update_ema(step)
         seconds = time.perf_counter() - began
         return {"step": step, **scalars, "gradient_norm": float(norm), "learning_rate": rate, "seconds": seconds}
@@ -164,9 +200,10 @@ class TrainingLoop:
         """Write ``step-N`` and remove older ones."""
         tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        for key, parameter in self.parameters.items():
-            for slot, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{slot}/{key}"] = value
+        names = {parameter: key for key, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                tensors |= {f"optimizer/{slot}/{names[parameter]}": value for slot, value in state.items()}
         meta = {
             "step": step,
             "fingerprint": self.fingerprint,
@@ -196,13 +233,18 @@ class TrainingLoop:
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model/{key}"])
-            slots = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{name}/{key}" in tensors]
-            if slots:
-                self.optimizer.state[parameter] = {
-                    # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
-                    slot: tensors[f"optimizer/{slot}/{key}"].to(parameter.device)
-                    for slot in slots
-                }
+        saved: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, *rest = name.split("/", 2)
+            if kind == "optimizer":
+                saved.setdefault(rest[1], {})[rest[0]] = tensor
+        names = {parameter: key for key, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
+                slots = saved.get(names[parameter], {})
+                if slots:
+                    optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
         for key, average in self.ema.items():
             average.copy_(tensors[f"ema/{key}"])
         return int(meta["step"])

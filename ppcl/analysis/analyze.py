@@ -36,10 +36,22 @@ class Collector:
         cka_tokens: Tokens a stream to keep for CKA, 0 for none.
         num_states: States of the split, over which these tokens are spread.
         seed: Fixes which tokens.
+        rows_per_feature: Tokens that enter the sums, per feature of a stream; 0 takes all. A regression of d features
+            knows its weights long before the last of a million tokens.
     """
 
-    def __init__(self, transformer: nn.Module, adapter: Adapter, cka_tokens: int, num_states: int, seed: int) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        adapter: Adapter,
+        cka_tokens: int,
+        num_states: int,
+        seed: int,
+        rows_per_feature: int = 0,
+    ) -> None:
         self.transformer, self.adapter, self.seed = transformer, adapter, seed
+        self.num_states, self.rows_per_feature = num_states, rows_per_feature
+        self.strides: dict[tuple[str, str], int] = {}  # stack, stream
         self.moments: dict[Key, Moments] = {}
         self.cosine: dict[tuple[str, int], list[float]] = {}
         self.tokens: dict[tuple[str, str], int] = {}  # stack, stream
@@ -100,7 +112,8 @@ class Collector:
                 continue
             mask = call.arguments.get(call.stack.masks.get(stream, ""))
             valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
-            x, y = _rows(before, valid), _rows(after, valid)
+            rows = self._sampled(call, stream, before, valid)
+            x, y = _rows(before, rows), _rows(after, rows)
             self._add((stack, "probe", index, stream), x, y - x)
             if self.quota:
                 similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
@@ -108,10 +121,29 @@ class Collector:
                 total[0] += float(similarity.double().sum())
                 total[1] += len(x)
             if index == 0:
-                self.tokens[stack, stream] = self.tokens.get((stack, stream), 0) + len(x)
+                count = before.shape[:2].numel() if valid is None else int(valid.sum())
+                self.tokens[stack, stream] = self.tokens.get((stack, stream), 0) + count
             if self.quota:
                 self._keep_tokens(call, stream, before, after, valid)
-            self._add_linearity(call, stream, valid)
+            self._add_linearity(call, stream, rows)
+
+    def _sampled(self, call: BlockCall, stream: str, states: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Which tokens of a batch enter the sums, (B, tokens) bool; None is all of them.
+
+        Every stride-th, starting one token later in every state, so that all places count alike and the batch size
+        does not matter. The stride follows from the first state.
+        """
+        batch, tokens, features = states.shape
+        key = (call.stack.name, stream)
+        if key not in self.strides:
+            wanted = self.rows_per_feature * features
+            self.strides[key] = max(1, self.num_states * tokens // wanted) if wanted else 1
+        stride = self.strides[key]
+        if stride == 1:
+            return valid
+        place = torch.arange(tokens) + torch.arange(self.state_index, self.state_index + batch)[:, None]
+        chosen = (place % stride == 0).to(states.device)
+        return chosen if valid is None else chosen & valid
 
     def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
         stack, index = call.stack.name, call.index
@@ -157,9 +189,9 @@ class Collector:
         return states
 
 
-def _rows(states: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, tokens, d) to (rows, d), without padding."""
-    return states.flatten(0, -2) if valid is None else states[valid]
+def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
+    """(B, tokens, d) to (rows, d), only the chosen ones."""
+    return states.flatten(0, -2) if chosen is None else states[chosen]
 
 
 def collect(
@@ -171,7 +203,7 @@ def collect(
     with torch.no_grad(), Progress("analyze", total=sum(len(s) for s in splits.values())) as progress:
         for name, states in splits.items():
             tokens = settings.cka_tokens if name == "held-out" else 0
-            collectors[name] = Collector(transformer, adapter, tokens, len(states), seed)
+            collectors[name] = Collector(transformer, adapter, tokens, len(states), seed, settings.rows_per_feature)
             for arguments in states.batches(settings.batch_size):
                 collectors[name].run(arguments)
                 progress.advance(batch_size(arguments))

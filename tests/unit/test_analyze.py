@@ -29,7 +29,7 @@ from ppcl.capture import States
 from ppcl.config import AnalyzeConfig
 from ppcl.errors import UserError
 from ppcl.files import read_tensors
-from ppcl.trace import record_boundaries
+from ppcl.trace import BlockCall, record_boundaries
 from ppcl.trees import take
 
 Calls = dict[str, list[dict[str, Any]]]
@@ -73,18 +73,38 @@ def numbers(analysis: Analysis) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("batch", [4, 10])
-def test_batch_size_does_not_matter(batch: int, tmp_path: Path) -> None:
-    """Two tokens of each of 8 held-out states are kept, or one of every second of 20."""
+@pytest.mark.parametrize(("batch", "rows"), [(4, 0), (10, 0), (10, 1)])
+def test_batch_size_does_not_matter(batch: int, rows: int, tmp_path: Path) -> None:
+    """Two tokens of each of 8 held-out states are kept, or one of every second of 20; sums over all or a fifth."""
     transformer = tiny_qwen(4).double()
     calls = {split: [in_float64(call) for call in recorded] for split, recorded in qwen_calls(batch).items()}
-    small, large = (run(transformer, calls, tmp_path / str(size), batch_size=size, cka_tokens=16) for size in (1, 5))
+    small, large = (
+        run(transformer, calls, tmp_path / str(size), batch_size=size, cka_tokens=16, rows_per_feature=rows)
+        for size in (1, 5)
+    )
     assert small.stacks[0].intervals == large.stacks[0].intervals
     assert numbers(small) == pytest.approx(numbers(large), abs=1e-9)
     assert small.num_tokens == large.num_tokens
     a, b = (read_tensors(tmp_path / name / "analysis.safetensors")[0] for name in ("1", "5"))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_the_sums_take_a_share_of_the_tokens_and_every_place_alike() -> None:
+    """30 states of 6 tokens, 32 features, one row a feature: every fifth token, one later in each state."""
+    transformer = tiny_qwen(2)
+    collector = Collector(transformer, adapter_for(transformer), 0, 30, seed=0, rows_per_feature=1)
+    with torch.no_grad():
+        for seed in range(3):
+            collector.run(qwen_call(10, seed=seed))
+    assert collector.moments[DUAL, "probe", 0, "image"].count == 30 * 6 // 5
+    assert collector.moments[DUAL, "ffn", 1, "image"].count == 30 * 6 // 5
+    assert collector.tokens[DUAL, "image"] == 30 * 6
+    collector.state_index = 0
+    call = BlockCall(collector.adapter.stacks[0], 0, {}, {}, {})
+    chosen = collector._sampled(call, "image", torch.zeros(30, 6, 32), None)
+    assert chosen is not None
+    assert chosen.sum(0).tolist() == [6] * 6
 
 
 def test_padding_is_excluded(tmp_path: Path) -> None:

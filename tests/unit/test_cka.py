@@ -64,7 +64,7 @@ def test_needs_four_aligned_rows(n: int, m: int) -> None:
 
 
 def test_chained_table_by_hand() -> None:
-    states = noise(4, 25, 6, seed=4).cumsum(0)
+    states = noise(4, 25, 6, seed=4).double().cumsum(0)
     probes = [(0.2 * noise(6, 6, seed=i).double(), noise(6, seed=10 + i).double()) for i in range(3)]
     table = chained_cka(states, probes)
     for u in range(3):
@@ -76,6 +76,14 @@ def test_chained_table_by_hand() -> None:
             for weight, bias in probes[u : k + 1]:
                 h = h + h @ weight + bias
             assert table[u][k] == pytest.approx(naive_cka(h, states[k + 1]), abs=1e-9)
+
+
+def test_chained_in_single_precision_is_close() -> None:
+    states = noise(4, 25, 6, seed=4).cumsum(0) + 3
+    probes = [(0.2 * noise(6, 6, seed=i).double(), noise(6, seed=10 + i).double()) for i in range(3)]
+    exact = chained_cka(states.double(), probes)
+    single = chained_cka(states, probes)
+    assert all(single[u][k] == pytest.approx(exact[u][k], abs=1e-5) for u in range(3) for k in range(u, 3))
 
 
 def test_chained_is_one_where_blocks_are_linear() -> None:

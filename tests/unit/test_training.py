@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 import ppcl
 from ppcl.errors import ArtifactError, TrainingError
 from ppcl.files import read_tensors
-from ppcl.training import LoopSettings, TrainingLoop, learning_rate_at, step_generator
+from ppcl.training import LoopSettings, TrainingLoop, schedule_at, step_generator
 
 SETTINGS = LoopSettings(
     steps=7, learning_rate=0.05, warmup_steps=2, weight_decay=0.1, ema_decay=0.9, checkpoint_every=2, seed=3
@@ -47,7 +48,8 @@ def state_of(loop: TrainingLoop) -> dict[str, torch.Tensor]:
     state = {f"weight/{k}": p.detach().clone() for k, p in loop.parameters.items()}
     state |= {f"ema/{k}": v.clone() for k, v in loop.ema.items()}
     for key, parameter in loop.parameters.items():
-        state |= {f"{slot}/{key}": value.clone() for slot, value in loop.optimizer.state[parameter].items()}
+        (slots,) = [o.state[parameter] for o in loop.optimizers if parameter in o.state]
+        state |= {f"{slot}/{key}": value.clone() for slot, value in slots.items()}
     return state
 
 
@@ -60,6 +62,37 @@ def undisturbed(folder: Path, settings: LoopSettings = SETTINGS) -> dict[str, to
     loop = new_loop(folder, settings)
     assert loop.run() == settings.steps
     return state_of(loop)
+
+
+MUON = replace(SETTINGS, muon_learning_rate=0.1)
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+
+
+@needs_muon
+def test_muon_trains_the_matrices_and_resumes(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "a", MUON)
+    assert {key for key in expected if key.startswith("momentum_buffer")} == {
+        "momentum_buffer/model.0.weight",
+        "momentum_buffer/model.2.weight",
+    }
+    assert new_loop(tmp_path / "b", MUON).run(until=3) == 3
+    loop = new_loop(tmp_path / "b", MUON)
+    loop.run()
+    assert_same(expected, state_of(loop))
+
+
+@needs_muon
+def test_both_optimizers_follow_the_schedule(tmp_path: Path) -> None:
+    loop = new_loop(tmp_path, MUON)
+    loop.run(until=1)
+    first = [group["lr"] for optimizer in loop.optimizers for group in optimizer.param_groups]
+    assert first == pytest.approx([0.025, 0.05])
+
+
+def test_muon_of_an_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(TrainingError, match="2.9"):
+        new_loop(tmp_path, MUON)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
@@ -150,13 +183,13 @@ def test_nan_at_the_first_step(tmp_path: Path) -> None:
 
 def test_learning_rate_schedule() -> None:
     settings = LoopSettings(steps=110, learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
-    rates = [learning_rate_at(step, settings) for step in range(120)]
+    rates = [settings.learning_rate * schedule_at(step, settings) for step in range(120)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(2 * (0.1 + 0.9 / 2))
     assert all(a > b for a, b in itertools.pairwise(rates[10:111]))
     assert rates[110:] == pytest.approx([0.2] * 10)
-    assert learning_rate_at(0, LoopSettings(steps=1, learning_rate=1.0)) == 1.0
+    assert schedule_at(0, LoopSettings(steps=1, learning_rate=1.0)) == 1.0
 
 
 def test_the_schedule_clipping_and_average_are_applied(tmp_path: Path) -> None:
@@ -174,7 +207,7 @@ def test_the_schedule_clipping_and_average_are_applied(tmp_path: Path) -> None:
     loop.run()
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.05, 0.1, 0.1])
     assert [row["gradient_norm"] for row in rows] == pytest.approx([4.0] * 3)
-    assert loop.optimizer.state[module.weight]["exp_avg"].item() == pytest.approx(0.5 * (1 - 0.9**3), rel=1e-5)
+    assert loop.optimizers[0].state[module.weight]["exp_avg"].item() == pytest.approx(0.5 * (1 - 0.9**3), rel=1e-5)
     weights = [1 - 0.05, 1 - 0.15, 1 - 0.25]  # Adam steps by the rate where the gradient is constant
     assert module.weight.item() == pytest.approx(weights[-1], rel=1e-4)
     average = 1.0
