@@ -219,6 +219,20 @@ class TrainingLoop:
         found = self.folder.glob("step-*/state.safetensors")
         return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found)
 
+    def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
+        saved: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, *rest = name.split("/", 2)
+            if kind == "optimizer":
+                saved.setdefault(rest[1], {})[rest[0]] = tensor
+        names = {parameter: key for key, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
+                slots = saved.get(names[parameter], {})
+                if slots:
+                    optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+
     @torch.no_grad()
     def resume(self) -> int:
         """Load the newest checkpoint of this fingerprint; return the step to go on from (0 without one)."""
@@ -233,18 +247,7 @@ class TrainingLoop:
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
             parameter.copy_(tensors[f"model/{key}"])
-        saved: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split("/", 2)
-            if kind == "optimizer":
-                saved.setdefault(rest[1], {})[rest[0]] = tensor
-        names = {parameter: key for key, parameter in self.parameters.items()}
-        for optimizer in self.optimizers:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
-                slots = saved.get(names[parameter], {})
-                if slots:
-                    optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+        self._load_optimizers(tensors)
         for key, average in self.ema.items():
             average.copy_(tensors[f"ema/{key}"])
         return int(meta["step"])

@@ -91,7 +91,7 @@ def test_both_optimizers_follow_the_schedule(tmp_path: Path) -> None:
 
 def test_muon_of_an_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(TrainingError, match="2.9"):
+    with pytest.raises(TrainingError, match=r"2\.9"):
         new_loop(tmp_path, MUON)
 
 
