@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis
+from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
@@ -26,7 +26,7 @@ def redundancy(run: RunData) -> str:
     if run.plan:
         parts.append(paragraph(text(_summary(run, run.plan))))
         parts += [_strip(run, run.plan, name) for name in run.plan.stacks]
-        parts += [_run_table(run, run.plan)]
+        parts += [_run_table(run, run.plan), _width_table(run, run.plan)]
     else:
         parts.append(missing(run.missing("plan.json")))
     stacks = [stack for stack in (run.analysis.stacks if run.analysis else ()) if stack.cka]
@@ -46,8 +46,11 @@ def _summary(run: RunData, plan: CompressionPlan) -> str:
     total = sum(stack.num_blocks for stack in plan.model.stacks)
     kept = sum(len(segments) for segments in plan.stacks.values())
     budget = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
-    words = [f"Of {total} blocks {kept} are left: {len(plan.runs)} runs of neighbours became one block each"]
-    words[0] += f" (mode {plan.mode}, budget {budget})." if budget else f" (mode {plan.mode})."
+    how = f" (mode {plan.mode}, budget {budget})." if budget else f" (mode {plan.mode})."
+    if plan.runs:
+        words = [f"Of {total} blocks {kept} are left: {len(plan.runs)} runs of neighbours became one block each{how}"]
+    else:
+        words = [f"All {total} blocks stay{how}"]
     inside, outside = _probe_errors(run, plan)
     if inside and outside:
         words.append(
@@ -139,7 +142,7 @@ def _cka(run: RunData, name: str, segment: Segment) -> float | None:
 def _run_table(run: RunData, plan: CompressionPlan) -> str:
     """One row for each run: what made it cheap and what it saves."""
     if not plan.runs:
-        return missing("The plan keeps every block.")
+        return "" if plan.has_width else missing("The plan keeps every block.")
     params = {stack.name: stack.block_params for stack in plan.model.stacks}
     several = len(plan.stacks) > 1
     rows = []
@@ -162,6 +165,31 @@ def _run_table(run: RunData, plan: CompressionPlan) -> str:
         "CKA: how alike the run's true output and its chained linear probes are (1 is the same). Errors: how far the "
         "transformer's final output moves, relatively, when this run alone is replaced by its probes, or by one "
         "briefly fitted block. Parameters saved: the blocks that disappear, as a share of the transformer."
+    )
+    return table(header, rows) + paragraph(guide, "soft small")
+
+
+def _width_table(run: RunData, plan: CompressionPlan) -> str:
+    """One row for each kind of smaller module: where, how small, what it saves and what it costs alone."""
+    chosen: dict[str, list[WidthOption]] = {}
+    for option in run.candidates.width if run.candidates else ():
+        pieces = plan.stacks.get(option.stack, ())
+        piece = next((s for s in pieces if option.block == start_index(s.first, s.last, s.start)), None)
+        if piece and all(piece.width.get(path) == part for path, part in option.parts.items()):
+            chosen.setdefault(option.group, []).append(option)
+    if not chosen:
+        return ""
+    rows = []
+    for group, options in chosen.items():
+        sizes = sorted({int(part["size"]) for option in options for part in option.parts.values()})
+        size = f"rank {sizes[0]} to {sizes[-1]}" if group == "modulation" else "one affine map"
+        params = sum(option.saved_params for option in options)
+        error = sum(option.error**2 for option in options) ** 0.5
+        rows.append([text(group), str(len(options)), size, percent(params / plan.model.params), number(error)])
+    header = ["smaller module", "blocks", "size", "parameters saved", "error, untrained"]
+    guide = (
+        "Error: root of the summed squared relative errors of the final output when each is put in alone, "
+        "from its closed form, before any training."
     )
     return table(header, rows) + paragraph(guide, "soft small")
 

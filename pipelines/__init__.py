@@ -1,15 +1,18 @@
 """Using compressed models with diffusers.
 
 A depth-compressed pipeline is stock diffusers: ``DiffusionPipeline.from_pretrained(folder)``
-is all it takes, and nothing of this package. What is here helps with what diffusers cannot
-know: which of the teacher's blocks are still there, and so where a LoRA or a ControlNet made
-for the teacher belongs.
+is all it takes, and nothing of this package. Where modules inside the blocks were made
+smaller, too, write ``import ppcl.pipelines`` before that line: it makes the compressed classes
+known to diffusers. What else is here helps with what diffusers cannot know: which of the
+teacher's blocks are still there, and so where a LoRA or a ControlNet made for the teacher
+belongs.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ppcl.compressed import register
 from ppcl.pipelines.blocks import pipeline_record
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
 from ppcl.pipelines.lora import MappingReport, convert_lora, load_lora, remap_lora
@@ -23,6 +26,8 @@ __all__ = [
     "load_lora",
     "remap_lora",
 ]
+
+register()
 
 
 def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:

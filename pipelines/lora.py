@@ -17,7 +17,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ class MappingReport:
         dropped: Keys of block tensors that were left out.
         other: Keys outside of the block lists; they stay as they are.
         moved: Old and new name, such as ``transformer_blocks.5``, of every block that kept its LoRA.
-        lost: Names of the teacher's blocks whose LoRA was left out.
+        lost: Names of the teacher's blocks, or of modules inside them, whose LoRA was left out.
     """
 
     mapped: Mapping[str, str]
@@ -61,7 +61,7 @@ class MappingReport:
     def __str__(self) -> str:
         lines = [f"mapped: {len(self.mapped)} tensors of {len(self.moved)} blocks"]
         lines += [f"  {old} -> {new}" for old, new in self.moved]
-        lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks that a substitute replaces")
+        lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks or modules that were replaced")
         lines += [f"  {name}" for name in self.lost]
         return "\n".join([*lines, f"outside of the blocks, unchanged: {len(self.other)} tensors"])
 
@@ -73,6 +73,7 @@ def remap_lora(
     runs: str = "drop",
     starts: Mapping[str, Sequence[str | None]] | None = None,
     unpruned: Sequence[str] = (),
+    replaced: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """Rename the blocks of a LoRA from the teacher's numbers to those of a compressed transformer.
 
@@ -88,6 +89,8 @@ def remap_lora(
         runs: ``drop`` or ``start``.
         starts: For ``runs="start"``: for each stack one entry a block, what its substitute started from.
         unpruned: Paths of the transformer's other block lists, whose LoRA stays as it is.
+        replaced: Paths of the compressed transformer's smaller modules (its config's ``pruning``): an update made for
+            the large module's weights has nothing to act on there and is dropped.
 
     Returns:
         The renamed tensors (the same objects), and what became of each.
@@ -105,7 +108,7 @@ def remap_lora(
     dropped: list[str] = []
     other: list[str] = []
     moved: dict[tuple[str, int], tuple[str, str]] = {}
-    lost: dict[tuple[str, int], str] = {}
+    lost: dict[tuple[str, int, str], str] = {}
     for key, tensor in state_dict.items():
         found = _parse(key, maps, unpruned)
         if found is None:
@@ -114,9 +117,11 @@ def remap_lora(
             continue
         prefix, stack, index, rest = found
         position = _target(maps[stack], stack, index, runs)
-        if position is None:
+        smaller = next((p for p in replaced if f"{stack}.{position}.{rest}".startswith(f"{p}.")), None)
+        if position is None or smaller is not None:
+            part = "" if smaller is None else smaller.removeprefix(f"{stack}.{position}")
             dropped.append(key)
-            lost[stack, index] = f"{stack}.{index}"
+            lost[stack, index, part] = f"{stack}.{index}{part}"
             continue
         mapped[key] = f"{prefix}{stack}.{position}.{rest}"
         moved[stack, index] = (f"{stack}.{index}", f"{stack}.{position}")
@@ -230,8 +235,16 @@ def _bridge(
     together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
     named = {_component_name(key): tensor for key, tensor in together.items()}
     lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
+    smaller = tuple(pipe.transformer.config.get("pruning") or ())
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
-    out, report = remap_lora(named, record["kept_blocks"], runs=runs, starts=record.get("starts"), unpruned=unpruned)
+    out, report = remap_lora(
+        named,
+        record["kept_blocks"],
+        runs=runs,
+        starts=record.get("starts"),
+        unpruned=unpruned,
+        replaced=smaller,
+    )
     if all(_OTHER_COMPONENT.match(key) for key in named) and "text_encoder" not in pipe._lora_loadable_modules:
         raise UserError(
             f"this LoRA is for a text encoder alone (the first key is '{next(iter(named))}'), "

@@ -76,6 +76,8 @@ class StackAnalysis:
         ridge: The ridge chosen per stream and block.
         influence: Block influence, 1 - mean cosine of a block's input and output (ShortGPT).
         ffn_linearity: Held-out relative error of the best linear map for each FFN, per stream (eq. 9).
+        modulation_residual: Per stream and block, the share of a modulation layer's varying output that each rank
+            0, 1, 2, ... misses for the inputs that occur.
         text_linearity: Held-out relative errors of a linear map from the preceding block's text signals
             (eq. 8): ``input`` for the text input of QKV, ``output`` for the block's text output.
     """
@@ -89,6 +91,7 @@ class StackAnalysis:
     influence: tuple[float, ...]
     ffn_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     text_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    modulation_residual: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,34 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class WidthOption:
+    """Smaller modules inside one block, and what they cost.
+
+    Attributes:
+        group: What is made smaller (``modulation``, ``ffn.image``, ``ffn.text``); a block takes one option a group.
+        parts: Path inside the block -> ``kind`` and ``size`` of the replacement (:mod:`ppcl.width`).
+        saved_params: Parameters fewer, exactly.
+        saved_flops: Forward FLOPs fewer for one sample of the calibration's shape.
+        error: Relative error of the final velocity when this alone is put in, untrained.
+    """
+
+    stack: str
+    block: int
+    group: str
+    parts: dict[str, dict[str, Any]]
+    saved_params: int
+    saved_flops: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The result of the fit stage."""
 
     candidates: tuple[Candidate, ...]
     steps: int
     seconds: float
+    width: tuple[WidthOption, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
 
@@ -146,19 +171,32 @@ def start_index(first: int, last: int, start: str | None) -> int:
 class Segment:
     """A piece of a stack in a plan: blocks first..last of the teacher become one block.
 
-    ``first == last`` keeps the teacher's block. ``width`` names substitutes inside the block
-    (text stream, FFN, modulation); empty for depth-only plans.
+    ``first == last`` keeps the teacher's block.
+
+    Attributes:
+        start: What the substitute of a run starts from.
+        width: Smaller modules inside the block that stays or the substitute: path -> ``kind`` and ``size``
+            (:mod:`ppcl.width`); empty in plans of depth alone.
+        saved_params: Parameters that ``width`` saves.
+        saved_flops: Forward FLOPs that ``width`` saves for one sample.
     """
 
     first: int
     last: int
     start: str | None = None
-    width: dict[str, Any] = field(default_factory=dict)
+    width: dict[str, dict[str, Any]] = field(default_factory=dict)
+    saved_params: int = 0
+    saved_flops: int = 0
 
     @property
     def is_run(self) -> bool:
         """Whether several blocks become one."""
         return self.last > self.first
+
+    @property
+    def is_substitute(self) -> bool:
+        """Whether anything is replaced: a run by one block, or modules inside a block."""
+        return self.is_run or bool(self.width)
 
 
 @dataclass(frozen=True)
@@ -196,6 +234,11 @@ class CompressionPlan:
         order = [stack.name for stack in self.model.stacks]  # JSON sorts the keys of ``stacks``
         names = sorted(self.stacks, key=lambda name: order.index(name) if name in order else len(order))
         return [(name, s) for name in names for s in self.stacks[name] if s.is_run]
+
+    @property
+    def has_width(self) -> bool:
+        """Whether any block has smaller modules; then the model is not of a stock class."""
+        return any(segment.width for segments in self.stacks.values() for segment in segments)
 
 
 def identity_segments(num_blocks: int) -> tuple[Segment, ...]:

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, load_artifact, save_artifact, start_index
+from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, Segment, load_artifact, save_artifact, start_index
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
-from ppcl.student import RunKey, assemble_student, register_depth, run_name, start_block, with_blocks
+from ppcl.student import (
+    RunKey,
+    assemble_student,
+    own_names,
+    register_plan,
+    run_name,
+    substitute_block,
+    with_blocks,
+)
 
 
 @dataclass
@@ -29,13 +37,22 @@ class Bundle:
 
     Attributes:
         plan: The plan.
-        substitutes: One block for each of its runs.
+        substitutes: One block for each of its runs and of its blocks with smaller modules.
         tuned: Student parameters by name that differ from the teacher's, substitutes excluded.
     """
 
     plan: CompressionPlan
     substitutes: Mapping[RunKey, nn.Module]
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def members(self) -> list[tuple[RunKey, Segment]]:
+        """The plan's segments that have a substitute."""
+        return [
+            ((stack, segment.first, segment.last), segment)
+            for stack, segments in self.plan.stacks.items()
+            for segment in segments
+            if segment.is_substitute
+        ]
 
 
 def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
@@ -44,7 +61,10 @@ def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
         temporary.mkdir()
         save_artifact(bundle.plan, temporary / "plan.json")
         tensors = {
-            f"{run_name(r)}/{k}": v for r, block in bundle.substitutes.items() for k, v in block.state_dict().items()
+            f"{run_name(key)}/{name}": state[name]
+            for key, segment in bundle.members()
+            for state in [bundle.substitutes[key].state_dict()]
+            for name in own_names(segment, list(state))
         }
         write_tensors(temporary / "substitutes.safetensors", tensors)
         if bundle.tuned:
@@ -73,11 +93,14 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
         for segment in plan.stacks[spec.name]:
-            if segment.is_run:
+            if segment.is_substitute:
                 key = (spec.name, segment.first, segment.last)
                 prefix = f"{run_name(key)}/"
-                block = start_block(blocks, segment.first, segment.last, segment.start or "middle")
-                block.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+                block = substitute_block(blocks, segment)
+                state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                if state.keys() != set(own_names(segment, list(block.state_dict()))):
+                    raise ArtifactError(f"{folder} has other weights than its plan; delete it and run again")
+                block.load_state_dict(state, strict=False)
                 substitutes[key] = block
     tuned = read_tensors(folder / "tuned.safetensors")[0] if (folder / "tuned.safetensors").is_file() else {}
     return Bundle(plan, substitutes, tuned)
@@ -101,7 +124,7 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
     for name, module in list(student._modules.items()):
         if name not in lists:
             student._modules[name] = copy.deepcopy(module)
-    register_depth(student, adapter, bundle.plan)
+    register_plan(student, adapter, bundle.plan)
     parameters = dict(student.named_parameters())
     for name, value in bundle.tuned.items():
         parameters[name].copy_(value)

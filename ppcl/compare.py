@@ -221,7 +221,8 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     transformer, adapter, count = run.teacher.transformer, run.adapter, judge.settings.velocity_states
     held_out = States(run.out / "calibration", "held-out")
     fitted = run.out / "candidates.safetensors" if row.settings.from_fit else None
-    untrained = new_substitutes(transformer, adapter, row.plan, fitted)
+    closed_forms = run.out / "analysis.safetensors"
+    untrained = new_substitutes(transformer, adapter, row.plan, fitted, closed_forms)
     with torch.no_grad():
         start = assemble_student(transformer, adapter, row.plan, untrained)
         before = velocity_error(transformer, start, held_out.batches(count, count))
@@ -243,7 +244,8 @@ def train_row(run: Run, row: Row, seed: int, folder: Path) -> Bundle:
     if (folder / "bundle").is_dir():
         return load_bundle(folder / "bundle", transformer, adapter)
     if not row.is_trained:
-        bundle = Bundle(row.plan, new_substitutes(transformer, adapter, row.plan, None))
+        untrained = new_substitutes(transformer, adapter, row.plan, None, run.out / "analysis.safetensors")
+        bundle = Bundle(row.plan, untrained)
         save_bundle(bundle, folder / "bundle", {"distill": to_jsonable(row.settings.model_dump())})
         return bundle
 
@@ -251,9 +253,18 @@ def train_row(run: Run, row: Row, seed: int, folder: Path) -> Bundle:
         with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    calibration, fitted = run.out / "calibration", run.out / "candidates.safetensors"
     bundle = Distiller(
-        transformer, adapter, row.plan, calibration, folder, row.settings, seed, run.config.precision, log, fitted
+        transformer,
+        adapter,
+        row.plan,
+        run.out / "calibration",
+        folder,
+        row.settings,
+        seed,
+        run.config.precision,
+        log,
+        fitted=run.out / "candidates.safetensors",
+        closed_forms=run.out / "analysis.safetensors",
     ).run()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the optimizer's state of every row adds up
     return bundle

@@ -50,6 +50,14 @@ class FitConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
     starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
+    width: tuple[Literal["modulation", "ffn"], ...] = Field(
+        (),
+        description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
+        "the plan, loading the result needs `import ppcl.pipelines`",
+    )
+    modulation_tolerances: tuple[float, ...] = Field(
+        (0.1, 0.03, 0.01), description="shares of a modulation layer's varying output that a rank may miss"
+    )
 
 
 class PlanConfig(Section):
@@ -59,6 +67,9 @@ class PlanConfig(Section):
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
+    width: tuple[Literal["modulation", "ffn"], ...] | None = Field(
+        None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
+    )
     protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
     protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
 
@@ -82,7 +93,10 @@ class DistillConfig(Section):
     """Training the substitutes against the teacher."""
 
     local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
-    output_steps: int = Field(200, ge=0, description="stage 2: the whole student on the teacher's velocity")
+    alternating_steps: int = Field(
+        0, ge=0, description="stage 2: hybrids of teacher and substitutes, a coin for each, on states and velocity"
+    )
+    output_steps: int = Field(200, ge=0, description="stage 3: the whole student on the teacher's velocity")
     batch_size: int = Field(24, ge=1)
     local_learning_rate: float = Field(1e-3, gt=0)
     output_learning_rate: float = Field(3e-4, gt=0)

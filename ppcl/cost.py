@@ -61,7 +61,7 @@ def count_flops(
 def predict(model: ModelInfo, stacks: Mapping[str, Sequence[Segment]], error: float | None = None) -> Prediction:
     """Predict size and speed of a plan.
 
-    A substitute block has the parameters and FLOPs of the block it starts from.
+    A substitute block has the parameters and FLOPs of the block it starts from, less what its width saves.
 
     Args:
         model: The teacher.
@@ -73,9 +73,9 @@ def predict(model: ModelInfo, stacks: Mapping[str, Sequence[Segment]], error: fl
         for segment in stacks[stack.name]:
             start = start_index(segment.first, segment.last, segment.start)
             gone = [i for i in range(segment.first, segment.last + 1) if i != start]
-            params -= sum(stack.block_params[i] for i in gone)
+            params -= sum(stack.block_params[i] for i in gone) + segment.saved_params
             if stack.block_flops:
-                flops -= sum(stack.block_flops[i] for i in gone)
+                flops -= sum(stack.block_flops[i] for i in gone) + segment.saved_flops
     return Prediction(
         params=params,
         param_ratio=params / model.params,

@@ -44,9 +44,9 @@ def references_for(model: str) -> Tensor | None:
     """Real pictures behind FID: all of the embedded data set for the embedded model, (N, 3, H, W) uint8."""
     if model != "emoji":
         return None
-    from ppcl.emoji.data import load_images
+    from ppcl.emoji.data import load_pairs, load_pictures
 
-    return torch.from_numpy(load_images()).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(load_pictures(load_pairs())).permute(0, 3, 1, 2).contiguous()
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def undistilled_error(run: Run, held_out: States) -> float:
     """Velocity error of the same plan with substitutes that were never trained."""
     plan = run.read(CompressionPlan, "plan.json")
     transformer, count = run.teacher.transformer, run.config.evaluate.velocity_states
-    substitutes = new_substitutes(transformer, run.adapter, plan, None)
+    substitutes = new_substitutes(transformer, run.adapter, plan, None, run.out / "analysis.safetensors")
     with torch.no_grad():
         student = assemble_student(transformer, run.adapter, plan, substitutes)
         return velocity_error(transformer, student, held_out.batches(count, count))

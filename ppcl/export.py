@@ -11,7 +11,7 @@ import torch
 from ppcl.artifacts import CompressionPlan
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
-from ppcl.files import atomic_path, write_text
+from ppcl.files import atomic_path, read_json, write_json, write_text
 from ppcl.teacher import model_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,9 +51,17 @@ def export(pipeline: Any, student: Any, plan: CompressionPlan, source: str, out:
                     component.save_pretrained(temporary / name)
             pipeline.save_config(temporary)
         student.save_pretrained(temporary / "transformer", max_shard_size=settings.max_shard_size)
+        _name_class(temporary / "model_index.json", type(student).__name__)
         write_text(temporary / "README.md", model_card(plan, source, type(pipeline).__name__))
         _check(temporary / "transformer", type(student))
     return out
+
+
+def _name_class(index: Path, name: str) -> None:
+    """Let the pipeline's index name the transformer's class; one with smaller modules is not the teacher's."""
+    components = read_json(index)
+    if components["transformer"][1] != name:
+        write_json(index, {**components, "transformer": ["diffusers", name]})
 
 
 def _check(folder: Path, kind: Any) -> None:

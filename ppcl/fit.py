@@ -3,13 +3,15 @@
 Every run of 2..max_run blocks is scored by how far the teacher's final velocity moves when
 the run alone is replaced by its chained probes (output sensitivity). The most promising
 ones are then fitted for a few steps, all at once, since non-sequential training lets one
-teacher pass serve them all, and scored again with the fitted block.
+teacher pass serve them all, and scored again with the fitted block. Smaller modules inside
+single blocks (:mod:`ppcl.options`) are scored the same way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,14 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
-from ppcl.capture import States, velocity
+from ppcl.capture import States
 from ppcl.config import FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import digest, write_tensors
-from ppcl.progress import Progress
-from ppcl.student import LinearRun, RunKey, patched, run_name, start_block
-from ppcl.trace import record_boundaries
+from ppcl.options import width_options
+from ppcl.sensitivity import Job, output_errors
+from ppcl.student import LinearRun, RunKey, run_name, start_block
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
-from ppcl.trees import to_device
-
-Replacement = Callable[[RunKey], nn.Module]
 
 
 def all_runs(analysis: Analysis, max_run: int) -> list[RunKey]:
@@ -67,33 +66,6 @@ def chained_probe(
     return maps
 
 
-@torch.no_grad()
-def output_errors(
-    transformer: nn.Module,
-    adapter: Adapter,
-    batches: Sequence[dict[str, Any]],
-    runs: Sequence[RunKey],
-    replacement: Replacement,
-    label: str,
-) -> dict[RunKey, float]:
-    """Relative velocity error of each run alone replaced; only the blocks after it are executed."""
-    device = next(transformer.parameters()).device
-    squares = dict.fromkeys(runs, 0.0)
-    total = 0.0
-    with Progress(label, total=len(runs) * len(batches)) as progress:
-        for arguments in batches:
-            calls, target = record_boundaries(transformer, adapter, arguments, {run[:2] for run in runs})
-            if target is None:
-                raise AssertionError("a full pass returns the velocity")
-            total += float(target.double().pow(2).sum())
-            moved = to_device(arguments, device)
-            for run in runs:
-                hybrid = patched(transformer, adapter, run, replacement(run), calls[run[:2]].inputs)
-                squares[run] += float((velocity(hybrid, moved).double() - target.double()).pow(2).sum())
-                progress.advance()
-    return {run: (square / total) ** 0.5 for run, square in squares.items()}
-
-
 def shortlist(errors: Mapping[RunKey, float], always: Sequence[RunKey], count: int) -> list[RunKey]:
     """Keep the most promising runs of each length, about equally many, and those in ``always``."""
     by_length: dict[int, list[RunKey]] = {}
@@ -121,6 +93,10 @@ def best_starts(
             if run not in best or loss < best[run][0]:
                 best[run] = (loss, start)
     return {run: start for run, (_, start) in best.items()}
+
+
+def _jobs(runs: Sequence[RunKey], replacement: Callable[[RunKey], nn.Module]) -> dict[RunKey, Job]:
+    return {run: (run, partial(replacement, run)) for run in runs}
 
 
 def _blocks(transformer: nn.Module, adapter: Adapter, run: RunKey) -> nn.ModuleList:
@@ -166,7 +142,7 @@ def fit(
         maps = chained_probe(probes, run, list(spec.inputs), device)
         return LinearRun(adapter, spec, _blocks(transformer, adapter, run)[run[1]], maps)
 
-    probe_errors = output_errors(transformer, adapter, batches, runs, linear, "fit: sensitivity")
+    probe_errors = output_errors(transformer, adapter, batches, _jobs(runs, linear), "fit: sensitivity")
     always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
     chosen = shortlist(probe_errors, always, settings.max_candidates)
     starts = best_starts(transformer, adapter, batches[0], chosen, settings.starts)
@@ -175,13 +151,15 @@ def fit(
         for run in chosen
     }
     _train(transformer, adapter, train, substitutes, out, settings, seed, log)
-    fitted = output_errors(transformer, adapter, batches, chosen, lambda run: substitutes[run], "fit: costs")
+    fitted = output_errors(transformer, adapter, batches, _jobs(chosen, substitutes.__getitem__), "fit: costs")
+    options = width_options(transformer, adapter, analysis, probes, batches, settings)
     result = Candidates(
         candidates=tuple(
             Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
         ),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
+        width=options,
     )
     tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
     write_tensors(out / "candidates.safetensors", tensors)

@@ -1,7 +1,8 @@
 """Choose the runs: analysis + candidates + budget -> plan. No torch here.
 
 ``optimal``: dynamic programming over non-overlapping candidate runs, least summed squared
-velocity error under the budget. ``paper``: the intervals of eqs. 4-5, in order of least
+velocity error under the budget; where smaller modules were measured also over those
+(:mod:`ppcl.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
 damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute.
 """
 
@@ -20,10 +21,12 @@ from ppcl.artifacts import (
     Prediction,
     Segment,
     Stack,
+    WidthOption,
 )
 from ppcl.config import PlanConfig
 from ppcl.cost import predict
 from ppcl.errors import BudgetError
+from ppcl.knapsack import Layout, best_layouts
 
 Runs = tuple[tuple[str, int, int], ...]
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
@@ -46,6 +49,9 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
     model = analysis.model
     costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     allowed = [c for c in candidates.candidates if is_allowed(model, c, settings)]
+    allowed_width = [o for o in candidates.width if settings.width is None or o.group.split(".")[0] in settings.width]
+    if settings.mode == "optimal" and allowed_width:
+        return _plan_with_width(model, allowed_width, allowed, settings)
     if settings.mode == "optimal":
         # Fitted and probe costs are on different scales (a probe can beat a briefly fitted block),
         # so unfitted runs come in only where the fitted ones cannot meet the budget.
@@ -61,10 +67,29 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
     kind, value = settings.budget
     fitting = [runs for runs in ladder if meets(build_prediction(model, runs, costs), kind, value)]
     if not fitting:
-        raise BudgetError(_infeasible(model, ladder, costs, kind, value, settings))
+        raise BudgetError(_infeasible([build_prediction(model, r, costs) for r in ladder], kind, value, settings))
     chosen = min(fitting, key=lambda runs: _rank(build_prediction(model, runs, costs), settings.mode))
     stacks = {s.name: segments(s, [r for r in chosen if r[0] == s.name], costs) for s in model.stacks}
     return CompressionPlan(model, settings.mode, {kind: value}, stacks, build_prediction(model, chosen, costs))
+
+
+def _plan_with_width(
+    model: ModelInfo, options: Sequence[WidthOption], allowed: Sequence[Candidate], settings: PlanConfig
+) -> CompressionPlan:
+    """Depth and width together, by :mod:`ppcl.knapsack`."""
+    kind, value = settings.budget
+    predictions: list[tuple[Layout, Prediction]] = []
+    for runs in ([c for c in allowed if c.fitted_error is not None], list(allowed)):
+        costed = [(c, cost_of(c)) for c in runs if math.isfinite(cost_of(c))]
+        predictions = [
+            (layout, predict(model, layout, math.sqrt(cost)))
+            for layout, cost in best_layouts(model, costed, options, by_flops=kind == "speedup")
+        ]
+        fitting = [(p.error or 0.0, -p.params, i) for i, (_, p) in enumerate(predictions) if meets(p, kind, value)]
+        if fitting:
+            layout, prediction = predictions[min(fitting)[-1]]
+            return CompressionPlan(model, settings.mode, {kind: value}, layout, prediction)
+    raise BudgetError(_infeasible([p for _, p in predictions], kind, value, settings))
 
 
 def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
@@ -235,15 +260,7 @@ def _rank(prediction: Prediction, mode: str) -> tuple[float, float]:
     return (error, -prediction.params)
 
 
-def _infeasible(
-    model: ModelInfo,
-    ladder: Sequence[Runs],
-    costs: Mapping[tuple[str, int, int], Candidate],
-    kind: str,
-    value: float,
-    settings: PlanConfig,
-) -> str:
-    predictions = [build_prediction(model, runs, costs) for runs in ladder]
+def _infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
     if kind == "keep":
         nearest = f"--keep {math.ceil(min(p.param_ratio for p in predictions) * 1000) / 1000}"
     elif kind == "speedup":

@@ -50,7 +50,7 @@ PRODUCTS = {
 # Training states: kept while a stage is interrupted, useless once what it depends on has changed.
 CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
-    "distill": ("checkpoints/distill-local", "checkpoints/distill-output"),
+    "distill": ("checkpoints/distill-local", "checkpoints/distill-alternating", "checkpoints/distill-output"),
 }
 READS = {
     "analyze": ("calibration",),

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States, fixed_tail
-from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
+from ppcl.artifacts import CompressionPlan, Segment, start_index, to_jsonable
+from ppcl.compressed import compress_class
+from ppcl.width import LinearFeedForward, LowRankLinear, Metric, apply_width, fill_linear, fill_low_rank
 
 RunKey = tuple[str, int, int]
 STARTS = ("first", "middle", "last", "mean")
@@ -52,6 +54,56 @@ def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.
     return trained
 
 
+def fill_width(
+    block: nn.Module,
+    original: nn.Module,
+    spec: StackSpec,
+    index: int,
+    parts: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the smaller modules of a block their closed-form weights.
+
+    Args:
+        block: Has the smaller modules already.
+        original: The block as it was, whose weights a low-rank layer approximates.
+        spec: Its stack.
+        index: The teacher's block whose inputs it sees, nearest.
+        parts: The replacements by path.
+        tensors: Metrics and linear maps, as the analyze stage wrote them.
+    """
+    names = {path: f"modulation.{stream}" for stream, path in spec.modulation.items()}
+    names |= {path: f"ffn.{stream}" for stream, path in spec.ffn.items()}
+    for path in parts:
+        prefix = f"{spec.name}/{index}/{names[path]}"
+        module, old = block.get_submodule(path), original.get_submodule(path)
+        if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
+            device = old.weight.device
+            metric = Metric(*(tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root")))
+            fill_low_rank(module, old.weight, old.bias, metric)
+        elif isinstance(module, LinearFeedForward):
+            fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
+
+
+def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
+    """Return the block of a plan's segment: a copy of its start with the segment's smaller modules, untrained.
+
+    What stands for a run is trainable throughout, of a kept block only what is new in it.
+    """
+    block = start_block(blocks, segment.first, segment.last, segment.start or "middle")
+    apply_width(block, segment.width)
+    if not segment.is_run:
+        block.requires_grad_(False)
+        for path in segment.width:
+            block.get_submodule(path).requires_grad_(True)
+    return block
+
+
+def own_names(segment: Segment, names: Sequence[str]) -> list[str]:
+    """Of a substitute's weight names, those that are not simply the teacher's block's."""
+    return [n for n in names if segment.is_run or any(n.startswith(f"{path}.") for path in segment.width)]
+
+
 def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:
     """Return a shallow copy of a transformer with other block lists; all else is shared.
 
@@ -85,8 +137,8 @@ def assemble_student(
         transformer: The teacher's transformer.
         adapter: Its family.
         plan: Which blocks stay.
-        substitutes: One block for each run of the plan, keyed (stack, first, last).
-        active: Runs that are replaced; the teacher's blocks stay in the others. All if None.
+        substitutes: One block for each run and each block with smaller modules, keyed (stack, first, last).
+        active: Those that are put in; the teacher's blocks stay in the others. All if None.
 
     Returns:
         A transformer of the teacher's class that shares its kept blocks.
@@ -97,7 +149,7 @@ def assemble_student(
         chosen: list[nn.Module] = []
         for segment in plan.stacks[spec.name]:
             key = (spec.name, segment.first, segment.last)
-            if segment.is_run and (active is None or key in active):
+            if segment.is_substitute and (active is None or key in active):
                 chosen.append(substitutes[key])
             else:
                 chosen.extend(blocks[segment.first : segment.last + 1])
@@ -105,8 +157,11 @@ def assemble_student(
     return with_blocks(transformer, lists)
 
 
-def register_depth(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
-    """Write the new counts and the provenance into the student's config, so that the stock class loads it."""
+def register_plan(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
+    """Write counts, smaller modules and provenance into the student's config, so that diffusers loads it.
+
+    The student stays of its stock class unless the plan makes modules smaller.
+    """
     kept: dict[str, list[Any]] = {
         name: [[s.first, s.last] if s.is_run else s.first for s in segments] for name, segments in plan.stacks.items()
     }
@@ -114,6 +169,16 @@ def register_depth(student: Any, adapter: Adapter, plan: CompressionPlan) -> Non
         end = plan.stacks[spec.name][-1].last + 1
         kept[spec.name] += range(end, end + spec.fixed_tail)
     starts = {name: [s.start if s.is_run else None for s in segments] for name, segments in plan.stacks.items()}
+    if plan.has_width:
+        compress_class(
+            student,
+            {
+                f"{name}.{position}.{path}": part
+                for name, segments in plan.stacks.items()
+                for position, segment in enumerate(segments)
+                for path, part in segment.width.items()
+            },
+        )
     # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
     student.register_to_config(
         **adapter.depth_config(student),

@@ -21,13 +21,35 @@ def describe_runs(plan: CompressionPlan) -> str:
     return "; ".join(parts) or "none"
 
 
+def describe_plan(plan: CompressionPlan) -> str:
+    """What a plan replaces, in one line."""
+    runs = describe_runs(plan)
+    parts = [f"{runs} -> one block each"] if runs != "none" else []
+    return "; ".join([*parts, *filter(None, [describe_width(plan)])]) or "nothing is replaced"
+
+
+def describe_width(plan: CompressionPlan) -> str:
+    """The smaller modules of a plan as ``img_mod.1 -> low_rank 5-9 in 24 blocks``."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for segments in plan.stacks.values():
+        for segment in segments:
+            for path, part in segment.width.items():
+                found.setdefault((path, str(part["kind"])), []).append(int(part.get("size", 0)))
+    parts = []
+    for (path, kind), sizes in sorted(found.items()):
+        low, high = min(sizes), max(sizes)
+        size = "" if not high else f" {low}" if low == high else f" {low}-{high}"
+        parts.append(f"{path} -> {kind}{size} in {len(sizes)} blocks")
+    return "; ".join(parts)
+
+
 def print_prediction(out: Path) -> None:
     """Print what a plan should give, before any training."""
     plan = load_artifact(CompressionPlan, out / "plan.json")
     p = plan.predicted
     error = f", velocity error about {p.error:.3f} before distillation" if p.error is not None else ""
     Console(stderr=True, highlight=False).print(
-        f"  plan: {describe_runs(plan)} -> one block each\n"
+        f"  plan: {describe_plan(plan)}\n"
         f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}), {p.speedup:.2f}x as fast{error}"
     )
 

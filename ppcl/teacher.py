@@ -14,6 +14,7 @@ from torch import nn
 
 from ppcl.adapters import ADAPTERS, adapter_class, adapter_for
 from ppcl.artifacts import ModelInfo, Stack
+from ppcl.compressed import register
 from ppcl.cost import count_params
 from ppcl.errors import ModelError, UserError
 from ppcl.files import digest, read_tensor_header
@@ -124,6 +125,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    register()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
 

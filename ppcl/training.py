@@ -63,13 +63,13 @@ def schedule_at(step: int, settings: LoopSettings) -> float:
 
 
 def new_optimizers(
-    parameters: Mapping[str, nn.Parameter], matrices: set[nn.Parameter], settings: LoopSettings
+    parameters: Mapping[str, nn.Parameter], matrices: set[int], settings: LoopSettings
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices and AdamW for the rest."""
+    """AdamW for everything, or Muon for the matrices (given by ``id``) and AdamW for the rest."""
     if settings.muon_learning_rate and not hasattr(torch.optim, "Muon"):
         raise TrainingError(f"torch {torch.__version__} has no Muon optimizer; install torch 2.9 or newer")
-    by_muon = [p for p in parameters.values() if settings.muon_learning_rate and p in matrices]
-    rest = [p for p in parameters.values() if not settings.muon_learning_rate or p not in matrices]
+    by_muon = [p for p in parameters.values() if settings.muon_learning_rate and id(p) in matrices]
+    rest = [p for p in parameters.values() if not settings.muon_learning_rate or id(p) not in matrices]
     found: list[torch.optim.Optimizer] = []
     if rest:
         found.append(
@@ -134,7 +134,8 @@ class TrainingLoop:
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        matrices = {m.weight for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear)}
+        layers = (m for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear))
+        matrices = {id(layer.weight) for layer in layers}
         self.optimizers = new_optimizers(self.parameters, matrices, settings)
         self.ema = {k: p.detach().float().clone() for k, p in self.parameters.items()} if settings.ema_decay else {}
 
@@ -200,10 +201,10 @@ class TrainingLoop:
         """Write ``step-N`` and remove older ones."""
         tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        names = {parameter: key for key, parameter in self.parameters.items()}
-        for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():
-                tensors |= {f"optimizer/{slot}/{names[parameter]}": value for slot, value in state.items()}
+        for key, parameter in self.parameters.items():
+            for optimizer in self.optimizers:
+                for slot, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"optimizer/{slot}/{key}"] = value
         meta = {
             "step": step,
             "fingerprint": self.fingerprint,

@@ -32,6 +32,7 @@ class StackSpec:
         inputs: Block argument that carries each stream.
         outputs: Streams in the order in which the block returns them (one entry: a bare tensor).
         ffn: Submodule path of each stream's feed-forward network.
+        modulation: Path of each stream's linear layer that makes shifts, scales and gates out of the conditioning.
         masks: Block argument that marks each stream's valid tokens, (B, tokens), if there is one.
         text_qkv: Submodule path of a projection that sees the text input of the attention (eq. 8).
         fixed_tail: Last blocks that differ from the others and stay as they are (SD3's last block returns no
@@ -45,6 +46,7 @@ class StackSpec:
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
     ffn: Mapping[str, str] = field(default_factory=dict)
+    modulation: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
     text_qkv: str | None = None
     fixed_tail: int = 0

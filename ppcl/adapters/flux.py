@@ -13,6 +13,7 @@ FLUX = Adapter(
             inputs=_STREAMS,
             outputs=("text", "image"),
             ffn={"image": "ff", "text": "ff_context"},
+            modulation={"image": "norm1.linear", "text": "norm1_context.linear"},
             text_qkv="attn.add_q_proj",
         ),
         StackSpec(
@@ -20,6 +21,7 @@ FLUX = Adapter(
             count_field="num_single_layers",
             inputs=_STREAMS,
             outputs=("text", "image"),
+            modulation={"image": "norm.linear"},
         ),
     ),
 )

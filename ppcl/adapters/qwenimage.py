@@ -11,6 +11,7 @@ QWEN_IMAGE = Adapter(
             inputs={"image": "hidden_states", "text": "encoder_hidden_states"},
             outputs=("text", "image"),
             ffn={"image": "img_mlp", "text": "txt_mlp"},
+            modulation={"image": "img_mod.1", "text": "txt_mod.1"},
             masks={"text": "encoder_hidden_states_mask"},
             text_qkv="attn.add_q_proj",
         ),

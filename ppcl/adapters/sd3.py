@@ -16,6 +16,7 @@ SD3 = Adapter(
             inputs={"image": "hidden_states", "text": "encoder_hidden_states"},
             outputs=("text", "image"),
             ffn={"image": "ff", "text": "ff_context"},
+            modulation={"image": "norm1.linear", "text": "norm1_context.linear"},
             text_qkv="attn.add_q_proj",
             fixed_tail=1,
             index_fields={"dual_attention_layers": "attn2"},

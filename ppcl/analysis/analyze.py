@@ -23,6 +23,7 @@ from ppcl.progress import Progress
 from ppcl.trace import BlockCall, run_traced
 from ppcl.training import step_generator
 from ppcl.trees import batch_size
+from ppcl.width import Metric, residuals
 
 Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
 
@@ -81,11 +82,22 @@ class Collector:
                 handles.append(
                     block.get_submodule(path).register_forward_hook(self._ffn_hook(spec.name, index, stream))
                 )
+            for stream, path in spec.modulation.items():
+                handles.append(
+                    block.get_submodule(path).register_forward_hook(self._modulation_hook(spec.name, index, stream))
+                )
             if spec.text_qkv:
                 handles.append(
                     block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
                 )
         return handles
+
+    def _modulation_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].flatten(0, -2)
+            self._add((stack, "modulation", index, stream), x, x[:, :0])
+
+        return hook
 
     def _ffn_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -234,13 +246,18 @@ def analyze(
     collectors = collect(transformer, adapter, calibration, settings, seed)
     stacks, matrices = [], {}
     for spec in adapter.stacks:
-        if len(adapter.blocks(transformer, spec)) == 0:
+        blocks = adapter.blocks(transformer, spec)
+        if len(blocks) == 0:
             continue
-        found, probes = _analyze_stack(spec, len(adapter.blocks(transformer, spec)), collectors, settings)
+        metrics = _metrics(spec, collectors["train"])
+        found, maps = _analyze_stack(spec, blocks, collectors, settings, metrics)
         stacks.append(found)
-        for (index, stream), (weight, bias) in probes.items():
-            matrices[f"{spec.name}/{index}/{stream}/weight"] = weight.float()
-            matrices[f"{spec.name}/{index}/{stream}/bias"] = bias.float()
+        for (index, signal), (weight, bias) in maps.items():
+            matrices[f"{spec.name}/{index}/{signal}/weight"] = weight.float()
+            matrices[f"{spec.name}/{index}/{signal}/bias"] = bias.float()
+        for (index, stream), metric in metrics.items():
+            matrices[f"{spec.name}/{index}/modulation.{stream}/mean"] = metric.mean.float()
+            matrices[f"{spec.name}/{index}/modulation.{stream}/root"] = metric.root.float()
     held_out = collectors["held-out"]
     analysis = Analysis(
         model=model,
@@ -255,15 +272,38 @@ def analyze(
     return analysis
 
 
-Probes = dict[tuple[int, str], tuple[Tensor, Tensor]]
+Maps = dict[tuple[int, str], tuple[Tensor, Tensor]]  # block; stream of a probe, or ffn.stream
+
+
+Metrics = dict[tuple[int, str], Metric]  # block, stream
+
+
+def _metrics(spec: StackSpec, train: Collector) -> Metrics:
+    """The metric of the inputs of each modulation layer; layers with the same inputs share one."""
+    known: list[tuple[Moments, Metric]] = []
+    metrics = {}
+    for (stack, kind, index, stream), moments in train.moments.items():
+        if stack != spec.name or kind != "modulation":
+            continue
+        metric = next((m for other, m in known if torch.equal(other.xx, moments.xx)), None)
+        if metric is None:
+            mean = moments.sum_x / moments.count
+            metric = Metric.of(mean, moments.xx / moments.count - torch.outer(mean, mean))
+            known.append((moments, metric))
+        metrics[index, stream] = metric
+    return metrics
 
 
 def _analyze_stack(
-    spec: StackSpec, num_blocks: int, collectors: dict[str, Collector], settings: AnalyzeConfig
-) -> tuple[StackAnalysis, Probes]:
+    spec: StackSpec,
+    blocks: nn.ModuleList,
+    collectors: dict[str, Collector],
+    settings: AnalyzeConfig,
+    metrics: Metrics,
+) -> tuple[StackAnalysis, Maps]:
     """Solve probes, CKA, intervals and linearity of one stack from the sums."""
-    train, held_out = collectors["train"], collectors["held-out"]
-    probes: Probes = {}
+    train, held_out, num_blocks = collectors["train"], collectors["held-out"], len(blocks)
+    probes: Maps = {}
     errors: dict[str, list[float]] = {}
     ridges: dict[str, list[float]] = {}
     streams = [s for s in spec.inputs if (spec.name, "probe", num_blocks - 1, s) in train.moments]
@@ -283,12 +323,20 @@ def _analyze_stack(
     }
     cka = combine(tables, {stream: float(train.tokens[spec.name, stream]) for stream in streams})
 
+    maps = dict(probes)
+
     def linearity(kind: str, stream: str) -> tuple[float | None, ...]:
-        keys = [(spec.name, kind, index, stream) for index in range(num_blocks)]
-        return tuple(
-            best_ridge(train.moments[k], held_out.moments[k], settings.ridges)[3] if k in train.moments else None
-            for k in keys
-        )
+        found: list[float | None] = []
+        for index in range(num_blocks):
+            key = (spec.name, kind, index, stream)
+            if key not in train.moments:
+                found.append(None)
+                continue
+            weight, bias, _, error = best_ridge(train.moments[key], held_out.moments[key], settings.ridges)
+            found.append(error)
+            if kind == "ffn":
+                maps[index, f"ffn.{stream}"] = (weight, bias)
+        return tuple(found)
 
     text = {"input": linearity("text", "text"), "output": tuple(errors["text"])} if spec.text_qkv else {}
     found = StackAnalysis(
@@ -303,5 +351,21 @@ def _analyze_stack(
         ),
         ffn_linearity={stream: linearity("ffn", stream) for stream in spec.ffn},
         text_linearity=text,
+        modulation_residual=_modulation_residual(spec, blocks, metrics),
     )
-    return found, probes
+    return found, maps
+
+
+def _modulation_residual(
+    spec: StackSpec, blocks: nn.ModuleList, metrics: Metrics
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """For each stream and block, what each rank of the modulation layer misses."""
+    found = {}
+    for stream, path in spec.modulation.items():
+        layers = [block.get_submodule(path) for block in blocks]
+        if all((index, stream) in metrics for index in range(len(blocks))):
+            found[stream] = tuple(
+                tuple(residuals(layer.get_parameter("weight"), metrics[index, stream]).tolist())
+                for index, layer in enumerate(layers)
+            )
+    return found

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States
-from ppcl.capture import velocity
 from ppcl.distill.losses import state_loss
 from ppcl.student import RunKey
-from ppcl.trace import BlockCall, record_boundaries, run_traced
-from ppcl.trees import to_device
+from ppcl.trace import BlockCall, run_traced
 
 
 def masks_of(stack: StackSpec, arguments: Mapping[str, Any], states: States) -> dict[str, Tensor]:
@@ -82,39 +80,3 @@ def local_backward(
     with torch.no_grad():
         run_traced(transformer, adapter, arguments, visit, stop_after=last_block(adapter, substitutes))
     return losses
-
-
-def sequential_backward(
-    transformer: nn.Module,
-    adapter: Adapter,
-    student: nn.Module,
-    arguments: dict[str, Any],
-    substitutes: Mapping[RunKey, nn.Module],
-    kind: str = "normalized",
-) -> dict[RunKey, float]:
-    """The ablation: substitutes see the student's own states, and errors travel along.
-
-    One backward pass through the whole chain; all graphs live at once.
-    """
-    wanted = {(run[0], run[2]) for run in substitutes}
-    targets, _ = record_boundaries(transformer, adapter, arguments, wanted, last_block(adapter, substitutes))
-    outputs: dict[RunKey, States] = {}
-    handles = []
-    for run, block in substitutes.items():
-        spec = next(s for s in adapter.stacks if s.name == run[0])
-
-        def hook(_: nn.Module, args: Any, output: Any, run: RunKey = run, spec: StackSpec = spec) -> None:
-            outputs[run] = adapter.output_states(spec, output)
-
-        handles.append(block.register_forward_hook(hook))
-    try:
-        velocity(student, to_device(arguments, next(transformer.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    losses = {}
-    for run, output in outputs.items():
-        call = targets[run[0], run[2]]
-        losses[run] = state_loss(output, call.outputs, masks_of(call.stack, call.arguments, call.outputs), kind)
-    torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-    return {run: loss.item() for run, loss in losses.items()}

@@ -1,4 +1,4 @@
-"""The distill stage: local, then output; writes the bundle."""
+"""The distill stage: local, alternating, output; writes the bundle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, to_jsonable
+from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
 from ppcl.capture import States, velocity
 from ppcl.config import DistillConfig
-from ppcl.distill.local import local_backward, sequential_backward
+from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
+from ppcl.distill.local import local_backward
 from ppcl.distill.losses import velocity_loss
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
-from ppcl.student import RunKey, assemble_student, run_name, start_block, with_blocks
+from ppcl.student import (
+    RunKey,
+    assemble_student,
+    fill_width,
+    own_names,
+    run_name,
+    start_block,
+    substitute_block,
+    with_blocks,
+)
 from ppcl.teacher import autocast
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 from ppcl.trees import to_device
@@ -28,29 +38,43 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def new_substitutes(
-    transformer: nn.Module, adapter: Adapter, plan: CompressionPlan, fitted: Path | None
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    fitted: Path | None,
+    closed_forms: Path | None = None,
 ) -> dict[RunKey, nn.Module]:
-    """One trainable block for each run of the plan.
+    """One trainable block for each run of the plan and each kept block with smaller modules.
 
     Args:
         transformer: The teacher's transformer.
         adapter: Its family.
         plan: Names the start of each substitute.
         fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
+        closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from; plans of depth
+            alone need none.
     """
+    tensors = read_tensors(closed_forms)[0] if plan.has_width and closed_forms else {}
     known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
     substitutes: dict[RunKey, nn.Module] = {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
         for segment in plan.stacks[spec.name]:
-            if not segment.is_run:
+            if not segment.is_substitute:
                 continue
             key = (spec.name, segment.first, segment.last)
-            block = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
+            whole = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
             prefix = f"{run_name(key)}/"
             state = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
             if state:
-                block.load_state_dict(state)
+                whole.load_state_dict(state)
+            block = substitute_block(blocks, segment).to(torch.float32)
+            block.load_state_dict(
+                {n: t for n, t in whole.state_dict().items() if n in block.state_dict()}, strict=False
+            )
+            if segment.width:
+                index = start_index(segment.first, segment.last, segment.start)
+                fill_width(block, whole, spec, index, segment.width, tensors)
             substitutes[key] = block
     return substitutes
 
@@ -69,6 +93,7 @@ class Distiller:
         precision: Autocast of forward passes.
         log: Receives one dict a step, with its ``stage``.
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
+        closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
     """
 
     def __init__(
@@ -83,19 +108,23 @@ class Distiller:
         precision: str = "auto",
         log: Log | None = None,
         fitted: Path | None = None,
+        closed_forms: Path | None = None,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.states = States(calibration, "train")
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
-        self.substitutes = new_substitutes(transformer, adapter, plan, source)
+        closed_forms = closed_forms or out / "analysis.safetensors"
+        self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
 
     def run(self) -> Bundle:
-        """Train both stages and write ``out/bundle``."""
+        """Train all stages and write ``out/bundle``."""
         if self.substitutes and self.settings.local_steps:
             self._local()
+        if self.substitutes and self.settings.alternating_steps:
+            self._alternating()
         if self.settings.output_steps and (self.substitutes or self.settings.train == "all"):
             self._output()
         bundle = Bundle(self.plan, self.substitutes, self._tuned())
@@ -150,8 +179,23 @@ class Distiller:
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
 
+    def _alternating(self) -> None:
+        """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
+
+        def backward(step: int) -> dict[str, float]:
+            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 41))
+            active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
+            with autocast(self.device, self.precision):
+                return alternating_backward(
+                    self.transformer, self.adapter, self.plan, arguments, self.substitutes, active, self.settings.loss
+                )
+
+        modules = {run_name(run): block for run, block in self.substitutes.items()}
+        steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
+        self._loop("alternating", modules, backward, steps, rate)
+
     def _output(self) -> None:
-        """Stage 2: the whole student on the teacher's velocity."""
+        """Stage 3: the whole student on the teacher's velocity."""
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         if self.settings.train == "all":
             self._thaw()
@@ -187,7 +231,12 @@ class Distiller:
         """Weights of kept blocks and of the rest that the output stage changed."""
         if self.settings.train != "all" or not self.settings.output_steps:
             return {}
-        own = {id(p) for block in self.substitutes.values() for p in block.parameters()}
+        own = set()
+        for stack, segments in self.plan.stacks.items():
+            for segment in segments:
+                if segment.is_substitute:
+                    parameters = dict(self.substitutes[stack, segment.first, segment.last].named_parameters())
+                    own |= {id(parameters[name]) for name in own_names(segment, list(parameters))}
         return {name: p.detach() for name, p in self.student.named_parameters() if id(p) not in own}
 
 

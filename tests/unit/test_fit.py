@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from ppcl.capture import velocity
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
-from ppcl.fit import all_runs, best_starts, chained_probe, fit, output_errors, shortlist
+from ppcl.fit import all_runs, best_starts, chained_probe, fit, shortlist
+from ppcl.sensitivity import output_errors
 from ppcl.student import STARTS, patched, start_block
 
 CPU = torch.device("cpu")
@@ -83,7 +85,8 @@ def test_output_errors_are_those_of_whole_forward_passes() -> None:
     runs = [(DUAL, 0, 1), (DUAL, 2, 4), (DUAL, 2, 3)]
     blocks = random_substitutes(transformer, adapter, runs)
     batches = [qwen_call(3, padded=True), qwen_call(2, seed=4)]
-    found = output_errors(transformer, adapter, batches, runs, blocks.__getitem__, "test")
+    jobs = {run: (run, partial(blocks.__getitem__, run)) for run in runs}
+    found = output_errors(transformer, adapter, batches, jobs, "test")
     with torch.no_grad():
         target = torch.cat([velocity(transformer, b) for b in batches])
         for run in runs:
@@ -95,8 +98,8 @@ def test_output_errors_are_those_of_whole_forward_passes() -> None:
 def test_an_exact_replacement_costs_nothing() -> None:
     transformer = tiny_qwen(3)
     run, block = (DUAL, 1, 1), transformer.transformer_blocks[1]
-    found = output_errors(transformer, adapter_for(transformer), [qwen_call()], [run], lambda _: block, "test")
-    assert found[run] < 1e-6
+    found = output_errors(transformer, adapter_for(transformer), [qwen_call()], {"same": (run, lambda: block)}, "test")
+    assert found["same"] < 1e-6
 
 
 def test_best_start_is_the_one_of_least_loss() -> None:

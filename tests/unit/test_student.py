@@ -28,7 +28,7 @@ from ppcl.student import (
     LinearRun,
     assemble_student,
     patched,
-    register_depth,
+    register_plan,
     start_block,
 )
 from ppcl.trace import record_boundaries
@@ -158,7 +158,7 @@ def test_config_tells_counts_and_kept_blocks(build: Build) -> None:
     plan = plan_for(teacher, runs)
     old = dict(teacher.config)
     student = assemble_student(teacher, adapter, plan, random_substitutes(teacher, adapter, runs))
-    register_depth(student, adapter, plan)
+    register_plan(student, adapter, plan)
     assert dict(teacher.config) == old
     kept = student.config["_ppcl"]["kept_blocks"]
     for spec in adapter.stacks:

@@ -1,0 +1,146 @@
+"""Depth and width under one budget: which runs become one block, which modules become smaller.
+
+A dynamic programme over block positions. Each piece of a plan (a kept block or a run, with or
+without smaller modules) saves something and costs a squared velocity error; squares add. What
+was saved so far is kept in about a thousand classes, with the cheapest way to each of them.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ppcl.artifacts import Candidate, ModelInfo, Segment, Stack, WidthOption, start_index
+
+CLASSES = 1000
+Layout = dict[str, tuple[Segment, ...]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One way to fill blocks first..last."""
+
+    segment: Segment
+    saved: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """The cheapest way found so far to have saved about this much."""
+
+    cost: float
+    saved: float
+    piece: Piece | None = None
+    before: _Cell | None = None
+    stack: str = ""
+
+
+def best_layouts(
+    model: ModelInfo,
+    runs: Sequence[tuple[Candidate, float]],
+    options: Sequence[WidthOption],
+    by_flops: bool,
+) -> list[tuple[Layout, float]]:
+    """Return the cheapest layout for each class of savings.
+
+    Args:
+        model: The teacher.
+        runs: Allowed runs and their squared errors.
+        options: Allowed smaller modules.
+        by_flops: Save FLOPs instead of parameters.
+
+    Returns:
+        Layouts with their summed squared errors, from nothing saved to as much as possible.
+    """
+    unit = max(1.0, (model.flops if by_flops else model.params) / CLASSES)
+    cells = {0: _Cell(0.0, 0.0)}
+    for stack in model.stacks:
+        pieces = _pieces(
+            stack,
+            [(c, cost) for c, cost in runs if c.stack == stack.name],
+            [o for o in options if o.stack == stack.name],
+            by_flops,
+        )
+        cells = _fill(stack, cells, pieces, unit)
+    order = [stack.name for stack in model.stacks]
+    return [(_layout(cells[key], order), cells[key].cost) for key in sorted(cells)]
+
+
+def _fill(
+    stack: Stack, cells: Mapping[int, _Cell], pieces: Mapping[int, Sequence[Piece]], unit: float
+) -> dict[int, _Cell]:
+    """Go through one stack; ``pieces`` are listed by their first block."""
+    rows: list[dict[int, _Cell]] = [dict(cells), *({} for _ in range(stack.num_blocks))]
+    for position in range(stack.num_blocks):
+        for piece in pieces[position]:
+            target = rows[piece.segment.last + 1]
+            for cell in rows[position].values():
+                cost, saved = cell.cost + piece.cost, cell.saved + piece.saved
+                key = int(saved / unit)
+                found = target.get(key)
+                if found is None or cost < found.cost:
+                    target[key] = _Cell(cost, saved, piece, cell, stack.name)
+        rows[position] = {}
+    return rows[-1]
+
+
+def _pieces(
+    stack: Stack, runs: Sequence[tuple[Candidate, float]], options: Sequence[WidthOption], by_flops: bool
+) -> dict[int, list[Piece]]:
+    """All ways to fill blocks, by first block; of the ways to fill the same blocks only the undominated ones."""
+    by_block: dict[int, list[WidthOption]] = {}
+    for option in options:
+        by_block.setdefault(option.block, []).append(option)
+    sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
+    found: dict[int, list[Piece]] = {i: [] for i in range(stack.num_blocks)}
+    for index in range(stack.num_blocks):
+        found[index] += _with_width(Segment(index, index), 0.0, 0.0, by_block.get(index, ()), by_flops)
+    for run, cost in runs:
+        start = start_index(run.first, run.last, run.start)
+        saved = sum(sizes[i] for i in range(run.first, run.last + 1)) - sizes[start]
+        # a substitute carries several blocks' work: it keeps its feed-forward networks
+        inside = [o for o in by_block.get(start, ()) if o.group == "modulation"]
+        whole = Segment(run.first, run.last, run.start or "middle")
+        found[run.first] += _with_width(whole, saved, cost, inside, by_flops)
+    return found
+
+
+def _with_width(
+    segment: Segment, saved: float, cost: float, options: Sequence[WidthOption], by_flops: bool
+) -> list[Piece]:
+    """A segment with every undominated choice of at most one option a group."""
+    pieces = []
+    for chosen in _choices(options):
+        params, flops = sum(o.saved_params for o in chosen), sum(o.saved_flops for o in chosen)
+        parts = {path: dict(part) for option in chosen for path, part in option.parts.items()}
+        made = Segment(segment.first, segment.last, segment.start, parts, params, flops)
+        extra = flops if by_flops else params
+        pieces.append(Piece(made, saved + extra, cost + sum(o.error**2 for o in chosen)))
+    pieces.sort(key=lambda piece: (-piece.saved, piece.cost))
+    best, kept = math.inf, []
+    for piece in pieces:
+        if piece.cost < best:
+            best = piece.cost
+            kept.append(piece)
+    return kept
+
+
+def _choices(options: Sequence[WidthOption]) -> Iterator[tuple[WidthOption, ...]]:
+    groups: dict[str, list[WidthOption | None]] = {}
+    for option in options:
+        groups.setdefault(option.group, [None]).append(option)
+    for chosen in product(*groups.values()):
+        yield tuple(option for option in chosen if option is not None)
+
+
+def _layout(cell: _Cell, order: Sequence[str]) -> Layout:
+    pieces: dict[str, list[Segment]] = {name: [] for name in order}
+    at: _Cell | None = cell
+    while at is not None and at.piece is not None:
+        pieces[at.stack].append(at.piece.segment)
+        at = at.before
+    return {name: tuple(reversed(segments)) for name, segments in pieces.items()}

@@ -1,0 +1,378 @@
+"""Smaller modules: their closed forms, the planner's choice, and the models they make."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_models import (
+    DUAL,
+    SINGLE,
+    describe_alone,
+    flux_call,
+    noise,
+    plan_for,
+    qwen_call,
+    shared_pipeline,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
+from torch import nn
+
+import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
+from ppcl.adapters import adapter_for
+from ppcl.analysis.analyze import analyze
+from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, WidthOption
+from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.capture import States, velocity
+from ppcl.compressed import compressed_class
+from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig, PlanConfig
+from ppcl.cost import count_flops, count_params, predict
+from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.errors import ArtifactError, BudgetError, ModelError
+from ppcl.export import export
+from ppcl.files import read_tensors
+from ppcl.knapsack import best_layouts
+from ppcl.options import width_options
+from ppcl.planner import plan
+from ppcl.student import assemble_student
+from ppcl.width import (
+    LinearFeedForward,
+    LowRankLinear,
+    Metric,
+    apply_width,
+    fill_linear,
+    fill_low_rank,
+    replacement,
+    residuals,
+)
+
+# Closed forms
+
+
+def metric_of(x: torch.Tensor) -> Metric:
+    return Metric.of(x.double().mean(0), torch.cov(x.double().T, correction=0))
+
+
+def test_low_rank_is_the_best_one_for_the_inputs_that_occur() -> None:
+    """Inputs on a curve in 12 dimensions: no other factors of that rank do better (Eckart and Young)."""
+    t = torch.linspace(0, 1, 200)[:, None]
+    x = torch.cat([torch.sin(3 * t), torch.cos(2 * t), t**2], 1) @ noise(3, 12) + 0.05 * noise(200, 12, seed=1) + 2
+    layer = nn.Linear(12, 20)
+    wanted = layer(x)
+    for rank in (1, 2, 5):
+        made = LowRankLinear(12, 20, rank)
+        fill_low_rank(made, layer.weight, layer.bias, metric_of(x))
+        error = (made(x) - wanted).pow(2).sum().item()
+        centred = (wanted - wanted.mean(0)).double()
+        best = torch.linalg.svdvals(centred)[rank:].pow(2).sum().item()
+        assert error == pytest.approx(best, rel=1e-3)
+        share = math.sqrt(best / centred.pow(2).sum().item())
+        assert residuals(layer.weight, metric_of(x))[rank].item() == pytest.approx(share, rel=1e-3)
+
+
+def test_a_rank_above_what_was_seen_is_exact() -> None:
+    x = noise(50, 2) @ noise(2, 8, seed=1)
+    layer, made = nn.Linear(8, 10), LowRankLinear(8, 10, 6)
+    fill_low_rank(made, layer.weight, layer.bias, metric_of(x))
+    assert torch.allclose(made(x), layer(x), atol=1e-5)
+
+
+def test_linear_feed_forward_is_called_as_the_network_was() -> None:
+    made = LinearFeedForward(4, 6)
+    weight, bias = noise(4, 6), noise(6, seed=1)
+    fill_linear(made, weight, bias)
+    x = noise(3, 4, seed=2)
+    assert torch.allclose(made(x, "ignored", scale=2), x @ weight + bias, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [(nn.Linear(2, 2), "linear"), (nn.Sequential(nn.Linear(2, 2)), "low_rank"), (nn.GELU(), "x")]
+)
+def test_what_does_not_suit_is_refused(module: nn.Module, kind: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be replaced"):
+        replacement(module, kind, 1)
+    with pytest.raises(ModelError, match="has no module 'nowhere'"):
+        apply_width(module, {"nowhere": {"kind": kind, "size": 1}})
+
+
+# The planner
+
+
+MODEL = ModelInfo(
+    "Tiny", "0", 5 * 1000 + 4 * 700, 5 * 40 + 4 * 90, 4, 0, (
+        Stack("a", "num_a", 5, (1000,) * 5, (40,) * 5),
+        Stack("b", "num_b", 4, (700,) * 4, (90,) * 4),
+    ),
+)  # fmt: skip
+
+
+def random_problem(seed: int) -> tuple[list[Candidate], list[WidthOption]]:
+    generator = random.Random(seed)
+    runs = [
+        Candidate(s.name, first, last, 1.0, "first", generator.random() * (last - first))
+        for s in MODEL.stacks
+        for first in range(1, s.num_blocks)
+        for last in range(first + 1, min(first + 3, s.num_blocks))
+    ]
+    options = [
+        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear"}}, size, flops, generator.random() / 3)
+        for s in MODEL.stacks
+        for i in range(s.num_blocks)
+        for group, size, flops in (("modulation", 300, 0), ("ffn.image", 200, 25))
+    ]
+    return runs, options
+
+
+def brute_force(runs: list[Candidate], options: list[WidthOption], wanted: float, by_flops: bool) -> float:
+    """Least cost of any layout that saves ``wanted``, by trying them all, stack by stack."""
+
+    def stack_choices(stack: Stack) -> list[tuple[float, float]]:
+        own = [c for c in runs if c.stack == stack.name]
+        size = (stack.block_flops if by_flops else stack.block_params)[0]
+        found = []
+        for count in range(3):
+            for chosen in itertools.combinations(own, count):
+                covered = [i for c in chosen for i in range(c.first, c.last + 1)]
+                if len(covered) != len(set(covered)):
+                    continue
+                inside = [
+                    o
+                    for o in options
+                    if o.stack == stack.name
+                    and (o.block not in covered or (o.group == "modulation" and o.block in [c.first for c in chosen]))
+                ]
+                base = (size * sum(c.removed for c in chosen), sum((c.fitted_error or 0) ** 2 for c in chosen))
+                reachable = {base[0]: base[1]}
+                for option in inside:
+                    gain = option.saved_flops if by_flops else option.saved_params
+                    for saved, cost in list(reachable.items()):
+                        new = cost + option.error**2
+                        if new < reachable.get(saved + gain, math.inf):
+                            reachable[saved + gain] = new
+                found += list(reachable.items())
+        return found
+
+    a, b = (stack_choices(stack) for stack in MODEL.stacks)
+    return min((x[1] + y[1] for x in a for y in b if x[0] + y[0] >= wanted), default=math.inf)
+
+
+@pytest.mark.parametrize("by_flops", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_layouts_are_as_cheap_as_trying_everything(seed: int, by_flops: bool) -> None:
+    runs, options = random_problem(seed)
+    costed = [(c, (c.fitted_error or 0) ** 2) for c in runs]
+    layouts = best_layouts(MODEL, costed, options, by_flops)
+    total = MODEL.flops if by_flops else MODEL.params
+    for share in (0.1, 0.3, 0.5):
+        found = []
+        for layout, cost in layouts:
+            prediction = predict(MODEL, layout)
+            saved = total - (MODEL.flops / prediction.speedup if by_flops else prediction.params)
+            if saved >= share * total - 1e-6:
+                found.append(cost)
+        assert min(found) == pytest.approx(brute_force(runs, options, share * total, by_flops))
+
+
+def plan_of(budget: dict[str, float], width: tuple[Any, ...] | None) -> CompressionPlan:
+    runs, options = random_problem(0)
+    analysis = Analysis(MODEL, (), 1, {}, 0.0)
+    return plan(analysis, Candidates(tuple(runs), 1, 0.0, tuple(options)), PlanConfig(width=width, **budget))
+
+
+def test_a_time_budget_spends_nothing_on_what_saves_no_time() -> None:
+    chosen = plan_of({"speedup": 1.3}, None)
+    parts = [path for pieces in chosen.stacks.values() for piece in pieces for path in piece.width]
+    assert chosen.predicted.speedup >= 1.3
+    assert not any(path.startswith("modulation") for path in parts)
+
+
+def test_only_the_groups_asked_for_are_used_and_what_is_too_much_is_said() -> None:
+    chosen = plan_of({"keep": 0.8}, ("modulation",))
+    parts = [path for pieces in chosen.stacks.values() for piece in pieces for path in piece.width]
+    assert parts
+    assert all(path.startswith("modulation") for path in parts)
+    assert not plan_of({"keep": 0.8}, ()).has_width
+    with pytest.raises(BudgetError, match=r"the nearest feasible budget is --keep 0\.\d+"):
+        plan_of({"keep": 0.01}, ("modulation", "ffn"))
+
+
+# Models
+
+
+def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analysis, tuple[WidthOption, ...]]:
+    """Analysis files and width options of a tiny model."""
+    adapter = adapter_for(transformer)
+    for split, seed in (("train", 0), ("held-out", 9)):
+        write_states(folder / "calibration", split, [call(6, seed=seed + i) for i in range(3)])
+    one = call(1)
+    stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
+    flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), 1)
+    model = describe_alone(transformer, flops)
+    analysis = analyze(
+        transformer, adapter, model, folder / "calibration", folder, AnalyzeConfig(cka_tokens=16, batch_size=6), 0
+    )
+    tensors = read_tensors(folder / "analysis.safetensors")[0]
+    batches = list(States(folder / "calibration", "held-out").batches(6, 6))
+    return analysis, width_options(
+        transformer, adapter, analysis, tensors, batches, FitConfig(width=("modulation", "ffn"))
+    )
+
+
+def with_options(
+    transformer: nn.Module, runs: list[Any], options: list[WidthOption], analysis: Analysis
+) -> CompressionPlan:
+    """A plan of these runs and options."""
+    made = plan_for(transformer, runs)
+    stacks = {}
+    for name, pieces in made.stacks.items():
+        changed = []
+        for piece in pieces:
+            own = [o for o in options if o.stack == name and o.block == piece.first]
+            parts = {path: part for o in own for path, part in o.parts.items()}
+            changed.append(
+                replace(
+                    piece,
+                    width=parts,
+                    saved_params=sum(o.saved_params for o in own),
+                    saved_flops=sum(o.saved_flops for o in own),
+                )
+            )
+        stacks[name] = tuple(changed)
+    return replace(made, model=analysis.model, stacks=stacks, predicted=predict(analysis.model, stacks))
+
+
+@pytest.mark.parametrize(("build", "call"), [(lambda: tiny_qwen(4), qwen_call), (tiny_flux, flux_call)])
+def test_every_option_saves_what_it_says_and_costs_what_was_measured(build: Any, call: Any, tmp_path: Path) -> None:
+    transformer = build()
+    adapter = adapter_for(transformer)
+    analysis, options = scored(transformer, tmp_path, call)
+    assert {o.group for o in options} == {"modulation", "ffn.image", "ffn.text"}
+    held_out = next(States(tmp_path / "calibration", "held-out").batches(6, 6))
+    for option in options[::3]:
+        chosen = with_options(transformer, [], [option], analysis)
+        substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
+        student = build_student(transformer, adapter, Bundle(chosen, substitutes))
+        assert count_params(student) == chosen.predicted.params < analysis.model.params
+        stacks = {spec.name: list(adapter.blocks(student, spec)) for spec in adapter.stacks}
+        one = call(1)
+        flops = count_flops(student, stacks, lambda student=student, one=one: velocity(student, one), 1)["total"]
+        assert flops == round(analysis.model.flops / chosen.predicted.speedup)
+        with torch.no_grad():
+            target = velocity(transformer, held_out)
+            error = ((velocity(student, held_out) - target).norm() / target.norm()).item()
+        assert error == pytest.approx(option.error, rel=1e-3, abs=1e-5)
+
+
+def mixed(transformer: Any, folder: Path) -> CompressionPlan:
+    """Blocks 0 and 3 with smaller modules, 1-2 one block with a smaller modulation."""
+    analysis, options = scored(transformer, folder)
+    chosen = [next(o for o in options if o.block == 0 and o.group == "ffn.image")]
+    chosen += [next(o for o in options if o.block == b and o.group == "modulation") for b in (1, 3)]
+    return with_options(transformer, [(DUAL, 1, 2)], chosen, analysis)
+
+
+def test_distilling_export_and_loading(tmp_path: Path) -> None:
+    """One phase trains depth and width; a stock pipeline with the registered class draws the same."""
+    pipeline = shared_pipeline()
+    transformer, adapter = tiny_qwen(4), adapter_for(tiny_qwen(4))
+    chosen = mixed(transformer, tmp_path)
+    settings = DistillConfig(local_steps=3, output_steps=3, batch_size=4, from_fit=False)
+    rows: list[dict[str, Any]] = []
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    distiller = Distiller(
+        transformer, adapter, chosen, tmp_path / "calibration", tmp_path, settings, 0, "fp32", rows.append
+    )
+    kept = distiller.substitutes[DUAL, 3, 3]
+    assert {n for n, p in kept.named_parameters() if p.requires_grad} == {
+        n for n, _ in kept.named_parameters() if n.startswith(("img_mod.1.", "txt_mod.1."))
+    }
+    bundle = distiller.run()
+    assert all(torch.equal(before[name], value) for name, value in transformer.state_dict().items())
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    loaded = load_bundle(tmp_path / "bundle", transformer, adapter)
+    first, second = (build_student(transformer, adapter, b) for b in (bundle, loaded))
+    call = qwen_call()
+    with torch.no_grad():
+        assert torch.equal(velocity(first, call), velocity(second, call))
+        hybrid = assemble_student(transformer, adapter, chosen, loaded.substitutes, active=())
+        assert torch.equal(velocity(hybrid, call), velocity(transformer, call))
+    assert type(first).__name__ == "PPCLQwenImageTransformer2DModel"
+    assert isinstance(first, type(transformer))
+    first.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    again, info = type(first).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(velocity(again, call), velocity(first, call))
+        assert torch.equal(velocity(copy.deepcopy(again), call), velocity(first, call))
+    del pipeline
+
+
+def test_frozen_weights_of_kept_blocks_are_not_stored(tmp_path: Path) -> None:
+    transformer = tiny_qwen(4)
+    adapter = adapter_for(transformer)
+    chosen = mixed(transformer, tmp_path)
+    substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
+    save_bundle(Bundle(chosen, substitutes), tmp_path / "bundle", {})
+    names = set(read_tensors(tmp_path / "bundle" / "substitutes.safetensors")[0])
+    assert {n for n in names if n.startswith(f"{DUAL}/0-0/")} == {
+        f"{DUAL}/0-0/img_mlp.weight",
+        f"{DUAL}/0-0/img_mlp.bias",
+    }
+    tensors = read_tensors(tmp_path / "bundle" / "substitutes.safetensors")[0]
+    tensors.pop(f"{DUAL}/0-0/img_mlp.bias")
+    from ppcl.files import file_digest, read_json, write_json, write_tensors
+
+    write_tensors(tmp_path / "bundle" / "substitutes.safetensors", tensors)
+    about = read_json(tmp_path / "bundle" / "bundle.json")
+    about["files"]["substitutes.safetensors"] = file_digest(tmp_path / "bundle" / "substitutes.safetensors")
+    write_json(tmp_path / "bundle" / "bundle.json", about)
+    with pytest.raises(ArtifactError, match="other weights than its plan"):
+        load_bundle(tmp_path / "bundle", transformer, adapter)
+
+
+def test_a_whole_pipeline_of_a_compressed_class_saves_and_loads(tmp_path: Path) -> None:
+    pipeline = shared_pipeline()
+    transformer = pipeline.transformer
+    adapter = adapter_for(transformer)
+    plan_made = plan_for(transformer, [])
+    pieces = list(plan_made.stacks[DUAL])
+    pieces[1] = replace(pieces[1], width={"txt_mlp": {"kind": "linear", "size": 0}})
+    chosen = replace(plan_made, stacks={DUAL: tuple(pieces)})
+    block = copy.deepcopy(transformer.transformer_blocks[1])
+    apply_width(block, pieces[1].width)
+    student = build_student(transformer, adapter, Bundle(chosen, {(DUAL, 1, 1): block}))
+    folder = export(pipeline, student, chosen, "tiny", tmp_path / "pipeline", ExportConfig())
+    loaded = DiffusionPipeline.from_pretrained(folder)
+    assert type(loaded.transformer) is compressed_class(type(transformer))
+    assert adapter_for(loaded.transformer) is adapter
+    loaded.save_pretrained(tmp_path / "again")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", torch_dtype=torch.bfloat16)
+    assert again.transformer.dtype == torch.bfloat16
+    assert again.transformer.config["pruning"] == {f"{DUAL}.1.txt_mlp": {"kind": "linear", "size": 0}}
+
+
+def test_flux_keeps_the_stacks_apart(tmp_path: Path) -> None:
+    transformer = tiny_flux()
+    adapter = adapter_for(transformer)
+    analysis, options = scored(transformer, tmp_path, flux_call)
+    option = next(o for o in options if o.stack == SINGLE and o.block == 2)
+    chosen = with_options(transformer, [(SINGLE, 0, 1)], [option], analysis)
+    substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
+    student = build_student(transformer, adapter, Bundle(chosen, substitutes))
+    assert set(student.config["pruning"]) == {f"{SINGLE}.1.norm.linear"}  # block 2 is block 1 of the student
+    student.save_pretrained(tmp_path / "saved")
+    loaded = type(student).from_pretrained(tmp_path / "saved")
+    call = flux_call()
+    with torch.no_grad():
+        assert torch.equal(velocity(loaded, call), velocity(student, call))
