@@ -42,14 +42,16 @@ def prompts_for(model: str, path: Path | None, count: int) -> tuple[list[str], l
     """Return (calibration, evaluation) prompts of a run.
 
     Args:
-        model: ``emoji`` uses the captions of the embedded data set's training split.
+        model: ``emoji`` uses the embedded data set: captions that the teacher was trained on to calibrate, pairs of
+            emoji and ground that neither teacher nor student have seen together to evaluate.
         path: The user's own file, if any.
         count: Evaluation prompts wanted.
     """
     if path is not None:
         return split_evaluation(read_prompts(path), count)
     if model == "emoji":
-        from ppcl.emoji.data import is_core, load_captions
+        from ppcl.emoji.data import load_pairs
 
-        return split_evaluation([row.caption for row in load_captions("train") if is_core(row)], count)
+        calibration, evaluation = ([pair.caption for pair in load_pairs(split)] for split in ("train", "new pair"))
+        return calibration, evaluation[:count]
     return split_evaluation(read_prompts(BUILT_IN), count)

@@ -1,4 +1,4 @@
-"""Bake the embedded data set: pictures of the Noto emoji and their Unicode CLDR names.
+"""Bake the embedded data set: Noto emoji with transparency and their Unicode CLDR names.
 
 Needs the npm packages ``emoji-datasource-google@16`` (pictures) and ``emojibase-data@17``
 (names), installed anywhere:
@@ -6,18 +6,18 @@ Needs the npm packages ``emoji-datasource-google@16`` (pictures) and ``emojibase
     npm install emoji-datasource-google@16 emojibase-data@17
     python -m ppcl.emoji.bake node_modules
 
-Writes ``ppcl/assets/data/emoji.webp`` (one sheet of 64 px tiles on white) and
-``emoji.json`` (one caption a tile, in order). Skin-tone variants are left out: they are
-half of all pictures and differ in colour alone.
+Writes ``ppcl/assets/data/emoji.webp`` (one sheet of 64 px tiles) and ``emoji.json`` (one
+name a tile, in order). Of all emoji it takes those that are told apart by shape and named in
+a word or two: see :func:`is_wanted`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -25,11 +25,11 @@ from ppcl.emoji.data import DATA, TILE
 from ppcl.errors import UserError
 from ppcl.files import atomic_path, write_json
 
-HELD_OUT_SHARE = 0.05
+FACES, ANIMALS, FOOD, TRAVEL, ACTIVITIES = 0, 3, 4, 5, 6  # CLDR group numbers
 
 
-def read_emoji(packages: Path) -> list[dict[str, str]]:
-    """Return code, caption and group of every emoji that both packages know, in Unicode order."""
+def read_emoji(packages: Path) -> list[dict[str, Any]]:
+    """Return code, name and group of every emoji that both packages know, in Unicode order."""
     names = packages / "emojibase-data" / "en" / "data.json"
     pictures = packages / "emoji-datasource-google" / "emoji.json"
     if not names.is_file() or not pictures.is_file():
@@ -40,39 +40,38 @@ def read_emoji(packages: Path) -> list[dict[str, str]]:
         entry = by_code.get(picture["unified"].replace("-FE0F", ""))
         if entry is None or "group" not in entry or not picture["has_img_google"]:
             continue
-        caption = entry["label"].replace("“", "").replace("”", "").replace("’", "'")
-        rows.append(
-            {"code": picture["unified"], "caption": caption, "group": entry["group"], "image": picture["image"]}
-        )
+        name = entry["label"].replace("“", "").replace("”", "").replace("’", "'")
+        rows.append({"code": picture["unified"], "name": name, "group": entry["group"], "image": picture["image"]})
     order = {code: entry["order"] for code, entry in by_code.items() if "order" in entry}
     return sorted(rows, key=lambda row: order[row["code"].replace("-FE0F", "")])
 
 
-def held_out(code: str) -> bool:
-    """Whether an emoji is kept from every training, by a hash of its code point."""
-    return int(hashlib.sha256(code.encode()).hexdigest()[:8], 16) / 2**32 < HELD_OUT_SHARE
+def is_wanted(name: str, group: int) -> bool:
+    """Whether an emoji is taken: faces of at most two words; animals, food, travel and activities of one word.
+
+    People differ in details of a few pixels, flags and symbols in little but colour.
+    """
+    words = len(name.split())
+    return words <= 2 if group == FACES else words == 1 and group in (ANIMALS, FOOD, TRAVEL, ACTIVITIES)
 
 
 def bake(packages: Path) -> int:
     """Write the sheet and its captions; return the number of pictures."""
     rows, tiles, seen = [], [], set()
     for row in read_emoji(packages):
-        path = packages / "emoji-datasource-google" / "img" / "google" / "64" / row.pop("image")
-        picture = Image.open(path).convert("RGBA").resize((TILE, TILE), Image.Resampling.LANCZOS)
-        tile = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        key = hashlib.sha256(tile.tobytes()).digest()
-        if key in seen or row["caption"] in seen:  # some flags share one picture
+        if not is_wanted(row["name"], row["group"]) or row["name"] in seen:
             continue
-        seen |= {key, row["caption"]}
-        rows.append({**row, "split": "held-out" if held_out(row["code"]) else "train"})
-        tiles.append(tile)
+        path = packages / "emoji-datasource-google" / "img" / "google" / "64" / row.pop("image")
+        seen.add(row["name"])
+        rows.append(row)
+        tiles.append(Image.open(path).convert("RGBA").resize((TILE, TILE), Image.Resampling.LANCZOS))
     columns = math.ceil(math.sqrt(len(tiles)))
-    sheet = Image.new("RGB", (columns * TILE, math.ceil(len(tiles) / columns) * TILE), "white")
+    sheet = Image.new("RGBA", (columns * TILE, math.ceil(len(tiles) / columns) * TILE))
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index % columns * TILE, index // columns * TILE))
     with atomic_path(DATA / "emoji.webp") as temporary:
-        sheet.save(temporary, format="WEBP", quality=95, method=6)
-    write_json(DATA / "emoji.json", {"schema_version": 1, "columns": columns, "emoji": rows})
+        sheet.save(temporary, format="WEBP", quality=95, alpha_quality=100, method=6)
+    write_json(DATA / "emoji.json", {"schema_version": 2, "columns": columns, "emoji": rows})
     return len(tiles)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppcl.emoji.data import SIZE, load_captions, load_images
+from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
 from ppcl.files import atomic_path, write_json, write_tensors
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 
@@ -67,9 +66,18 @@ def save_tokenizer(captions: list[str], folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, scale, recolour, blur and soil pictures (B, 3, H, W) in [-1, 1]."""
-    batch = len(pictures)
+def augment(tiles: Tensor, grounds: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift and turn bare emoji, put them on their grounds, recolour, blur and soil the pictures.
+
+    Args:
+        tiles: (B, 4, H, W) in [0, 1], colour times alpha, and alpha.
+        grounds: (B, 3) in [0, 1].
+        generator: Source of all randomness.
+
+    Returns:
+        (B, 3, H, W) in [-1, 1].
+    """
+    batch = len(tiles)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
@@ -79,9 +87,10 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin()
     theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos()
     theta[:, :, 2] = uniform(-0.1, 0.1, 2)
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    moved = F.grid_sample(pictures - 1, grid, align_corners=False) + 1  # white outside
-    moved = (moved - 1) * uniform(0.8, 1.1, 3, 1, 1) + 1
+    grid = F.affine_grid(theta, list(tiles.shape), align_corners=False)
+    moved = F.grid_sample(tiles, grid, align_corners=False)  # transparent outside
+    moved = moved[:, :3] + (1 - moved[:, 3:]) * grounds[:, :, None, None]
+    moved = moved * uniform(0.85, 1.1, 3, 1, 1) * 2 - 1
     small = F.interpolate(moved, scale_factor=0.5, mode="area")
     blurred = F.interpolate(small, size=moved.shape[-2:], mode="bilinear", align_corners=False)
     moved = torch.lerp(moved, blurred, uniform(0, 1, 1, 1, 1))
@@ -99,21 +108,25 @@ def retrieval_at_1(model: torch.nn.Module, pictures: Tensor, tokens: Tensor) -> 
 
 def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 0) -> None:
     """Train the evaluator and write it, with its own check, to ``out``."""
-    rows = load_captions()
-    pictures = torch.from_numpy(load_images()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    chosen = torch.tensor([i for i, row in enumerate(rows) if row.split == "train"])
-    unseen = torch.tensor([i for i, row in enumerate(rows) if row.split == "held-out"])
-    captions = [row.caption for row in rows]
-    save_tokenizer([captions[i] for i in chosen], work / "tokenizer")
-    tokens = open_clip.tokenizer.HFTokenizer(str(work / "tokenizer"), context_length=CONTEXT)(captions)
+    pairs = {split: load_pairs(split) for split in ("train", "new pair", "new emoji")}
+    train_pairs = pairs["train"]
+    bare = torch.from_numpy(load_tiles()).permute(0, 3, 1, 2).float() / 255
+    bare = torch.cat([bare[:, :3] * bare[:, 3:], bare[:, 3:]], 1)
+    colours = torch.tensor(list(GROUNDS.values())) / 255
+    tile = torch.tensor([pair.tile for pair in train_pairs])
+    ground = torch.tensor([list(GROUNDS).index(pair.ground) for pair in train_pairs])
+    captions = [pair.caption for pair in train_pairs]
+    save_tokenizer(captions, work / "tokenizer")
+    tokenize = open_clip.tokenizer.HFTokenizer(str(work / "tokenizer"), context_length=CONTEXT)
+    tokens = tokenize(captions)
     torch.manual_seed(seed)
     arguments = {k: v for k, v in MODEL["text_cfg"].items() if k != "hf_tokenizer_name"}
     model = open_clip.CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], arguments)
 
     def backward(step: int) -> dict[str, float]:
         generator = step_generator(seed, step)
-        picked = chosen[torch.randperm(len(chosen), generator=generator)[:batch_size]]
-        batch = augment(pictures[picked], generator)
+        picked = torch.randperm(len(train_pairs), generator=generator)[:batch_size]
+        batch = augment(bare[tile[picked]], colours[ground[picked]], generator)
         with torch.autocast("cpu", torch.bfloat16):
             image, text, scale = model(batch, tokens[picked])
         logits = scale.float().clamp(max=50) * image.float() @ text.float().T
@@ -129,14 +142,16 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
     loop.run()
     loop.load_ema()
     model.eval()
-    shuffled = tokens[chosen[torch.randperm(len(chosen), generator=step_generator(seed, 0))]]
-    check = {
-        "steps": steps,
-        "train_retrieval_at_1": retrieval_at_1(model, pictures[chosen], tokens[chosen]),
-        "shuffled_retrieval_at_1": retrieval_at_1(model, pictures[chosen], shuffled),
-        "held_out_retrieval_at_1_of_91": retrieval_at_1(model, pictures[unseen], tokens[unseen]),
-        "chance_train": 1 / len(chosen),
-    }
+    check: dict[str, float] = {"steps": steps}
+    for split, members in pairs.items():
+        pictures = torch.from_numpy(load_pictures(members)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        texts = tokenize([pair.caption for pair in members])
+        name = split.replace(" ", "_")
+        check[f"{name}_retrieval_at_1"] = retrieval_at_1(model, pictures, texts)
+        check[f"{name}_chance"] = 1 / len(members)
+        if split == "train":
+            order = torch.randperm(len(texts), generator=step_generator(seed, 0))
+            check["shuffled_retrieval_at_1"] = retrieval_at_1(model, pictures, texts[order])
     print(json.dumps(check))
     with atomic_path(out) as temporary:
         temporary.mkdir()
@@ -145,8 +160,8 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
             name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()
         }
         write_tensors(temporary / "open_clip_model.safetensors", state)
-        save_tokenizer([captions[i] for i in chosen], temporary)
-        write_json(temporary / "check.json", {k: round(v, 4) if not math.isnan(v) else None for k, v in check.items()})
+        save_tokenizer(captions, temporary)
+        write_json(temporary / "check.json", {name: round(value, 4) for name, value in check.items()})
 
 
 if __name__ == "__main__":

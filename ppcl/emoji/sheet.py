@@ -1,10 +1,11 @@
-"""Look at the embedded teacher: a contact sheet of fixed captions, judged by the evaluator too.
+"""Look at the embedded teacher: contact sheets of fixed captions, judged by the evaluator too.
 
     python -m ppcl.emoji.sheet --out docs/teacher
 
-Draws 32 fixed training captions (every twelfth of the core, in Unicode order) beside the
-real pictures, and all held-out emoji of the same kinds. Writes ``sheet-train.png``,
-``sheet-held_out.png`` and ``sheet.json`` (which captions the evaluator recognised among all 1,897).
+Draws 32 fixed captions of the training split, 32 pairs that were never seen together, and all
+emoji that were never seen at all, beside the real pictures. Writes ``sheet-train.png``,
+``sheet-new_pair.png``, ``sheet-new_emoji.png`` and ``sheet.json`` (the rank of each caption
+among all captions of the data set, by the evaluator).
 """
 
 from __future__ import annotations
@@ -18,27 +19,21 @@ import open_clip
 import torch
 from PIL import Image, ImageDraw
 
-from ppcl.emoji.data import ASSETS, SIZE, Emoji, is_core, load_captions, load_images
+from ppcl.emoji.data import ASSETS, SIZE, Pair, load_emoji, load_pairs, load_pictures
 from ppcl.files import atomic_path, write_json
 
 COLUMNS = 8
 CELL = 2 * SIZE + 8
 
 
-def fixed_captions() -> list[int]:
-    """Indices of the 32 fixed training captions."""
-    core = [i for i, row in enumerate(load_captions()) if is_core(row)]
-    return core[:: len(core) // 32][:32]
-
-
-def held_out_captions() -> list[int]:
-    """Indices of the held-out emoji of the same kinds as the core."""
-    rows = load_captions()
-    return [
-        i
-        for i, row in enumerate(rows)
-        if row.split == "held-out" and is_core(Emoji(row.code, row.caption, row.group, "train"))
-    ]
+def fixed_pairs(split: str, count: int = 32) -> list[Pair]:
+    """Evenly spaced pairs of a split's first round: different emoji on changing grounds."""
+    pairs = load_pairs(split)
+    if split == "train":
+        pairs = pairs[: len(load_emoji())]
+    elif split == "new emoji":
+        pairs = pairs[: len({pair.tile for pair in pairs})]
+    return list(pairs[:: max(1, len(pairs) // count)][:count])
 
 
 def draw(pipeline: Any, captions: list[str], guidance: float, steps: int) -> list[Image.Image]:
@@ -57,16 +52,17 @@ def draw(pipeline: Any, captions: list[str], guidance: float, steps: int) -> lis
     return images
 
 
-def ranks(pictures: list[Image.Image], wanted: list[int]) -> list[int]:
+def ranks(pictures: list[Image.Image], wanted: list[Pair]) -> list[int]:
     """Rank of each picture's own caption among all captions, by the evaluator; 0 is best."""
     folder = f"local-dir:{ASSETS / 'evaluator'}"
     model, preprocess = open_clip.create_model_from_pretrained(folder)
     tokenizer = open_clip.get_tokenizer(folder)
+    pairs = load_pairs()
     with torch.no_grad():
-        text = model.encode_text(tokenizer([row.caption for row in load_captions()]), normalize=True)
+        text = model.encode_text(tokenizer([pair.caption for pair in pairs]), normalize=True)
         image = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
     scores = image @ text.T
-    own = scores[torch.arange(len(wanted)), torch.tensor(wanted)]
+    own = scores[torch.arange(len(wanted)), torch.tensor([pairs.index(pair) for pair in wanted])]
     better: list[int] = (scores > own[:, None]).sum(1).tolist()
     return better
 
@@ -80,7 +76,7 @@ def sheet(drawn: list[Image.Image], real: np.ndarray, captions: list[str]) -> Im
         left, top = index % COLUMNS * CELL, index // COLUMNS * (SIZE + 18)
         page.paste(picture, (left, top))
         page.paste(Image.fromarray(real[index]), (left + SIZE, top))
-        pen.text((left + 2, top + SIZE + 2), captions[index][:17], fill="black")
+        pen.text((left + 2, top + SIZE + 2), captions[index][:19], fill="black")
     return page.resize((page.width * 2, page.height * 2), Image.Resampling.LANCZOS)
 
 
@@ -96,10 +92,10 @@ def main() -> None:
     given = parser.parse_args()
     pipeline = DiffusionPipeline.from_pretrained(given.model)
     pipeline.set_progress_bar_config(disable=True)
-    rows, real = load_captions(), load_images()
-    record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "captions_ranked": len(rows)}
-    for name, chosen in (("train", fixed_captions()), ("held_out", held_out_captions())):
-        captions = [rows[i].caption for i in chosen]
+    record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "captions_ranked": len(load_pairs())}
+    for split in ("train", "new pair", "new emoji"):
+        name, chosen = split.replace(" ", "_"), fixed_pairs(split)
+        captions = [pair.caption for pair in chosen]
         drawn = draw(pipeline, captions, given.guidance, given.steps)
         found = ranks(drawn, chosen)
         record[name] = {
@@ -108,9 +104,9 @@ def main() -> None:
             "rank": dict(zip(captions, found, strict=True)),
         }
         with atomic_path(given.out / f"sheet-{name}.png") as temporary:
-            sheet(drawn, real[chosen], captions).save(temporary, format="PNG")
+            sheet(drawn, load_pictures(chosen), captions).save(temporary, format="PNG")
+        print(split, {key: value for key, value in record[name].items() if key != "rank"})
     write_json(given.out / "sheet.json", record)
-    print({name: {k: v for k, v in record[name].items() if k != "rank"} for name in ("train", "held_out")})
 
 
 if __name__ == "__main__":

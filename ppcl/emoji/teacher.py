@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
@@ -29,18 +28,18 @@ from ppcl.emoji.components import (
     new_transformer,
     pack,
 )
-from ppcl.emoji.data import SIZE, is_core, load_captions, load_images
+from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.vae import to_tensor
 from ppcl.files import atomic_path
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt
 DROPOUT = 0.1
-BUCKETS = (9, 12, 16)  # text tokens after the template's prefix, so that shapes are few
+TEXT_TOKENS = 12  # after the template's prefix: room for every caption, and one shape to compile
 
 
 class Captions:
-    """Tokenised prompts (template included), sorted into buckets of equal padded length."""
+    """Tokenised prompts, template included, padded to one length; the empty prompt comes last."""
 
     def __init__(self, pipeline: QwenImagePipeline, captions: list[str]) -> None:
         self.prefix = pipeline.prompt_template_encode_start_idx
@@ -49,23 +48,19 @@ class Captions:
         prefix = pipeline.prompt_template_encode.split("{}")[0]
         if len(pipeline.tokenizer(prefix).input_ids) != self.prefix:
             raise AssertionError("the tokenizer must turn the template's prefix into 34 tokens")
-        self.null, self.tokens = tokens[-1], tokens[:-1]
-        self.pad = pipeline.tokenizer.pad_token_id
-        lengths = np.array([len(t) - self.prefix for t in self.tokens])
-        self.bucket = np.searchsorted(BUCKETS, lengths)
-        if self.bucket.max() >= len(BUCKETS):
-            raise AssertionError(f"a caption has {lengths.max()} tokens, more than {BUCKETS[-1]}")
+        longest = max(map(len, tokens)) - self.prefix
+        if longest > TEXT_TOKENS:
+            raise AssertionError(f"a caption has {longest} tokens, more than {TEXT_TOKENS}")
+        self.ids = torch.full((len(tokens), self.prefix + TEXT_TOKENS), pipeline.tokenizer.pad_token_id)
+        self.mask = torch.zeros_like(self.ids)
+        for row, ids in enumerate(tokens):
+            self.ids[row, : len(ids)] = torch.tensor(ids)
+            self.mask[row, : len(ids)] = 1
 
-    def batch(self, indices: Tensor, dropped: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
-        """Return token ids and mask, both (B, prefix + BUCKETS[bucket])."""
-        width = self.prefix + BUCKETS[bucket]
-        ids = torch.full((len(indices), width), self.pad)
-        mask = torch.zeros_like(ids)
-        for row, (index, drop) in enumerate(zip(indices.tolist(), dropped.tolist(), strict=True)):
-            tokens = self.null if drop else self.tokens[index]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return ids, mask
+    def batch(self, indices: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask, both (B, prefix + TEXT_TOKENS)."""
+        rows = torch.where(dropped, len(self.ids) - 1, indices)
+        return self.ids[rows], self.mask[rows]
 
 
 def train(
@@ -75,26 +70,21 @@ def train(
     batch_size: int,
     learning_rate: float,
     device: str,
-    core: bool = False,
     seed: int = 0,
 ) -> None:
     """Train and write ``out/pipeline``; the training log goes to ``out/log.jsonl``."""
-    rows = load_captions()
-    train_rows = [row for row in rows if row.split == "train"]
-    chosen = [i for i, row in enumerate(rows) if (is_core(row) if core else row.split == "train")]
+    pairs = load_pairs("train")
+    captions = [pair.caption for pair in pairs]
     vae = AutoencoderKLQwenImage.from_pretrained(vae_path)
-    latents = pack(encode_pictures(vae, to_tensor(load_images()[chosen]))).to(device)
-    captions = [rows[i].caption for i in chosen]
+    latents = pack(encode_pictures(vae, to_tensor(load_pictures(pairs)))).to(device)
     torch.manual_seed(seed)
-    tokenizer = new_tokenizer([row.caption for row in train_rows])
+    tokenizer = new_tokenizer(captions)
     text_encoder, transformer = new_text_encoder(tokenizer).to(device), new_transformer().to(device)
     text_encoder.model.visual.requires_grad_(False)
     # The last block's text half cannot reach the output.
     transformer.transformer_blocks[-1].txt_mlp.requires_grad_(False)
     pipeline = assemble(vae, tokenizer, text_encoder, transformer)
     prompts = Captions(pipeline, captions)
-    members = [torch.from_numpy(np.flatnonzero(prompts.bucket == b)) for b in range(len(BUCKETS))]
-    shares = torch.tensor([float(len(m)) for m in members])
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     grid = SIZE // 8
     # On a CPU, plain attention is a tenth faster than the fused kernel for sequences as short as these.
@@ -102,10 +92,9 @@ def train(
 
     def backward(step: int) -> dict[str, float]:
         generator = step_generator(seed, step)
-        bucket = int(torch.multinomial(shares, 1, generator=generator))
-        indices = members[bucket][torch.randint(len(members[bucket]), (batch_size,), generator=generator)]
+        indices = torch.randint(len(captions), (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < DROPOUT
-        ids, mask = (t.to(device) for t in prompts.batch(indices, dropped, bucket))
+        ids, mask = (t.to(device) for t in prompts.batch(indices, dropped))
         sigma = torch.randn(batch_size, generator=generator).sigmoid().to(device)
         clean = latents[indices.to(device)]
         noise = torch.randn(clean.shape, generator=generator).to(device)
@@ -140,6 +129,7 @@ def train(
             weight_decay=0.01,
             checkpoint_every=250,
             seed=seed,
+            muon_learning_rate=5 * learning_rate,
         )
         modules = {"text_encoder": text_encoder, "transformer": transformer}
         fingerprint = f"teacher-{batch_size}-{seed}"
@@ -160,10 +150,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--core", action="store_true", help="only the core of the data (may be switched when resuming)")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    train(given.vae, given.out, given.steps, given.batch_size, given.learning_rate, given.device, given.core)
+    train(given.vae, given.out, given.steps, given.batch_size, given.learning_rate, given.device)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.emoji.bake import held_out
-from ppcl.emoji.data import ASSETS, SIZE, is_core, load_captions, load_images
+from ppcl.emoji.bake import is_wanted
+from ppcl.emoji.data import ASSETS, GROUNDS, SIZE, load_emoji, load_pairs, load_pictures, load_tiles
 from ppcl.eval.clip import retrieval_at
 from ppcl.eval.features import load_extractor
+from ppcl.prompts import prompts_for
 from ppcl.teacher import EMBEDDED, load_pipeline
 
 
@@ -17,26 +18,44 @@ def folder_megabytes(name: str) -> float:
     return sum(p.stat().st_size for p in (ASSETS / name).rglob("*") if p.is_file()) / 1e6
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    return torch.from_numpy(load_images()).permute(0, 3, 1, 2).contiguous()
+def as_tensor(pairs):
+    return torch.from_numpy(load_pictures(pairs)).permute(0, 3, 1, 2).contiguous()
 
 
-def test_every_picture_has_one_caption_and_the_split_is_by_emoji(pictures):
-    rows = load_captions()
-    assert len(rows) == len(pictures) > 1800
-    assert len({row.caption for row in rows}) == len(rows)
-    assert all((row.split == "held-out") == held_out(row.code) for row in rows)
-    assert 300 < sum(map(is_core, rows)) < 500
-    assert not any(is_core(row) for row in load_captions("held-out"))
+def test_every_pair_has_its_own_caption_and_one_split():
+    pairs, emoji = load_pairs(), load_emoji()
+    assert len(pairs) == len(emoji) * len(GROUNDS) == len({pair.caption for pair in pairs}) > 2500
+    assert all(is_wanted(row.name, row.group) for row in emoji)
+    splits = {name: set(load_pairs(name)) for name in ("train", "new pair", "new emoji")}
+    assert sum(map(len, splits.values())) == len(pairs)
+    tiles = {name: {pair.tile for pair in members} for name, members in splits.items()}
+    assert not tiles["new emoji"] & (tiles["train"] | tiles["new pair"])
+    assert tiles["new pair"] < tiles["train"]  # both halves of a new pair are known
+    assert {pair.ground for pair in splits["new pair"]} <= {pair.ground for pair in splits["train"]}
 
 
-def test_tiles_are_cut_where_they_belong(pictures):
-    rows = load_captions()
-    by_name = {row.caption: pictures[i].float().mean((1, 2)) for i, row in enumerate(rows)}
-    red, blue = by_name["red heart"], by_name["blue heart"]
-    assert red[0] > red[2] + 20
-    assert blue[2] > blue[0] + 20
+def test_the_first_round_of_pairs_names_every_emoji_once():
+    pairs = load_pairs()[: len(load_emoji())]
+    assert [pair.tile for pair in pairs] == list(range(len(pairs)))
+    assert len({pair.ground for pair in pairs}) == len(GROUNDS)
+
+
+def test_pictures_show_the_emoji_on_its_ground():
+    names = {row.name: tile for tile, row in enumerate(load_emoji())}
+    pairs = [pair for pair in load_pairs() if pair.tile in (names["red heart"], names["blue heart"])]
+    alpha = load_tiles()[..., 3]
+    for pair, picture in zip(pairs, load_pictures(pairs), strict=True):
+        assert (picture[alpha[pair.tile] == 0] == GROUNDS[pair.ground]).all()
+        red, _, blue = picture[alpha[pair.tile] == 255].astype(float).mean(0)
+        assert red > blue + 20 if pair.tile == names["red heart"] else blue > red + 20
+    assert load_pictures(pairs, 64).shape == (len(pairs), 64, 64, 3)
+
+
+def test_evaluation_prompts_are_pairs_that_neither_teacher_nor_student_saw():
+    calibration, evaluation = prompts_for("emoji", None, 128)
+    assert len(evaluation) == len(set(evaluation)) == 128
+    assert set(calibration) == {pair.caption for pair in load_pairs("train")}
+    assert set(evaluation) <= {pair.caption for pair in load_pairs("new pair")}
 
 
 def test_assets_stay_small():
@@ -45,24 +64,23 @@ def test_assets_stay_small():
     assert folder_megabytes("teacher") < 40
 
 
-def test_the_evaluator_tells_right_from_shuffled_captions(pictures):
-    rows = load_captions("train")
-    chosen = [i for i, row in enumerate(load_captions()) if row.split == "train"][::9]
+@pytest.mark.parametrize("split", ["train", "new pair"])
+def test_the_evaluator_tells_right_from_shuffled_captions(split):
+    pairs = load_pairs(split)[:: 1 if split == "new pair" else 9]
     extractor = load_extractor("emoji")
-    images = extractor.image_features(pictures[chosen])
-    texts = extractor.text_features([row.caption for row in rows[::9]])
+    images, texts = extractor.image_features(as_tensor(pairs)), extractor.text_features([p.caption for p in pairs])
     assert texts is not None
-    assert retrieval_at(images, texts, 1) > 0.9
+    assert retrieval_at(images, texts, 1) > 0.85
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(texts)))
     assert retrieval_at(images, texts[order], 1) < 0.05
 
 
-def test_the_teacher_is_a_stock_pipeline_that_follows_captions(pictures):
+def test_the_teacher_is_a_stock_pipeline_that_follows_captions():
     pipe = load_pipeline("emoji", torch.device("cpu"))
     assert type(pipe).__module__.startswith("diffusers.")
     assert len(pipe.transformer.transformer_blocks) >= 24
     assert EMBEDDED["emoji"].is_dir()
-    rows = [row.caption for row in load_captions() if is_core(row)][::24]
+    rows = [pair.caption for pair in load_pairs("train")[:384:24]]
     generator = [torch.Generator().manual_seed(i) for i in range(len(rows))]
     images = pipe(
         rows, negative_prompt=[" "] * len(rows), true_cfg_scale=3.0, height=SIZE, width=SIZE, num_inference_steps=12,
