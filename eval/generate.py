@@ -4,6 +4,9 @@ Picture ``index`` starts from noise that (seed, index) alone decides, drawn on t
 batch size and the device change nothing about it. A batch is drawn whole or not at all:
 the last bits of a batched forward pass depend on its neighbours, and a resumed folder must
 hold the same bytes as an undisturbed one.
+
+Of a video the middle frame is kept: what judges pictures wants one view of each prompt, and frames
+of one video are too alike to count as several. The velocity error sees all of them.
 """
 
 from __future__ import annotations
@@ -59,14 +62,14 @@ def draw(
     """Call the pipeline on one batch.
 
     Args:
-        pipeline: A diffusers text-to-image pipeline.
+        pipeline: A diffusers text-to-image or text-to-video pipeline.
         prompts: The batch.
         generators: One for each prompt.
         num_inference_steps: Denoising steps.
         call_kwargs: Further arguments, all of which the pipeline takes.
 
     Returns:
-        One PIL picture for each prompt.
+        One PIL picture for each prompt; of a video, its middle frame.
 
     Raises:
         UserError: The pipeline ran out of memory, or returned something else.
@@ -87,13 +90,33 @@ def draw(
         raise UserError(
             f"out of memory while drawing {len(prompts)} pictures at once; lower evaluate.batch_size"
         ) from error
-    images = getattr(output, "images", None)
-    if not isinstance(images, list) or len(images) != len(prompts):
-        got = f"{len(images)} pictures" if isinstance(images, list) else "no list of pictures"
+    images = pictures_of(output)
+    if images is None or len(images) != len(prompts):
+        got = f"{len(images)} pictures" if images is not None else "no list of pictures"
         raise UserError(
-            f"{type(pipeline).__name__} returned {got} for {len(prompts)} prompts; evaluate a text-to-image pipeline"
+            f"{type(pipeline).__name__} returned {got} for {len(prompts)} prompts; "
+            "evaluate a text-to-image or text-to-video pipeline"
         )
     return images
+
+
+def pictures_of(output: Any) -> list[Image.Image] | None:
+    """One picture for each prompt of a pipeline's output; a video is represented by its middle frame.
+
+    Args:
+        output: What a pipeline returned: ``images``, a list of PIL pictures, or ``frames``, a list of videos
+            that are lists of PIL pictures.
+
+    Returns:
+        The pictures, or None where the output holds neither.
+    """
+    images = getattr(output, "images", None)
+    if isinstance(images, list):
+        return images
+    videos = getattr(output, "frames", None)
+    if isinstance(videos, list) and videos and all(isinstance(video, list) and video for video in videos):
+        return [video[len(video) // 2] for video in videos]
+    return None
 
 
 @contextlib.contextmanager
@@ -151,7 +174,7 @@ def generate(
     """Draw every prompt once; pictures that are there already are kept.
 
     Args:
-        pipeline: A diffusers text-to-image pipeline.
+        pipeline: A diffusers text-to-image or text-to-video pipeline.
         prompts: What to draw.
         folder: Where ``0000.png``, ``0001.png`` ... and ``prompts.json`` go.
         seed: Seed of the initial noise, together with a picture's index.

@@ -18,19 +18,18 @@ import json
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ModelError, UserError
 from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
-from ppcl.pipelines.lora_metadata import remap_metadata
+from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RUNS = ("drop", "start")
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfig, as JSON
 CONVERTED_KEY = "ppcl_kept_blocks"  # marks files whose blocks are already those of a compressed model
 # What may stand before a block list's name: nothing, diffusers' component, PEFT's wrapper, both.
 _PREFIX = r"(?P<prefix>(?:base_model\.model\.)?(?:transformer\.)?)"
@@ -50,6 +49,7 @@ class MappingReport:
         other: Keys outside of the block lists; they stay as they are.
         moved: Old and new name, such as ``transformer_blocks.5``, of every block that kept its LoRA.
         lost: Names of the teacher's blocks, or of modules inside them, whose LoRA was left out.
+        strength: What the scale of the updates comes from; empty where the file could not be looked at.
     """
 
     mapped: Mapping[str, str]
@@ -57,13 +57,15 @@ class MappingReport:
     other: tuple[str, ...]
     moved: tuple[tuple[str, str], ...]
     lost: tuple[str, ...]
+    strength: str = ""
 
     def __str__(self) -> str:
         lines = [f"mapped: {len(self.mapped)} tensors of {len(self.moved)} blocks"]
         lines += [f"  {old} -> {new}" for old, new in self.moved]
         lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks or modules that were replaced")
         lines += [f"  {name}" for name in self.lost]
-        return "\n".join([*lines, f"outside of the blocks, unchanged: {len(self.other)} tensors"])
+        lines.append(f"outside of the blocks, unchanged: {len(self.other)} tensors")
+        return "\n".join([*lines, self.strength] if self.strength else lines)
 
 
 def remap_lora(
@@ -158,9 +160,12 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
 
     runs = kwargs.pop("runs", "drop")
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
-    if not isinstance(path_or_dict, Mapping):
-        _refuse_converted(path_or_dict, kwargs.get("weight_name"))
+    if isinstance(path_or_dict, Mapping):
+        strength = scaling_note(path_or_dict, ())
+    else:
+        strength = _check_source(path_or_dict, kwargs.get("weight_name"))
     tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs)
+    report = replace(report, strength=strength)
     if adapter is None:
         pipe.load_lora_weights(tensors, **options)
         return report
@@ -195,7 +200,7 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
 
     from ppcl.files import atomic_path
 
-    _refuse_converted(src, None)
+    strength = _check_source(src, None)
     tensors, header = _read(Path(src))
     record: Mapping[str, Sequence[Any]]
     if isinstance(pipe_or_kept_blocks, Mapping):
@@ -210,7 +215,7 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
     header[CONVERTED_KEY] = json.dumps(record)
     with atomic_path(dst) as temporary:
         save_file(_storable(out), temporary, header)
-    return report
+    return replace(report, strength=strength)
 
 
 def _bridge(
@@ -351,25 +356,34 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download or save it again") from None
 
 
-def _refuse_converted(source: str | Path, weight_name: str | None) -> None:
-    """Refuse a file that convert_lora wrote: its numbers are the compressed model's, and would be moved twice."""
+def _check_source(source: str | Path, weight_name: str | None) -> str:
+    """Look into a LoRA's local files before diffusers reads them.
+
+    Returns:
+        What decides its strength, see :func:`scaling_note`; empty for a hub id.
+
+    Raises:
+        UserError: :func:`convert_lora` wrote it: its numbers are the compressed model's, and would be moved twice.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(source)
+    path, notes = Path(source), []
     files = [path / weight_name] if weight_name else [path, *(path.glob("*.safetensors") if path.is_dir() else ())]
     for file in files:
         if not file.is_file():
             continue
         try:
             with safe_open(file, framework="pt") as opened:
-                converted = CONVERTED_KEY in (opened.metadata() or {})
+                header, keys = opened.metadata() or {}, list(opened.keys())
         except (SafetensorError, OSError):
             continue  # whoever reads it next says what is wrong with it
-        if converted:
+        if CONVERTED_KEY in header:
             raise UserError(
                 f"{file} was already converted for a compressed model; load it with pipe.load_lora_weights, "
                 "or start from the file made for the teacher"
             )
+        notes.append(scaling_note(keys, header))
+    return notes[0] if len(notes) == 1 else ""  # of several files diffusers picks one
 
 
 def _storable(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

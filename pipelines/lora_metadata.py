@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfig, as JSON
+
+
+def scaling_note(keys: Collection[str], header: Collection[str]) -> str:
+    """Say what decides how strong a LoRA is: the stored config, alphas among the tensors, or nothing.
+
+    Args:
+        keys: Names of the file's own tensors, before any conversion.
+        header: Names in the file's metadata.
+    """
+    if METADATA_KEY in header:
+        return "strength: alpha and rank from the file's metadata"
+    if any(key.endswith(".alpha") for key in keys):
+        return "strength: the alphas among the file's tensors"
+    return (
+        "strength: neither metadata nor alphas in the file, so every update is added as it is (alpha = rank), as "
+        "diffusers does; if it was trained with another alpha, set the weight alpha / rank with pipe.set_adapters"
+    )
 
 
 def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:

@@ -25,14 +25,17 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(given.folder).to(device)
+    qwen = type(pipe).__name__.startswith("QwenImage")  # the others have one name for guidance of either kind
+    guidance = (
+        {"negative_prompt": " ", "true_cfg_scale": given.guidance} if qwen else {"guidance_scale": given.guidance}
+    )
     picture = pipe(
         given.prompt,
-        negative_prompt=" ",
-        true_cfg_scale=given.guidance,
         height=given.size,
         width=given.size,
         num_inference_steps=given.steps,
         generator=torch.Generator().manual_seed(given.seed),
+        **guidance,
     ).images[0]
     picture.save(given.out)
 

@@ -31,7 +31,7 @@ SPLITS = ("train", "held-out")
 
 
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
-    """Name the guidance and size arguments as this pipeline wants them.
+    """Name the guidance and size arguments as this pipeline wants them (frames too, if it draws videos).
 
     Guidance-distilled transformers (``guidance_embeds``) take ``guidance_scale`` as an input;
     Qwen-like pipelines take ``true_cfg_scale`` with a negative prompt; the rest take
@@ -39,7 +39,7 @@ def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]
     """
     accepted = inspect.signature(pipeline.__call__).parameters
     distilled = bool(pipeline.transformer.config.get("guidance_embeds"))
-    arguments: dict[str, Any] = {"height": settings.height, "width": settings.width}
+    arguments: dict[str, Any] = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
     if distilled or "true_cfg_scale" not in accepted:
         arguments["guidance_scale"] = settings.guidance_scale
     else:
@@ -113,6 +113,10 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
     prompts = list(dict.fromkeys(prompts))[: settings.num_prompts]
     if len(prompts) < 2:
         raise UserError(f"calibration needs at least 2 different prompts, got {len(prompts)}; add lines to --prompts")
+    if isinstance(
+        getattr(pipeline, "transformer_2", None), nn.Module
+    ):  # Wan 2.2: one expert for much noise, one for little
+        logger.warning("%s has two transformers; only 'transformer' is compressed", type(pipeline).__name__)
     jobs = []
     for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
         # Prompts of like length share a batch, so that few shapes of text embeddings arise.

@@ -27,6 +27,7 @@ class CaptureConfig(Section):
     held_out_share: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for selection")
     height: int | None = Field(None, description="pixels; the pipeline's default if empty")
     width: int | None = None
+    num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
     guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
     negative_prompt: str = " "
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, read_json, write_json, write_text
-from ppcl.teacher import model_path
+from ppcl.teacher import absent_parts, model_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +54,7 @@ def export(pipeline: Any, student: Any, plan: CompressionPlan, source: str, out:
             pipeline.save_config(temporary)
         student.save_pretrained(temporary / "transformer", max_shard_size=settings.max_shard_size)
         _name_class(temporary / "model_index.json", type(student).__name__)
-        write_text(temporary / "README.md", model_card(plan, source, type(pipeline).__name__))
+        write_text(temporary / "README.md", model_card(plan, source, pipeline, absent_parts(temporary)))
         _check(temporary / "transformer", type(student))
     return out
 
@@ -72,8 +74,17 @@ def _check(folder: Path, kind: Any) -> None:
         raise ArtifactError(f"the exported transformer does not match its config ({wrong[0]}); please report this")
 
 
-def model_card(plan: CompressionPlan, source: str, pipeline_class: str) -> str:
-    """The README of the exported pipeline."""
+def model_card(plan: CompressionPlan, source: str, pipeline: Any, absent: Sequence[str] = ()) -> str:
+    """The README of the exported pipeline.
+
+    Args:
+        plan: What was done.
+        source: What the teacher was loaded from.
+        pipeline: The teacher's pipeline.
+        absent: Components that plain diffusers must be told are not there, see :func:`ppcl.teacher.absent_parts`.
+    """
+    task = "text-to-video" if "num_frames" in inspect.signature(pipeline.__call__).parameters else "text-to-image"
+    without = "".join(f", {name}=None" for name in absent)
     rows = []
     for name, pieces in plan.stacks.items():
         kept = [str(s.first) if not s.is_run else f"{s.first}-{s.last} -> 1" for s in pieces]
@@ -82,16 +93,16 @@ def model_card(plan: CompressionPlan, source: str, pipeline_class: str) -> str:
     return f"""---
 library_name: diffusers
 base_model: {source}
-tags: [ppcl, compressed, text-to-image]
+tags: [ppcl, compressed, {task}]
 ---
 # {Path(source).name}, compressed by ppcl
 
 {p.params:,} parameters in the transformer, {p.param_ratio:.1%} of the teacher's. It is a stock
-`{pipeline_class}`: nothing but diffusers is needed.
+`{type(pipeline).__name__}`: nothing but diffusers is needed.
 
 ```python
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})
 ```
 
 Plan ({plan.mode}, budget {plan.budget}):

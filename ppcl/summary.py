@@ -62,6 +62,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def print_summary(out: Path) -> None:
     """Print the final table and the path of the report."""
+    from ppcl.teacher import loading_call
+
     metrics = read_json(out / "eval" / "metrics.json")
     table = Table(title=f"{metrics['samples']['prompts']} prompts, features: {metrics['features']}")
     for name in ("", "teacher", "student", "teacher's own spread"):
@@ -86,5 +88,5 @@ def print_summary(out: Path) -> None:
         f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
         f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
     )
-    console.print(f'use it:  DiffusionPipeline.from_pretrained("{out / "pipeline"}")', soft_wrap=True, markup=False)
+    console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)

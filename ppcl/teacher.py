@@ -74,8 +74,56 @@ def check_folder(folder: Path) -> None:
             "ppcl compresses diffusion transformers, not U-Nets"
         )
     _check_family(components["transformer"])
+    for name in ("diffusion_pytorch_model", "model"):
+        for listing in sorted(folder.glob(f"*/{name}.safetensors.index.json")):
+            _check_shards(listing)
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
+
+
+def _check_shards(listing: Path) -> None:
+    """Refuse an index of sharded weights that is damaged or names a file that is not there."""
+    shards = set(_weight_map(listing).values())
+    missing = sorted(name for name in shards if not (listing.parent / name).is_file())
+    if missing:
+        raise ModelError(
+            f"{listing.parent / missing[0]} is missing ({len(missing)} of the {len(shards)} files that {listing.name} "
+            "names); fetch the pipeline again"
+        )
+
+
+def _weight_map(listing: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name."""
+    try:
+        content = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{listing} is damaged ({error or type(error).__name__}); fetch the pipeline again") from None
+
+
+def absent_parts(folder: Path) -> list[str]:
+    """Components that a pipeline folder was saved without, although its class asks for them.
+
+    Such a pipeline (SD3 without its T5, for one) loads only if they are named as None.
+
+    Args:
+        folder: A pipeline folder; empty for anything else.
+    """
+    import diffusers
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return []
+    components = json.loads(index.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, str(components.get("_class_name")), None)
+    optional = getattr(kind, "_optional_components", ())
+    return [name for name, entry in components.items() if entry == [None, None] and name not in optional]
+
+
+def loading_call(folder: Path) -> str:
+    """The Python call by which plain diffusers loads a pipeline folder."""
+    absent = "".join(f", {name}=None" for name in absent_parts(folder))
+    return f'DiffusionPipeline.from_pretrained("{folder}"{absent})'
 
 
 def _check_family(entry: Any) -> None:
@@ -134,7 +182,8 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+        absent = dict.fromkeys(absent_parts(Path(path)))
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **absent)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -147,15 +196,54 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
             f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
         )
     adapter_for(transformer)
-    if any(parameter.is_meta for parameter in transformer.parameters()):
-        raise ModelError(
-            f"model {model!r}: its config and its weights disagree (some weights are missing); fetch it again"
-        )
+    check_complete(model, transformer)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def check_complete(model: str, transformer: Any) -> None:
+    """Refuse a transformer whose config and weight files disagree.
+
+    diffusers loads both kinds of disagreement without an error: a weight that is not in the files stays
+    unset, and blocks beyond the config's count are left out.
+
+    Args:
+        model: What it was loaded from, for the message.
+        transformer: As diffusers loaded it.
+
+    Raises:
+        ModelError: Weights are missing, or the files hold more blocks than the config counts.
+    """
+    unset = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
+    if unset:
+        raise ModelError(
+            f"model {model!r}: the transformer's config.json and its weights disagree (the files have no '{unset[0]}', "
+            f"and {len(unset) - 1} more); mend config.json, or fetch it again"
+        )
+    stored = _stored_names(Path(str(transformer.config.get("_name_or_path") or "")))
+    for spec in adapter_for(transformer).stacks:
+        blocks = len(getattr(transformer, spec.name))
+        parts = [
+            name.removeprefix(f"{spec.name}.").split(".")[0] for name in stored if name.startswith(f"{spec.name}.")
+        ]
+        held = 1 + max((int(part) for part in parts if part.isdecimal()), default=-1)
+        if held > blocks:
+            raise ModelError(
+                f"model {model!r}: the transformer's config.json and its weights disagree ({spec.count_field} is "
+                f"{blocks}, but the files hold {held} of '{spec.name}'); mend config.json, or fetch it again"
+            )
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in a transformer's folder; empty where they are not in diffusers' own files."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    listing = folder / f"{file.name}.index.json"
+    if listing.is_file():
+        return set(_weight_map(listing))
+    return set(read_tensor_header(file)) if file.is_file() else set()
 
 
 def config_digest(transformer: Any) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+
+from ppcl.errors import UserError
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -25,6 +29,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("picture.png"))
     return made
+
+
+def exits_cleanly(main: Callable[[], None]) -> None:
+    """Run an example; what a user can mend is one line and exit code 2, as in the command line of ppcl."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def device() -> str:

@@ -13,7 +13,7 @@ from diffusers.utils import load_image
 
 from ppcl.pipelines import attach_controlnet
 from ppcl.pipelines.controlnet import control_family
-from ppcl.pipelines.examples.common import draw, load, parser
+from ppcl.pipelines.examples.common import draw, exits_cleanly, load, parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits_cleanly(main)

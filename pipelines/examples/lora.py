@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ppcl.pipelines import convert_lora, load_lora
-from ppcl.pipelines.examples.common import draw, load, parser
+from ppcl.pipelines.examples.common import draw, exits_cleanly, load, parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,4 +28,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits_cleanly(main)

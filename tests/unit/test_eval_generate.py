@@ -193,6 +193,17 @@ def test_the_pipelines_own_bar_is_quiet_only_while_drawing(tmp_path: Path) -> No
     assert pipeline.seen == [{"leave": False, "disable": True}, {"leave": False}]
 
 
+def test_the_middle_frame_stands_for_a_video(tmp_path: Path) -> None:
+    class Video(NoisePipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+            pictures = super().__call__(*args, **kwargs).images
+            return SimpleNamespace(frames=[[Image.new("RGB", one.size)] * 2 + [one] * 3 for one in pictures])
+
+    generate(Video(), PROMPTS, tmp_path / "video", **SETTINGS)
+    generate(NoisePipeline(), PROMPTS, tmp_path / "picture", **SETTINGS)
+    assert contents(tmp_path / "video") == contents(tmp_path / "picture")
+
+
 def test_wrong_output_and_lack_of_memory_are_user_errors(tmp_path: Path) -> None:
     class Video(NoisePipeline):
         def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:

@@ -1,0 +1,79 @@
+"""Every supported class through the stages behind the command: analysis, plan, 20 steps of distillation, export."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import TINY
+
+from ppcl import trees
+from ppcl.adapters import adapter_for
+from ppcl.analysis.analyze import analyze
+from ppcl.bundle import build_student, load_bundle
+from ppcl.capture import States, velocity, velocity_error
+from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
+from ppcl.distill.trainer import Distiller
+from ppcl.files import read_tensors, write_tensors
+from ppcl.fit import fit
+from ppcl.planner import plan
+from ppcl.student import assemble_student
+from ppcl.teacher import describe
+
+STEPS = 10  # of each of the two kinds of distillation
+ANALYZE = AnalyzeConfig(batch_size=2, cka_tokens=16)
+FIT = FitConfig(max_run=2, max_candidates=2, steps=2, batch_size=2, eval_states=2, starts=("middle",))
+DISTILL = DistillConfig(
+    local_steps=STEPS, output_steps=STEPS, batch_size=2, warmup_steps=2, ema_decay=0, checkpoint_every=100,
+    from_fit=False, local_learning_rate=1e-3, output_learning_rate=1e-4,
+)  # fmt: skip
+
+
+def write_states(name, folder):
+    """Three calls of two samples as ``ppcl.capture`` writes them: two to train on, one held out."""
+    for file in ("train-0000", "train-0001", "held-out-0000"):
+        tensors = {}
+        node = trees.flatten(TINY[name]()[1], "00", tensors)
+        # inputs of several names may share memory, which safetensors refuses
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        write_tensors(folder / f"{file}.safetensors", tensors, {"calls": [node], "alias": {}})
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_analysis_plan_distillation_export(name, tmp_path):
+    torch.manual_seed(0)
+    model = TINY[name]()[0].eval().requires_grad_(False)
+    adapter, states = adapter_for(model), tmp_path / "calibration"
+    write_states(name, states)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+    info = describe(SimpleNamespace(transformer=model, components={}))
+    analysis = analyze(model, adapter, info, states, tmp_path, ANALYZE, seed=0)
+    probes = read_tensors(tmp_path / "analysis.safetensors")[0]
+    candidates = fit(model, adapter, analysis, probes, states, tmp_path, FIT, seed=0)
+    chosen = plan(analysis, candidates, PlanConfig(keep=0.999))
+    assert chosen.runs
+
+    rows = []
+    Distiller(model, adapter, chosen, states, tmp_path, DISTILL, 0, log=rows.append).run()
+    assert len(rows) == 2 * STEPS
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]) for row in rows)
+
+    bundle = load_bundle(tmp_path / "bundle", model, adapter)
+    student = build_student(model, adapter, bundle)
+    student.save_pretrained(tmp_path / "exported")
+    loaded, report = type(model).from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(loaded) is type(model)
+    arguments = next(States(states, "held-out").batches(2))
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(loaded, arguments), velocity(student, arguments), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+    # it learnt: on what it was trained on it is closer to the teacher than the same plan untrained
+    untrained = Distiller(model, adapter, chosen, states, tmp_path / "none", DISTILL, 0).substitutes
+    raw = assemble_student(model, adapter, chosen, untrained)
+    errors = [velocity_error(model, one, States(states, "train").batches(2)) for one in (loaded, raw)]
+    assert errors[0] < errors[1]

@@ -1,0 +1,84 @@
+"""The real command on a tiny pipeline of each kind that diffusers has, and plain diffusers on what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES
+
+from ppcl import cli
+
+SIDE = 32
+FRAMES = 5
+# What a family's own shape asks for: Z-Image keeps most of its parameters outside of its blocks.
+KEEP = {"z_image": 0.93}
+ABSENT = {"sd3_without_t5": {"text_encoder_3": None, "tokenizer_3": None}}
+OPTIONS = (
+    *(f"capture.{name}={value}" for name, value in (("height", SIDE), ("width", SIDE), ("num_frames", FRAMES))),
+    *("capture.num_inference_steps=2", "fit.max_candidates=3", "fit.steps=2", "device=cpu"),
+    *("distill.local_steps=3", "distill.output_steps=2", "evaluate.num_prompts=2", "evaluate.num_inference_steps=2"),
+)
+
+
+@pytest.fixture(scope="module", params=sorted(PIPELINES))
+def compressed(request, prompts_file, small_config, tmp_path_factory):
+    """A family's teacher, compressed by the command line from an ordinary folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    teacher = PIPELINES[request.param]()
+    teacher.save_pretrained(folder / "model")
+    arguments = ["compress", folder / "model", "--out", folder / "run", "--config", small_config]
+    arguments += ["--prompts", prompts_file, "--keep", KEEP.get(request.param, 0.9)]
+    arguments += [part for option in OPTIONS for part in ("--set", option)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+        cli.main()
+    assert not stop.value.code
+    return SimpleNamespace(name=request.param, teacher=teacher, run=folder / "run")
+
+
+def draw(pipeline):
+    """One prompt's picture, or the frames of its video."""
+    pipeline.set_progress_bar_config(disable=True)
+    video = hasattr(pipeline.vae.config, "temperal_downsample")
+    output = pipeline(
+        prompt="red cat", height=SIDE, width=SIDE, num_inference_steps=2, output_type="pil",
+        generator=torch.Generator().manual_seed(0), **({"num_frames": FRAMES} if video else {}),
+    )  # fmt: skip
+    return output.frames[0] if video else output.images
+
+
+def test_plain_diffusers_loads_and_draws_what_the_command_wrote(compressed):
+    from diffusers import DiffusionPipeline
+
+    folder = compressed.run / "pipeline"
+    absent = ABSENT.get(compressed.name, {})
+    pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
+    assert type(pipeline) is type(compressed.teacher)
+    assert type(pipeline.transformer) is type(compressed.teacher.transformer)
+    plan = json.loads((compressed.run / "plan.json").read_text())
+    params = sum(p.numel() for p in pipeline.transformer.parameters())
+    assert params == plan["predicted"]["params"]
+    assert params < sum(p.numel() for p in compressed.teacher.transformer.parameters())
+    pictures = draw(pipeline)
+    assert len(pictures) == (FRAMES if compressed.name == "wan" else 1)
+    assert all(picture.size == (SIDE, SIDE) for picture in pictures)
+    card = (folder / "README.md").read_text()
+    assert all(f", {name}=None" in card for name in absent)
+    assert ("text-to-video" if compressed.name == "wan" else "text-to-image") in card
+
+
+def test_report_and_numbers(compressed):
+    metrics = json.loads((compressed.run / "eval" / "metrics.json").read_text())
+    for part in ("teacher", "student", "fidelity"):
+        assert not {k: v for k, v in metrics[part].items() if v is None or not math.isfinite(v)}
+    assert 0 < metrics["fidelity"]["velocity_error"] < 1
+    assert 0 < metrics["fidelity"]["ssim"] < 1  # the student draws something, and something else
+    pictures = sorted(p.name for p in (compressed.run / "eval" / "student" / "seed-0").glob("*.png"))
+    assert pictures == ["0000.png", "0001.png"]
+    assert "</html>" in (compressed.run / "report.html").read_text()
