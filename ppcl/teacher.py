@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,45 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def model_path(model: str) -> str:
     """Return the folder of an embedded model, or ``model`` itself."""
     return str(EMBEDDED.get(model, model))
+
+
+def source_name(model: str) -> str:
+    """What a compressed model says it was made from: the hub id or embedded name, of a folder its name alone."""
+    return Path(model).resolve().name if Path(model).is_dir() and model not in EMBEDDED else model
+
+
+def stored_folder(model: str) -> Path | None:
+    """Return where a pipeline's files are: its folder, or its snapshot in the hub's cache; None if neither is there."""
+    folder = Path(model_path(model))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, "model_index.json")
+    except ValueError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def stored_dtype(model: str) -> torch.dtype | None:
+    """The dtype that most bytes of a pipeline's stored transformer have.
+
+    Returns:
+        float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
+    """
+    folder = stored_folder(model)
+    if folder is None:
+        return None
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    plain = [file for file in files if "." not in file.stem]  # others are variants beside them
+    sizes: Counter[str] = Counter()
+    for file in plain or files:
+        for entry in read_tensor_header(file).values():
+            begin, end = entry["data_offsets"]
+            sizes[entry["dtype"]] += end - begin
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
 
 
 def check_folder(folder: Path) -> None:
@@ -105,13 +145,16 @@ def check_model(model: str) -> None:
         )
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
     """Load a text-to-image pipeline, frozen, in evaluation mode.
 
     Args:
         model: ``emoji``, a folder, or a hub id.
         device: Where it goes.
         dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
+        variant: In the weights' file names; components without such files are loaded without it.
 
     Returns:
         The ``DiffusionPipeline``, without a progress bar.
@@ -132,7 +175,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
