@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def test_only_what_the_index_names_is_taken_along(source: Path, tmp_path: Path) 
         *("scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
         *("model_index.json", "README.md", "LICENSE.md"),
     }
-    assert not any(os.path.samefile(out / name, source / name) for name in LARGE)
+    assert not any((out / name).samefile(source / name) for name in LARGE)
 
 
 def state(folder: Path) -> dict[str, str]:
@@ -142,10 +141,10 @@ def test_linked_weights_are_the_teachers_files(source: Path, tmp_path: Path) -> 
     out = exported(source, tmp_path / "pipeline", components="link")
     exported(source, out, components="link")  # over an older one, which is removed
     for name in LARGE:
-        assert os.path.samefile(out / name, source / name)
+        assert (out / name).samefile(source / name)
         assert not (out / name).is_symlink()
     for file in ("vae/config.json", "text_encoder/config.json", "model_index.json", "tokenizer/tokenizer.json"):
-        assert not os.path.samefile(out / file, source / file)  # tools rewrite these in place
+        assert not (out / file).samefile(source / file)  # tools rewrite these in place
     assert state(source) == before
     loaded = type(shared_pipeline()).from_pretrained(out)
     loaded.save_pretrained(out)  # what a user might do
@@ -190,7 +189,7 @@ def test_a_link_leads_to_the_file_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "name.safetensors").symlink_to("blobs/a1")
     assert link_file(tmp_path / "name.safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").is_symlink()
-    assert os.path.samefile(tmp_path / "out.safetensors", tmp_path / "blobs" / "a1")
+    assert (tmp_path / "out.safetensors").samefile(tmp_path / "blobs" / "a1")
 
 
 @pytest.mark.parametrize("components", ["copy", "link"])
@@ -219,7 +218,7 @@ def test_components_come_from_the_cache_of_the_hub(
     student, pipeline, bundle = student_and_pipeline()
     monkeypatch.setattr("ppcl.export.model_card", lambda *_: "card")
     out = export(pipeline, student, bundle.plan, "owner/name", tmp_path / "out", ExportConfig(components="link"))
-    assert all(os.path.samefile(out / name, source / name) for name in LARGE)
+    assert all((out / name).samefile(source / name) for name in LARGE)
     assert kinds(out) == {"F16"}
 
 
