@@ -17,7 +17,7 @@ from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
-from ppcl.files import file_digest, write_text
+from ppcl.files import file_digest, weights_variant, write_text
 from ppcl.student import assemble_student
 from ppcl.teacher import load_pipeline, weights_digest
 from ppcl.trees import to_device
@@ -53,7 +53,7 @@ def references_for(model: str) -> Tensor | None:
 def evaluate_run(run: Run) -> dict[str, Any]:
     """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json`` and the model card's numbers."""
     teacher = run.teacher
-    variant = run.config.export.variant
+    variant = weights_variant(run.out / "pipeline")
     student = load_pipeline(str(run.out / "pipeline"), run.device, teacher.transformer.dtype, variant)
     held_out = States(run.out / "calibration", "held-out")
     settings = run.config.evaluate

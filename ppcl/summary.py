@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppcl.artifacts import CompressionPlan, load_artifact
-from ppcl.files import read_json
+from ppcl.files import read_json, weights_variant
 
 
 def describe_runs(plan: CompressionPlan) -> str:
@@ -64,5 +64,7 @@ def print_summary(out: Path) -> None:
         f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
         f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
     )
-    console.print(f'use it:  DiffusionPipeline.from_pretrained("{out / "pipeline"}")', soft_wrap=True, markup=False)
+    variant = weights_variant(out / "pipeline")
+    call = f'"{out / "pipeline"}", variant="{variant}"' if variant else f'"{out / "pipeline"}"'
+    console.print(f"use it:  DiffusionPipeline.from_pretrained({call})", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)

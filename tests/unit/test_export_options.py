@@ -21,8 +21,8 @@ from ppcl.card import PLACEHOLDER, Facts, Making, draw_plan, model_card, pipelin
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
 from ppcl.export import cast, export, link_file
-from ppcl.files import read_tensor_header
-from ppcl.teacher import source_name, stored_dtype
+from ppcl.files import read_tensor_header, weights_variant
+from ppcl.teacher import load_pipeline, source_name, stored_dtype
 
 LARGE = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 METRICS: dict[str, Any] = {
@@ -105,6 +105,8 @@ def test_shards_and_variant_load_as_diffusers_own(source: Path, tmp_path: Path) 
     with pytest.raises(OSError, match="diffusion_pytorch_model"):
         kind.from_pretrained(out)
     assert f'from_pretrained("{PLACEHOLDER}", variant="bf16")' in (out / "README.md").read_text()
+    assert weights_variant(out) == "bf16"
+    assert load_pipeline(str(out), torch.device("cpu"), variant="bf16").transformer.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,8 @@ def test_wrong_settings_are_found_before_the_work(setting: str, words: str) -> N
 
 def test_only_what_the_index_names_is_taken_along(source: Path, tmp_path: Path) -> None:
     out = exported(source, tmp_path / "pipeline")
+    assert weights_variant(out) is None
+    assert weights_variant(tmp_path) is None
     assert {path.name for path in out.iterdir()} == {
         *("scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
         *("model_index.json", "README.md", "LICENSE.md"),
