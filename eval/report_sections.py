@@ -25,6 +25,7 @@ from ppcl.eval.report_html import (
     text,
 )
 from ppcl.eval.report_pictures import Pair, picture_grids
+from ppcl.files import weights_variant
 
 
 def share_of_params(run: RunData) -> float | None:
@@ -94,7 +95,9 @@ def load_lines(run: RunData) -> str:
     if narrow:
         lines.append("import ppcl.pipelines  # registers the classes with narrower blocks")
     path = json.dumps((run.folder / "pipeline").as_posix(), ensure_ascii=False)
-    lines += [f"pipe = DiffusionPipeline.from_pretrained({path})"]
+    variant = weights_variant(run.folder / "pipeline")
+    named = f', variant="{variant}"' if variant else ""
+    lines += [f"pipe = DiffusionPipeline.from_pretrained({path}{named})"]
     return "\n".join(lines)
 
 

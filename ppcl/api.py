@@ -8,7 +8,14 @@ from ppcl.config import RunConfig, load_config
 from ppcl.stages import STAGES, Run
 
 
-def compress(model: str, out: str | Path, config: RunConfig | None = None, prompts: str | Path | None = None) -> Path:
+def compress(
+    model: str,
+    out: str | Path,
+    config: RunConfig | None = None,
+    prompts: str | Path | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> Path:
     """Compress a text-to-image pipeline; the same call again resumes.
 
     Args:
@@ -16,6 +23,8 @@ def compress(model: str, out: str | Path, config: RunConfig | None = None, promp
         out: The run directory.
         config: From :func:`ppcl.load_config`; defaults if None.
         prompts: A text file with one prompt a line.
+        push_to_hub: A repository, ``user/name``, that the finished pipeline is uploaded to.
+        private: Create that repository private.
 
     Returns:
         The folder of the compressed pipeline, for ``DiffusionPipeline.from_pretrained``.
@@ -23,7 +32,14 @@ def compress(model: str, out: str | Path, config: RunConfig | None = None, promp
     Raises:
         UserError: Anything that a user can mend; the message says how.
     """
+    from ppcl.card import PLACEHOLDER
+    from ppcl.hub import check_repo_id, push
+
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub)
     run = Run(model, Path(out), config or load_config([], []), Path(prompts) if prompts else None, "ppcl.compress(...)")
     for stage in STAGES:
         run.run(stage)
+    if push_to_hub is not None:
+        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER)
     return run.out / "pipeline"

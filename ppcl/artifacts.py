@@ -8,6 +8,8 @@ writes [u, v]; here u = first + 1 and v = last + 1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -289,6 +291,12 @@ def _build_generic(origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_build(arguments[0], v) for v in value)
     return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))
+
+
+def plan_digest(plan: CompressionPlan) -> str:
+    """SHA-256 of a plan's canonical JSON (sorted keys, no spaces, UTF-8), as 64 hexadecimal digits."""
+    text = json.dumps(to_jsonable(plan), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_artifact(artifact: Any, path: str | Path) -> None:

@@ -20,8 +20,15 @@ from ppcl.teacher import EMBEDDED, check_folder, check_model, model_path
 CONFIG_FILE = "transformer/config.json"
 VAE_FILE = "vae/config.json"
 DEFAULT_VAE_SCALE = 8  # of the published models of the families below
-# FLUX pipelines always pad to 512; Qwen-Image takes as many as the prompt has: a hundred words
-DEFAULT_TEXT_TOKENS = {"FluxTransformer2DModel": 512, "QwenImageTransformer2DModel": 128}
+# Pipelines pad to 512 (FLUX, Wan) or to 77 of CLIP and 256 of T5 (SD3); Qwen-Image and Z-Image take as many as the
+# prompt has: a hundred words
+DEFAULT_TEXT_TOKENS = {
+    "FluxTransformer2DModel": 512,
+    "QwenImageTransformer2DModel": 128,
+    "SD3Transformer2DModel": 333,
+    "WanTransformer3DModel": 512,
+    "ZImageTransformer2DModel": 128,
+}
 
 
 def read_config(model: str) -> tuple[dict[str, Any], int]:
@@ -163,9 +170,47 @@ def _flux(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any
     }
 
 
+def _sd3(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
+    patch = config.patch_size
+    return {
+        "hidden_states": _meta(1, config.in_channels, grid[0] * patch, grid[1] * patch),
+        "encoder_hidden_states": _meta(1, text_tokens, config.joint_attention_dim),
+        "pooled_projections": _meta(1, config.pooled_projection_dim),
+        "timestep": _meta(1),
+    }
+
+
+def _wan(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
+    """A video of one frame: what a picture costs."""
+    if config.image_dim or config.in_channels != config.out_channels:
+        return None  # image-to-video: takes a picture too
+    frames, rows, columns = config.patch_size
+    return {
+        "hidden_states": _meta(1, config.in_channels, frames, grid[0] * rows, grid[1] * columns),
+        "timestep": _meta(1),
+        "encoder_hidden_states": _meta(1, text_tokens, config.text_dim),
+    }
+
+
+def _z_image(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
+    if config.get("siglip_feat_dim"):
+        return None  # the variant that also takes pictures
+    patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
+    return {
+        "x": [_meta(config.in_channels, frames, grid[0] * patch, grid[1] * patch)],
+        "t": _meta(1),
+        "cap_feats": [_meta(text_tokens, config.cap_feat_dim)],
+        "patch_size": patch,
+        "f_patch_size": frames,
+    }
+
+
 CALLS: dict[str, Callable[[Any, tuple[int, int], int], dict[str, Any] | None]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "FluxTransformer2DModel": _flux,
+    "SD3Transformer2DModel": _sd3,
+    "WanTransformer3DModel": _wan,
+    "ZImageTransformer2DModel": _z_image,
 }
 
 
@@ -201,11 +246,21 @@ def example_call(transformer: Any, grid: tuple[int, int], text_tokens: int | Non
     Returns:
         The named arguments, or None where the family has no builder.
     """
-    for kind in type(transformer).__mro__:
-        if kind.__name__ in CALLS:
-            usual = DEFAULT_TEXT_TOKENS[kind.__name__]
-            return CALLS[kind.__name__](transformer.config, grid, text_tokens or usual)
-    return None
+    name = _family(transformer)
+    return CALLS[name](transformer.config, grid, text_tokens or DEFAULT_TEXT_TOKENS[name]) if name else None
+
+
+def usual_text_tokens(transformer: Any) -> int:
+    """Tokens of a prompt as the family's pipeline gives them.
+
+    Raises:
+        KeyError: The family has no builder of calls.
+    """
+    return DEFAULT_TEXT_TOKENS[_family(transformer) or ""]
+
+
+def _family(transformer: Any) -> str | None:
+    return next((kind.__name__ for kind in type(transformer).__mro__ if kind.__name__ in CALLS), None)
 
 
 def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from ppcl import __version__
 from ppcl.errors import ConfigError, UserError
 from ppcl.stages import FUNCTIONS, STAGES
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(
     help="Halve a diffusion transformer and get back a pipeline that drops into diffusers.",
     no_args_is_help=True,
@@ -31,6 +33,8 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", help="text file, one 
 Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
 Speedup = Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")]
 Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")]
+PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
+Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
 Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
 
 
@@ -102,7 +106,7 @@ def _open(
 
     config = resolve(model, files, sets, keep, speedup, fit, mode)
     _quiet_libraries()
-    return Run(model, out, config, prompts, "ppcl " + " ".join(sys.argv[1:]))
+    return Run(model, out, config, prompts, shlex.join(["ppcl", *sys.argv[1:]]))
 
 
 def _quiet_libraries() -> None:
@@ -113,6 +117,29 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers renames it; older versions need it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def _check_push(repo_id: str | None, private: bool) -> None:
+    """Say early what would keep a push from working, since hours may lie before it."""
+    _quiet_libraries()
+    if repo_id is None:
+        if private:
+            logger.warning("--private has no effect without --push-to-hub")
+        return
+    from ppcl.hub import check_repo_id, has_token
+
+    check_repo_id(repo_id)
+    if not has_token():
+        logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
+
+
+def _push(run: Any, repo_id: str | None, private: bool) -> None:
+    if repo_id is None:
+        return
+    from ppcl.card import PLACEHOLDER
+    from ppcl.hub import push
+
+    typer.echo(f"pushed:  {push(run.out / 'pipeline', repo_id, private, PLACEHOLDER)}")
 
 
 @app.command()
@@ -126,10 +153,13 @@ def compress(
     speedup: Speedup = None,
     fit: Fit = None,
     mode: Mode = None,
+    push_to_hub: PushTo = None,
+    private: Private = False,
 ) -> None:
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
     from ppcl.summary import print_prediction, print_summary
 
+    _check_push(push_to_hub, private)
     run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
@@ -138,12 +168,38 @@ def compress(
         if stage == "plan":
             print_prediction(run.out)
     print_summary(run.out)
+    _push(run, push_to_hub, private)
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option("--out")] = Path("runs/demo")) -> None:
     """Compress the embedded text-to-emoji teacher; about eight minutes on two cores."""
     compress("emoji", out)
+
+
+def _export_command(
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    speedup: Speedup = None,
+    fit: Fit = None,
+    mode: Mode = None,
+    push_to_hub: PushTo = None,
+    private: Private = False,
+) -> None:
+    """Stage: Write the pipeline, and push it to the hub if asked."""
+    _check_push(push_to_hub, private)
+    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
+    _run_stage(run, "export")
+    _push(run, push_to_hub, private)
+
+
+def _run_stage(run: Any, stage: str) -> None:
+    ran = run.run(stage)
+    typer.echo(f"{stage}: {'done' if ran else 'done before'} in {run.out}")
 
 
 def _stage_command(stage: str) -> None:
@@ -158,16 +214,17 @@ def _stage_command(stage: str) -> None:
         fit: Fit = None,
         mode: Mode = None,
     ) -> None:
-        run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
-        ran = run.run(stage)
-        typer.echo(f"{stage}: {'done' if ran else 'done before'} in {run.out}")
+        _run_stage(_open(model, out, config, set_, prompts, keep, speedup, fit, mode), stage)
 
     command.__doc__ = f"Stage: {FUNCTIONS[stage].__doc__}"
     app.command(name=stage)(command)
 
 
 for _stage in STAGES:
-    _stage_command(_stage)
+    if _stage == "export":
+        app.command(name=_stage)(_export_command)
+    else:
+        _stage_command(_stage)
 
 
 @app.command()

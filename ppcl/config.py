@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,8 +121,24 @@ class DistillConfig(Section):
 class ExportConfig(Section):
     """Writing the pipeline."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="the teacher's if empty")
-    max_shard_size: str = "5GB"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of the transformer's weights; auto: as the teacher's are stored"
+    )
+    variant: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_]+$", description="in the weights' file names, e.g. bf16; loading then names it too"
+    )
+    max_shard_size: str = Field("10GB", description="of one file of weights, e.g. 5GB or 800MB")
+    components: Literal["copy", "link"] = Field(
+        "copy", description="link: the other components' weights are the teacher's files, not copies of them"
+    )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        """Catch a typo before hours of distillation."""
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", text):
+            raise ValueError("expected a whole number and KB, MB, GB or TB, e.g. 5GB")
+        return text
 
 
 class EvaluateConfig(Section):

@@ -30,6 +30,10 @@ class BudgetError(UserError):
     """A budget that no plan can meet."""
 
 
+class HubError(UserError):
+    """A finished pipeline that could not be pushed to the hub."""
+
+
 class TrainingError(UserError):
     """Training that cannot go on (NaN losses, for example)."""
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import States, guidance_arguments, velocity, velocity_error
+from ppcl.card import run_card
 from ppcl.cost import count_params
 from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
-from ppcl.files import file_digest
+from ppcl.files import file_digest, weights_variant, write_text
 from ppcl.student import assemble_student
 from ppcl.teacher import load_pipeline, weights_digest
 from ppcl.trees import to_device
@@ -50,15 +51,16 @@ def references_for(model: str) -> Tensor | None:
 
 
 def evaluate_run(run: Run) -> dict[str, Any]:
-    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``."""
+    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json`` and the model card's numbers."""
     teacher = run.teacher
-    student = load_pipeline(str(run.out / "pipeline"), run.device, teacher.transformer.dtype)
+    variant = weights_variant(run.out / "pipeline")
+    student = load_pipeline(str(run.out / "pipeline"), run.device, teacher.transformer.dtype, variant)
     held_out = States(run.out / "calibration", "held-out")
     settings = run.config.evaluate
     count = settings.velocity_states
     error = velocity_error(teacher.transformer, student.transformer, held_out.batches(count, count))
     one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
-    return evaluate(
+    metrics = evaluate(
         teacher,
         student,
         prompts=run.evaluation_prompts,
@@ -74,6 +76,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         params=(count_params(teacher.transformer), count_params(student.transformer)),
         models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
     )
+    write_text(run.out / "pipeline" / "README.md", run_card(run, run.out / "pipeline"))
+    return metrics
 
 
 def undistilled_error(run: Run, held_out: States) -> float:

@@ -2,61 +2,195 @@
 
 from __future__ import annotations
 
-import inspect
+import json
+import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ppcl.artifacts import CompressionPlan
+from ppcl import __version__
+from ppcl.artifacts import CompressionPlan, plan_digest
+from ppcl.bundle import build_student, load_bundle
+from ppcl.card import Facts, model_card, run_card
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, read_json, write_json, write_text
-from ppcl.teacher import absent_parts, model_path
+from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX = "model_index.json"
+# Weights alone are linked: configs and tokenizers are small, and tools rewrite them in place, which
+# would reach the teacher through a link.
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+TOP_LEVEL = ("LICENSE*", "LICENCE*", "NOTICE*", "*.py")  # beside the components: terms, and custom pipeline code
 
 
-def export(pipeline: Any, student: Any, plan: CompressionPlan, source: str, out: Path, settings: ExportConfig) -> Path:
+def export_run(run: Run) -> Path:
+    """Export the bundle of a run as ``RUN/pipeline``."""
+    transformer = run.teacher.transformer
+    bundle = load_bundle(run.out / "bundle", transformer, run.adapter)
+    student = build_student(transformer, run.adapter, bundle)
+    out, settings = run.out / "pipeline", run.config.export
+    return export(run.teacher, student, bundle.plan, run.model, out, settings, lambda folder: run_card(run, folder))
+
+
+def export(
+    pipeline: Any,
+    student: Any,
+    plan: CompressionPlan,
+    source: str,
+    out: Path,
+    settings: ExportConfig,
+    card: Callable[[Path], str] | None = None,
+) -> Path:
     """Write the pipeline with the student in the transformer's place; nothing of ours is needed to load it.
 
-    The other components are copied from the source folder byte by byte where it is a folder,
-    and saved from memory otherwise.
+    The other components are the source's own files, copied byte by byte or linked, where they
+    lie in a folder or in the hub's cache, and are saved from memory otherwise.
 
     Args:
         pipeline: The teacher's pipeline (any dtype).
-        student: The compressed transformer with its counts registered.
-        plan: For the model card.
+        student: The compressed transformer with its counts registered; it is cast in place.
+        plan: For the provenance and the model card.
         source: What the teacher was loaded from.
         out: The folder to write.
         settings: See :class:`ExportConfig`.
+        card: Makes the model card of the written folder; one of the plan alone if None.
 
     Returns:
         ``out``.
 
     Raises:
         ArtifactError: The written transformer does not load back completely.
+        UserError: The folder cannot be written.
     """
-    if settings.dtype:
-        student = student.to(DTYPES[settings.dtype])
-    folder = Path(model_path(source))
+    dtype = stored_dtype(source) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    if dtype is not None:
+        cast(student, dtype)
+    register_source(student, plan, source)
     with atomic_path(out) as temporary:
-        if folder.is_dir():
-            ignore = shutil.ignore_patterns("transformer", "README.md", ".*")
-            shutil.copytree(folder, temporary, ignore=ignore)
+        temporary.mkdir()
+        write_components(pipeline, stored_folder(source), temporary, link=settings.components == "link")
+        student.save_pretrained(
+            temporary / "transformer", max_shard_size=settings.max_shard_size, variant=settings.variant
+        )
+        _name_class(temporary / INDEX, type(student).__name__)
+        if card is None:
+            facts = Facts(source, type(pipeline).__name__, arguments=loading_arguments(temporary))
+            write_text(temporary / "README.md", model_card(plan, facts))
         else:
-            temporary.mkdir()
-            for name, component in pipeline.components.items():
-                if name != "transformer" and hasattr(component, "save_pretrained"):
-                    component.save_pretrained(temporary / name)
-            pipeline.save_config(temporary)
-        student.save_pretrained(temporary / "transformer", max_shard_size=settings.max_shard_size)
-        _name_class(temporary / "model_index.json", type(student).__name__)
-        write_text(temporary / "README.md", model_card(plan, source, pipeline, absent_parts(temporary)))
-        _check(temporary / "transformer", type(student))
+            write_text(temporary / "README.md", card(temporary))
+        _check(temporary / "transformer", type(student), settings.variant)
     return out
+
+
+@torch.no_grad()
+def cast(student: Any, dtype: torch.dtype) -> None:
+    """Cast a transformer in place; what its class keeps in float32 (Wan's norms, for one) goes to float32.
+
+    Args:
+        student: A diffusers model.
+        dtype: Of all other floating-point weights.
+    """
+    keep = set(getattr(student, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if keep & set(name.split(".")) else dtype)
+
+
+def register_source(student: Any, plan: CompressionPlan, source: str) -> None:
+    """Complete the provenance in a student's config: where it came from, by which plan, by which version.
+
+    Args:
+        student: Its config has the kept blocks under ``_ppcl``.
+        plan: Its digest is kept.
+        source: What the teacher was loaded from; of a folder the name alone is kept.
+    """
+    record = dict(student.config.get("_ppcl") or {})
+    record |= {"source_model": source_name(source), "plan_sha256": plan_digest(plan), "ppcl_version": __version__}
+    student.register_to_config(_ppcl=record)
+
+
+def write_components(pipeline: Any, folder: Path | None, target: Path, link: bool = False) -> None:
+    """Write every component of a pipeline but its transformer, and ``model_index.json``.
+
+    A component that is not among the source's files is saved from memory. Only what the index
+    names is taken along: a folder of a published model can hold the whole model again as one file.
+
+    Args:
+        pipeline: The teacher's pipeline.
+        folder: Where its files are; None if they are not here.
+        target: The new pipeline's folder; it exists.
+        link: Link the weights where the file system allows, see ``WEIGHTS``.
+    """
+    if folder is None:
+        pipeline.save_config(target)
+        names = set(pipeline.components)
+    else:
+        shutil.copyfile(folder / INDEX, target / INDEX)
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
+        for file in (found for pattern in TOP_LEVEL for found in sorted(folder.glob(pattern))):
+            shutil.copyfile(file, target / file.name)
+    copied: list[Path] = []
+    for name in sorted(names - {"transformer"}):
+        component: Any = getattr(pipeline, name, None)
+        if folder is not None and (folder / name).is_dir():
+            copied += _take_along(folder / name, target / name, link)
+        elif hasattr(component, "save_pretrained"):
+            component.save_pretrained(target / name)
+            copied += [target / name] if link else []
+    if copied:
+        logger.warning("export.components=link: %s (%d in all) had to be written anew", copied[0], len(copied))
+
+
+def _take_along(folder: Path, target: Path, link: bool) -> list[Path]:
+    """Copy a component's files, or link its weights; returns the weights that could not be linked."""
+    copied = []
+    for file in _files(folder):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        wanted = link and file.suffix in WEIGHTS
+        if not (wanted and link_file(file, place)):
+            shutil.copyfile(file, place)
+            copied += [file] if wanted else []
+    return copied
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def link_file(source: Path, place: Path) -> bool:
+    """Make ``place`` another name of a file: a hard link, or else a relative symbolic link.
+
+    A hard link outlives the source folder (and a cleaned cache). The relative path holds after
+    the folder of ``place`` is renamed beside itself.
+
+    Returns:
+        Whether the file system allowed either.
+    """
+    real = source.resolve()  # files of the hub's cache are links themselves
+    try:
+        place.hardlink_to(real)
+    except OSError:  # another file system, another owner, or no links at all
+        try:
+            place.symlink_to(os.path.relpath(real, place.parent.resolve()))
+        except (OSError, ValueError):  # ValueError: another drive
+            return False
+    return True
 
 
 def _name_class(index: Path, name: str) -> None:
@@ -66,50 +200,9 @@ def _name_class(index: Path, name: str) -> None:
         write_json(index, {**components, "transformer": ["diffusers", name]})
 
 
-def _check(folder: Path, kind: Any) -> None:
+def _check(folder: Path, kind: Any, variant: str | None) -> None:
     """Load the transformer as a user would and make sure that no weight is missing."""
-    _, info = kind.from_pretrained(folder, output_loading_info=True)
+    _, info = kind.from_pretrained(folder, variant=variant, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"]]
     if wrong:
         raise ArtifactError(f"the exported transformer does not match its config ({wrong[0]}); please report this")
-
-
-def model_card(plan: CompressionPlan, source: str, pipeline: Any, absent: Sequence[str] = ()) -> str:
-    """The README of the exported pipeline.
-
-    Args:
-        plan: What was done.
-        source: What the teacher was loaded from.
-        pipeline: The teacher's pipeline.
-        absent: Components that plain diffusers must be told are not there, see :func:`ppcl.teacher.absent_parts`.
-    """
-    task = "text-to-video" if "num_frames" in inspect.signature(pipeline.__call__).parameters else "text-to-image"
-    without = "".join(f", {name}=None" for name in absent)
-    rows = []
-    for name, pieces in plan.stacks.items():
-        kept = [str(s.first) if not s.is_run else f"{s.first}-{s.last} -> 1" for s in pieces]
-        rows.append(f"* `{name}`: {sum(s.last - s.first for s in pieces)} blocks fewer; kept: {', '.join(kept)}")
-    p = plan.predicted
-    return f"""---
-library_name: diffusers
-base_model: {source}
-tags: [ppcl, compressed, {task}]
----
-# {Path(source).name}, compressed by ppcl
-
-{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of the teacher's. It is a stock
-`{type(pipeline).__name__}`: nothing but diffusers is needed.
-
-```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})
-```
-
-Plan ({plan.mode}, budget {plan.budget}):
-
-{chr(10).join(rows)}
-
-LoRA and ControlNet made for the teacher name its blocks by number; the numbers have moved (the kept blocks are
-listed in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)` and
-`ppcl.pipelines.attach_controlnet(pipe, controlnet)` put them at the right blocks.
-"""

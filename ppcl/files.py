@@ -204,6 +204,14 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
+def weights_variant(pipeline: str | Path) -> str | None:
+    """The ``variant`` that loading a pipeline folder needs: None where its transformer has plain file names."""
+    names = [file.name.split(".") for file in (Path(pipeline) / "transformer").glob("*.safetensors")]
+    if not names or any(len(parts) < 3 for parts in names):
+        return None
+    return names[0][1].partition("-")[0]  # name.variant.safetensors or name.variant-00001-of-00002.safetensors
+
+
 def digest(*parts: Any) -> str:
     """Return a short SHA-256 of JSON-serialisable parts and of the content of Path parts."""
     sha = hashlib.sha256()

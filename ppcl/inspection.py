@@ -12,7 +12,7 @@ from typing import Any
 
 from ppcl.adapters import Adapter, StackSpec, adapter_for
 from ppcl.artifacts import SCHEMA_VERSION, ModelInfo, Prediction, Segment, Stack
-from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, read_config, token_grid
+from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, read_config, token_grid, usual_text_tokens
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params, predict
 from ppcl.errors import BudgetError, ConfigError, ModelError
@@ -123,7 +123,7 @@ def inspect_model(
     info = replace(describe(SimpleNamespace(transformer=transformer, components={}), flops), bytes_per_param=2)
     call = None
     if arguments:
-        text = arguments["encoder_hidden_states"].shape[1]
+        text = text_tokens or usual_text_tokens(transformer)
         call = {"height": height, "width": width, "image_tokens": grid[0] * grid[1], "text_tokens": text}
     adapter = adapter_for(transformer)
     settings = settings or PlanConfig()  # type: ignore[call-arg]

@@ -234,7 +234,8 @@ class Run:
         FUNCTIONS[stage](self)
         seconds = round(time.perf_counter() - began, 2)
         done = {k: v for k, v in self.stages.items() if k != f"{stage}.started"}
-        self._record({**done, stage: {"digest": wanted, "seconds": seconds, "files": self._files(stage)}})
+        record = {"digest": wanted, "seconds": seconds, "files": self._files(stage), "command": self.command}
+        self._record({**done, stage: record})
         return True
 
     def _check(self, stage: str) -> None:
@@ -361,12 +362,9 @@ def distill_stage(run: Run) -> None:
 
 def export_stage(run: Run) -> None:
     """Write the pipeline."""
-    from ppcl.bundle import build_student, load_bundle
-    from ppcl.export import export
+    from ppcl.export import export_run
 
-    bundle = load_bundle(run.out / "bundle", run.teacher.transformer, run.adapter)
-    student = build_student(run.teacher.transformer, run.adapter, bundle)
-    export(run.teacher, student, bundle.plan, run.model, run.out / "pipeline", run.config.export)
+    export_run(run)
 
 
 def evaluate_stage(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ppcl.artifacts import ModelInfo, Stack
 from ppcl.compressed import register
 from ppcl.cost import count_params
 from ppcl.errors import ModelError, UserError
-from ppcl.files import digest, read_tensor_header
+from ppcl.files import digest, read_tensor_header, weights_variant
 
 EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "teacher"}
 
@@ -49,6 +50,45 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def model_path(model: str) -> str:
     """Return the folder of an embedded model, or ``model`` itself."""
     return str(EMBEDDED.get(model, model))
+
+
+def source_name(model: str) -> str:
+    """What a compressed model says it was made from: the hub id or embedded name, of a folder its name alone."""
+    return Path(model).resolve().name if Path(model).is_dir() and model not in EMBEDDED else model
+
+
+def stored_folder(model: str) -> Path | None:
+    """Return where a pipeline's files are: its folder, or its snapshot in the hub's cache; None if neither is there."""
+    folder = Path(model_path(model))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, "model_index.json")
+    except ValueError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def stored_dtype(model: str) -> torch.dtype | None:
+    """The dtype that most bytes of a pipeline's stored transformer have.
+
+    Returns:
+        float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
+    """
+    folder = stored_folder(model)
+    if folder is None:
+        return None
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    plain = [file for file in files if "." not in file.stem]  # others are variants beside them
+    sizes: Counter[str] = Counter()
+    for file in plain or files:
+        for entry in read_tensor_header(file).values():
+            begin, end = entry["data_offsets"]
+            sizes[entry["dtype"]] += end - begin
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
 
 
 def check_folder(folder: Path) -> None:
@@ -120,10 +160,16 @@ def absent_parts(folder: Path) -> list[str]:
     return [name for name, entry in components.items() if entry == [None, None] and name not in optional]
 
 
+def loading_arguments(folder: Path) -> str:
+    """What plain diffusers must be told beside the folder to load a pipeline: ``, variant="bf16"`` or nothing."""
+    variant = weights_variant(folder)
+    absent = "".join(f", {name}=None" for name in absent_parts(folder))
+    return (f', variant="{variant}"' if variant else "") + absent
+
+
 def loading_call(folder: Path) -> str:
     """The Python call by which plain diffusers loads a pipeline folder."""
-    absent = "".join(f", {name}=None" for name in absent_parts(folder))
-    return f'DiffusionPipeline.from_pretrained("{folder}"{absent})'
+    return f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
 
 
 def _check_family(entry: Any) -> None:
@@ -154,13 +200,16 @@ def check_model(model: str) -> None:
         )
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
     """Load a text-to-image pipeline, frozen, in evaluation mode.
 
     Args:
         model: ``emoji``, a folder, or a hub id.
         device: Where it goes.
         dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
+        variant: In the weights' file names; components without such files are loaded without it.
 
     Returns:
         The ``DiffusionPipeline``, without a progress bar.
@@ -183,7 +232,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype | None = 
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         absent = dict.fromkeys(absent_parts(Path(path)))
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **absent)
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **absent)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__

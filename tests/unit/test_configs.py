@@ -24,9 +24,10 @@ def header(path: Path) -> str:
 
 
 def test_there_are_configs():
-    assert {"emoji", "qwen_image_14b", "qwen_image_12b", "qwen_image_10b", "flux_dev_8b", "flux_dev_6b5"} <= {
-        path.stem for path in CONFIGS
-    }
+    assert {
+        *("emoji", "qwen_image_14b", "qwen_image_12b", "qwen_image_10b", "flux_dev_8b", "flux_dev_6b5"),
+        *("sd35_large", "z_image", "wan"),
+    } <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel, ZImageTransformer2DModel
 from published import FLUX_DEV, QWEN_IMAGE, write_config
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 
@@ -104,13 +104,55 @@ def test_the_command_is_quick_and_small(tmp_path, config, params):
     assert found["choices"][0]["param_ratio"] <= 0.67
 
 
+def tiny_sd3():
+    real = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        caption_projection_dim=32, joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=8,
+    )  # fmt: skip
+    call = {
+        "hidden_states": torch.zeros(1, 4, 4, 6),
+        "encoder_hidden_states": torch.zeros(1, 5, 24),
+        "pooled_projections": torch.zeros(1, 16),
+        "timestep": torch.ones(1),
+    }
+    return real.eval(), call
+
+
+def tiny_wan():
+    real = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=24, freq_dim=16,
+        ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+    )  # fmt: skip
+    call = {
+        "hidden_states": torch.zeros(1, 4, 1, 4, 6),
+        "encoder_hidden_states": torch.zeros(1, 5, 24),
+        "timestep": torch.ones(1),
+    }
+    return real.eval(), call
+
+
+def tiny_z_image():
+    real = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    call = {"x": [torch.zeros(4, 1, 4, 6)], "t": torch.ones(1), "cap_feats": [torch.zeros(5, 24)]}
+    return real.eval(), call
+
+
 # Tiny models: what is predicted from shapes is what real models have
 
 
 @pytest.mark.parametrize(
     ("real", "arguments", "text"),
-    [(tiny_qwen(3), qwen_call(1), 5), (tiny_flux(), flux_call(1), 5)],
-    ids=["qwen", "flux"],
+    [
+        (tiny_qwen(3), qwen_call(1), 5),
+        (tiny_flux(), flux_call(1), 5),
+        (*tiny_sd3(), 5),
+        (*tiny_wan(), 5),
+        (*tiny_z_image(), 5),
+    ],
+    ids=["qwen", "flux", "sd3", "wan", "z-image"],
 )
 def test_parameters_and_flops_are_those_of_the_real_model(real, arguments, text):
     transformer = blueprint.build_on_meta({**real.config, "_class_name": type(real).__name__})

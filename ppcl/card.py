@@ -1,0 +1,265 @@
+"""The model card of an exported pipeline: what was removed, what was measured, how it was made."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ppcl.artifacts import CompressionPlan, Segment, load_artifact
+from ppcl.files import read_json
+from ppcl.tables import device_name, markdown_table, number, versions
+from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
+LICENCE_KEYS = ("license", "license_name", "license_link")
+MEASURED = {
+    "params": "parameters of the transformer",
+    "fid": "FID",
+    "kid": "KID",
+    "clip_score": "CLIP score",
+    "retrieval_at_1": "caption retrieval at 1",
+    "retrieval_at_5": "caption retrieval at 5",
+    "latency_ms": "transformer call, ms",
+    "latency_end_to_end_ms": "one picture, ms",
+}
+REFERENCES = {"real": "real pictures", "teacher": "the teacher's pictures of another seed"}
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a pipeline was made.
+
+    Attributes:
+        commands: The command lines, oldest first.
+        seed: Of the run.
+        versions: Of the packages, on one line.
+        device: On which it was trained and timed.
+    """
+
+    commands: tuple[str, ...] = ()
+    seed: int | None = None
+    versions: str = ""
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card tells beside the plan.
+
+    Attributes:
+        source: The teacher: a hub id, an embedded model's name, or a folder.
+        pipeline_class: Of the exported pipeline.
+        dtype: In which the transformer's weights are stored; empty if unknown.
+        arguments: What loading needs beside the folder, see :func:`ppcl.teacher.loading_arguments`.
+        making: How it was made; None leaves that section out.
+        metrics: ``metrics.json`` of the evaluate stage; None before it.
+        licence: ``license``, ``license_name`` and ``license_link`` of the source's card.
+    """
+
+    source: str
+    pipeline_class: str
+    dtype: str = ""
+    arguments: str = ""
+    making: Making | None = None
+    metrics: Mapping[str, Any] | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_card(run: Run, folder: Path) -> str:
+    """Write the card of a run's pipeline as it stands: with its numbers once they are measured.
+
+    Args:
+        run: The run; its distill stage is done.
+        folder: The pipeline, under its final or a temporary name.
+    """
+    done = [record.get("command", "") for record in run.stages.values() if isinstance(record, dict)]
+    commands = tuple(dict.fromkeys(shown_command(text) for text in (*done, run.command) if text))
+    metrics = run.out / "eval" / "metrics.json"
+    dtype = stored_dtype(str(folder))
+    facts = Facts(
+        source=run.model,
+        pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
+        dtype=str(dtype).removeprefix("torch.") if dtype else "",
+        arguments=loading_arguments(folder),
+        making=Making(commands, run.config.seed, versions(), device_name(str(run.device))),
+        metrics=read_json(metrics) if metrics.is_file() else None,
+        licence=source_licence(run.model),
+    )
+    return model_card(load_artifact(CompressionPlan, run.out / "bundle" / "plan.json"), facts)
+
+
+def shown_command(command: str) -> str:
+    """A command line with the folders of absolute paths left out: a card is read by others."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    if len(words) < 2:  # a call from Python
+        return command
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
+
+
+def source_licence(source: str) -> dict[str, str]:
+    """Licence entries of the source model's own card; empty where there is no card or it states none.
+
+    The card of a hub model is fetched if it is not in the cache; without a network it is done without.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = stored_folder(source)
+    try:
+        path = folder / "README.md" if folder is not None else None
+        if (path is None or not path.is_file()) and source.count("/") == 1 and not Path(source).is_dir():
+            path = Path(hf_hub_download(source, "README.md"))
+        if path is None:
+            return {}
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (OSError, ValueError, TypeError, EntryNotFoundError, yaml.YAMLError):
+        return {}
+    return {key: value for key in LICENCE_KEYS if isinstance(value := getattr(data, key, None), str)}
+
+
+def pipeline_tag(pipeline_class: str, transformer_class: str) -> str:
+    """The hub's name for what a pipeline does."""
+    if any(word in pipeline_class for word in ("Edit", "Img2Img", "Kontext", "Inpaint")):
+        return "image-to-image"
+    if "3D" in transformer_class:
+        return "image-to-video" if "ImageToVideo" in pipeline_class else "text-to-video"
+    return "text-to-image"
+
+
+def draw_plan(plan: CompressionPlan) -> str:
+    """Draw a plan: the teacher's block numbers in order, in brackets those that became one block."""
+    lines = []
+    for stack in plan.model.stacks:
+        pieces = plan.stacks[stack.name]
+        runs = [f"{s.first}-{s.last}" for s in pieces if s.is_run]
+        became = f"; became one block each: {', '.join(runs)}" if runs else ""
+        lines.append(f"{stack.name}: {stack.num_blocks} -> {len(pieces)} blocks{became}")
+        lines += textwrap.wrap(
+            " ".join(map(_drawn, pieces)),
+            width=100,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines).replace("~", " ")
+
+
+def _drawn(segment: Segment) -> str:
+    """One piece of a plan; ``~`` is a space that no line ends at."""
+    numbers = "~".join(str(i) for i in range(segment.first, segment.last + 1))
+    return f"[{numbers}]" if segment.is_run else numbers
+
+
+def measured_table(metrics: Mapping[str, Any]) -> str:
+    """The measured numbers with what they were measured on."""
+    samples, rows = metrics["samples"], []
+    for key, label in MEASURED.items():
+        teacher, student = metrics["teacher"].get(key), metrics["student"].get(key)
+        if student is None:
+            continue
+        std = metrics["teacher_spread"].get(key, {}).get("std")
+        digits = 4 if abs(student) < 10_000 else len(str(int(abs(student))))
+        spread = f"± {number(std, 2)}" if std is not None else ""
+        rows.append((label, number(teacher, digits), number(student, digits), spread))
+    against = REFERENCES.get(str(metrics.get("fid_reference")), "")
+    counted = f" ({samples['references']:,})" if samples["references"] else ""
+    drop, error = metrics["average_drop"], metrics["fidelity"]["velocity_error"]
+    notes: Sequence[str] = (
+        f"{samples['prompts']} prompts that were not used for calibration, one picture each, "
+        f"{metrics['num_inference_steps']} steps; the teacher with {samples['teacher_seeds']} seed(s), "
+        f"features: {metrics['features']}.",
+        f"FID and KID compare with {against}{counted}." if against else "",
+        f"Average drop of the scores {number(drop)}%." if drop is not None else "",
+        f"Velocity error on held-out states {number(error)}." if error is not None else "",
+    )
+    table = markdown_table(("", "teacher", "compressed", "teacher's spread over seeds"), rows)
+    return f"{table}\n\n{' '.join(note for note in notes if note)}"
+
+
+def model_card(plan: CompressionPlan, facts: Facts) -> str:
+    """The README of an exported pipeline, with a YAML header that the hub accepts.
+
+    Args:
+        plan: What was removed.
+        facts: Everything else.
+
+    Returns:
+        Markdown.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tag = pipeline_tag(facts.pipeline_class, plan.model.transformer_class)
+    licence: dict[str, Any] = dict(facts.licence)
+    on_hub = facts.source.count("/") == 1 and not Path(facts.source).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=facts.source if on_hub else None,  # the hub refuses what is not one of its ids
+        pipeline_tag=tag,
+        tags=["diffusers", "ppcl", "compressed", "depth-pruning", "distillation"],
+        **licence,
+    )
+    body = "\n\n".join(section for section in _sections(plan, facts) if section)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
+    """The card's paragraphs, in order; empty ones do not apply."""
+    p, ((kind, value),) = plan.predicted, plan.budget.items()
+    name = source_name(facts.source)
+    needs = "nothing but diffusers is needed"
+    first = ""
+    if plan.has_width:
+        needs = (
+            "modules inside its blocks are smaller, and importing `ppcl.pipelines` makes its class known to diffusers"
+        )
+        first = "import ppcl.pipelines\n"
+    stock = "with a transformer of its own class" if plan.has_width else "of stock classes"
+    stored = f" Its weights are stored in {facts.dtype}." if facts.dtype else ""
+    return [
+        f"# {name.rpartition('/')[2]}, compressed by ppcl",
+        f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of `{name}`. It is a "
+        f"`{facts.pipeline_class}` {stock}: {needs}.{stored}",
+        f"```python\n{first}from diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})\n```',
+        "## Blocks",
+        "Block numbers are the teacher's; those in brackets were replaced by one block, distilled against the "
+        f"teacher's activations. Plan: {plan.mode}, {kind} {value:g}.",
+        f"```\n{draw_plan(plan)}\n```",
+        "## Measured",
+        measured_table(facts.metrics) if facts.metrics else "Nothing yet: `ppcl evaluate` writes the numbers here.",
+        *_made(facts.making),
+        _licence(facts.licence, name),
+        "## LoRA and ControlNet",
+        "Those made for the teacher name its blocks by number, and the numbers have moved (the kept blocks are listed "
+        "in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)` and "
+        "`ppcl.pipelines.attach_controlnet(pipe, controlnet)` put them at the right blocks.",
+    ]
+
+
+def _made(making: Making | None) -> list[str]:
+    if making is None:
+        return []
+    commands = "\n".join(making.commands)
+    text = f"Seed {making.seed}, {making.device}. Versions: {making.versions}."
+    return ["## How it was made", f"```bash\n{commands}\n```", text]
+
+
+def _licence(licence: Mapping[str, str], name: str) -> str:
+    """What is known of the source's licence, which a compressed model stays under."""
+    if not licence:
+        return ""
+    text = licence.get("license_name") or licence.get("license", "")
+    link = f" ({licence['license_link']})" if "license_link" in licence else ""
+    return f"## Licence\n\nThe card of `{name}` states {text}{link}; it holds for this compressed model too."
