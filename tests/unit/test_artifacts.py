@@ -52,7 +52,7 @@ PLAN = CompressionPlan(
     mode="optimal",
     budget={"keep": 0.5},
     stacks={
-        "z_blocks": (Segment(0, 1, "mean", {"ffn": [1, "x", None]}), Segment(2, 2)),
+        "z_blocks": (Segment(0, 1, "mean", {"ffn": {"kind": "x", "size": [1, None]}}, 5, 7), Segment(2, 2)),
         "a_blocks": (Segment(0, 1, "last"),),
     },
     predicted=Prediction(90, 0.9, 1.25, 187, None),

@@ -200,7 +200,11 @@ def test_examples_run_as_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "--lora LORA" in capsys.readouterr().out
 
 
-def test_importing_the_bridge_is_light() -> None:
-    code = "import sys, ppcl.pipelines; heavy = {'torch', 'diffusers'} & set(sys.modules); assert not heavy, heavy"
+def test_importing_makes_the_compressed_classes_known() -> None:
+    code = (
+        "import sys, ppcl; assert not {'torch', 'diffusers'} & set(sys.modules)\n"
+        "import diffusers; name = 'PPCLFluxTransformer2DModel'; assert not hasattr(diffusers, name)\n"
+        "import ppcl.pipelines; assert issubclass(getattr(diffusers, name), diffusers.FluxTransformer2DModel)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES.parents[1])
     assert done.returncode == 0, done.stderr
