@@ -181,6 +181,8 @@ class Segment:
             (:mod:`ppcl.width`); empty in plans of depth alone.
         saved_params: Parameters that ``width`` saves.
         saved_flops: Forward FLOPs that ``width`` saves for one sample.
+        error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
+            it was not measured.
     """
 
     first: int
@@ -189,6 +191,7 @@ class Segment:
     width: dict[str, dict[str, Any]] = field(default_factory=dict)
     saved_params: int = 0
     saved_flops: int = 0
+    error: float | None = None
 
     @property
     def is_run(self) -> bool:

@@ -20,6 +20,7 @@ from ppcl.adapters import Adapter
 from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, Segment, load_artifact, save_artifact, start_index
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
+from ppcl.planner import select
 from ppcl.student import (
     RunKey,
     assemble_student,
@@ -104,6 +105,28 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
                 substitutes[key] = block
     tuned = read_tensors(folder / "tuned.safetensors")[0] if (folder / "tuned.safetensors").is_file() else {}
     return Bundle(plan, substitutes, tuned)
+
+
+def select_bundle(bundle: Bundle, kind: str, value: float) -> Bundle:
+    """Take out substitutes until a smaller saving is left: the teacher's blocks go back in their places.
+
+    Args:
+        bundle: A bundle with all substitutes.
+        kind: ``keep``, ``speedup`` or ``fit_gb``.
+        value: The budget that is still met.
+
+    Raises:
+        BudgetError: All substitutes together do not meet it.
+        ArtifactError: Weights of kept blocks were tuned for all substitutes together.
+    """
+    if bundle.tuned:
+        raise ArtifactError(
+            "this bundle's kept blocks were tuned together with all of its substitutes, so none can be taken out; "
+            "distill with --set distill.train=substitutes for a bundle of many sizes"
+        )
+    plan = select(bundle.plan, kind, value)
+    chosen = Bundle(plan, {})
+    return Bundle(plan, {key: bundle.substitutes[key] for key, _ in chosen.members()})
 
 
 @torch.no_grad()

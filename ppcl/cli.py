@@ -190,11 +190,32 @@ def _export_command(
     push_to_hub: PushTo = None,
     private: Private = False,
 ) -> None:
-    """Stage: Write the pipeline, and push it to the hub if asked."""
+    """Stage: Write the pipeline, and push it to the hub if asked.
+
+    With a finished run in the model's place: ppcl export RUN --keep 0.7 --out DIR writes another size of its bundle.
+    """
+    if (Path(model) / "bundle").is_dir():
+        _export_size(Path(model), out, keep, speedup, fit)
+        return
     _check_push(push_to_hub, private)
     run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
     _run_stage(run, "export")
     _push(run, push_to_hub, private)
+
+
+def _export_size(folder: Path, out: Path, keep: float | None, speedup: float | None, fit: str | None) -> None:
+    """Write another size of a finished run's bundle."""
+    given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
+    chosen = [(name, value) for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise ConfigError(f"give one budget, got {len(chosen)}: one of --keep, --speedup and --fit")
+    _quiet_libraries()
+    from ppcl.ladder import export_size
+    from ppcl.summary import describe_plan
+
+    made = export_size(folder, out, *chosen[0])
+    p = made.plan.predicted
+    typer.echo(f"plan: {describe_plan(made.plan)}\n{p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}) in {out}")
 
 
 def _run_stage(run: Any, stage: str) -> None:
@@ -246,6 +267,32 @@ def compare(
     from ppcl.compare import compare_plans
 
     typer.echo(compare_plans(run, table, chosen))
+
+
+@app.command()
+def ladder(
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    keeps: Annotated[str, typer.Option("--keeps", help="shares of the parameters")] = "0.8,0.7,0.6,0.5",
+    table: Annotated[
+        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/ladder.md")
+    ] = None,
+) -> None:
+    """Score one bundle at several sizes, without training again; one table."""
+    try:
+        shares = sorted((float(part) for part in keeps.split(",")), reverse=True)
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ConfigError(f"--keeps {keeps!r} is not a list of shares between 0 and 1; write it like 0.8,0.6")
+    run = _open(model, out, config, set_, prompts, keep)
+    from ppcl.ladder import measure_ladder
+
+    typer.echo(measure_ladder(run, shares, table))
 
 
 @app.command()

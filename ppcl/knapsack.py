@@ -56,16 +56,49 @@ def best_layouts(
     Returns:
         Layouts with their summed squared errors, from nothing saved to as much as possible.
     """
-    unit = max(1.0, (model.flops if by_flops else model.params) / CLASSES)
-    cells = {0: _Cell(0.0, 0.0)}
-    for stack in model.stacks:
-        pieces = _pieces(
+    pieces = {
+        stack.name: _pieces(
             stack,
             [(c, cost) for c, cost in runs if c.stack == stack.name],
             [o for o in options if o.stack == stack.name],
             by_flops,
         )
-        cells = _fill(stack, cells, pieces, unit)
+        for stack in model.stacks
+    }
+    return fill(model, pieces, by_flops)
+
+
+def best_subsets(model: ModelInfo, plan: Layout, by_flops: bool) -> list[tuple[Layout, float]]:
+    """Like :func:`best_layouts`, with nothing but the pieces of one plan and the teacher's own blocks.
+
+    Args:
+        model: The teacher.
+        plan: Segments of each stack; those without a measured error come last.
+        by_flops: Save FLOPs instead of parameters.
+    """
+    pieces: dict[str, dict[int, list[Piece]]] = {}
+    for stack in model.stacks:
+        sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
+        found = {i: [Piece(Segment(i, i), 0.0, 0.0)] for i in range(stack.num_blocks)}
+        for segment in plan[stack.name]:
+            if segment.is_substitute:
+                start = start_index(segment.first, segment.last, segment.start)
+                saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
+                saved += segment.saved_flops if by_flops else segment.saved_params
+                cost = (1.0 if segment.error is None else segment.error) ** 2
+                found[segment.first].append(Piece(segment, saved, cost))
+        pieces[stack.name] = found
+    return fill(model, pieces, by_flops)
+
+
+def fill(
+    model: ModelInfo, pieces: Mapping[str, Mapping[int, Sequence[Piece]]], by_flops: bool
+) -> list[tuple[Layout, float]]:
+    """Put pieces together, stack after stack; ``pieces`` are listed by stack and first block."""
+    unit = max(1.0, (model.flops if by_flops else model.params) / CLASSES)
+    cells = {0: _Cell(0.0, 0.0)}
+    for stack in model.stacks:
+        cells = _fill(stack, cells, pieces[stack.name], unit)
     order = [stack.name for stack in model.stacks]
     return [(_layout(cells[key], order), cells[key].cost) for key in sorted(cells)]
 
@@ -117,9 +150,10 @@ def _with_width(
     for chosen in _choices(options):
         params, flops = sum(o.saved_params for o in chosen), sum(o.saved_flops for o in chosen)
         parts = {path: dict(part) for option in chosen for path, part in option.parts.items()}
-        made = Segment(segment.first, segment.last, segment.start, parts, params, flops)
-        extra = flops if by_flops else params
-        pieces.append(Piece(made, saved + extra, cost + sum(o.error**2 for o in chosen)))
+        total = cost + sum(o.error**2 for o in chosen)
+        error = math.sqrt(total) if total else None
+        made = Segment(segment.first, segment.last, segment.start, parts, params, flops, error)
+        pieces.append(Piece(made, saved + (flops if by_flops else params), total))
     pieces.sort(key=lambda piece: (-piece.saved, piece.cost))
     best, kept = math.inf, []
     for piece in pieces:

@@ -26,7 +26,7 @@ from ppcl.artifacts import (
 from ppcl.config import PlanConfig
 from ppcl.cost import predict
 from ppcl.errors import BudgetError
-from ppcl.knapsack import Layout, best_layouts
+from ppcl.knapsack import Layout, best_layouts, best_subsets
 
 Runs = tuple[tuple[str, int, int], ...]
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
@@ -90,6 +90,31 @@ def _plan_with_width(
             layout, prediction = predictions[min(fitting)[-1]]
             return CompressionPlan(model, settings.mode, {kind: value}, layout, prediction)
     raise BudgetError(_infeasible([p for _, p in predictions], kind, value, settings))
+
+
+def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
+    """Choose, of a plan's substitutes, those that meet another budget; the teacher's blocks stay in the others.
+
+    Args:
+        plan: A plan whose substitutes are trained.
+        kind: ``keep``, ``speedup`` or ``fit_gb``.
+        value: The budget.
+
+    Raises:
+        BudgetError: Even all of them do not meet it.
+    """
+    found = [
+        (layout, predict(plan.model, layout, math.sqrt(cost)))
+        for layout, cost in best_subsets(plan.model, plan.stacks, by_flops=kind == "speedup")
+    ]
+    fitting = [(p.error or 0.0, -p.params, i) for i, (_, p) in enumerate(found) if meets(p, kind, value)]
+    if not fitting:
+        nearest = _nearest([p for _, p in found], kind)
+        raise BudgetError(
+            f"the substitutes of this bundle do not give {value:g} {UNITS[kind]}; all of them put in it is {nearest}"
+        )
+    layout, prediction = found[min(fitting)[-1]]
+    return CompressionPlan(plan.model, plan.mode, {kind: value}, layout, prediction)
 
 
 def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
@@ -232,7 +257,8 @@ def segments(
     for name, first, last in sorted(runs):
         pieces += [Segment(i, i) for i in range(position, first)]
         known = costs.get((name, first, last))
-        pieces.append(Segment(first, last, (known.start if known else None) or "middle"))
+        error = math.sqrt(cost_of(known)) if known else None
+        pieces.append(Segment(first, last, (known.start if known else None) or "middle", error=error))
         position = last + 1
     return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
 
@@ -260,15 +286,18 @@ def _rank(prediction: Prediction, mode: str) -> tuple[float, float]:
     return (error, -prediction.params)
 
 
-def _infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
+def _nearest(predictions: Sequence[Prediction], kind: str) -> str:
+    """The option that asks for the most that any of the predictions gives."""
     if kind == "keep":
-        nearest = f"--keep {math.ceil(min(p.param_ratio for p in predictions) * 1000) / 1000}"
-    elif kind == "speedup":
-        nearest = f"--speedup {math.floor(max(p.speedup for p in predictions) * 100) / 100}"
-    else:
-        least = min(p.bytes for p in predictions)
-        nearest = f"--fit {math.ceil(least / 1e8) / 10}GB" if least > 1e9 else f"--fit {math.ceil(least / 1e4) / 100}MB"
+        return f"--keep {math.ceil(min(p.param_ratio for p in predictions) * 1000) / 1000}"
+    if kind == "speedup":
+        return f"--speedup {math.floor(max(p.speedup for p in predictions) * 100) / 100}"
+    least = min(p.bytes for p in predictions)
+    return f"--fit {math.ceil(least / 1e8) / 10}GB" if least > 1e9 else f"--fit {math.ceil(least / 1e4) / 100}MB"
+
+
+def _infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
     return (
-        f"no {settings.mode} plan gives {value:g} {UNITS[kind]}; the nearest feasible budget is {nearest} "
-        "(longer runs with --set fit.max_run reach further)"
+        f"no {settings.mode} plan gives {value:g} {UNITS[kind]}; the nearest feasible budget is "
+        f"{_nearest(predictions, kind)} (longer runs with --set fit.max_run reach further)"
     )

@@ -32,7 +32,7 @@ import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diff
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
 from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, WidthOption
-from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle, select_bundle
 from ppcl.capture import States, velocity
 from ppcl.compressed import compressed_class
 from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig, PlanConfig
@@ -43,7 +43,7 @@ from ppcl.export import export
 from ppcl.files import read_tensors
 from ppcl.knapsack import best_layouts
 from ppcl.options import width_options
-from ppcl.planner import plan
+from ppcl.planner import plan, select
 from ppcl.student import assemble_student
 from ppcl.width import (
     LinearFeedForward,
@@ -376,3 +376,43 @@ def test_flux_keeps_the_stacks_apart(tmp_path: Path) -> None:
     call = flux_call()
     with torch.no_grad():
         assert torch.equal(velocity(loaded, call), velocity(student, call))
+
+
+# One bundle, many sizes
+
+
+def test_a_ladder_of_subsets_costs_more_the_more_it_saves() -> None:
+    whole = plan_of({"keep": 0.55}, None)
+    errors = []
+    for keep in (0.9, 0.8, 0.7, 0.6, whole.predicted.param_ratio):
+        chosen = select(whole, "keep", keep)
+        assert chosen.predicted.param_ratio <= keep + 1e-9
+        for name, pieces in chosen.stacks.items():
+            assert [i for s in pieces for i in range(s.first, s.last + 1)] == list(
+                range(next(s.num_blocks for s in MODEL.stacks if s.name == name))
+            )
+            assert all(s in whole.stacks[name] for s in pieces if s.is_substitute)
+        errors.append(chosen.predicted.error)
+    assert errors == sorted(errors)
+    assert chosen.stacks == whole.stacks
+    with pytest.raises(BudgetError, match=r"all of them put in it is --keep 0\.5"):
+        select(whole, "keep", 0.3)
+    assert select(whole, "speedup", 1.05).predicted.speedup >= 1.05
+
+
+def test_a_smaller_saving_of_the_same_bundle(tmp_path: Path) -> None:
+    transformer = tiny_qwen(4)
+    adapter = adapter_for(transformer)
+    chosen = mixed(transformer, tmp_path)
+    substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
+    bundle = Bundle(chosen, substitutes)
+    smaller = select_bundle(bundle, "keep", 0.9)
+    assert 0 < len(smaller.substitutes) < len(substitutes)
+    student = build_student(transformer, adapter, smaller)
+    assert count_params(student) == smaller.plan.predicted.params
+    hybrid = assemble_student(transformer, adapter, chosen, substitutes, set(smaller.substitutes))
+    call = qwen_call()
+    with torch.no_grad():
+        assert torch.equal(velocity(student, call), velocity(hybrid, call))
+    with pytest.raises(ArtifactError, match=r"distill\.train=substitutes"):
+        select_bundle(Bundle(chosen, substitutes, {"proj_out.bias": torch.zeros(1)}), "keep", 0.9)

@@ -1,0 +1,80 @@
+"""One bundle, many sizes: the ladder and the export of a size, on the tiny pipeline."""
+
+import json
+
+import pytest
+from diffusers import DiffusionPipeline
+from typer.testing import CliRunner
+
+import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
+from ppcl.cli import app
+from ppcl.config import load_config
+from ppcl.cost import count_params
+from ppcl.errors import ArtifactError, BudgetError, ConfigError
+from ppcl.ladder import export_size, measure_ladder
+from ppcl.stages import Run
+
+SETTINGS = [
+    "plan.keep=0.6",
+    "fit.max_candidates=4",
+    "fit.width=[modulation,ffn]",
+    "distill.train=substitutes",
+    "distill.alternating_steps=2",
+    "evaluate.teacher_seeds=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, prompts_file, small_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ladder") / "run"
+    return Run(str(tiny_model), out, load_config([small_config], SETTINGS), prompts_file, "ppcl ladder tiny")
+
+
+@pytest.fixture(scope="module")
+def text(run, tmp_path_factory):
+    table = tmp_path_factory.mktemp("table") / "ladder.md"
+    written = measure_ladder(run, [0.9, 0.75, 0.6], table)
+    assert table.read_text() == written
+    return written
+
+
+def test_every_rung_is_scored_at_its_size(run, text):
+    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    total = count_params(run.teacher.transformer)
+    params = [rung["metrics"]["params"] for rung in data["rungs"]]
+    assert params == sorted(params, reverse=True)
+    assert all(count <= rung["keep"] * total for count, rung in zip(params, data["rungs"], strict=True))
+    errors = [rung["metrics"]["velocity_error"] for rung in data["rungs"]]
+    assert all(error > 0 for error in errors)
+    assert "| keep 0.75 |" in text
+    assert "low_rank" in text
+
+
+def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):
+    monkeypatch.setattr("ppcl.ladder.build_student", None)  # would be called
+    again = measure_ladder(run, [0.9, 0.75, 0.6])
+    assert again == text
+
+
+def test_a_size_is_exported_without_training(run, text, tmp_path):
+    result = CliRunner().invoke(app, ["export", str(run.out), "--keep", "0.75", "--out", str(tmp_path / "p")])
+    assert result.exit_code == 0, result.output
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "p")
+    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    assert count_params(pipeline.transformer) == data["rungs"][1]["metrics"]["params"]
+    with pytest.raises(ArtifactError, match="already there"):
+        export_size(run.out, tmp_path / "p", "keep", 0.9)
+
+
+def test_what_a_bundle_cannot_give_is_said(run, text, tmp_path):
+    with pytest.raises(BudgetError, match="all of them put in it is --keep 0"):
+        export_size(run.out, tmp_path / "p", "keep", 0.1)
+    with pytest.raises(ArtifactError, match="has no bundle"):
+        export_size(tmp_path, tmp_path / "p", "keep", 0.9)
+    for arguments in (["--keep", "0.8", "--speedup", "1.1"], []):
+        result = CliRunner().invoke(app, ["export", str(run.out), "--out", str(tmp_path / "p"), *arguments])
+        assert isinstance(result.exception, ConfigError)
+    for keeps in ("", "x", "1.2", "0"):
+        result = CliRunner().invoke(app, ["ladder", "emoji", "--out", str(tmp_path / "p"), "--keeps", keeps])
+        assert isinstance(result.exception, ConfigError)
+    assert not (tmp_path / "p").exists()
