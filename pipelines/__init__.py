@@ -14,6 +14,7 @@ from typing import Any
 
 from ppcl.compressed import register
 from ppcl.pipelines.blocks import pipeline_record
+from ppcl.pipelines.bundle import load_bundle
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
 from ppcl.pipelines.lora import MappingReport, convert_lora, load_lora, remap_lora
 
@@ -23,6 +24,7 @@ __all__ = [
     "convert_lora",
     "detach_controlnet",
     "kept_blocks",
+    "load_bundle",
     "load_lora",
     "remap_lora",
 ]

@@ -107,6 +107,19 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
     return Bundle(plan, substitutes, tuned)
 
 
+def check_pluggable(bundle: Bundle) -> None:
+    """Make sure that substitutes can be taken out.
+
+    Raises:
+        ArtifactError: Weights of kept blocks were tuned for all substitutes together.
+    """
+    if bundle.tuned:
+        raise ArtifactError(
+            "this bundle's kept blocks were tuned together with all of its substitutes, so none can be taken out; "
+            "distill with --set distill.train=substitutes for a bundle of many sizes"
+        )
+
+
 def select_bundle(bundle: Bundle, kind: str, value: float) -> Bundle:
     """Take out substitutes until a smaller saving is left: the teacher's blocks go back in their places.
 
@@ -119,11 +132,7 @@ def select_bundle(bundle: Bundle, kind: str, value: float) -> Bundle:
         BudgetError: All substitutes together do not meet it.
         ArtifactError: Weights of kept blocks were tuned for all substitutes together.
     """
-    if bundle.tuned:
-        raise ArtifactError(
-            "this bundle's kept blocks were tuned together with all of its substitutes, so none can be taken out; "
-            "distill with --set distill.train=substitutes for a bundle of many sizes"
-        )
+    check_pluggable(bundle)
     plan = select(bundle.plan, kind, value)
     chosen = Bundle(plan, {})
     return Bundle(plan, {key: bundle.substitutes[key] for key, _ in chosen.members()})

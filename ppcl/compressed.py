@@ -1,8 +1,8 @@
 """Transformer classes with smaller modules inside their blocks.
 
 ``PPCLQwenImageTransformer2DModel`` is ``QwenImageTransformer2DModel`` with one more config
-entry, ``pruning``, which names the modules that are smaller. It rebuilds them in ``__init__``
-and overrides nothing else, so that hooks, caches, compilation and quantisation see the class
+entry, ``pruning``, which names the modules that are smaller. It rebuilds them in ``__init__``,
+has a ``select`` for bundles, and overrides nothing, so that hooks, caches, compilation and quantisation see the class
 that they know. Plans of depth alone need none of this.
 """
 
@@ -17,6 +17,7 @@ import diffusers
 from diffusers.configuration_utils import register_to_config
 
 from ppcl.adapters import ADAPTERS
+from ppcl.errors import ModelError
 from ppcl.width import apply_width
 
 PREFIX = "PPCL"
@@ -36,12 +37,21 @@ def compressed_class(base: Any) -> Any:
         base.__init__(self, *args, **kwargs)
         apply_width(self, pruning or {})
 
+    def select(self: Any, **choice: Any) -> tuple[str, ...]:
+        """Change the size in place; see :meth:`ppcl.pipelines.bundle.Plugboard.select`."""
+        board = self.__dict__.get("plugboard")
+        if board is None:
+            raise ModelError("this transformer has one size; load the run with ppcl.pipelines.load_bundle to change it")
+        chosen: tuple[str, ...] = board.select(**choice)
+        return chosen
+
     signature = inspect.signature(base.__init__)
     entry = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)
     # diffusers reads the names of the config's entries off the signature
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), entry])  # type: ignore[attr-defined]
     members = {
         "__init__": register_to_config(__init__),  # type: ignore[no-untyped-call]
+        "select": select,
         "__module__": "diffusers",  # so that a pipeline's model_index.json names a library that it finds
         "__doc__": f"{base.__name__} with the smaller modules that its ``pruning`` config entry names.",
     }

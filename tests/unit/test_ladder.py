@@ -1,17 +1,20 @@
 """One bundle, many sizes: the ladder and the export of a size, on the tiny pipeline."""
 
 import json
+import time
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
+from ppcl.capture import States, velocity
 from ppcl.cli import app
 from ppcl.config import load_config
 from ppcl.cost import count_params
-from ppcl.errors import ArtifactError, BudgetError, ConfigError
+from ppcl.errors import ArtifactError, BudgetError, ConfigError, ModelError, UserError
 from ppcl.ladder import export_size, measure_ladder
+from ppcl.pipelines import load_bundle
 from ppcl.stages import Run
 
 SETTINGS = [
@@ -64,6 +67,44 @@ def test_a_size_is_exported_without_training(run, text, tmp_path):
     assert count_params(pipeline.transformer) == data["rungs"][1]["metrics"]["params"]
     with pytest.raises(ArtifactError, match="already there"):
         export_size(run.out, tmp_path / "p", "keep", 0.9)
+
+
+def test_a_loaded_bundle_changes_its_size_at_once(run, text, tmp_path):
+    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    pipeline = load_bundle(run.out, keep=0.75)
+    transformer = pipeline.transformer
+    assert count_params(transformer) == data["rungs"][1]["metrics"]["params"]
+    began = time.perf_counter()
+    transformer.select(keep=0.6)
+    assert time.perf_counter() - began < 2
+    assert count_params(transformer) == data["rungs"][2]["metrics"]["params"]
+    states = next(States(run.out / "calibration", "held-out").batches(4))
+    for keep in (0.9, 0.6):
+        transformer.select(keep=keep)
+        export_size(run.out, tmp_path / f"{keep}", "keep", keep)
+        fresh = DiffusionPipeline.from_pretrained(tmp_path / f"{keep}").transformer
+        with torch.no_grad():
+            torch.testing.assert_close(velocity(transformer, states), velocity(fresh, states), atol=1e-5, rtol=1e-5)
+        assert dict(transformer.config)["pruning"] == dict(fresh.config).get("pruning", {})
+    with torch.no_grad():
+        assert transformer.select(active=()) == ()
+        torch.testing.assert_close(velocity(transformer, states), velocity(run.teacher.transformer, states))
+    (name,) = transformer.select(active=transformer.plugboard.names[:1])
+    assert name in transformer.plugboard.names
+
+
+def test_a_choice_that_makes_no_sense_is_refused(run, text, tmp_path):
+    transformer = load_bundle(run.out).transformer
+    assert transformer.plugboard.active == transformer.plugboard.names
+    with pytest.raises(UserError, match="one of keep, speedup, fit_gb and active, got 2"):
+        transformer.select(keep=0.8, speedup=1.1)
+    with pytest.raises(UserError, match="no substitute 'x'"):
+        transformer.select(active=["x"])
+    with pytest.raises(ArtifactError, match="has no bundle"):
+        load_bundle(tmp_path)
+    export_size(run.out, tmp_path / "one", "keep", 0.6)
+    with pytest.raises(ModelError, match="has one size"):
+        DiffusionPipeline.from_pretrained(tmp_path / "one").transformer.select(keep=0.9)
 
 
 def test_what_a_bundle_cannot_give_is_said(run, text, tmp_path):
