@@ -162,10 +162,8 @@ def load_bundle(
     board = Plugboard(transformer, adapter, bundle)
     compress_class(transformer, {})
     transformer.plugboard = board
-    given = {"keep": keep, "speedup": speedup, "fit_gb": fit_gb}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if chosen:
-        board.select(**chosen)
-    else:
+    if keep is speedup is fit_gb is None:
         board.select(active=board.names)
+    else:
+        board.select(keep, speedup, fit_gb)
     return pipeline
