@@ -67,18 +67,41 @@ def chained_probe(
 
 
 def shortlist(errors: Mapping[RunKey, float], always: Sequence[RunKey], count: int) -> list[RunKey]:
-    """Keep the most promising runs of each length, about equally many, and those in ``always``."""
+    """Choose the runs to fit: those in ``always``, pairs for up to half of the places, then all lengths in turn.
+
+    The planner can only lay out what was fitted, so of each length the cheapest runs that do not overlap come first,
+    then the cheapest of the rest, and so on: every place of a stack is covered before any is covered twice. Pairs
+    come first because they are cheapest for each block that they save.
+    """
     by_length: dict[int, list[RunKey]] = {}
-    for run in sorted(errors, key=lambda r: errors[r]):
+    for run in errors:
         by_length.setdefault(run[2] - run[1], []).append(run)
-    chosen = list(always)
+    orders = {length: spread_out(runs, errors) for length, runs in sorted(by_length.items())}
+    chosen = list(dict.fromkeys(always))
+    pairs = orders.get(1, [])
+    for run in pairs[: max(0, count // 2)]:
+        if run not in chosen and len(chosen) < count:
+            chosen.append(run)
     position = 0
-    while len(chosen) < count and any(position < len(group) for group in by_length.values()):
-        for group in by_length.values():
-            if position < len(group) and group[position] not in chosen and len(chosen) < count:
-                chosen.append(group[position])
+    while len(chosen) < count and any(position < len(order) for order in orders.values()):
+        for order in orders.values():
+            if position < len(order) and order[position] not in chosen and len(chosen) < count:
+                chosen.append(order[position])
         position += 1
     return sorted(chosen)
+
+
+def spread_out(runs: Sequence[RunKey], errors: Mapping[RunKey, float]) -> list[RunKey]:
+    """Order runs of one length: the cheapest that do not overlap, then the cheapest of the rest, and so on."""
+    left, order = sorted(runs, key=lambda run: (errors[run], run)), []
+    while left:
+        layer: list[RunKey] = []
+        for run in left:
+            if all(run[0] != other[0] or run[2] < other[1] or other[2] < run[1] for other in layer):
+                layer.append(run)
+        order += layer
+        left = [run for run in left if run not in layer]
+    return order
 
 
 @torch.no_grad()

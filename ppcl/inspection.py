@@ -30,14 +30,6 @@ PARTS = {
     "ffn": r"mlp|(^|\.)ff|feed_forward|ffn|^proj_out",
     "attention": r"attn|(^|\.)to_[qkv]|(^|\.)attention",
 }
-MEANS = {
-    "attention": "depth: whole blocks",
-    "ffn": "depth: whole blocks (width, an FFN as one linear map: not in this version)",
-    "text stream": "depth: whole blocks (width, a linear map: not in this version)",
-    "modulation": "depth: whole blocks (width, low rank: not in this version)",
-    "other": "depth: whole blocks",
-    "outside the blocks": "stays",
-}
 
 
 @dataclass(frozen=True)
@@ -133,12 +125,28 @@ def inspect_model(
         model=info,
         streams={spec.name: tuple(spec.inputs) for spec in adapter.stacks},
         parts=parts_of(transformer, adapter),
-        means=MEANS,
+        means=means_of(adapter),
         call=call,
         ladder=ladder_of(info, settings),
         budget=dict([settings.budget]) if asked else None,
         choices=largest_within(info, settings, max_run) if asked else (),
     )
+
+
+def means_of(adapter: Adapter) -> dict[str, str]:
+    """By which means each part of a family's blocks can shrink."""
+    depth = "depth: whole blocks"
+    ffn = {stream for spec in adapter.stacks for stream in spec.ffn}
+    ffns = f"; fit.width=[ffn]: one affine map ({' and '.join(sorted(ffn))} stream)" if ffn else ""
+    modulated = any(spec.modulation for spec in adapter.stacks)
+    return {
+        "attention": depth,
+        "ffn": depth + ffns,
+        "text stream": depth + (ffns if "text" in ffn else ""),
+        "modulation": depth + ("; fit.width=[modulation]: low rank" if modulated else ""),
+        "other": depth,
+        "outside the blocks": "stays",
+    }
 
 
 def parts_of(transformer: Any, adapter: Adapter) -> dict[str, int]:

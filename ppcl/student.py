@@ -186,11 +186,28 @@ def register_plan(student: Any, adapter: Adapter, plan: CompressionPlan) -> None
     )
 
 
-class FixedStates(nn.Module):
+class StandIn(nn.Module):
+    """Stands in a block list; what a model asks of its blocks beside calling them, a real block answers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.template = [block]  # in a list: its parameters are not this module's
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of its own, or the block's (Qwen-Image 2.1 looks at ``attn.processor``)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "template" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["template"][0], name)
+
+
+class FixedStates(StandIn):
     """Stands for all blocks before a run: returns recorded states whatever it is given."""
 
-    def __init__(self, adapter: Adapter, stack: StackSpec, states: States) -> None:
-        super().__init__()
+    def __init__(self, adapter: Adapter, stack: StackSpec, states: States, block: nn.Module) -> None:
+        super().__init__(block)
         self.packed = adapter.pack(stack, states)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,15 +215,14 @@ class FixedStates(nn.Module):
         return self.packed
 
 
-class LinearRun(nn.Module):
+class LinearRun(StandIn):
     """A run replaced by one affine map a stream (chained probes, eq. 3): h -> h A + c."""
 
     def __init__(
         self, adapter: Adapter, stack: StackSpec, block: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]
     ) -> None:
-        super().__init__()
+        super().__init__(block)
         self.adapter, self.stack, self.maps = adapter, stack, dict(maps)
-        self.template = [block]  # in a list: its parameters are not this module's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the maps to the streams of the call."""
@@ -239,7 +255,9 @@ def patched(
         blocks = list(adapter.blocks(transformer, spec))
         here = [s.name for s in adapter.stacks].index(run[0])
         if spec.name == run[0]:
-            head: list[nn.Module] = blocks[: run[1]] if before is None else [FixedStates(adapter, spec, before)]
+            head: list[nn.Module] = (
+                blocks[: run[1]] if before is None else [FixedStates(adapter, spec, before, blocks[0])]
+            )
             lists[spec.name] = [*head, replacement, *blocks[run[2] + 1 :]]
         elif before is not None and position < here:
             lists[spec.name] = []

@@ -37,6 +37,7 @@ class StackSpec:
         text_qkv: Submodule path of a projection that sees the text input of the attention (eq. 8).
         fixed_tail: Last blocks that differ from the others and stay as they are (SD3's last block returns no
             text). They are no blocks to the compressor: :meth:`Adapter.blocks` leaves them out.
+        tokens_first: The block's states are (tokens, B, features); they are turned round on the way in and out.
         index_fields: Config fields that list the numbers of special blocks (SD3.5's ``dual_attention_layers``),
             with the submodule that tells them from the others.
     """
@@ -51,6 +52,11 @@ class StackSpec:
     text_qkv: str | None = None
     fixed_tail: int = 0
     index_fields: Mapping[str, str] = field(default_factory=dict)
+    tokens_first: bool = False
+
+    def turn(self, state: Tensor) -> Tensor:
+        """Bring a block's state to (B, tokens, features), or back."""
+        return state.transpose(0, 1) if self.tokens_first else state
 
 
 @dataclass(frozen=True)
@@ -104,19 +110,19 @@ class Adapter:
 
     def input_states(self, stack: StackSpec, arguments: Mapping[str, Any]) -> States:
         """Pick the streams out of a block's named arguments."""
-        return {stream: arguments[name] for stream, name in stack.inputs.items()}
+        return {stream: stack.turn(arguments[name]) for stream, name in stack.inputs.items()}
 
     def output_states(self, stack: StackSpec, output: Any) -> States:
         """Pick the streams out of what a block returned."""
         if isinstance(output, Tensor):
-            return {stack.outputs[0]: output}
-        return dict(zip(stack.outputs, output, strict=True))
+            return {stack.outputs[0]: stack.turn(output)}
+        return dict(zip(stack.outputs, map(stack.turn, output), strict=True))
 
     def pack(self, stack: StackSpec, states: States) -> Any:
         """The inverse of :meth:`output_states`."""
         if len(stack.outputs) == 1:
-            return states[stack.outputs[0]]
-        return tuple(states[stream] for stream in stack.outputs)
+            return stack.turn(states[stack.outputs[0]])
+        return tuple(stack.turn(states[stream]) for stream in stack.outputs)
 
     def call(self, stack: StackSpec, block: nn.Module, states: States, arguments: Mapping[str, Any]) -> States:
         """Run a block on given states with the other arguments as captured.
@@ -130,5 +136,5 @@ class Adapter:
         Returns:
             The states after the block.
         """
-        replaced = {name: states[stream] for stream, name in stack.inputs.items()}
+        replaced = {name: stack.turn(states[stream]) for stream, name in stack.inputs.items()}
         return self.output_states(stack, block(**{**arguments, **replaced}))

@@ -100,6 +100,8 @@ FAMILIES: tuple[Adapter, ...] = (
     ),
     Adapter(("LuminaNextDiT2DModel", "Lumina2Transformer2DModel"), (_one("layers", "num_layers", ffn="feed_forward"),)),
     Adapter(("ZImageTransformer2DModel",), (_one("layers", "n_layers", "x", "feed_forward"),)),
+    Adapter(("QwenImage21Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="img_mlp"),)),
+    Adapter(("ErnieImageTransformer2DModel",), (replace(_one("layers", "num_layers", "x", "mlp"), tokens_first=True),)),
     Adapter(("Ideogram4Transformer2DModel",), (_one("layers", "num_layers"),)),
     Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth"),)),
     Adapter(

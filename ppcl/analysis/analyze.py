@@ -79,9 +79,7 @@ class Collector:
         handles = []
         for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
             for stream, path in spec.ffn.items():
-                handles.append(
-                    block.get_submodule(path).register_forward_hook(self._ffn_hook(spec.name, index, stream))
-                )
+                handles.append(block.get_submodule(path).register_forward_hook(self._ffn_hook(spec, index, stream)))
             for stream, path in spec.modulation.items():
                 handles.append(
                     block.get_submodule(path).register_forward_hook(self._modulation_hook(spec.name, index, stream))
@@ -99,9 +97,13 @@ class Collector:
 
         return hook
 
-    def _ffn_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
+    def _ffn_hook(self, spec: StackSpec, index: int, stream: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._signals[stack, index, stream] = (args[0], output)
+            signals = (args[0], output)
+            turned = args[0].ndim == 3 and spec.tokens_first
+            self._signals[spec.name, index, stream] = (
+                (spec.turn(signals[0]), spec.turn(signals[1])) if turned else signals
+            )
 
         return hook
 

@@ -380,12 +380,35 @@ def lumina_next():
     }  # fmt: skip
 
 
+def qwen21():
+    model = make(
+        "QwenImage21Transformer2DModel", in_channels=16, out_channels=16, num_layers=5, attention_head_dim=16,
+        num_attention_heads=2, context_in_dim=24, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": randn(2, 4, 16), "encoder_hidden_states": randn(TEXT), "timestep": TIMES,
+        "img_shapes": [[(1, 2, 2)]] * 2, "img_mask": torch.tensor([[False] * 5 + [True]] * 2),
+        "encoder_hidden_states_mask": text_mask(),
+    }  # fmt: skip
+
+
+def ernie():
+    model = make(
+        "ErnieImageTransformer2DModel", hidden_size=32, num_attention_heads=2, num_layers=5, ffn_hidden_size=48,
+        in_channels=4, out_channels=4, text_in_dim=24, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": randn(2, 4, 2, 2), "timestep": STEPS, "text_bth": randn(TEXT),
+        "text_lens": torch.tensor([3, 5]),
+    }  # fmt: skip
+
+
 TINY = {
     f.__name__: f
     for f in (
         qwen, flux, bria, longcat, ovis, flux2, sd3, sd35_medium, auraflow, hunyuan_image, hunyuan_video,
         hunyuan_video15, cogview4, cogview3, cogvideox, pixart, sana, sana_video, lumina2, ltx, wan, skyreels,
         chronoedit, kandinsky5, mochi, z_image, allegro, cosmos, prx, krea2, ideogram4, joyimage, glm_image,
-        lumina_next,
+        lumina_next, qwen21, ernie,
     )
 }  # fmt: skip

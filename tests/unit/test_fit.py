@@ -28,7 +28,7 @@ from ppcl.capture import velocity
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
-from ppcl.fit import all_runs, best_starts, chained_probe, fit, shortlist
+from ppcl.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
 from ppcl.sensitivity import output_errors
 from ppcl.student import STARTS, patched, start_block
 
@@ -71,12 +71,20 @@ def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
     assert torch.equal(h @ maps["text"][0] + maps["text"][1], h)
 
 
-def test_shortlist_takes_the_best_of_each_length_and_what_it_must() -> None:
-    errors = {("a", i, i + n): 0.1 * i + n for n in (1, 2, 3) for i in range(5)}
-    chosen = shortlist(errors, [("a", 4, 5)], count=6)
-    assert chosen == [("a", 0, 1), ("a", 0, 2), ("a", 0, 3), ("a", 1, 2), ("a", 1, 3), ("a", 4, 5)]
-    assert shortlist(errors, [("a", 4, 5)], count=1) == [("a", 4, 5)]
+def test_shortlist_covers_every_place_with_pairs_and_then_takes_turns() -> None:
+    errors = {("a", i, i + n): 0.1 * i + n for n in (1, 2, 3) for i in range(6)}
+    must = ("a", 4, 5)
+    assert shortlist(errors, [must], count=1) == [must]
+    # half of the places for pairs, of which 0-1, 2-3 and 4-5 overlap with nothing; then one of each length in turn
+    chosen = shortlist(errors, [must], count=6)
+    assert chosen == sorted([must, ("a", 0, 1), ("a", 2, 3), ("a", 0, 2), ("a", 0, 3), ("a", 3, 5)])
     assert shortlist(errors, [], count=100) == sorted(errors)
+
+
+def test_runs_are_spread_out_layer_by_layer() -> None:
+    errors = {("a", 0, 1): 0.2, ("a", 1, 2): 0.1, ("a", 2, 3): 0.3, ("a", 3, 4): 0.4, ("b", 1, 2): 0.5}
+    expected = [("a", 1, 2), ("a", 3, 4), ("b", 1, 2), ("a", 0, 1), ("a", 2, 3)]
+    assert spread_out(list(errors), errors) == expected
 
 
 def test_output_errors_are_those_of_whole_forward_passes() -> None:

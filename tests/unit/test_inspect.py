@@ -246,7 +246,7 @@ def test_all_ways_to_name_a_model(tmp_path, ppcl):
         printed.add(out.partition(":")[2])
     (text,) = printed
     assert "transformer_blocks (num_layers): 4 blocks" in text
-    assert "not in this version" in text
+    assert "fit.width=[modulation]: low rank" in text
     assert "the largest with 0.8 of the parameters" in text
 
 

@@ -102,7 +102,7 @@ def test_fixed_states_return_the_streams_in_the_blocks_order() -> None:
     teacher = tiny_qwen(1)
     adapter = adapter_for(teacher)
     states = {"image": noise(1, 2, 3), "text": noise(1, 4, 3, seed=1)}
-    text, image = FixedStates(adapter, adapter.stacks[0], states)(1, other=2)
+    text, image = FixedStates(adapter, adapter.stacks[0], states, teacher.transformer_blocks[0])(1, other=2)
     assert text is states["text"]
     assert image is states["image"]
 
