@@ -266,6 +266,8 @@ def _family(transformer: Any) -> str | None:
 def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Count the FLOPs of a call without computing anything, see :func:`ppcl.cost.count_flops`.
 
+    Of blocks that are alike only the first is run, since even shapes alone take seconds for sixty blocks.
+
     Raises:
         ModelError: The shapes in the config do not fit together.
     """
@@ -273,7 +275,51 @@ def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]
 
     adapter = adapter_for(transformer)
     stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
+    twins = {name: _twins(blocks) for name, blocks in stacks.items()}
+    outputs: dict[tuple[str, int], Any] = {}
+
+    def repeat(name: str, index: int) -> Any:
+        return lambda *_args, **_kwargs: outputs[name, index]
+
+    handles = []
+    for name, blocks in stacks.items():
+        for index, block in enumerate(blocks):
+            if twins[name][index] != index:
+                block.forward = repeat(name, twins[name][index])
+            else:
+
+                def keep(_module: Any, _inputs: Any, output: Any, key: tuple[str, int] = (name, index)) -> None:
+                    outputs[key] = output
+
+                handles.append(block.register_forward_hook(keep))
     try:
-        return count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
+        counted = count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(_unfit(type(transformer).__name__, error)) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, blocks in stacks.items():
+            for index, block in enumerate(blocks):
+                if twins[name][index] != index:
+                    del block.forward
+    for name, own in counted["stacks"].items():
+        counted["total"] += sum(own[first] for index, first in enumerate(twins[name]) if first != index)
+        counted["stacks"][name] = [own[first] for first in twins[name]]
+    return counted
+
+
+def _twins(blocks: list[nn.Module]) -> list[int]:
+    """For each block the first one of the same modules, shapes and settings."""
+    seen: dict[Any, int] = {}
+    return [seen.setdefault(_likeness(block), index) for index, block in enumerate(blocks)]
+
+
+def _likeness(block: nn.Module) -> tuple[Any, ...]:
+    """What the cost of a block depends on."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    kinds = tuple(
+        (name, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, int | float | str)))
+        for name, module in block.named_modules()
+    )
+    return shapes, kinds

@@ -77,7 +77,7 @@ def test_flux_dev(tmp_path):
 
 @pytest.mark.parametrize(("config", "params"), [(QWEN_IMAGE, 20_430_401_088), (FLUX_DEV, 11_901_408_320)])
 def test_the_command_is_quick_and_small(tmp_path, config, params):
-    """Under 10 seconds of processor time beside the libraries' imports, and 2 GB of memory with them."""
+    """Under 3 seconds of processor time beside the libraries' imports, and 2 GB of memory with them."""
     pytest.importorskip("resource")
     write_config(tmp_path, config)
     code = (
@@ -97,7 +97,7 @@ def test_the_command_is_quick_and_small(tmp_path, config, params):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     used = json.loads(result.stderr.splitlines()[-1])
-    assert used["seconds"] < 10
+    assert used["seconds"] < 3
     assert used["peak"] < 2e9
     found = json.loads(result.stdout)
     assert found["model"]["params"] == params
@@ -106,8 +106,9 @@ def test_the_command_is_quick_and_small(tmp_path, config, params):
 
 def tiny_sd3():
     real = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        sample_size=8, in_channels=4, out_channels=4, num_layers=5, attention_head_dim=8, num_attention_heads=4,
         caption_projection_dim=32, joint_attention_dim=24, pooled_projection_dim=16, pos_embed_max_size=8,
+        dual_attention_layers=(0, 1),  # blocks that differ inside one stack
     )  # fmt: skip
     call = {
         "hidden_states": torch.zeros(1, 4, 4, 6),
