@@ -6,7 +6,8 @@ A pipeline's plan depends on shapes alone, so a user can look at one before fetc
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -276,37 +277,40 @@ def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]
     adapter = adapter_for(transformer)
     stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
     twins = {name: _twins(blocks) for name, blocks in stacks.items()}
-    outputs: dict[tuple[str, int], Any] = {}
-
-    def repeat(name: str, index: int) -> Any:
-        return lambda *_args, **_kwargs: outputs[name, index]
-
-    handles = []
-    for name, blocks in stacks.items():
-        for index, block in enumerate(blocks):
-            if twins[name][index] != index:
-                block.forward = repeat(name, twins[name][index])
-            else:
-
-                def keep(_module: Any, _inputs: Any, output: Any, key: tuple[str, int] = (name, index)) -> None:
-                    outputs[key] = output
-
-                handles.append(block.register_forward_hook(keep))
     try:
-        counted = count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
+        with ExitStack() as changes:
+            for name, blocks in stacks.items():
+                changes.enter_context(_first_alone(blocks, twins[name]))
+            counted = count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(_unfit(type(transformer).__name__, error)) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, blocks in stacks.items():
-            for index, block in enumerate(blocks):
-                if twins[name][index] != index:
-                    del block.forward
     for name, own in counted["stacks"].items():
         counted["total"] += sum(own[first] for index, first in enumerate(twins[name]) if first != index)
         counted["stacks"][name] = [own[first] for first in twins[name]]
     return counted
+
+
+@contextmanager
+def _first_alone(blocks: list[nn.Module], twins: list[int]) -> Iterator[None]:
+    """Let a block that has a twin before it return what the twin returned."""
+    outputs: dict[int, Any] = {}
+    copies = [(block, first) for index, (block, first) in enumerate(zip(blocks, twins, strict=True)) if first != index]
+    handles = []
+    for first in set(twins):
+
+        def keep(_module: Any, _inputs: Any, output: Any, first: int = first) -> None:
+            outputs[first] = output
+
+        handles.append(blocks[first].register_forward_hook(keep))
+    for block, first in copies:
+        block.forward = lambda *_args, _first=first, **_kwargs: outputs[_first]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, _ in copies:
+            del block.forward
 
 
 def _twins(blocks: list[nn.Module]) -> list[int]:
