@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ from ppcl.training import step_generator
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "held-out")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer.
+
+    Attributes:
+        arguments: By name.
+        velocity: What the teacher answered, (B, ...).
+    """
+
+    arguments: dict[str, Any]
+    velocity: Tensor
 
 
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
@@ -56,17 +70,18 @@ def call_pipeline(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> An
     return pipeline(prompt=list(prompts), **arguments)
 
 
-def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[dict[str, Any]]:
-    """Denoise a batch of prompts; return the named arguments of every transformer call."""
-    calls: list[dict[str, Any]] = []
+def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
+    """Denoise a batch of prompts; return every transformer call."""
+    calls: list[Call] = []
     parameters = inspect.signature(pipeline.transformer.forward)
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = dict(parameters.bind(*args, **kwargs).arguments)
         arguments.pop("return_dict", None)
-        calls.append(trees.to_device(arguments, torch.device("cpu")))
+        cpu = torch.device("cpu")
+        calls.append(Call(trees.to_device(arguments, cpu), _velocity_of(output).to(cpu)))
 
-    handle = pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    handle = pipeline.transformer.register_forward_hook(record, with_kwargs=True)
     try:
         call_pipeline(
             pipeline,
@@ -130,7 +145,8 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
                 calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
                 picked = choose_calls(len(calls), settings.states_per_prompt, step_generator(seed, number, 18))
                 tensors: dict[str, Tensor] = {}
-                rows = [trees.flatten(calls[i], f"{n:02d}", tensors) for n, i in enumerate(picked)]
+                rows = [trees.flatten(calls[i].arguments, f"{n:02d}", tensors) for n, i in enumerate(picked)]
+                tensors |= {f"velocity.{n:02d}": calls[i].velocity for n, i in enumerate(picked)}
                 # A tensor that several calls share is stored once: a clone each would repeat the text.
                 tensors, alias = _share(tensors)
                 write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})
@@ -170,32 +186,35 @@ class States:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))
         if not paths:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Call] = []
         groups: dict[str, list[tuple[int, int]]] = {}
         for path in paths:
             tensors, meta = read_tensors(path)
             if meta is None:
                 raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
             tensors |= {name: tensors[twin] for name, twin in meta["alias"].items()}
-            for row in meta["calls"]:
-                call = trees.unflatten(row, tensors)
-                size = trees.batch_size(call)
-                groups.setdefault(trees.signature(call, size), []).extend((len(self.calls), i) for i in range(size))
-                self.calls.append(call)
+            for number, row in enumerate(meta["calls"]):
+                arguments, target = trees.unflatten(row, tensors), tensors.get(f"velocity.{number:02d}")
+                if target is None:
+                    raise ArtifactError(f"{path} was written by an older ppcl; delete {folder} and run again")
+                size = trees.batch_size(arguments)
+                members = groups.setdefault(trees.signature(arguments, size), [])
+                members.extend((len(self.calls), i) for i in range(size))
+                self.calls.append(Call(arguments, target))
         self.groups = [groups[key] for key in sorted(groups)]
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups)
 
-    def _assemble(self, rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def _assemble(self, rows: Sequence[tuple[int, int]]) -> Call:
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
-        sizes = {c: trees.batch_size(self.calls[c]) for c in by_call}
-        parts = [trees.take(self.calls[c], picked, sizes[c]) for c, picked in by_call.items()]
+        sizes = {c: trees.batch_size(self.calls[c].arguments) for c in by_call}
+        parts = [trees.take(self.calls[c].arguments, picked, sizes[c]) for c, picked in by_call.items()]
         one = next(iter(by_call))
-        joined: dict[str, Any] = trees.join(parts, self.calls[one], sizes[one])
-        return joined
+        joined: dict[str, Any] = trees.join(parts, self.calls[one].arguments, sizes[one])
+        return Call(joined, torch.cat([self.calls[c].velocity[picked] for c, picked in by_call.items()]))
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield all states once, in a fixed order, in batches of at most ``size``.
@@ -208,20 +227,28 @@ class States:
             rows = group[::stride][:left]
             left -= len(rows)
             for start in range(0, len(rows), size):
-                yield self._assemble(rows[start : start + size])
+                yield self._assemble(rows[start : start + size]).arguments
 
-    def sample(self, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """Draw a batch of states of one shape, groups in proportion to their size."""
+    def draw(self, size: int, generator: torch.Generator) -> Call:
+        """Draw a batch of states of one shape, groups in proportion to their size, with the teacher's answers."""
         shares = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(shares, 1, generator=generator))]
         picks = torch.randint(len(group), (min(size, len(group)),), generator=generator).tolist()
         return self._assemble([group[i] for i in sorted(picks)])
 
+    def sample(self, size: int, generator: torch.Generator) -> dict[str, Any]:
+        """The arguments of :meth:`draw`."""
+        return self.draw(size, generator).arguments
+
 
 def velocity(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """Run the transformer on a batch of states; return its output (a list of tensors is stacked)."""
-    output = transformer(**arguments, return_dict=False)
-    output = output[0] if isinstance(output, tuple) else output
+    return _velocity_of(transformer(**arguments, return_dict=False))
+
+
+def _velocity_of(output: Any) -> Tensor:
+    """The tensor in what a transformer returns: a tuple, an output class, or a list of one tensor a sample."""
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     return torch.stack(output) if isinstance(output, list) else output
 
 

@@ -202,12 +202,11 @@ class Distiller:
             modules = {"student": self.student}
 
         def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 37))
-            arguments = to_device(arguments, self.device)
+            call = self.states.draw(self.settings.batch_size, step_generator(self.seed, step, 37))
+            # what the teacher answered was recorded, so it need not run, nor be in memory
+            target = call.velocity.to(self.device)
             with autocast(self.device, self.precision):
-                with torch.no_grad():
-                    target = velocity(self.transformer, arguments)
-                loss = velocity_loss(velocity(self.student, arguments), target)
+                loss = velocity_loss(velocity(self.student, to_device(call.arguments, self.device)), target)
             loss.backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.item()}
 

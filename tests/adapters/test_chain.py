@@ -31,11 +31,14 @@ DISTILL = DistillConfig(
 )  # fmt: skip
 
 
-def write_states(name, folder):
+def write_states(name, model, folder):
     """Three calls of two samples as ``ppcl.capture`` writes them: two to train on, one held out."""
     for file in ("train-0000", "train-0001", "held-out-0000"):
         tensors = {}
-        node = trees.flatten(TINY[name]()[1], "00", tensors)
+        call = TINY[name]()[1]
+        node = trees.flatten(call, "00", tensors)
+        with torch.no_grad():
+            tensors["velocity.00"] = velocity(model, call)
         # inputs of several names may share memory, which safetensors refuses
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         write_tensors(folder / f"{file}.safetensors", tensors, {"calls": [node], "alias": {}})
@@ -46,7 +49,7 @@ def test_analysis_plan_distillation_export(name, tmp_path):
     torch.manual_seed(0)
     model = TINY[name]()[0].eval().requires_grad_(False)
     adapter, states = adapter_for(model), tmp_path / "calibration"
-    write_states(name, states)
+    write_states(name, model, states)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
     info = describe(SimpleNamespace(transformer=model, components={}))

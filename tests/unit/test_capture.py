@@ -45,16 +45,17 @@ def test_replaying_recorded_calls_gives_the_pipelines_outputs() -> None:
     calls = record_calls(pipeline, PROMPTS[:2], 5, SETTINGS)
     handle.remove()
     assert len(calls) == len(outputs) == 2 * SETTINGS.num_inference_steps  # with and without the prompt
-    assert not pipeline.transformer._forward_pre_hooks
+    assert not pipeline.transformer._forward_hooks
     masked = 0
     with torch.no_grad():
         for call, output in zip(calls, outputs, strict=True):
             tensors: dict[str, Tensor] = {}
-            node = trees.flatten(call, "00", tensors)
+            node = trees.flatten(call.arguments, "00", tensors)
             assert torch.equal(velocity(pipeline.transformer, trees.unflatten(node, tensors)), output)
-            one = trees.take(call, [1], 2)
+            assert torch.equal(call.velocity, output)
+            one = trees.take(call.arguments, [1], 2)
             assert torch.allclose(velocity(pipeline.transformer, one), output[1:], atol=1e-5)
-            masked += call["encoder_hidden_states_mask"] is not None
+            masked += call.arguments["encoder_hidden_states_mask"] is not None
     assert masked == SETTINGS.num_inference_steps  # prompts of two lengths: padding was seen, and kept
 
 
@@ -68,11 +69,11 @@ def test_record_calls_cleans_up_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         record_calls(pipeline, PROMPTS[:2], 0, SETTINGS)
     handle.remove()
-    assert not pipeline.transformer._forward_pre_hooks
+    assert not pipeline.transformer._forward_hooks
 
 
 def test_noise_of_a_prompt_does_not_depend_on_the_batch() -> None:
-    alone, together = (record_calls(shared_pipeline(), PROMPTS[:n], 5, SETTINGS)[0] for n in (1, 3))
+    alone, together = (record_calls(shared_pipeline(), PROMPTS[:n], 5, SETTINGS)[0].arguments for n in (1, 3))
     assert torch.equal(alone["hidden_states"][0], together["hidden_states"][0])
     assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
 
@@ -129,7 +130,7 @@ def test_capture_is_resumed_with_identical_bytes(calibration: Path, tmp_path: Pa
 def test_another_seed_draws_other_states(calibration: Path, tmp_path: Path) -> None:
     capture(shared_pipeline(), PROMPTS, tmp_path, SETTINGS, seed=1)
     first, second = States(calibration, "train"), States(tmp_path, "train")
-    assert not torch.equal(first.calls[0]["hidden_states"], second.calls[0]["hidden_states"])
+    assert not torch.equal(first.calls[0].arguments["hidden_states"], second.calls[0].arguments["hidden_states"])
 
 
 @pytest.mark.parametrize("prompts", [[], ["cat"], ["cat", "cat"]])
@@ -147,7 +148,7 @@ def fingerprints(batch: dict[str, Any]) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_batches_yield_every_state_once(calibration: Path, size: int) -> None:
     states = States(calibration, "train")
-    expected = [f for call in states.calls for f in fingerprints(call)]
+    expected = [f for call in states.calls for f in fingerprints(call.arguments)]
     found = [f for batch in states.batches(size) for f in fingerprints(batch)]
     assert sorted(found) == sorted(expected)
     assert found == [f for batch in states.batches(3) for f in fingerprints(batch)]
@@ -173,7 +174,7 @@ def test_samples_depend_on_the_generator_alone(calibration: Path) -> None:
     torch.manual_seed(99)
     assert draw(0) == expected
     assert len({tuple(draw(seed)) for seed in range(8)}) > 4
-    everything = {f for call in states.calls for f in fingerprints(call)}
+    everything = {f for call in states.calls for f in fingerprints(call.arguments)}
     assert {f for seed in range(40) for f in draw(seed)} == everything
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen
+from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
 
 from ppcl.adapters import adapter_for
 from ppcl.capture import velocity
+from ppcl.config import DistillConfig
 from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.losses import velocity_loss
+from ppcl.distill.trainer import Distiller
 from ppcl.student import assemble_student
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
@@ -60,3 +65,23 @@ def test_coins_are_fair_and_never_leave_the_teacher_alone() -> None:
     share = sum(RUNS[0] in chosen for chosen in drawn) / len(drawn)
     assert share == pytest.approx(0.5 + 0.25, abs=0.07)  # a quarter of the draws is empty and becomes all
     assert draw_active(RUNS, torch.Generator().manual_seed(3)) == draw_active(RUNS, torch.Generator().manual_seed(3))
+
+
+def test_the_output_stage_learns_from_recorded_answers_alone(tmp_path: Path) -> None:
+    """The teacher need not run, nor be in memory: capture wrote down what it answered."""
+    teacher = tiny_qwen(6)
+    write_states(tmp_path / "calibration", "train", [qwen_call(4, seed=s) for s in range(3)], teacher)
+    settings = DistillConfig(local_steps=0, output_steps=20, batch_size=4, output_learning_rate=3e-3, warmup_steps=1)
+    rows: list[dict[str, Any]] = []
+    distiller = Distiller(
+        teacher, adapter_for(teacher), plan_for(teacher, RUNS), tmp_path / "calibration", tmp_path, settings, 0,
+        log=rows.append,
+    )  # fmt: skip
+
+    def refuse(**_: Any) -> None:
+        raise AssertionError("the teacher ran")
+
+    teacher.forward = refuse  # type: ignore[method-assign]
+    distiller.run()
+    losses = [row["loss"] for row in rows]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

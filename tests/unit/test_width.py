@@ -213,7 +213,7 @@ def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analy
     """Analysis files and width options of a tiny model."""
     adapter = adapter_for(transformer)
     for split, seed in (("train", 0), ("held-out", 9)):
-        write_states(folder / "calibration", split, [call(6, seed=seed + i) for i in range(3)])
+        write_states(folder / "calibration", split, [call(6, seed=seed + i) for i in range(3)], transformer)
     one = call(1)
     stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
     flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), 1)

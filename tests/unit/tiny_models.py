@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppcl import trees
 from ppcl.adapters import Adapter, adapter_for
 from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction, Segment
+from ppcl.capture import velocity
 from ppcl.files import write_tensors
 from ppcl.student import RunKey, start_block
 from ppcl.teacher import describe
@@ -101,11 +102,14 @@ def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def write_states(folder: Path, split: str, calls: list[dict[str, Any]]) -> None:
-    """Write calls as :func:`ppcl.capture.capture` would, one a file."""
+def write_states(folder: Path, split: str, calls: list[dict[str, Any]], transformer: nn.Module | None = None) -> None:
+    """Write calls as :func:`ppcl.capture.capture` would, one a file; without a transformer its answers are zeros."""
     for index, call in enumerate(calls):
         tensors: dict[str, Tensor] = {}
         node = trees.flatten(call, "00", tensors)
+        with torch.no_grad():
+            answer = velocity(transformer, call) if transformer else torch.zeros(trees.batch_size(call), 1)
+        tensors["velocity.00"] = answer
         write_tensors(folder / f"{split}-{index:04d}.safetensors", tensors, {"calls": [node], "alias": {}})
 
 
