@@ -41,13 +41,13 @@ def plan_from_runs(model: ModelInfo, runs: Runs, mode: str, candidates: Candidat
 def plans_of_equal_size(
     analysis: Analysis, candidates: Candidates, settings: PlanConfig
 ) -> tuple[dict[str, CompressionPlan], dict[str, str]]:
-    """The optimal plan under the budget, and each baseline's plan with as many blocks removed.
+    """The optimal plan of depth alone under the budget, and each baseline's plan with as many blocks removed.
 
     Returns:
         Plans by mode, the optimal one first, and a note for each baseline that offers no such
         number; its nearest plan is taken, or none if that would be the teacher itself.
     """
-    best = plan(analysis, candidates, settings.model_copy(update={"mode": OURS}))
+    best = plan(analysis, candidates, settings.model_copy(update={"mode": OURS, "width": ()}))
     count = removed_blocks(run_keys(best))
     costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     ladders = {
@@ -64,6 +64,30 @@ def plans_of_equal_size(
         if found or not count:
             plans[mode] = plan_from_runs(analysis.model, runs, mode, candidates)
     return plans, notes
+
+
+def with_width(
+    analysis: Analysis, candidates: Candidates, settings: PlanConfig, depth: CompressionPlan
+) -> CompressionPlan | None:
+    """The optimal plan over depth and smaller modules at the size of a plan of depth alone; None if none was measured.
+
+    Raises:
+        BudgetError: No such plan is that small.
+    """
+    if not candidates.width:
+        return None
+    same = {"mode": OURS, "keep": depth.predicted.param_ratio, "speedup": None, "fit_gb": None}
+    return plan(analysis, candidates, settings.model_copy(update=same))
+
+
+def removed_outright(chosen: CompressionPlan) -> CompressionPlan:
+    """The same blocks removed, with the first block of each run left in its place as it is."""
+
+    def changed(segment: Segment) -> Segment:
+        return dataclasses.replace(segment, start="first") if segment.is_run else segment
+
+    stacks = {name: tuple(map(changed, pieces)) for name, pieces in chosen.stacks.items()}
+    return dataclasses.replace(chosen, stacks=stacks)
 
 
 def run_keys(chosen: CompressionPlan) -> tuple[RunKey, ...]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,47 +19,30 @@ import torch
 from torch import Tensor
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
-from ppcl.baselines import BASELINES, OURS, plans_of_equal_size, removed_blocks, run_keys, with_starts
+from ppcl.baselines import (
+    BASELINES,
+    OURS,
+    plans_of_equal_size,
+    removed_outright,
+    run_keys,
+    with_starts,
+    with_width,
+)
 from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
 from ppcl.capture import States, guidance_arguments, velocity_error
+from ppcl.compare_text import Row, mean_scores, write_up
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller, new_substitutes
-from ppcl.eval.evaluate import SCORES, average_drop, score
+from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate, load_images
 from ppcl.evaluation import choose_extractor, references_for
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run
 from ppcl.student import assemble_student
-from ppcl.tables import markdown_table, number, provenance, spread
 
 TEACHER_SEEDS = 3  # fewer say nothing about a spread
-MEASURES = ("fid", *SCORES, "average_drop")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the comparison.
-
-    Attributes:
-        name: Its folder under ``RUN/compare``.
-        label: What the table calls it.
-        plan: Which blocks stay.
-        settings: How the substitutes are trained; zero steps for none.
-        note: What a reader must know about it, if anything.
-    """
-
-    name: str
-    label: str
-    plan: CompressionPlan
-    settings: DistillConfig
-    note: str | None = None
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether a training seed makes a difference."""
-        return bool(self.settings.local_steps or self.settings.output_steps)
 
 
 def plan_rows(run: Run) -> tuple[list[Row], list[str]]:
@@ -70,19 +51,42 @@ def plan_rows(run: Run) -> tuple[list[Row], list[str]]:
     plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
     plans = {mode: with_starts(run, chosen) for mode, chosen in plans.items()}
     same = run.config.distill.model_copy(update={"from_fit": False})
-    none = same.model_copy(update={"local_steps": 0, "output_steps": 0})
+    none = same.model_copy(update={"local_steps": 0, "alternating_steps": 0, "output_steps": 0})
     ours = plans[OURS]
     rows = [Row("ours", "ours (optimal)", ours, same), Row("ours-undistilled", "ours, undistilled", ours, none)]
     rows += [Row(mode, BASELINES[mode], plans[mode], same, notes.get(mode)) for mode in BASELINES if mode in plans]
+    left_out = [note for mode, note in notes.items() if mode not in plans]
+    return [*rows, *_removal_rows(plans, same), *_more_of_ours(run, analysis, candidates, ours, same)], left_out
+
+
+def _removal_rows(plans: Mapping[str, CompressionPlan], settings: DistillConfig) -> list[Row]:
+    """Blocks removed as most of the literature does it: nothing stands for them, and all steps tune what is left."""
+    steps = settings.local_steps + settings.alternating_steps + settings.output_steps
+    tuned = settings.model_copy(update={"local_steps": 0, "alternating_steps": 0, "output_steps": steps})
+    note = f"the rows without substitutes have all their {steps} steps in the output stage"
+    return [
+        Row(f"{mode}-removed", f"{BASELINES[mode]}, no substitutes", removed_outright(plans[mode]), tuned, note)
+        for mode in ("uniform", "influence")
+        if mode in plans
+    ]
+
+
+def _more_of_ours(
+    run: Run, analysis: Analysis, candidates: Candidates, ours: CompressionPlan, settings: DistillConfig
+) -> list[Row]:
+    """What the method offers beside a plan of depth alone from a cold start."""
     fitted = {(c.stack, c.first, c.last) for c in candidates.candidates if c.fitted_error is not None}
-    extra = (
+    note = (
         f"ours + fit start goes on from the fit stage's candidates, which had {candidates.steps} steps more, in "
         f"{sum(key in fitted for key in run_keys(ours))} of {len(ours.runs)} runs"
     )
-    fit_start = same.model_copy(update={"from_fit": True})
-    rows.append(Row("ours-fit-start", "ours + fit start", ours, fit_start, extra))
-    left_out = [note for mode, note in notes.items() if mode not in plans]
-    return rows, left_out
+    warm = settings.model_copy(update={"from_fit": True})
+    rows = [Row("ours-fit-start", "ours + fit start", ours, warm, note)]
+    wider = with_width(analysis, candidates, run.config.plan, ours)
+    if wider is not None:
+        note = "ours + width has smaller modules, too, at the same share of the parameters"
+        rows.append(Row("ours-width", "ours + width", with_starts(run, wider), settings, note))
+    return rows
 
 
 class Judge:
@@ -164,15 +168,6 @@ class Judge:
         features = self.draw(pipeline, folder / "pictures" / f"seed-{self.seeds[0]}", self.seeds[0], model)
         scores = score(features, self.reference, self.text)
         return {**scores, "average_drop": average_drop(mean_scores(teacher["seeds"]), scores)[0]}
-
-
-def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Mean of each score over the seeds that have it."""
-    result: dict[str, float | None] = {}
-    for name in scores[0]:
-        known = [value for each in scores if (value := each[name]) is not None]
-        result[name] = statistics.fmean(known) if known else None
-    return result
 
 
 def with_transformer(pipeline: Any, transformer: Any) -> Any:
@@ -306,88 +301,3 @@ def compare_plans(run: Run, table: Path | None = None, seeds: Sequence[int] | No
     for path in filter(None, (run.out / "compare" / "table.md", table)):
         write_text(path, text)
     return text
-
-
-Results = Sequence[tuple[Row, Sequence[Mapping[str, Any]]]]
-
-
-def write_up(
-    run: Run, teacher: Mapping[str, Any], results: Results, left_out: Sequence[str], seeds: Sequence[int]
-) -> str:
-    """The comparison as Markdown: table, how to read it, notes, command."""
-    model, settings = results[0][0].plan.model, run.config.distill
-    ours = mean_scores([_measures(m) for m in results[0][1]])
-    own_spread = {name: _std([s[name] for s in teacher["seeds"]]) for name in MEASURES}
-    header = [
-        "",
-        "blocks removed",
-        "parameters",
-        "share",
-        "speed-up (predicted)",
-        "velocity error before training",
-        "after",
-        "FID",
-        "CLIP score",
-        "retrieval@1",
-        "retrieval@5",
-        "average drop, %",
-    ]
-
-    def cell(name: str, values: Sequence[float | None], compared: bool = True) -> str:
-        mean, mine, std = mean_scores([{name: v} for v in values])[name], ours[name], own_spread[name]
-        alike = compared and mean is not None and mine is not None and std is not None and abs(mean - mine) <= 2 * std
-        return spread(values) + (" ~" if alike else "")
-
-    own_cells = [cell(n, [s[n] for s in teacher["seeds"]]) for n in MEASURES]
-    lines = [["teacher", "0", f"{model.params:,}", "100%", "1.00", "0", "0", *own_cells]]
-    for position, (row, metrics) in enumerate(results):
-        p = row.plan.predicted
-        errors = [number(metrics[0]["velocity_error_before"]), spread([m["velocity_error"] for m in metrics])]
-        scores = [cell(n, [m[n] for m in metrics], position > 0) for n in MEASURES]
-        share = f"{metrics[0]['params'] / model.params:.1%}"
-        size = [str(removed_blocks(run_keys(row.plan))), f"{metrics[0]['params']:,}", share, f"{p.speedup:.2f}"]
-        lines.append([row.label, *size, *errors, *scores])
-    notes = [*(row.note for row, _ in results if row.note), *left_out]
-    reading = (
-        f"Every trained row has {settings.local_steps} local and {settings.output_steps} output steps of "
-        f"{settings.batch_size} states, the same training seeds ({', '.join(map(str, seeds))}), and the same rule for "
-        f"the starts of its substitutes. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, "
-        f"FID against {teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
-        f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
-        "`~`: differs from ours (optimal) by at most twice the teacher's standard deviation; no ranking follows. "
-        "Velocity errors are relative, on held-out states."
-    )
-    return (
-        "\n\n".join(
-            [
-                "# Plans compared under one budget",
-                markdown_table(header, lines),
-                reading,
-                *([("\n".join(f"* {note}." for note in notes))] if notes else []),
-                conclusion(results),
-                provenance(run.command, str(run.device)),
-            ]
-        )
-        + "\n"
-    )
-
-
-def conclusion(results: Results) -> str:
-    """What comes out, in words computed from the velocity errors after training."""
-    after = {row.name: statistics.fmean(m["velocity_error"] for m in metrics) for row, metrics in results}
-    parts = [f"{after[mode] / after['ours'] - 1:+.1%} for {BASELINES[mode]}" for mode in BASELINES if mode in after]
-    best = min(after, key=lambda name: after[name])
-    label = next(row.label for row, _ in results if row.name == best)
-    return (
-        f"Velocity error after training, against ours (optimal) at {number(after['ours'])}: "
-        f"{'; '.join(parts) or 'no other plan'}. Least of all rows: {label} ({number(after[best])})."
-    )
-
-
-def _measures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: metrics[name] for name in MEASURES}
-
-
-def _std(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None

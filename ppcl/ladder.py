@@ -13,7 +13,8 @@ from ppcl.adapters import adapter_for
 from ppcl.artifacts import to_jsonable
 from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
 from ppcl.capture import States, velocity_error
-from ppcl.compare import MEASURES, Judge, claim
+from ppcl.compare import Judge, claim
+from ppcl.compare_text import MEASURES
 from ppcl.config import load_config
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError

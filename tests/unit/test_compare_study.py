@@ -17,7 +17,8 @@ from ppcl.artifacts import Analysis, Candidates
 from ppcl.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
 from ppcl.capture import States, velocity
 from ppcl.cli import app, parse_seeds
-from ppcl.compare import Judge, claim, compare_plans, mean_scores, with_transformer
+from ppcl.compare import Judge, claim, compare_plans, with_transformer
+from ppcl.compare_text import mean_scores
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
 from ppcl.fit import chained_probe
@@ -141,14 +142,19 @@ def test_rows_are_trained_alike(compared):
     run, text = compared
     data = json.loads((run.out / "compare" / "table.json").read_text())
     rows = data["rows"]
-    assert {"ours", "ours-undistilled", "uniform", "influence", "ours-fit-start"} <= set(rows)
+    removed = {"uniform-removed", "influence-removed"}
+    assert {"ours", "ours-undistilled", "uniform", "influence", "ours-fit-start", *removed} <= set(rows)
     logs = {
         path.parent.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (run.out / "compare").glob("*/seed-0/log.jsonl")
     }
     steps = {name: [(row["stage"], row["step"]) for row in log] for name, log in logs.items()}
     assert set(steps) == set(rows) - {"ours-undistilled"}
-    assert all(row == steps["ours"] for row in steps.values())
+    assert all(row == steps["ours"] for name, row in steps.items() if name not in removed)
+    assert all(len(row) == len(steps["ours"]) for row in steps.values())
+    for name in removed:  # nothing stands for the blocks, the rest is tuned in all steps
+        assert {stage for stage, _ in steps[name]} == {"distill.output"}
+        assert {s["start"] for s in rows[name]["plan"]["transformer_blocks"] if s["last"] > s["first"]} == {"first"}
     assert len(steps["ours"]) == run.config.distill.local_steps + run.config.distill.output_steps
     plain = rows["ours-undistilled"]["seeds"]
     assert len(plain) == 1  # a training seed makes no difference to it
