@@ -304,3 +304,18 @@ def _log_ticks(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5, 7) if narrow else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors: Sequence[float | None]) -> str:
+    """Average drop above, velocity error below, against the share of the teacher's parameters in percent."""
+    with _styled():
+        figure, (top, bottom) = _figure(3.4, rows=2)
+        for ax, values, colour in ((top, drops, SERIES[0]), (bottom, errors, SERIES[1])):
+            ax.plot(shares, [math.nan if v is None else v for v in values], color=colour, marker="o")
+        top.axhline(0, color=COLOURS["soft"], linewidth=0.8, linestyle=(0, (3, 2)))
+        top.set_ylabel("average drop, %")
+        bottom.set_ylim(bottom=0)
+        bottom.set_ylabel("velocity error")
+        bottom.set_xlabel("parameters, % of the teacher's")
+        bottom.invert_xaxis()
+        return _svg(figure, "ladder")

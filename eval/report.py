@@ -13,6 +13,7 @@ from pathlib import Path
 from ppcl.eval.report_blocks import redundancy
 from ppcl.eval.report_data import read_run
 from ppcl.eval.report_html import page, text
+from ppcl.eval.report_ladder import ladder_section
 from ppcl.eval.report_pictures import find_pairs, readme_picture
 from ppcl.eval.report_scores import metrics_section
 from ppcl.eval.report_sections import cost, headline, pictures, reproduce, training
@@ -23,6 +24,7 @@ __all__ = ["readme_picture", "write_report"]
 CONTENTS = {
     "pictures": "Side by side",
     "numbers": "How good is it",
+    "ladder": "Many sizes",
     "blocks": "Which blocks, and why",
     "training": "Training",
     "cost": "Cost",
@@ -41,13 +43,16 @@ def write_report(run: Path) -> Path:
         UserError: The report cannot be written.
     """
     data = read_run(Path(run))
-    contents = "".join(f'<a href="#{anchor}">{text(title)}</a>' for anchor, title in CONTENTS.items())
+    sizes = ladder_section(data)
+    shown = {anchor: title for anchor, title in CONTENTS.items() if sizes or anchor != "ladder"}
+    contents = "".join(f'<a href="#{anchor}">{text(title)}</a>' for anchor, title in shown.items())
     body = "\n".join(
         [
             headline(data),
             f"<nav>{contents}</nav>",
             pictures(data, find_pairs(data.folder)),
             metrics_section(data),
+            sizes,
             redundancy(data),
             training(data),
             cost(data),

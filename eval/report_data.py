@@ -42,6 +42,7 @@ class RunData:
         metrics: Content of ``eval/metrics.json``; empty if absent.
         log: Rows of ``log.jsonl`` by stage, sorted by step, one row a step.
         seconds: Seconds by stage.
+        ladder: Content of ``ladder/table.json``; empty if absent.
         problems: One line for each file that exists but cannot be read, by its relative name.
     """
 
@@ -53,6 +54,7 @@ class RunData:
     metrics: dict[str, Any] = field(default_factory=dict)
     log: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    ladder: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     def runs_of(self, stack: str) -> list[tuple[int, int]]:
@@ -97,6 +99,7 @@ def read_run(folder: Path) -> RunData:
         metrics=attempt("eval/metrics.json", _read_mapping) or {},
         log=attempt("log.jsonl", read_log) or {},
         seconds={k: s for k, v in seconds.items() if (s := pick(v, "seconds")) is not None},
+        ladder=attempt("ladder/table.json", _read_mapping) or {},
         problems=problems,
     )
 

@@ -18,6 +18,7 @@ from ppcl.compare_text import MEASURES
 from ppcl.config import load_config
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
+from ppcl.eval.report import write_report
 from ppcl.export import export
 from ppcl.files import digest, file_digest, read_json, write_json, write_text
 from ppcl.stages import STAGES, Run
@@ -59,7 +60,8 @@ def export_size(folder: Path, out: Path, kind: str, value: float, device: str = 
 def measure_ladder(run: Run, keeps: Sequence[float], table: Path | None = None) -> str:
     """Score the bundle of a run at several sizes; resumable.
 
-    Writes ``RUN/ladder/keep-<share>`` (pictures, metrics.json) and ``RUN/ladder/table.md|json``.
+    Writes ``RUN/ladder/keep-<share>`` (pictures, metrics.json), ``RUN/ladder/table.md|json``, and the report again,
+    which then shows the sizes.
 
     Args:
         run: The run; what comes before its bundle is done first if it is not.
@@ -83,11 +85,20 @@ def measure_ladder(run: Run, keeps: Sequence[float], table: Path | None = None) 
     text = _write_up(run, teacher, rows)
     data = {
         "teacher": teacher,
-        "rungs": [{"keep": k, "plan": to_jsonable(r.plan.stacks), "metrics": m} for k, r, m in rows],
+        "rungs": [
+            {
+                "keep": keep,
+                "plan": to_jsonable(rung.plan.stacks),
+                "predicted": to_jsonable(rung.plan.predicted),
+                "metrics": metrics,
+            }
+            for keep, rung, metrics in rows
+        ],
     }
     write_json(run.out / "ladder" / "table.json", data)
     for path in filter(None, (run.out / "ladder" / "table.md", table)):
         write_text(path, text)
+    write_report(run.out)
     return text
 
 

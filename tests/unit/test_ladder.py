@@ -13,6 +13,8 @@ from ppcl.cli import app
 from ppcl.config import load_config
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError, BudgetError, ConfigError, ModelError, UserError
+from ppcl.eval.report import write_report
+from ppcl.eval.report_ladder import _reading
 from ppcl.ladder import export_size, measure_ladder
 from ppcl.pipelines import load_bundle
 from ppcl.stages import Run
@@ -57,6 +59,33 @@ def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):
     monkeypatch.setattr("ppcl.ladder.build_student", None)  # would be called
     again = measure_ladder(run, [0.9, 0.75, 0.6])
     assert again == text
+
+
+def test_the_report_shows_the_sizes(run, text):
+    html = (run.out / "report.html").read_text()
+    assert 'id="ladder"' in html
+    assert 'href="#ladder"' in html
+    assert all(f"<td>keep {keep}" in html or f">keep {keep}<" in html for keep in ("0.9", "0.75", "0.6"))
+    assert "One teacher seed differs from the mean" in html
+    ladder = run.out / "ladder" / "table.json"
+    kept = ladder.read_bytes()
+    ladder.unlink()
+    write_report(run.out)
+    assert 'id="ladder"' not in (run.out / "report.html").read_text()
+    ladder.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("drops", "noise", "says"),
+    [
+        ([0.0, 1.0, 2.0], 0.1, "no smaller size scores better"),
+        ([0.1, 0.0, 2.0], 0.1, "within twice that"),
+        ([1.0, 0.0, 2.0], 0.1, "more than noise explains"),
+        ([1.0, None], 0.1, "cannot be judged"),
+    ],
+)
+def test_what_the_report_says_about_order(drops, noise, says):
+    assert says in _reading(drops, noise)
 
 
 def test_a_size_is_exported_without_training(run, text, tmp_path):
