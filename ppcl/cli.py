@@ -270,6 +270,27 @@ def compare(
 
 
 @app.command()
+def ablate(
+    model: Model,
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/ablation.md")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0",
+) -> None:
+    """Add the paper's ingredients one by one, with the same training steps; one table."""
+    chosen = parse_seeds(seeds)
+    run = _open(model, out, config, set_, prompts, keep)
+    from ppcl.ablation import ablate as run_ablation
+
+    typer.echo(run_ablation(run, table, chosen))
+
+
+@app.command()
 def ladder(
     model: Model,
     out: Out,
