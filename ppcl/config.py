@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ppcl.errors import ConfigError, nearest
 
-
 CRITERION_NAMES = ("activation", "magnitude", "taylor")  # keys of ppcl.criteria.CRITERIA, which needs torch
 
 

@@ -69,8 +69,9 @@ def new_substitutes(
             if state:
                 whole.load_state_dict(state)
             block = substitute_block(blocks, segment).to(torch.float32)
+            shapes = {name: value.shape for name, value in block.state_dict().items()}
             block.load_state_dict(
-                {n: t for n, t in whole.state_dict().items() if n in block.state_dict()}, strict=False
+                {n: t for n, t in whole.state_dict().items() if shapes.get(n) == t.shape}, strict=False
             )
             if segment.width:
                 index = start_index(segment.first, segment.last, segment.start)
