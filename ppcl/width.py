@@ -78,7 +78,8 @@ def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: The kind is unknown or does not suit the module.
     """
-    kind, linear, made = part["kind"], isinstance(module, nn.Linear), None
+    kind, linear = part["kind"], isinstance(module, nn.Linear)
+    made: nn.Module | None = None
     if kind == "low_rank" and linear:
         made = LowRankLinear(*features_of(module), int(part["size"]))
     elif kind == "linear" and not linear and any(isinstance(m, nn.Linear) for m in module.modules()):

@@ -42,7 +42,7 @@ class Site:
 
     def by_unit(self, features: Tensor) -> Tensor:
         """Split the last axis of what a layer reads, (..., h), into units: (..., units, features of a unit)."""
-        return features.unflatten(-1, (self.units.count, -1))
+        return features.reshape(*features.shape[:-1], self.units.count, -1)
 
 
 class Criterion(Protocol):
