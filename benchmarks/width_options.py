@@ -2,7 +2,7 @@
 
     python benchmarks/width_options.py RUN docs/width.md
 
-RUN is a run directory of the embedded teacher with capture and analyze done. About ten minutes on one core.
+RUN is a run directory of the embedded teacher with capture, analyze and fit done. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import argparse
 import math
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ppcl.adapters import adapter_for
-from ppcl.artifacts import Analysis, WidthOption, load_artifact
+from ppcl.artifacts import Analysis, Candidates, WidthOption, load_artifact
 from ppcl.capture import States
-from ppcl.config import FitConfig
+from ppcl.config import FitConfig, PlanConfig
 from ppcl.criteria import CRITERIA
 from ppcl.files import read_tensors, write_text
 from ppcl.options import width_options
+from ppcl.planner import plan
+from ppcl.summary import describe_plan
 from ppcl.tables import markdown_table
 from ppcl.teacher import load_pipeline
 
@@ -62,29 +65,52 @@ def rows_of(options: tuple[WidthOption, ...], total: int) -> list[list[str]]:
     return rows
 
 
+def plans_of(analysis: Analysis, candidates: Candidates, options: tuple[WidthOption, ...]) -> list[list[str]]:
+    """What the planner makes of depth and the options, without and with each kind."""
+    linear = tuple(o for o in options if o.group.startswith("modulation") or "'linear'" in str(o.parts))
+    sets = {"low rank and linear": linear}
+    for name, group in (("neurons", "ffn"), ("heads", "attention"), ("text", "text")):
+        sets[f"... and {name}"] = (*linear, *(o for o in options if o.group.startswith(group) and o not in linear))
+    sets["all"] = options
+    rows = []
+    for name, allowed in sets.items():
+        row = [name]
+        for keep in (0.7, 0.5, 0.4):
+            made = plan(analysis, replace(candidates, width=allowed), PlanConfig(keep=keep))
+            row.append(f"{made.predicted.error:.3f} ({made.predicted.speedup:.2f}x)")
+            print(name, keep, describe_plan(made), flush=True)
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--states", type=int, default=24)
+    parser.add_argument("--states", type=int, default=12)
     given = parser.parse_args()
     transformer = load_pipeline("emoji", torch.device("cpu")).transformer
     adapter = adapter_for(transformer)
     analysis = load_artifact(Analysis, given.run / "analysis.json")
     tensors, _ = read_tensors(given.run / "analysis.safetensors")
-    groups = States(given.run / "calibration", "held-out").batches(given.states)
-    batches = [next(groups)]  # states of one length of text
+    spread = States(given.run / "calibration", "held-out").batches(given.states, 4 * given.states)
+    batches = [next(spread)]  # all timesteps, one length of text
     train = States(given.run / "calibration", "train")
     tables = {}
     for criterion in CRITERIA:
         began = time.perf_counter()
-        settings = FitConfig(width=GROUPS if criterion == FitConfig().criterion else GROUPS[1:3], criterion=criterion)
+        settings = FitConfig(width=GROUPS, criterion=criterion)
+        if criterion != FitConfig().criterion:
+            settings = FitConfig(width=GROUPS[1:3], criterion=criterion, width_shares=(0.5,))
         found = width_options(transformer, adapter, analysis, tensors, batches, settings, train)
+        if len(settings.width) == len(GROUPS):
+            candidates = load_artifact(Candidates, given.run / "candidates.json")
+            plans = plans_of(analysis, candidates, found.options)
         tables[criterion] = rows_of(found.options, analysis.model.params)
         print(criterion, f"{time.perf_counter() - began:.0f} s", *tables[criterion], sep="\n", flush=True)
     head = ["option", "blocks", "saved in all", "error alone: least / median / most", "root of summed squares"]
     kept = next(c for c in CRITERIA if c == FitConfig().criterion)
-    names = [row[0] for row in tables[kept] if " of " in row[0]]
+    names = [row[0] for row in next(t for c, t in tables.items() if c != kept) if " of " in row[0]]
     by = {c: {row[0]: row for row in table} for c, table in tables.items()}
     text = [
         "# Smaller modules on the embedded teacher, untrained",
@@ -101,6 +127,13 @@ def main() -> None:
         "Root of the summed squared errors over all blocks, after the closed-form correction.",
         "",
         markdown_table(["option", *by], [[n, *(by[c][n][4] for c in by)] for n in names]),
+        "",
+        "## Plans",
+        "",
+        "Predicted velocity error before distillation (and speed-up from FLOPs) of depth with some of the options, for "
+        "a share of the parameters that may stay.",
+        "",
+        markdown_table(["options", "0.7", "0.5", "0.4"], plans),
     ]
     write_text(given.out, "\n".join(text) + "\n")
 

@@ -109,6 +109,7 @@ def _measured(
     """Give every proposal its savings and its error; those that save nothing are left out."""
     jobs: dict[int, Job] = {}
     savings: dict[int, tuple[int, int]] = {}
+    known: dict[Any, tuple[int, int]] = {}  # blocks of one shape save alike
     for number, proposal in enumerate(proposals):
 
         def make(at: Proposal = proposal) -> nn.Module:
@@ -122,7 +123,11 @@ def _measured(
         if call is None:
             continue
         block = adapter.blocks(transformer, proposal.spec)[proposal.index]
-        savings[number] = _savings(adapter, block, make(), call, batch_size(batches[0]))
+        small = tuple((path, part["kind"], part["size"]) for path, part in proposal.parts.items())
+        alike = (proposal.spec.name, tuple(p.shape for p in block.parameters()), small)
+        if alike not in known:
+            known[alike] = _savings(adapter, block, make(), call, batch_size(batches[0]))
+        savings[number] = known[alike]
         if savings[number][0] > 0:
             jobs[number] = ((proposal.spec.name, proposal.index, proposal.index), make)
     if not jobs:

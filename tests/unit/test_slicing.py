@@ -18,10 +18,10 @@ import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diff
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.hidden import Signal, grouped
-from ppcl.artifacts import Analysis, WidthOption
+from ppcl.artifacts import Analysis, Candidates, WidthOption
 from ppcl.bundle import Bundle, build_student, load_bundle
 from ppcl.capture import States, velocity
-from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, load_config
+from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, load_config
 from ppcl.cost import count_flops, count_params
 from ppcl.criteria import CRITERIA, Site
 from ppcl.distill.trainer import Distiller, new_substitutes
@@ -29,6 +29,7 @@ from ppcl.errors import ConfigError, ModelError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.knapsack import _choices
 from ppcl.options import WidthResult, width_options
+from ppcl.planner import plan
 from ppcl.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
 
 # Cuts
@@ -195,13 +196,13 @@ def test_every_option_saves_what_it_says_costs_what_was_measured_and_loads(famil
     with torch.no_grad():
         target = velocity(transformer, held_out)
     for number, option in enumerate(chosen_options(found.options)):
-        plan = with_options(transformer, [], [option], analysis)
+        wanted = with_options(transformer, [], [option], analysis)
         student = build_student(
             transformer,
             adapter,
-            Bundle(plan, new_substitutes(transformer, adapter, plan, None, folder / "analysis.safetensors")),
+            Bundle(wanted, new_substitutes(transformer, adapter, wanted, None, folder / "analysis.safetensors")),
         )
-        assert count_params(student) == plan.predicted.params == analysis.model.params - option.saved_params
+        assert count_params(student) == wanted.predicted.params == analysis.model.params - option.saved_params
         stacks = {spec.name: list(adapter.blocks(student, spec)) for spec in adapter.stacks}
         flops = count_flops(student, stacks, lambda student=student: velocity(student, one), 1)["total"]
         assert flops == analysis.model.flops - option.saved_flops
@@ -250,20 +251,30 @@ def test_distilling_all_of_them_at_once(tmp_path: Path) -> None:
         next(o for o in found.options if (o.group, o.block) == key and "'linear'" not in str(o.parts))
         for key in by_block
     ]
-    plan = with_options(transformer, [], options, analysis)
+    wanted = with_options(transformer, [], options, analysis)
     settings = DistillConfig(local_steps=3, output_steps=2, batch_size=4, from_fit=False, train="substitutes")
     rows: list[dict[str, Any]] = []
     distiller = Distiller(
-        transformer, adapter, plan, folder / "calibration", tmp_path, settings, 0, "fp32", rows.append,
+        transformer, adapter, wanted, folder / "calibration", tmp_path, settings, 0, "fp32", rows.append,
         closed_forms=folder / "analysis.safetensors",
     )  # fmt: skip
     bundle = distiller.run()
     assert len(rows) == 5
     loaded = load_bundle(tmp_path / "bundle", transformer, adapter)
     students = [build_student(transformer, adapter, b) for b in (bundle, loaded)]
-    assert count_params(students[0]) == plan.predicted.params
+    assert count_params(students[0]) == wanted.predicted.params
     with torch.no_grad():
         assert torch.equal(velocity(students[0], qwen_call()), velocity(students[1], qwen_call()))
+
+
+def test_the_planner_uses_them() -> None:
+    _, analysis, found, _ = prepared("qwen")
+    chosen = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.6))
+    parts = [part for segment in chosen.stacks[DUAL] for part in segment.width.values()]
+    assert chosen.predicted.param_ratio <= 0.6
+    assert {"narrow", "heads", "text_input"} & {part["kind"] for part in parts}
+    less = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.8, width=("attention",)))
+    assert {part["kind"] for segment in less.stacks[DUAL] for part in segment.width.values()} == {"heads"}
 
 
 def test_a_text_stream_is_replaced_or_its_modules_are() -> None:
