@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
 from ppcl.eval import figures
@@ -181,8 +182,7 @@ def _width_table(run: RunData, plan: CompressionPlan) -> str:
         return ""
     rows = []
     for group, options in chosen.items():
-        sizes = sorted({int(part["size"]) for option in options for part in option.parts.values()})
-        size = f"rank {sizes[0]} to {sizes[-1]}" if group == "modulation" else "one affine map"
+        size = _size_words([part for option in options for part in option.parts.values()])
         params = sum(option.saved_params for option in options)
         error = sum(option.error**2 for option in options) ** 0.5
         rows.append([text(group), str(len(options)), size, percent(params / plan.model.params), number(error)])
@@ -192,6 +192,21 @@ def _width_table(run: RunData, plan: CompressionPlan) -> str:
         "from its closed form, before any training."
     )
     return table(header, rows) + paragraph(guide, "soft small")
+
+
+def _size_words(parts: list[dict[str, Any]]) -> str:
+    """How small the modules of one group are: ``rank 2 to 5``, ``64 to 128 of 256 neurons, or one affine map``."""
+    words = []
+    for kind, before, after in (("low_rank", "rank ", ""), ("narrow", "", " neurons"), ("heads", "", " heads")):
+        sizes = sorted({int(part["size"]) for part in parts if part["kind"] == kind})
+        if sizes:
+            span_of = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+            whole = sorted({int(part["of"]) for part in parts if part["kind"] == kind and "of" in part})
+            words.append(f"{before}{span_of}{f' of {whole[-1]}' if whole else ''}{after}")
+    kinds = {part["kind"] for part in parts}
+    words += ["one affine map"] if "linear" in kinds else []
+    words += ["two linear maps"] if "text_input" in kinds else []
+    return ", or ".join(words)
 
 
 def _basis(run: RunData) -> str:

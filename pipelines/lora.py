@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ModelError, UserError
 from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
+from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class MappingReport:
     Attributes:
         mapped: New key of each block tensor that stayed, by its old key.
         dropped: Keys of block tensors that were left out.
+        cut: New keys of the tensors that were cut to the neurons or heads that their module kept.
         other: Keys outside of the block lists; they stay as they are.
         moved: Old and new name, such as ``transformer_blocks.5``, of every block that kept its LoRA.
         lost: Names of the teacher's blocks, or of modules inside them, whose LoRA was left out.
@@ -58,12 +60,15 @@ class MappingReport:
     moved: tuple[tuple[str, str], ...]
     lost: tuple[str, ...]
     strength: str = ""
+    cut: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"mapped: {len(self.mapped)} tensors of {len(self.moved)} blocks"]
         lines += [f"  {old} -> {new}" for old, new in self.moved]
         lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks or modules that were replaced")
         lines += [f"  {name}" for name in self.lost]
+        if self.cut:
+            lines.append(f"cut to the neurons and heads that were kept: {len(self.cut)} tensors")
         lines.append(f"outside of the blocks, unchanged: {len(self.other)} tensors")
         return "\n".join([*lines, self.strength] if self.strength else lines)
 
@@ -75,7 +80,7 @@ def remap_lora(
     runs: str = "drop",
     starts: Mapping[str, Sequence[str | None]] | None = None,
     unpruned: Sequence[str] = (),
-    replaced: Collection[str] = (),
+    replaced: Collection[str] | Mapping[str, Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """Rename the blocks of a LoRA from the teacher's numbers to those of a compressed transformer.
 
@@ -91,11 +96,12 @@ def remap_lora(
         runs: ``drop`` or ``start``.
         starts: For ``runs="start"``: for each stack one entry a block, what its substitute started from.
         unpruned: Paths of the transformer's other block lists, whose LoRA stays as it is.
-        replaced: Paths of the compressed transformer's smaller modules (its config's ``pruning``): an update made for
-            the large module's weights has nothing to act on there and is dropped.
+        replaced: Paths of the compressed transformer's smaller modules, or its config's ``pruning``: an update made
+            for the large module's weights has nothing to act on there and is dropped. Where the config says which
+            neurons or heads were kept, the update is cut to these instead.
 
     Returns:
-        The renamed tensors (the same objects), and what became of each.
+        The renamed tensors (the same objects, but for those that were cut), and what became of each.
 
     Raises:
         UserError: The LoRA is of another family or format, names blocks that the teacher does not have,
@@ -111,6 +117,7 @@ def remap_lora(
     other: list[str] = []
     moved: dict[tuple[str, int], tuple[str, str]] = {}
     lost: dict[tuple[str, int, str], str] = {}
+    cut: list[str] = []
     for key, tensor in state_dict.items():
         found = _parse(key, maps, unpruned)
         if found is None:
@@ -119,20 +126,22 @@ def remap_lora(
             continue
         prefix, stack, index, rest = found
         position = _target(maps[stack], stack, index, runs)
-        smaller = next((p for p in replaced if f"{stack}.{position}.{rest}".startswith(f"{p}.")), None)
-        if position is None or smaller is not None:
-            part = "" if smaller is None else smaller.removeprefix(f"{stack}.{position}")
+        at = f"{stack}.{position}.{rest}"
+        fitted, smaller, changed = fit_replaced(tensor, at, replaced)
+        if position is None or fitted is None:
+            inside = smaller.removeprefix(f"{stack}.{position}")
             dropped.append(key)
-            lost[stack, index, part] = f"{stack}.{index}{part}"
+            lost[stack, index, inside] = f"{stack}.{index}{inside}"
             continue
-        mapped[key] = f"{prefix}{stack}.{position}.{rest}"
+        mapped[key] = f"{prefix}{at}"
         moved[stack, index] = (f"{stack}.{index}", f"{stack}.{position}")
-        out[mapped[key]] = tensor
+        out[mapped[key]] = fitted
+        cut += [mapped[key]] if changed else []
     if not out:
         reason = "all its blocks were replaced by substitutes" if dropped else "it has no tensors"
         raise UserError(f"nothing of this LoRA is left: {reason}; train it on the compressed pipeline instead")
     names = tuple(moved[k] for k in sorted(moved)), tuple(lost[k] for k in sorted(lost))
-    return out, MappingReport(mapped, tuple(dropped), tuple(other), *names)
+    return out, MappingReport(mapped, tuple(dropped), tuple(other), *names, cut=tuple(cut))
 
 
 def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwargs: Any) -> MappingReport:
@@ -240,15 +249,10 @@ def _bridge(
     together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
     named = {_component_name(key): tensor for key, tensor in together.items()}
     lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
-    smaller = tuple(pipe.transformer.config.get("pruning") or ())
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
+    width = pipe.transformer.config.get("pruning") or {}
     out, report = remap_lora(
-        named,
-        record["kept_blocks"],
-        runs=runs,
-        starts=record.get("starts"),
-        unpruned=unpruned,
-        replaced=smaller,
+        named, record["kept_blocks"], runs=runs, starts=record.get("starts"), unpruned=unpruned, replaced=width
     )
     if all(_OTHER_COMPONENT.match(key) for key in named) and "text_encoder" not in pipe._lora_loadable_modules:
         raise UserError(

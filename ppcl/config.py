@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ppcl.errors import ConfigError, nearest
 
+CRITERION_NAMES = ("activation", "magnitude", "taylor")  # keys of ppcl.criteria.CRITERIA, which needs torch
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys."""
@@ -52,7 +54,7 @@ class FitConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
     starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
-    width: tuple[Literal["modulation", "ffn"], ...] = Field(
+    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] = Field(
         (),
         description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
         "the plan, loading the result needs `import ppcl.pipelines`",
@@ -60,6 +62,30 @@ class FitConfig(Section):
     modulation_tolerances: tuple[float, ...] = Field(
         (0.1, 0.03, 0.01), description="shares of a modulation layer's varying output that a rank may miss"
     )
+    criterion: str = Field(
+        "activation", description="what neurons and heads are kept by: " + ", ".join(CRITERION_NAMES)
+    )
+    width_shares: tuple[float, ...] = Field(
+        (0.25, 0.5, 0.75), description="shares of a network's neurons and of an attention's heads that may stay"
+    )
+    width_states: int = Field(256, ge=1, description="training states behind the criterion and the closed forms")
+    width_ridge: float = Field(1e-4, gt=0, description="of the least squares that make up for what is cut")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        """Name the nearest criterion."""
+        if name not in CRITERION_NAMES:
+            raise ValueError(f"unknown criterion{nearest(name, CRITERION_NAMES)}; valid: {', '.join(CRITERION_NAMES)}")
+        return name
+
+    @field_validator("width_shares")
+    @classmethod
+    def _real_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        """Nothing is saved by keeping all, and nothing is left of nothing."""
+        if not all(0 < share < 1 for share in shares):
+            raise ValueError("expected shares between 0 and 1, e.g. [0.25, 0.5]")
+        return shares
 
 
 class PlanConfig(Section):
@@ -69,7 +95,7 @@ class PlanConfig(Section):
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
-    width: tuple[Literal["modulation", "ffn"], ...] | None = Field(
+    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
     protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")

@@ -141,7 +141,7 @@ def fit(
     seed: int,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Candidates:
-    """Score candidate runs; write ``candidates.safetensors`` and then ``candidates.json``.
+    """Score candidate runs; write ``candidates.safetensors``, ``width.safetensors`` and then ``candidates.json``.
 
     Args:
         transformer: The teacher's transformer.
@@ -175,17 +175,18 @@ def fit(
     }
     _train(transformer, adapter, train, substitutes, out, settings, seed, log)
     fitted = output_errors(transformer, adapter, batches, _jobs(chosen, substitutes.__getitem__), "fit: costs")
-    options = width_options(transformer, adapter, analysis, probes, batches, settings)
+    width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed)
     result = Candidates(
         candidates=tuple(
             Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
         ),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
-        width=options,
+        width=width.options,
     )
     tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
     write_tensors(out / "candidates.safetensors", tensors)
+    write_tensors(out / "width.safetensors", width.tensors)
     save_artifact(result, out / "candidates.json")
     return result
 

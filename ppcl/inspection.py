@@ -137,12 +137,13 @@ def means_of(adapter: Adapter) -> dict[str, str]:
     """By which means each part of a family's blocks can shrink."""
     depth = "depth: whole blocks"
     ffn = {stream for spec in adapter.stacks for stream in spec.ffn}
-    ffns = f"; fit.width=[ffn]: one affine map ({' and '.join(sorted(ffn))} stream)" if ffn else ""
+    ffns = f"; fit.width=[ffn]: fewer neurons or one affine map ({' and '.join(sorted(ffn))} stream)" if ffn else ""
+    text = "; fit.width=[text]: two linear maps" if any(spec.text_parts for spec in adapter.stacks) else ""
     modulated = any(spec.modulation for spec in adapter.stacks)
     return {
-        "attention": depth,
+        "attention": depth + "; fit.width=[attention]: fewer heads, where they can be cut",
         "ffn": depth + ffns,
-        "text stream": depth + (ffns if "text" in ffn else ""),
+        "text stream": depth + (ffns if "text" in ffn else "") + text,
         "modulation": depth + ("; fit.width=[modulation]: low rank" if modulated else ""),
         "other": depth,
         "outside the blocks": "stays",

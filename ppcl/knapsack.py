@@ -9,9 +9,8 @@ No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from ppcl.artifacts import Candidate, ModelInfo, Segment, Stack, WidthOption, start_index
 
@@ -136,7 +135,7 @@ def _pieces(
         start = start_index(run.first, run.last, run.start)
         saved = sum(sizes[i] for i in range(run.first, run.last + 1)) - sizes[start]
         # a substitute carries several blocks' work: it keeps its feed-forward networks
-        inside = [o for o in by_block.get(start, ()) if o.group == "modulation"]
+        inside = [o for o in by_block.get(start, ()) if o.group.startswith("modulation")]
         whole = Segment(run.first, run.last, run.start or "middle")
         found[run.first] += _with_width(whole, saved, cost, inside, by_flops)
     return found
@@ -147,28 +146,60 @@ def _with_width(
 ) -> list[Piece]:
     """A segment with every undominated choice of at most one option a group."""
     pieces = []
-    for chosen in _choices(options):
+    for chosen in _choices(options, by_flops):
         params, flops = sum(o.saved_params for o in chosen), sum(o.saved_flops for o in chosen)
         parts = {path: dict(part) for option in chosen for path, part in option.parts.items()}
         total = cost + sum(o.error**2 for o in chosen)
         error = math.sqrt(total) if total else None
         made = Segment(segment.first, segment.last, segment.start, parts, params, flops, error)
         pieces.append(Piece(made, saved + (flops if by_flops else params), total))
-    pieces.sort(key=lambda piece: (-piece.saved, piece.cost))
+    return pieces
+
+
+Choice = tuple[WidthOption, ...]
+
+
+def _choices(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
+    """Undominated choices of at most one option a group, no two of which replace the same module.
+
+    Savings and costs add, so groups are merged one after another and what is dominated on the way stays so. Only
+    the text stream replaces modules that belong to other groups: it is taken, or they are.
+    """
+    text = [o for o in options if o.group == "text"]
+    rest = [o for o in options if o.group != "text"]
+    found = _merge(((),), rest, by_flops)
+    for option in text:
+        found += _merge(((option,),), [o for o in rest if not _overlap(o.parts, option.parts)], by_flops)
+    return _undominated(found, by_flops)
+
+
+def _merge(base: Sequence[Choice], options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
+    groups: dict[str, list[WidthOption]] = {}
+    for option in options:
+        groups.setdefault(option.group, []).append(option)
+    found = list(base)
+    for members in groups.values():
+        found = _undominated([*found, *((*chosen, o) for chosen in found for o in members)], by_flops)
+    return found
+
+
+def _undominated(choices: Sequence[Choice], by_flops: bool) -> list[Choice]:
+    """Those that no other beats in both saving and cost, from the largest saving on."""
+
+    def rank(chosen: Choice) -> tuple[float, float]:
+        return -sum(o.saved_flops if by_flops else o.saved_params for o in chosen), sum(o.error**2 for o in chosen)
+
     best, kept = math.inf, []
-    for piece in pieces:
-        if piece.cost < best:
-            best = piece.cost
-            kept.append(piece)
+    for chosen in sorted(choices, key=rank):
+        if rank(chosen)[1] < best:
+            best = rank(chosen)[1]
+            kept.append(chosen)
     return kept
 
 
-def _choices(options: Sequence[WidthOption]) -> Iterator[tuple[WidthOption, ...]]:
-    groups: dict[str, list[WidthOption | None]] = {}
-    for option in options:
-        groups.setdefault(option.group, [None]).append(option)
-    for chosen in product(*groups.values()):
-        yield tuple(option for option in chosen if option is not None)
+def _overlap(one: Iterable[str], other: Iterable[str]) -> bool:
+    """Whether a module of one is, or lies in, a module of the other."""
+    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in one for b in other)
 
 
 def _layout(cell: _Cell, order: Sequence[str]) -> Layout:

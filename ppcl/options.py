@@ -1,28 +1,58 @@
 """Width options: smaller modules inside one block, and what each costs alone, untrained.
 
 Modulation layers become low-rank where few directions of their inputs occur (the conditioning
-of a diffusion transformer lies on a curve); feed-forward networks become affine maps (eq. 9).
-Both start from closed forms, so their costs are known without training.
+of a diffusion transformer lies on a curve); feed-forward networks become affine maps (eq. 9) or
+lose neurons; attentions lose heads; text streams become two linear maps (eq. 8). All start from
+closed forms, so their costs are known without training.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, StackAnalysis, WidthOption
+from ppcl.capture import States
 from ppcl.config import FitConfig
 from ppcl.cost import count_params
+from ppcl.narrowing import cut_options, find_sites, text_options
 from ppcl.sensitivity import Job, output_errors
 from ppcl.student import fill_width
-from ppcl.trace import record_boundaries
-from ppcl.width import apply_width, replacement
+from ppcl.trace import BlockCall, record_boundaries
+from ppcl.trees import batch_size
+from ppcl.width import apply_width
 
 Parts = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Replacements inside one block that are worth measuring."""
+
+    spec: StackSpec
+    index: int
+    group: str
+    parts: Parts
+
+
+@dataclass(frozen=True)
+class WidthResult:
+    """What the fit stage found about width.
+
+    Attributes:
+        options: All options, with what each saves and costs.
+        tensors: Closed forms that the analyze stage did not know (see :func:`ppcl.student.fill_width`).
+    """
+
+    options: tuple[WidthOption, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def width_options(
@@ -32,7 +62,9 @@ def width_options(
     tensors: Mapping[str, Tensor],
     batches: Sequence[dict[str, Any]],
     settings: FitConfig,
-) -> tuple[WidthOption, ...]:
+    train: States | None = None,
+    seed: int = 0,
+) -> WidthResult:
     """Find and score all width options.
 
     Args:
@@ -41,83 +73,119 @@ def width_options(
         analysis: Which ranks reach which tolerance.
         tensors: Closed forms, as the analyze stage wrote them.
         batches: Held-out states.
-        settings: ``width`` names the groups, ``modulation_tolerances`` the ranks.
+        settings: ``width`` names the groups.
+        train: Training states, behind fewer neurons and heads and the text stream; without them there are none.
+        seed: For the criterion.
     """
-    proposals = [
-        (spec, index, group, parts)
-        for spec in adapter.stacks
-        for found in analysis.stacks
-        if found.name == spec.name
-        for index, block in enumerate(adapter.blocks(transformer, spec))
-        for group, parts in _proposals(spec, found, index, block, settings)
-    ]
-    if not proposals:
-        return ()
-    tokens = _tokens(transformer, adapter, batches[0])
-    jobs: dict[int, Job] = {}
-    for number, (spec, index, _, parts) in enumerate(proposals):
-        block = adapter.blocks(transformer, spec)[index]
+    if not settings.width:
+        return WidthResult()
+    first = {(spec.name, 0) for spec in adapter.stacks}
+    calls, _ = record_boundaries(transformer, adapter, batches[0], first)
+    proposals = list(_closed_forms(transformer, adapter, analysis, settings))
+    made: dict[str, Tensor] = {}
+    if train is not None:
+        states = list(train.batches(settings.batch_size, settings.width_states))
+        sites = find_sites(transformer, adapter, calls, settings.width)
+        parts, made = cut_options(transformer, adapter, sites, states, settings, seed) if sites else ([], {})
+        specs = {spec.name: spec for spec in adapter.stacks}
+        for (group, site, _), sizes in zip(sites, parts, strict=True):
+            proposals += [Proposal(specs[site.stack], site.block, group, {site.path: part}) for part in sizes]
+        if "text" in settings.width:
+            streams, maps = text_options(transformer, adapter, tensors, states)
+            made |= maps
+            proposals += [Proposal(specs[name], index, "text", p) for (name, index), p in streams.items()]
+    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, calls)
+    return WidthResult(options, made)
 
-        def make(spec: StackSpec = spec, index: int = index, parts: Parts = parts, block: nn.Module = block) -> Any:
+
+def _measured(
+    transformer: nn.Module,
+    adapter: Adapter,
+    proposals: Sequence[Proposal],
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[dict[str, Any]],
+    calls: Mapping[tuple[str, int], BlockCall],
+) -> tuple[WidthOption, ...]:
+    """Give every proposal its savings and its error; those that save nothing are left out."""
+    jobs: dict[int, Job] = {}
+    savings: dict[int, tuple[int, int]] = {}
+    known: dict[Any, tuple[int, int]] = {}  # blocks of one shape save alike
+    for number, proposal in enumerate(proposals):
+
+        def make(at: Proposal = proposal) -> nn.Module:
+            block = adapter.blocks(transformer, at.spec)[at.index]
             smaller = copy.deepcopy(block)
-            apply_width(smaller, parts)
-            fill_width(smaller, block, spec, index, parts, tensors)
+            apply_width(smaller, at.parts)
+            fill_width(smaller, block, at.spec, at.index, at.parts, tensors)
             return smaller
 
-        jobs[number] = ((spec.name, index, index), make)
+        call = calls.get((proposal.spec.name, 0))
+        if call is None:
+            continue
+        block = adapter.blocks(transformer, proposal.spec)[proposal.index]
+        small = tuple((path, part["kind"], part["size"]) for path, part in proposal.parts.items())
+        alike = (proposal.spec.name, tuple(p.shape for p in block.parameters()), small)
+        if alike not in known:
+            known[alike] = _savings(adapter, block, make(), call, batch_size(batches[0]))
+        savings[number] = known[alike]
+        if savings[number][0] > 0:
+            jobs[number] = ((proposal.spec.name, proposal.index, proposal.index), make)
+    if not jobs:
+        return ()
     errors = output_errors(transformer, adapter, batches, jobs, "fit: width")
-    options = []
-    for number, (spec, index, group, parts) in enumerate(proposals):
-        block = adapter.blocks(transformer, spec)[index]
-        rows = tokens[spec.name, group.partition(".")[2]] if group.startswith("ffn") else 1
-        params, flops = _savings(block, parts, rows)
-        if params > 0:
-            options.append(WidthOption(spec.name, index, group, parts, params, flops, errors[number]))
-    return tuple(options)
+    return tuple(
+        WidthOption(p.spec.name, p.index, p.group, p.parts, *savings[number], errors[number])
+        for number, p in ((n, proposals[n]) for n in jobs)
+    )
 
 
-def _proposals(
-    spec: StackSpec, found: StackAnalysis, index: int, block: nn.Module, settings: FitConfig
-) -> Iterator[tuple[str, Parts]]:
-    """The replacements of one block that are worth measuring."""
-    if "modulation" in settings.width and found.modulation_residual:
-        seen = set()
-        for tolerance in settings.modulation_tolerances:
-            ranks = {
-                spec.modulation[stream]: [rank for rank, missed in enumerate(blocks[index]) if missed <= tolerance]
-                for stream, blocks in found.modulation_residual.items()
-            }
-            key = tuple(sorted((path, enough[0]) for path, enough in ranks.items() if enough))
-            if key and key not in seen:
-                seen.add(key)
-                yield "modulation", {path: {"kind": "low_rank", "size": max(1, rank)} for path, rank in key}
-    if "ffn" in settings.width:
-        for stream, path in spec.ffn.items():
-            measured = found.ffn_linearity.get(stream, ())
-            if index < len(measured) and measured[index] is not None:
-                yield f"ffn.{stream}", {path: {"kind": "linear", "size": 0}}
+def _closed_forms(
+    transformer: nn.Module, adapter: Adapter, analysis: Analysis, settings: FitConfig
+) -> Iterator[Proposal]:
+    """What the analyze stage has the closed forms of: low-rank modulation, linear feed-forward networks."""
+    for spec in adapter.stacks:
+        for found in (stack for stack in analysis.stacks if stack.name == spec.name):
+            for index in range(len(adapter.blocks(transformer, spec))):
+                if "modulation" in settings.width and found.modulation_residual:
+                    # beside a text option the streams are chosen apart: it replaces the text's modulation, too
+                    apart = "text" in settings.width and bool(spec.text_parts)
+                    streams = [[s] for s in found.modulation_residual] if apart else [list(found.modulation_residual)]
+                    for chosen in streams:
+                        group = f"modulation.{chosen[0]}" if apart else "modulation"
+                        for parts in _ranks(spec, found, index, chosen, settings):
+                            yield Proposal(spec, index, group, parts)
+                for stream, path in spec.ffn.items() if "ffn" in settings.width else ():
+                    measured = found.ffn_linearity.get(stream, ())
+                    if index < len(measured) and measured[index] is not None:
+                        yield Proposal(spec, index, f"ffn.{stream}", {path: {"kind": "linear", "size": 0}})
 
 
-def _tokens(transformer: nn.Module, adapter: Adapter, arguments: dict[str, Any]) -> dict[tuple[str, str], int]:
-    """Tokens of each stream that enter the first block of each stack."""
-    first = {(spec.name, 0) for spec in adapter.stacks if len(adapter.blocks(transformer, spec))}
-    calls, _ = record_boundaries(transformer, adapter, arguments, first)
-    return {
-        (name, stream): state.shape[1] for (name, _), call in calls.items() for stream, state in call.inputs.items()
-    }
+def _ranks(
+    spec: StackSpec, found: StackAnalysis, index: int, streams: Sequence[str], settings: FitConfig
+) -> Iterator[Parts]:
+    """Low-rank modulation of some streams, once for each set of ranks that the tolerances lead to."""
+    seen = set()
+    for tolerance in settings.modulation_tolerances:
+        ranks = {
+            spec.modulation[stream]: [
+                rank for rank, missed in enumerate(found.modulation_residual[stream][index]) if missed <= tolerance
+            ]
+            for stream in streams
+        }
+        key = tuple(sorted((path, enough[0]) for path, enough in ranks.items() if enough))
+        if key and key not in seen:
+            seen.add(key)
+            yield {path: {"kind": "low_rank", "size": max(1, rank)} for path, rank in key}
 
 
-def _savings(block: nn.Module, parts: Parts, rows: int) -> tuple[int, int]:
-    """Parameters fewer, and forward FLOPs fewer for so many rows."""
-    params = flops = 0
-    for path, part in parts.items():
-        module = block.get_submodule(path)
-        smaller = replacement(module, part["kind"], part["size"])
-        params += count_params(module) - count_params(smaller)
-        flops += 2 * rows * (_multiplications(module) - _multiplications(smaller))
-    return params, flops
+def _savings(adapter: Adapter, block: nn.Module, smaller: nn.Module, call: BlockCall, samples: int) -> tuple[int, int]:
+    """Parameters fewer, and forward FLOPs fewer for one sample, counted on a recorded call of the stack."""
+    flops = [_flops(adapter, candidate, call) // samples for candidate in (block, smaller)]
+    return count_params(block) - count_params(smaller), flops[0] - flops[1]
 
 
-def _multiplications(module: nn.Module) -> int:
-    """Multiplications of all linear layers for one row."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+@torch.no_grad()
+def _flops(adapter: Adapter, block: nn.Module, call: BlockCall) -> int:
+    with FlopCounterMode(display=False) as counter:
+        adapter.call(call.stack, block, call.inputs, call.arguments)
+    return int(counter.get_total_flops())

@@ -40,7 +40,7 @@ STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", 
 PRODUCTS = {
     "capture": ("calibration",),
     "analyze": ("analysis.json", "analysis.safetensors"),
-    "fit": ("candidates.json", "candidates.safetensors"),
+    "fit": ("candidates.json", "candidates.safetensors", "width.safetensors"),
     "plan": ("plan.json",),
     "distill": ("bundle",),
     "export": ("pipeline",),
@@ -56,7 +56,7 @@ READS = {
     "analyze": ("calibration",),
     "fit": ("calibration", "analysis.json", "analysis.safetensors"),
     "plan": ("analysis.json", "candidates.json"),
-    "distill": ("calibration", "plan.json", "candidates.safetensors"),
+    "distill": ("calibration", "plan.json", "candidates.safetensors", "width.safetensors"),
     "export": ("bundle",),
     "evaluate": ("calibration", "plan.json", "pipeline"),
 }

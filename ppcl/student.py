@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter, StackSpec, States, fixed_tail
 from ppcl.artifacts import CompressionPlan, Segment, start_index, to_jsonable
 from ppcl.compressed import compress_class
+from ppcl.slicing import SLICED, fill_sliced
+from ppcl.text_stream import fill_text
 from ppcl.width import LinearFeedForward, LowRankLinear, Metric, apply_width, fill_linear, fill_low_rank
 
 RunKey = tuple[str, int, int]
@@ -70,19 +72,26 @@ def fill_width(
         spec: Its stack.
         index: The teacher's block whose inputs it sees, nearest.
         parts: The replacements by path.
-        tensors: Metrics and linear maps, as the analyze stage wrote them.
+        tensors: Metrics, linear maps and corrected columns, as the analyze and fit stages wrote them.
     """
     names = {path: f"modulation.{stream}" for stream, path in spec.modulation.items()}
     names |= {path: f"ffn.{stream}" for stream, path in spec.ffn.items()}
-    for path in parts:
-        prefix = f"{spec.name}/{index}/{names[path]}"
+    for path, part in parts.items():
         module, old = block.get_submodule(path), original.get_submodule(path)
+        here = f"{spec.name}/{index}"
+        prefix = f"{here}/{names.get(path)}"
         if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
             device = old.weight.device
             metric = Metric(*(tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root")))
             fill_low_rank(module, old.weight, old.bias, metric)
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
+        elif part["kind"] in SLICED:
+            cut = f"{here}/{path}/{part['kind']}-{part['size']}/"
+            fill_sliced(module, old, part, {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)})
+        elif part["kind"] in ("text_input", "text_output"):
+            name = f"{here}/text_input" if part["kind"] == "text_input" else f"{here}/text"
+            fill_text(module, tensors[f"{name}/weight"], tensors[f"{name}/bias"])
 
 
 def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:

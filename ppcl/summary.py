@@ -34,6 +34,8 @@ def describe_width(plan: CompressionPlan) -> str:
     for segments in plan.stacks.values():
         for segment in segments:
             for path, part in segment.width.items():
+                if part["kind"] in ("unit_gate", "no_output", "identity"):
+                    continue  # beside the two maps of a text stream; they have no weights
                 found.setdefault((path, str(part["kind"])), []).append(int(part.get("size", 0)))
     parts = []
     for (path, kind), sizes in sorted(found.items()):

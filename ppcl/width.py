@@ -4,9 +4,11 @@ A *replacement* is described by its kind and size, and named by the path of the 
 stands for, so that a config can carry it and a class can rebuild it without its weights:
 
 * ``low_rank``: a linear layer W as up @ down, ``size`` is the rank (modulation layers);
-* ``linear``: a feed-forward network as one affine map (eq. 9), ``size`` is not used.
+* ``linear``: a feed-forward network as one affine map (eq. 9), ``size`` is not used;
+* ``narrow``, ``heads``: fewer neurons or heads, ``size`` is how many stay (:mod:`ppcl.slicing`);
+* the modules that make a text stream two linear maps (eq. 8, :mod:`ppcl.text_stream`).
 
-Both have closed-form starts. No forward of a block is touched: a replacement is called as the
+All have closed-form starts. No forward of a block is touched: a replacement is called as the
 module was.
 """
 
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ModelError
+from ppcl.slicing import SLICED, sliced
+from ppcl.text_stream import TEXT_KINDS, text_replacement
 
-KINDS = ("low_rank", "linear")
+KINDS = ("low_rank", "linear", *SLICED, *TEXT_KINDS)
 
 
 class LowRankLinear(nn.Module):
@@ -64,21 +68,30 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return linears[0].in_features, linears[-1].out_features
 
 
-def replacement(module: nn.Module, kind: str, size: int) -> nn.Module:
+def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     """Build the replacement of a module, untrained, on its device and in its dtype.
+
+    Args:
+        module: What is replaced; it is left as it is.
+        part: The ``kind``, the ``size``, and what else the kind needs.
 
     Raises:
         ModelError: The kind is unknown or does not suit the module.
     """
-    d, o = features_of(module)
-    if kind == "low_rank" and isinstance(module, nn.Linear):
-        made: nn.Module = LowRankLinear(d, o, size)
-    elif kind == "linear" and not isinstance(module, nn.Linear):
-        made = LinearFeedForward(d, o)
-    else:
+    kind, linear = part["kind"], isinstance(module, nn.Linear)
+    made: nn.Module | None = None
+    if kind == "low_rank" and linear:
+        made = LowRankLinear(*features_of(module), int(part["size"]))
+    elif kind == "linear" and not linear and any(isinstance(m, nn.Linear) for m in module.modules()):
+        made = LinearFeedForward(*features_of(module))
+    elif kind in SLICED and not linear:
+        return sliced(module, part)
+    elif kind in TEXT_KINDS:
+        made = text_replacement(module, kind)
+    if made is None:
         raise ModelError(f"{type(module).__name__} cannot be replaced by '{kind}'; known kinds: {', '.join(KINDS)}")
-    like = next(module.parameters())
-    return made.to(device=like.device, dtype=like.dtype)
+    like = next(module.parameters(), None)
+    return made if like is None else made.to(device=like.device, dtype=like.dtype)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -92,7 +105,7 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
 
     Args:
         root: Changed in place.
-        parts: For each path the ``kind`` and the ``size`` of its replacement.
+        parts: For each path the ``kind``, the ``size`` and what else describes its replacement.
 
     Raises:
         ModelError: There is no such module, or the replacement does not suit it.
@@ -102,7 +115,11 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
             module = root.get_submodule(path)
         except AttributeError:
             raise ModelError(f"{type(root).__name__} has no module '{path}'") from None
-        set_module(root, path, replacement(module, part["kind"], int(part["size"])))
+        made = replacement(module, part)
+        if next(module.parameters(), None) is None:  # a norm without weights: those around it tell where it is
+            like = next(root.get_submodule(path.rpartition(".")[0]).parameters(), next(root.parameters()))
+            made = made.to(device=like.device, dtype=like.dtype)
+        set_module(root, path, made)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class StackSpec:
         modulation: Path of each stream's linear layer that makes shifts, scales and gates out of the conditioning.
         masks: Block argument that marks each stream's valid tokens, (B, tokens), if there is one.
         text_qkv: Submodule path of a projection that sees the text input of the attention (eq. 8).
+        text_parts: Modules of the text stream, and what each becomes where the stream becomes two linear maps
+            (:mod:`ppcl.text_stream`); empty where the block's forward does not allow it.
         fixed_tail: Last blocks that differ from the others and stay as they are (SD3's last block returns no
             text). They are no blocks to the compressor: :meth:`Adapter.blocks` leaves them out.
         tokens_first: The block's states are (tokens, B, features); they are turned round on the way in and out.
@@ -50,6 +52,7 @@ class StackSpec:
     modulation: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, str] = field(default_factory=dict)
     text_qkv: str | None = None
+    text_parts: Mapping[str, str] = field(default_factory=dict)
     fixed_tail: int = 0
     index_fields: Mapping[str, str] = field(default_factory=dict)
     tokens_first: bool = False

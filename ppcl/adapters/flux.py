@@ -15,6 +15,12 @@ FLUX = Adapter(
             ffn={"image": "ff", "text": "ff_context"},
             modulation={"image": "norm1.linear", "text": "norm1_context.linear"},
             text_qkv="attn.add_q_proj",
+            text_parts={
+                "norm1_context": "text_input",
+                "attn.to_add_out": "no_output",
+                "norm2_context": "identity",
+                "ff_context": "text_output",
+            },
         ),
         StackSpec(
             name="single_transformer_blocks",

@@ -14,6 +14,13 @@ QWEN_IMAGE = Adapter(
             modulation={"image": "img_mod.1", "text": "txt_mod.1"},
             masks={"text": "encoder_hidden_states_mask"},
             text_qkv="attn.add_q_proj",
+            text_parts={
+                "txt_mod": "unit_gate",
+                "txt_norm1": "text_input",
+                "attn.to_add_out": "no_output",
+                "txt_norm2": "identity",
+                "txt_mlp": "text_output",
+            },
         ),
     ),
 )

@@ -18,6 +18,12 @@ SD3 = Adapter(
             ffn={"image": "ff", "text": "ff_context"},
             modulation={"image": "norm1.linear", "text": "norm1_context.linear"},
             text_qkv="attn.add_q_proj",
+            text_parts={
+                "norm1_context": "text_input",
+                "attn.to_add_out": "no_output",
+                "norm2_context": "identity",
+                "ff_context": "text_output",
+            },
             fixed_tail=1,
             index_fields={"dual_attention_layers": "attn2"},
         ),

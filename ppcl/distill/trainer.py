@@ -51,10 +51,10 @@ def new_substitutes(
         adapter: Its family.
         plan: Names the start of each substitute.
         fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
-        closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from; plans of depth
-            alone need none.
+        closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from, with the fit
+            stage's ``width.safetensors`` beside it; plans of depth alone need none.
     """
-    tensors = read_tensors(closed_forms)[0] if plan.has_width and closed_forms else {}
+    tensors = width_tensors(closed_forms) if plan.has_width and closed_forms else {}
     known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
     substitutes: dict[RunKey, nn.Module] = {}
     for spec in adapter.stacks:
@@ -69,14 +69,21 @@ def new_substitutes(
             if state:
                 whole.load_state_dict(state)
             block = substitute_block(blocks, segment).to(torch.float32)
+            shapes = {name: value.shape for name, value in block.state_dict().items()}
             block.load_state_dict(
-                {n: t for n, t in whole.state_dict().items() if n in block.state_dict()}, strict=False
+                {n: t for n, t in whole.state_dict().items() if shapes.get(n) == t.shape}, strict=False
             )
             if segment.width:
                 index = start_index(segment.first, segment.last, segment.start)
                 fill_width(block, whole, spec, index, segment.width, tensors)
             substitutes[key] = block
     return substitutes
+
+
+def width_tensors(closed_forms: Path) -> dict[str, Tensor]:
+    """Read what smaller modules start from: the analyze stage's file and the fit stage's beside it."""
+    beside = closed_forms.with_name("width.safetensors")
+    return read_tensors(closed_forms)[0] | (read_tensors(beside)[0] if beside.is_file() else {})
 
 
 class Distiller:

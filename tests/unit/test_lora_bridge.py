@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from ppcl.bundle import Bundle, build_student
 from ppcl.compressed import compress_class
 from ppcl.errors import ModelError, UserError
 from ppcl.pipelines import convert_lora, kept_blocks, load_lora, remap_lora
+from ppcl.slicing import heads_of, neurons_of
 from ppcl.width import apply_width
 
 RUNS = [(DUAL, 1, 3)]  # of six blocks: 0, [1, 3], 4, 5
@@ -131,6 +133,30 @@ def test_smaller_modules_lose_their_lora_and_the_rest_keeps_it() -> None:
     assert report.lost == (*(f"{DUAL}.{i}" for i in (1, 2, 3)), f"{DUAL}.4.img_mlp", f"{DUAL}.5.img_mod.1")
     bridged.set_adapters(bridged.get_list_adapters()["transformer"], 0.0)  # scales are looked up by class name
     torch.testing.assert_close(run_qwen(bridged.transformer), run_qwen(pipe().transformer), atol=1e-5, rtol=1e-5)
+
+
+def test_a_lora_is_cut_as_its_module_was() -> None:
+    """Block 4 with half of its image neurons, block 5 with one head: what the whole layers' updates do to the rest."""
+    layers = (*LAYERS, "img_mlp.net.0.proj", "attn.add_k_proj", "attn.to_add_out")
+    teacher = tiny_qwen(6)
+    lora = lora_for(teacher, layers)
+    blocks = teacher.transformer_blocks
+    neurons, heads = neurons_of(blocks[4].img_mlp), heads_of(blocks[5].attn)
+    assert neurons and heads
+    parts = {
+        f"{DUAL}.2.img_mlp": neurons.part(range(1, 128, 2)),
+        f"{DUAL}.3.attn": heads.part([1]),
+    }
+    bridged = qwen_pipe()
+    whole = copy.deepcopy(bridged.transformer)
+    add_by_hand(whole, lora, named({0: 0, 4: 2, 5: 3}))
+    for transformer in (bridged.transformer, whole):
+        apply_width(transformer, parts)
+        compress_class(transformer, parts)
+    report = load_lora(bridged, lora)
+    torch.testing.assert_close(run_qwen(bridged.transformer), run_qwen(whole), atol=1e-5, rtol=1e-5)
+    assert len(report.cut) == 2 + 4
+    assert "cut to the neurons and heads that were kept: 6 tensors" in str(report)
 
 
 def peft_file(folder: Path) -> tuple[Path, dict[str, Tensor]]:

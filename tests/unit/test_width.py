@@ -1,11 +1,9 @@
-"""Smaller modules: their closed forms, the planner's choice, and the models they make."""
+"""Smaller modules: their closed forms, and the models they make."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,19 +29,17 @@ from torch import nn
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
-from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, WidthOption
+from ppcl.artifacts import Analysis, CompressionPlan, WidthOption
 from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle, select_bundle
 from ppcl.capture import States, velocity
 from ppcl.compressed import compressed_class
-from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig, PlanConfig
+from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig
 from ppcl.cost import count_flops, count_params, predict
 from ppcl.distill.trainer import Distiller, new_substitutes
-from ppcl.errors import ArtifactError, BudgetError, ModelError
+from ppcl.errors import ArtifactError, ModelError
 from ppcl.export import export
 from ppcl.files import read_tensors
-from ppcl.knapsack import best_layouts
 from ppcl.options import width_options
-from ppcl.planner import plan, select
 from ppcl.student import assemble_student
 from ppcl.width import (
     LinearFeedForward,
@@ -100,110 +96,9 @@ def test_linear_feed_forward_is_called_as_the_network_was() -> None:
 )
 def test_what_does_not_suit_is_refused(module: nn.Module, kind: str) -> None:
     with pytest.raises(ModelError, match=r"cannot be replaced"):
-        replacement(module, kind, 1)
+        replacement(module, {"kind": kind, "size": 1})
     with pytest.raises(ModelError, match="has no module 'nowhere'"):
         apply_width(module, {"nowhere": {"kind": kind, "size": 1}})
-
-
-# The planner
-
-
-MODEL = ModelInfo(
-    "Tiny", "0", 5 * 1000 + 4 * 700, 5 * 40 + 4 * 90, 4, 0, (
-        Stack("a", "num_a", 5, (1000,) * 5, (40,) * 5),
-        Stack("b", "num_b", 4, (700,) * 4, (90,) * 4),
-    ),
-)  # fmt: skip
-
-
-def random_problem(seed: int) -> tuple[list[Candidate], list[WidthOption]]:
-    generator = random.Random(seed)
-    runs = [
-        Candidate(s.name, first, last, 1.0, "first", generator.random() * (last - first))
-        for s in MODEL.stacks
-        for first in range(1, s.num_blocks)
-        for last in range(first + 1, min(first + 3, s.num_blocks))
-    ]
-    options = [
-        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear"}}, size, flops, generator.random() / 3)
-        for s in MODEL.stacks
-        for i in range(s.num_blocks)
-        for group, size, flops in (("modulation", 300, 0), ("ffn.image", 200, 25))
-    ]
-    return runs, options
-
-
-def brute_force(runs: list[Candidate], options: list[WidthOption], wanted: float, by_flops: bool) -> float:
-    """Least cost of any layout that saves ``wanted``, by trying them all, stack by stack."""
-
-    def stack_choices(stack: Stack) -> list[tuple[float, float]]:
-        own = [c for c in runs if c.stack == stack.name]
-        size = (stack.block_flops if by_flops else stack.block_params)[0]
-        found = []
-        for count in range(3):
-            for chosen in itertools.combinations(own, count):
-                covered = [i for c in chosen for i in range(c.first, c.last + 1)]
-                if len(covered) != len(set(covered)):
-                    continue
-                inside = [
-                    o
-                    for o in options
-                    if o.stack == stack.name
-                    and (o.block not in covered or (o.group == "modulation" and o.block in [c.first for c in chosen]))
-                ]
-                base = (size * sum(c.removed for c in chosen), sum((c.fitted_error or 0) ** 2 for c in chosen))
-                reachable = {base[0]: base[1]}
-                for option in inside:
-                    gain = option.saved_flops if by_flops else option.saved_params
-                    for saved, cost in list(reachable.items()):
-                        new = cost + option.error**2
-                        if new < reachable.get(saved + gain, math.inf):
-                            reachable[saved + gain] = new
-                found += list(reachable.items())
-        return found
-
-    a, b = (stack_choices(stack) for stack in MODEL.stacks)
-    return min((x[1] + y[1] for x in a for y in b if x[0] + y[0] >= wanted), default=math.inf)
-
-
-@pytest.mark.parametrize("by_flops", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_layouts_are_as_cheap_as_trying_everything(seed: int, by_flops: bool) -> None:
-    runs, options = random_problem(seed)
-    costed = [(c, (c.fitted_error or 0) ** 2) for c in runs]
-    layouts = best_layouts(MODEL, costed, options, by_flops)
-    total = MODEL.flops if by_flops else MODEL.params
-    for share in (0.1, 0.3, 0.5):
-        found = []
-        for layout, cost in layouts:
-            prediction = predict(MODEL, layout)
-            saved = total - (MODEL.flops / prediction.speedup if by_flops else prediction.params)
-            if saved >= share * total - 1e-6:
-                found.append(cost)
-        assert min(found) == pytest.approx(brute_force(runs, options, share * total, by_flops))
-
-
-def plan_of(budget: dict[str, float], width: tuple[Any, ...] | None) -> CompressionPlan:
-    runs, options = random_problem(0)
-    analysis = Analysis(MODEL, (), 1, {}, 0.0)
-    return plan(analysis, Candidates(tuple(runs), 1, 0.0, tuple(options)), PlanConfig(width=width, **budget))
-
-
-def test_a_time_budget_spends_nothing_on_what_saves_no_time() -> None:
-    chosen = plan_of({"speedup": 1.3}, None)
-    parts = [path for pieces in chosen.stacks.values() for piece in pieces for path in piece.width]
-    assert chosen.predicted.speedup >= 1.3
-    assert not any(path.startswith("modulation") for path in parts)
-
-
-def test_only_the_groups_asked_for_are_used_and_what_is_too_much_is_said() -> None:
-    chosen = plan_of({"keep": 0.8}, ("modulation",))
-    parts = [path for pieces in chosen.stacks.values() for piece in pieces for path in piece.width]
-    assert parts
-    assert all(path.startswith("modulation") for path in parts)
-    assert not plan_of({"keep": 0.8}, ()).has_width
-    with pytest.raises(BudgetError, match=r"the nearest feasible budget is --keep 0\.\d+"):
-        plan_of({"keep": 0.01}, ("modulation", "ffn"))
 
 
 # Models
@@ -223,9 +118,8 @@ def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analy
     )
     tensors = read_tensors(folder / "analysis.safetensors")[0]
     batches = list(States(folder / "calibration", "held-out").batches(6, 6))
-    return analysis, width_options(
-        transformer, adapter, analysis, tensors, batches, FitConfig(width=("modulation", "ffn"))
-    )
+    found = width_options(transformer, adapter, analysis, tensors, batches, FitConfig(width=("modulation", "ffn")))
+    return analysis, found.options
 
 
 def with_options(
@@ -379,25 +273,6 @@ def test_flux_keeps_the_stacks_apart(tmp_path: Path) -> None:
 
 
 # One bundle, many sizes
-
-
-def test_a_ladder_of_subsets_costs_more_the_more_it_saves() -> None:
-    whole = plan_of({"keep": 0.55}, None)
-    errors = []
-    for keep in (0.9, 0.8, 0.7, 0.6, whole.predicted.param_ratio):
-        chosen = select(whole, "keep", keep)
-        assert chosen.predicted.param_ratio <= keep + 1e-9
-        for name, pieces in chosen.stacks.items():
-            assert [i for s in pieces for i in range(s.first, s.last + 1)] == list(
-                range(next(s.num_blocks for s in MODEL.stacks if s.name == name))
-            )
-            assert all(s in whole.stacks[name] for s in pieces if s.is_substitute)
-        errors.append(chosen.predicted.error)
-    assert errors == sorted(errors)
-    assert chosen.stacks == whole.stacks
-    with pytest.raises(BudgetError, match=r"all of them put in it is --keep 0\.5"):
-        select(whole, "keep", 0.3)
-    assert select(whole, "speedup", 1.05).predicted.speedup >= 1.05
 
 
 def test_a_smaller_saving_of_the_same_bundle(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""What smaller modules save and cost, untrained, and which criterion chooses units best: docs/width.md.
+
+    python benchmarks/width_options.py RUN docs/width.md
+
+RUN is a run directory of the embedded teacher with capture, analyze and fit done. About ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ppcl.adapters import adapter_for
+from ppcl.artifacts import Analysis, Candidates, WidthOption, load_artifact
+from ppcl.capture import States
+from ppcl.config import FitConfig, PlanConfig
+from ppcl.criteria import CRITERIA
+from ppcl.files import read_tensors, write_text
+from ppcl.options import width_options
+from ppcl.planner import plan
+from ppcl.summary import describe_plan
+from ppcl.tables import markdown_table
+from ppcl.teacher import load_pipeline
+
+GROUPS = ("modulation", "ffn", "attention", "text")
+
+
+def name_of(option: WidthOption) -> str:
+    """Group, kind and size of an option."""
+    parts = [p for p in option.parts.values() if p["kind"] not in ("unit_gate", "no_output", "identity")]
+    if option.group == "text":
+        return "text: two linear maps"
+    if option.group.startswith("modulation"):
+        return f"{option.group}: low rank"
+    size = f" {parts[0]['size']} of {parts[0]['of']}" if "of" in parts[0] else ""
+    return f"{option.group}: {parts[0]['kind']}{size}"
+
+
+def rows_of(options: tuple[WidthOption, ...], total: int) -> list[list[str]]:
+    """One row for each kind of option; of several ranks the one of least error stands for a block."""
+    found: dict[str, dict[tuple[str, int], WidthOption]] = defaultdict(dict)
+    for option in options:
+        known = found[name_of(option)].get((option.stack, option.block))
+        if known is None or option.error < known.error:
+            found[name_of(option)][option.stack, option.block] = option
+    rows = []
+    for name in sorted(found):
+        members = list(found[name].values())
+        errors = sorted(o.error for o in members)
+        rows.append(
+            [
+                name,
+                str(len(members)),
+                f"{sum(o.saved_params for o in members) / total:.1%}",
+                f"{errors[0]:.4f} / {errors[len(errors) // 2]:.4f} / {errors[-1]:.4f}",
+                f"{math.sqrt(sum(e**2 for e in errors)):.3f}",
+            ]
+        )
+    return rows
+
+
+def plans_of(analysis: Analysis, candidates: Candidates, options: tuple[WidthOption, ...]) -> list[list[str]]:
+    """What the planner makes of depth and the options, without and with each kind."""
+    linear = tuple(o for o in options if o.group.startswith("modulation") or "'linear'" in str(o.parts))
+    sets = {"low rank and linear": linear}
+    for name, group in (("neurons", "ffn"), ("heads", "attention"), ("text", "text")):
+        sets[f"... and {name}"] = (*linear, *(o for o in options if o.group.startswith(group) and o not in linear))
+    sets["all"] = options
+    rows = []
+    for name, allowed in sets.items():
+        row = [name]
+        for keep in (0.7, 0.5, 0.4):
+            made = plan(analysis, replace(candidates, width=allowed), PlanConfig(keep=keep))
+            row.append(f"{made.predicted.error:.3f} ({made.predicted.speedup:.2f}x)")
+            print(name, keep, describe_plan(made), flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--states", type=int, default=12)
+    given = parser.parse_args()
+    transformer = load_pipeline("emoji", torch.device("cpu")).transformer
+    adapter = adapter_for(transformer)
+    analysis = load_artifact(Analysis, given.run / "analysis.json")
+    tensors, _ = read_tensors(given.run / "analysis.safetensors")
+    spread = States(given.run / "calibration", "held-out").batches(given.states, 4 * given.states)
+    batches = [next(spread)]  # all timesteps, one length of text
+    train = States(given.run / "calibration", "train")
+    tables = {}
+    for criterion in CRITERIA:
+        began = time.perf_counter()
+        settings = FitConfig(width=GROUPS, criterion=criterion)
+        if criterion != FitConfig().criterion:
+            settings = FitConfig(width=GROUPS[1:3], criterion=criterion, width_shares=(0.5,))
+        found = width_options(transformer, adapter, analysis, tensors, batches, settings, train)
+        if len(settings.width) == len(GROUPS):
+            candidates = load_artifact(Candidates, given.run / "candidates.json")
+            plans = plans_of(analysis, candidates, found.options)
+        tables[criterion] = rows_of(found.options, analysis.model.params)
+        print(criterion, f"{time.perf_counter() - began:.0f} s", *tables[criterion], sep="\n", flush=True)
+    head = ["option", "blocks", "saved in all", "error alone: least / median / most", "root of summed squares"]
+    kept = next(c for c in CRITERIA if c == FitConfig().criterion)
+    names = [row[0] for row in next(t for c, t in tables.items() if c != kept) if " of " in row[0]]
+    by = {c: {row[0]: row for row in table} for c, table in tables.items()}
+    text = [
+        "# Smaller modules on the embedded teacher, untrained",
+        "",
+        f"Written by `python benchmarks/width_options.py RUN docs/width.md`: {given.states} held-out states, "
+        f"{FitConfig().width_states} training states behind the closed forms, criterion `{kept}`. Error: how far the "
+        "final velocity moves, relatively, with one option in one block. Saved: by the option in all of its blocks, "
+        "as a share of the transformer.",
+        "",
+        markdown_table(head, tables[kept]),
+        "",
+        "## Criteria",
+        "",
+        "Root of the summed squared errors over all blocks, after the closed-form correction.",
+        "",
+        markdown_table(["option", *by], [[n, *(by[c][n][4] for c in by)] for n in names]),
+        "",
+        "## Plans",
+        "",
+        "Predicted velocity error before distillation (and speed-up from FLOPs) of depth with some of the options, for "
+        "a share of the parameters that may stay.",
+        "",
+        markdown_table(["options", "0.7", "0.5", "0.4"], plans),
+    ]
+    write_text(given.out, "\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""A LoRA made for a module, on the same module with fewer neurons or heads.
+
+The update of a layer is B A. A layer that makes units lost rows, and with them rows of B; one that
+reads them lost columns, and with them columns of A. What is left acts on the kept units as before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SLICED = ("narrow", "heads")  # kinds of replacements that keep some of a module's units
+_OUT = re.compile(r"\.(?:lora_B|lora_up|lora\.up|lora_magnitude_vector|dora_scale)(?:\.|$)")
+_IN = re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.|$)")
+
+
+def fit_replaced(
+    tensor: Tensor, name: str, replaced: Collection[str] | Mapping[str, Mapping[str, Any]]
+) -> tuple[Tensor | None, str, bool]:
+    """Make a tensor of a LoRA fit where modules were replaced by smaller ones.
+
+    Args:
+        tensor: Any tensor of a LoRA.
+        name: Its key in the compressed transformer.
+        replaced: Paths of the smaller modules, or the config's ``pruning``.
+
+    Returns:
+        The tensor, None if nothing is left for it to act on; the smaller module it belongs to, if any; and whether
+        it was cut.
+    """
+    path = next((p for p in replaced if name.startswith(f"{p}.")), "")
+    part = replaced[path] if path and isinstance(replaced, Mapping) else {}
+    if not path or part.get("kind") not in SLICED:
+        return (None if path else tensor), path, False
+    cut, changed = cut_lora(tensor, name.removeprefix(f"{path}."), part)
+    return cut, path, changed
+
+
+def cut_lora(tensor: Tensor, name: str, part: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """Cut one tensor of a LoRA to the units that a module kept.
+
+    Args:
+        tensor: (r, d) of A, (o, r) of B, (o,) or (o, 1) of DoRA's magnitudes; anything else stays.
+        name: Its key inside the module, such as ``net.2.lora_A.weight``.
+        part: The module's entry in the config's ``pruning``.
+
+    Returns:
+        The tensor, and whether it was cut.
+
+    Raises:
+        ModelError: Its size does not divide into the units.
+    """
+    from ppcl.slicing import features_of_units
+
+    for layers, pattern, axis in ((part["rows"], _OUT, 0), (part["columns"], _IN, 1)):
+        if any(name.startswith(f"{layer}.") for layer in layers) and pattern.search(name) and tensor.ndim > axis:
+            index = features_of_units(part, tensor.shape[axis]).to(tensor.device)
+            return tensor.index_select(axis, index), True
+    return tensor, False
