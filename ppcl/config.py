@@ -55,7 +55,7 @@ class FitConfig(Section):
     eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
     starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
     width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] = Field(
-        (),
+        ("modulation", "ffn"),
         description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
         "the plan, loading the result needs `import ppcl.pipelines`",
     )

@@ -25,7 +25,7 @@ SMALL = {
         "guidance_scale": 2.0,
     },
     "analyze": {"cka_tokens": 64, "batch_size": 8},
-    "fit": {"max_run": 3, "max_candidates": 4, "steps": 3, "batch_size": 4, "eval_states": 4},
+    "fit": {"max_run": 3, "max_candidates": 4, "steps": 3, "batch_size": 4, "eval_states": 4, "width": []},
     "plan": {"keep": 0.8},
     "distill": {"local_steps": 4, "output_steps": 3, "batch_size": 4, "checkpoint_every": 1},
     "evaluate": {
