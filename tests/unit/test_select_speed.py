@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tiny_models import DUAL
 from ppcl.adapters import adapter_for
 from ppcl.bundle import Bundle, build_student
 from ppcl.compressed import compress_class
+from ppcl.cost import count_params
 from ppcl.pipelines.bundle import Plugboard, _only
 from ppcl.teacher import load_pipeline
 
@@ -21,12 +23,27 @@ PARTS: dict[Any, Any] = {
 PARTS |= {(DUAL, i, i): {"txt_mod.1": {"kind": "low_rank", "size": 4}, "txt_mlp": LINEAR} for i in (4, 8, 12)}
 
 
+def with_costs(teacher: Any, bundle: Bundle) -> Bundle:
+    """What choosing by a budget needs to know of each substitute."""
+    stacks = {}
+    for name, segments in bundle.plan.stacks.items():
+        blocks = getattr(teacher, name)
+        known = []
+        for s in segments:
+            made = bundle.substitutes.get((name, s.first, s.last))
+            saved = 0 if made is None else count_params(blocks[s.first]) - count_params(made)
+            known.append(replace(s, saved_params=saved, error=None if made is None else 0.1))
+        stacks[name] = tuple(known)
+    return Bundle(replace(bundle.plan, stacks=stacks), bundle.substitutes)
+
+
 @torch.no_grad()
 def test_a_switch_takes_under_two_seconds_and_equals_a_fresh_export(record_property: Any) -> None:
     transformer = load_pipeline("emoji", torch.device("cpu")).transformer
     teacher = type(transformer).from_config(transformer.config).eval().requires_grad_(False)
     teacher.load_state_dict(transformer.state_dict())
-    adapter, bundle = adapter_for(teacher), bundle_for(teacher, PARTS)
+    adapter = adapter_for(teacher)
+    bundle = with_costs(teacher, bundle_for(teacher, PARTS))
     compress_class(transformer, {})
     board = Plugboard(transformer, adapter, bundle)
     config = transformer.config
@@ -39,12 +56,12 @@ def test_a_switch_takes_under_two_seconds_and_equals_a_fresh_export(record_prope
         "return_dict": False,
     }
     worst, outputs = 0.0, []
-    for names in (board.names, board.names[:3], (), board.names[2:]):
+    for choice in ({"active": board.names}, {"active": board.names[:3]}, {"active": ()}, {"keep": 0.9}, {"keep": 0.8}):
         began = time.perf_counter()
-        active = board.select(active=names)
+        active = board.select(**choice)
         worst = max(worst, time.perf_counter() - began)
-        assert set(active) == set(names)
-        plan = _only(bundle, set(names))
+        assert "keep" in choice or set(active) == set(choice["active"])
+        plan = _only(bundle, set(active))
         chosen = Bundle(plan, {})
         fresh = build_student(
             teacher, adapter, Bundle(plan, {key: bundle.substitutes[key] for key, _ in chosen.members()})
@@ -52,6 +69,7 @@ def test_a_switch_takes_under_two_seconds_and_equals_a_fresh_export(record_prope
         assert torch.equal(transformer(**call)[0], fresh(**call)[0])
         assert transformer.config["num_layers"] == fresh.config["num_layers"] == len(fresh.transformer_blocks)
         assert (transformer.config["pruning"] or {}) == (fresh.config.get("pruning") or {})
+        assert count_params(transformer) <= choice.get("keep", 1) * count_params(teacher)
         outputs.append(transformer(**call)[0])
     record_property("seconds", worst)
     print(f"slowest switch: {1000 * worst:.0f} ms")
