@@ -139,7 +139,7 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     """
     from safetensors.torch import save_file
 
-    runs, how = kwargs.pop("runs", "drop"), kwargs.pop("low_rank", "fold")
+    runs, how = kwargs.pop("runs", "drop"), kwargs.pop("low_rank", "widen")
     if how not in HOW:
         raise UserError(f"low_rank is {how!r}; expected one of {', '.join(HOW)}")
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
@@ -164,7 +164,8 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
     """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads.
 
     The file's metadata is kept, with the block names inside the adapter's metadata
-    (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well.
+    (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well. A file cannot widen layers of low
+    rank: their LoRA is folded, and the report says what is left of it.
 
     Args:
         src: A safetensors file made for the teacher.

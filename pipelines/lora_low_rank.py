@@ -1,14 +1,14 @@
 """LoRA of a layer that is of low rank now: y = up(down(x)), which stands for W x.
 
 The teacher's LoRA adds s B A to W. Only what the columns of ``up`` span can leave the layer, so there
-are two ways:
+are two ways (measured in docs/adapters_bridge.md: widening is exact, folding keeps little):
 
-* *fold* (the layer stays as it is): the LoRA goes to ``down`` as (up+ B) A, with the pseudo-inverse of
-  ``up``. Where the closed form left up = U with orthonormal columns that is (U^T B) A, and the layer's
-  output moves by U U^T B A x: the part of the update inside the span, the nearest that there is.
-* *widen* (exact): ``up`` gets the columns of B and ``down`` as many rows of zeros, so the layer says what it said;
+* *widen*: ``up`` gets the columns of B and ``down`` as many rows of zeros, so the layer says what it said;
   the LoRA on ``down`` is [0; I] A, which fills those rows. It costs what the LoRA itself does, and the layer
   stays wider, to no effect, when the LoRA is unloaded.
+* *fold* (the layer keeps its shape): the LoRA goes to ``down`` as (up+ B) A, with the pseudo-inverse of
+  ``up``. Where the closed form left up = U with orthonormal columns that is (U^T B) A, and the layer's
+  output moves by U U^T B A x: the part of the update inside the span, the nearest that there is.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def fold(tensors: Mapping[str, Tensor], transformer: Any) -> tuple[dict[str, Ten
 
     Raises:
         UserError: A factor has another number of features than the layer.
+        ModelError: The layer's weights are not in memory.
     """
     import torch
 
     out, shares = dict(tensors), {}
     for path, (keys_a, keys_b) in _pairs(tensors, transformer).items():
-        up = transformer.get_submodule(path).up.weight.detach().double().cpu()
+        up = _plain_weight(transformer.get_submodule(path).up.weight.detach(), path).double().cpu()
         inverse = torch.linalg.pinv(up)
         for key in keys_b:
             whole = tensors[key].double().cpu()
@@ -91,33 +92,60 @@ def widen(tensors: Mapping[str, Tensor], transformer: Any) -> dict[str, Tensor]:
     """
     import torch
 
-    from ppcl.width import LowRankLinear, set_module
-
     out, pairs = dict(tensors), _pairs(tensors, transformer)
-    pruning = {path: dict(part) for path, part in transformer.config["pruning"].items()}
+    pruning = {path: dict(part) for path, part in (transformer.config.get("pruning") or {}).items()}
     for path, (_, keys_b) in pairs.items():
-        old = transformer.get_submodule(path)
-        plain = all(type(part) is torch.nn.Linear and not part.weight.is_meta for part in (old.down, old.up))
-        if not plain or type(old.up.weight) is not torch.nn.Parameter:
+        layer = transformer.get_submodule(path)
+        if not all(_is_plain(part) for part in (_base(layer.down), layer.up)):
             raise ModelError(
-                f"'{path}' is quantised, offloaded or has a LoRA already and cannot be widened; "
-                "load this LoRA first, or with low_rank='fold'"
+                f"'{path}' is quantised or offloaded and cannot be widened; load this LoRA before that, or with "
+                "low_rank='fold'"
             )
         if len(keys_b) != 1:
             raise UserError(f"the LoRA trained a bias of '{path}', which only low_rank='fold' can take")
-        b = tensors[keys_b[0]].to(old.up.weight)
-        rank, more = old.down.out_features, b.shape[1]
-        made = LowRankLinear(old.down.in_features, old.up.out_features, rank + more).to(old.up.weight)
-        with torch.no_grad():
-            made.down.weight.copy_(torch.cat([old.down.weight, old.down.weight.new_zeros(more, made.down.in_features)]))
-            made.up.weight.copy_(torch.cat([old.up.weight, b], 1))
-            made.up.bias.copy_(old.up.bias)
-        set_module(transformer, path, made.requires_grad_(False).train(old.training))
+    for path, (_, keys_b) in pairs.items():
+        layer = transformer.get_submodule(path)
+        b = tensors[keys_b[0]].to(layer.up.weight)
+        rank, more = layer.up.in_features, b.shape[1]
+        wrapped = [*layer.down.lora_B.values()] if layer.down is not _base(layer.down) else []
+        for part in (_base(layer.down), *wrapped):  # the LoRA that are there already say nothing in the new rows
+            zeros = part.weight.new_zeros(more, part.in_features)
+            _set_weight(part, torch.cat([part.weight.detach(), zeros]))
+        if wrapped:
+            layer.down.out_features += more
+        _set_weight(layer.up, torch.cat([layer.up.weight.detach(), b], 1))
         pruning[path]["size"] = rank + more
         out[keys_b[0]] = torch.cat([b.new_zeros(rank, more), torch.eye(more).to(b)])
     if pairs:
         transformer.register_to_config(pruning=pruning)
     return out
+
+
+def _plain_weight(weight: Tensor, path: str) -> Tensor:
+    """The numbers behind a weight, quantised ones as well."""
+    import torch
+
+    if weight.is_meta:
+        raise ModelError(f"the weights of '{path}' are offloaded; load this LoRA before that")
+    return weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
+
+
+def _base(layer: Any) -> Any:
+    """A linear layer itself, or the one inside PEFT's."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _is_plain(layer: Any) -> bool:
+    import torch
+
+    return type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter and not layer.weight.is_meta
+
+
+def _set_weight(layer: Any, weight: Tensor) -> None:
+    import torch
+
+    layer.weight = torch.nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    layer.out_features, layer.in_features = weight.shape
 
 
 def _pairs(tensors: Mapping[str, Tensor], transformer: Any) -> dict[str, tuple[list[str], list[str]]]:

@@ -38,7 +38,7 @@ class MappingReport:
             low, high = min(self.folded.values()), max(self.folded.values())
             lines.append(
                 f"layers of low rank: {len(self.folded)}, which take {low:.0%} to {high:.0%} of their LoRA"
-                + ("" if low > 0.99 else "; low_rank='widen' takes all of it")
+                + ("" if low > 0.99 else "; load_lora(..., low_rank='widen') takes all of it")
             )
         lines.append(f"outside of the blocks, unchanged: {len(self.other)} tensors")
         return "\n".join([*lines, self.strength] if self.strength else lines)

@@ -94,10 +94,22 @@ def test_a_widened_transformer_is_saved_with_its_new_sizes(lora: dict[str, torch
     grown = {p: v["size"] - before[p]["size"] for p, v in loaded.config["pruning"].items()}
     assert {p for p, more in grown.items() if more == 2} == {f"{DUAL}.0.img_mod.1", f"{DUAL}.3.txt_mod.1"}
     torch.testing.assert_close(velocity_of(loaded, "qwen"), expected, **CLOSE)
-    with pytest.raises(ModelError, match=r"low_rank='fold'"):  # a second one onto wrapped layers
-        first = qwen_pipe()
-        load_lora(first, lora, adapter_name="a")
-        load_lora(first, lora, adapter_name="b", low_rank="widen")
+
+
+def test_a_second_lora_widens_further(lora: dict[str, torch.Tensor]) -> None:
+    pipe = qwen_pipe()
+    load_lora(pipe, lora, adapter_name="a")  # widening is the default
+    load_lora(pipe, lora, adapter_name="b")
+    assert pipe.transformer.config["pruning"][f"{DUAL}.0.img_mod.1"]["size"] == 3 + 2 + 2
+    for names, weights, scale in ((["a", "b"], [1.0, 1.0], 2.0), (["a"], [0.5], 0.5), (["b"], [1.0], 1.0)):
+        pipe.set_adapters(names, weights)
+        expected = velocity_of(expected_of(lora, False, scale), "qwen")
+        torch.testing.assert_close(velocity_of(pipe.transformer, "qwen"), expected, **CLOSE)
+    other = qwen_pipe()
+    other.transformer.get_submodule(f"{DUAL}.3.txt_mod.1").up.to("meta")  # as offloading does
+    with pytest.raises(ModelError, match="offloaded"):
+        load_lora(other, lora)
+    assert other.transformer.config["pruning"][f"{DUAL}.0.img_mod.1"]["size"] == 3
 
 
 def test_the_closed_form_keeps_its_basis() -> None:
@@ -133,7 +145,7 @@ def test_files_with_metadata_and_two_stacks(tmp_path: Path) -> None:
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     save_file(lora, tmp_path / "lora.safetensors", {"format": "pt", **header})
     first, second = pipe(), pipe()
-    report = load_lora(first, tmp_path / "lora.safetensors")
+    report = load_lora(first, tmp_path / "lora.safetensors", low_rank="fold")
     assert set(report.folded) == {f"{DUAL}.0.norm1.linear", f"{SINGLE}.0.norm.linear"}
     assert f"{DUAL}.0.ff" in report.lost
     convert_lora(tmp_path / "lora.safetensors", tmp_path / "new.safetensors", second)
@@ -147,6 +159,26 @@ def test_files_with_metadata_and_two_stacks(tmp_path: Path) -> None:
     inner = first.transformer.get_submodule(f"{SINGLE}.0.norm.linear.down")
     assert inner.scaling == {"default_0": 4.0}
     assert (found[0] - velocity_of(compressed("flux"), "flux")).norm() > 0.01 * found[0].norm()
+
+
+def test_8_bit_weights_fold_and_do_not_grow(lora: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    from diffusers import TorchAoConfig
+
+    compressed("qwen").save_pretrained(tmp_path)
+    kind, settings = type(compressed("qwen")), TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+    def pipe() -> Any:
+        made = qwen_pipe()
+        made.transformer = kind.from_pretrained(tmp_path, quantization_config=settings, torch_dtype=torch.float32)
+        return made
+
+    with pytest.raises(ModelError, match=r"quantised .* low_rank='fold'"):
+        load_lora(pipe(), lora)
+    small = pipe()
+    load_lora(small, lora, low_rank="fold")
+    found, expected = velocity_of(small.transformer, "qwen"), velocity_of(expected_of(lora, True), "qwen")
+    assert ((found - expected).norm() / expected.norm()).item() < 0.05
 
 
 def test_what_cannot_be_folded(lora: dict[str, torch.Tensor]) -> None:
