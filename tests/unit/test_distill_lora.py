@@ -89,7 +89,7 @@ def test_it_learns(inputs: tuple[Any, Path], tmp_path: Path) -> None:
     errors = {}
     for train in ("lora", "substitutes"):
         rows: list[Any] = []
-        made = distiller(inputs, tmp_path / train, rows.append, train=train, output_steps=12, ema_decay=0.0)
+        made = distiller(inputs, tmp_path / train, rows.append, train=train, output_steps=6, ema_decay=0.0)
         made.run()
         transformer = tiny_qwen(4)
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_it_learns(inputs: tuple[Any, Path], tmp_path: Path) -> None:
     assert errors["lora"] < errors["substitutes"], errors
 
 
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [2])
 def test_a_killed_stage_goes_on_bit_by_bit(inputs: tuple[Any, Path], tmp_path: Path, stop: int) -> None:
     def kill(row: dict[str, Any]) -> None:
         if row["stage"] == "distill.output" and row["step"] == stop:
