@@ -92,11 +92,13 @@ def load_lines(run: RunData) -> str:
     stacks = run.plan.stacks if run.plan else {}
     narrow = any(s.width for segments in stacks.values() for s in segments)
     lines = ["from diffusers import DiffusionPipeline"]
-    if narrow:
+    remote = (run.folder / "pipeline" / "transformer" / "transformer_ppcl.py").is_file()
+    if narrow and not remote:
         lines.append("import ppcl.pipelines  # registers the classes with narrower blocks")
     path = json.dumps((run.folder / "pipeline").as_posix(), ensure_ascii=False)
     variant = weights_variant(run.folder / "pipeline")
     named = f', variant="{variant}"' if variant else ""
+    named += ", trust_remote_code=True" if remote else ""
     lines += [f"pipe = DiffusionPipeline.from_pretrained({path}{named})"]
     return "\n".join(lines)
 

@@ -16,7 +16,8 @@ from ppcl.compressed import register
 from ppcl.pipelines.blocks import pipeline_record
 from ppcl.pipelines.bundle import load_bundle
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
-from ppcl.pipelines.lora import MappingReport, convert_lora, load_lora, remap_lora
+from ppcl.pipelines.lora import convert_lora, load_lora, remap_lora
+from ppcl.pipelines.lora_report import MappingReport
 
 __all__ = [
     "MappingReport",

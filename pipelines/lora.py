@@ -18,14 +18,16 @@ import json
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ModelError, UserError
 from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
 from ppcl.pipelines.lora_cut import fit_replaced
+from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
+from ppcl.pipelines.lora_report import MappingReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,39 +42,6 @@ _WEIGHT = re.compile(r"\.(?:lora_[A-Za-z_]+|lora\.(?:up|down)|lokr_\w+|alpha|dor
 _LOAD_OPTIONS = ("adapter_name", "hotswap", "low_cpu_mem_usage")
 
 
-@dataclass(frozen=True)
-class MappingReport:
-    """What became of the tensors of a LoRA.
-
-    Attributes:
-        mapped: New key of each block tensor that stayed, by its old key.
-        dropped: Keys of block tensors that were left out.
-        cut: New keys of the tensors that were cut to the neurons or heads that their module kept.
-        other: Keys outside of the block lists; they stay as they are.
-        moved: Old and new name, such as ``transformer_blocks.5``, of every block that kept its LoRA.
-        lost: Names of the teacher's blocks, or of modules inside them, whose LoRA was left out.
-        strength: What the scale of the updates comes from; empty where the file could not be looked at.
-    """
-
-    mapped: Mapping[str, str]
-    dropped: tuple[str, ...]
-    other: tuple[str, ...]
-    moved: tuple[tuple[str, str], ...]
-    lost: tuple[str, ...]
-    strength: str = ""
-    cut: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"mapped: {len(self.mapped)} tensors of {len(self.moved)} blocks"]
-        lines += [f"  {old} -> {new}" for old, new in self.moved]
-        lines.append(f"dropped: {len(self.dropped)} tensors of {len(self.lost)} blocks or modules that were replaced")
-        lines += [f"  {name}" for name in self.lost]
-        if self.cut:
-            lines.append(f"cut to the neurons and heads that were kept: {len(self.cut)} tensors")
-        lines.append(f"outside of the blocks, unchanged: {len(self.other)} tensors")
-        return "\n".join([*lines, self.strength] if self.strength else lines)
-
-
 def remap_lora(
     state_dict: Mapping[str, Tensor],
     kept_blocks: Mapping[str, Sequence[Any]],
@@ -81,6 +50,7 @@ def remap_lora(
     starts: Mapping[str, Sequence[str | None]] | None = None,
     unpruned: Sequence[str] = (),
     replaced: Collection[str] | Mapping[str, Mapping[str, Any]] = (),
+    low_rank: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """Rename the blocks of a LoRA from the teacher's numbers to those of a compressed transformer.
 
@@ -99,6 +69,8 @@ def remap_lora(
         replaced: Paths of the compressed transformer's smaller modules, or its config's ``pruning``: an update made
             for the large module's weights has nothing to act on there and is dropped. Where the config says which
             neurons or heads were kept, the update is cut to these instead.
+        low_rank: Those of them that are layers of low rank and take their LoRA on the inner layer, ``down``; the
+            tensors are still those of the whole layer, for :mod:`ppcl.pipelines.lora_low_rank` to fit.
 
     Returns:
         The renamed tensors (the same objects, but for those that were cut), and what became of each.
@@ -114,10 +86,10 @@ def remap_lora(
     out: dict[str, Tensor] = {}
     mapped: dict[str, str] = {}
     dropped: list[str] = []
+    cut: list[str] = []
     other: list[str] = []
     moved: dict[tuple[str, int], tuple[str, str]] = {}
     lost: dict[tuple[str, int, str], str] = {}
-    cut: list[str] = []
     for key, tensor in state_dict.items():
         found = _parse(key, maps, unpruned)
         if found is None:
@@ -128,7 +100,9 @@ def remap_lora(
         position = _target(maps[stack], stack, index, runs)
         at = f"{stack}.{position}.{rest}"
         fitted, smaller, changed = fit_replaced(tensor, at, replaced)
-        if position is None or fitted is None:
+        if position is not None and smaller in low_rank:
+            at, fitted = f"{smaller}.{INNER}.{at.removeprefix(f'{smaller}.')}", tensor
+        elif position is None or fitted is None:
             inside = smaller.removeprefix(f"{stack}.{position}")
             dropped.append(key)
             lost[stack, index, inside] = f"{stack}.{index}{inside}"
@@ -156,7 +130,9 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     Args:
         pipe: A pipeline that ppcl exported.
         path_or_dict: A file, a folder, a hub id, or tensors by name.
-        **kwargs: ``runs`` as in :func:`remap_lora`; all else as for ``pipe.load_lora_weights``.
+        **kwargs: ``runs`` as in :func:`remap_lora`; ``low_rank`` is ``widen`` (layers of low rank grow by the LoRA's
+            rank, exact) or ``fold`` (they stay, and take what they can express), see
+            :mod:`ppcl.pipelines.lora_low_rank`; all else as for ``pipe.load_lora_weights``.
 
     Returns:
         What became of each tensor.
@@ -167,13 +143,15 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     """
     from safetensors.torch import save_file
 
-    runs = kwargs.pop("runs", "drop")
+    runs, how = kwargs.pop("runs", "drop"), kwargs.pop("low_rank", "widen")
+    if how not in HOW:
+        raise UserError(f"low_rank is {how!r}; expected one of {', '.join(HOW)}")
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
     if isinstance(path_or_dict, Mapping):
         strength = scaling_note(path_or_dict, ())
     else:
         strength = _check_source(path_or_dict, kwargs.get("weight_name"))
-    tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs)
+    tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs, how)
     report = replace(report, strength=strength)
     if adapter is None:
         pipe.load_lora_weights(tensors, **options)
@@ -190,7 +168,8 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
     """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads.
 
     The file's metadata is kept, with the block names inside the adapter's metadata
-    (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well.
+    (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well. A file cannot widen layers of low
+    rank: their LoRA is folded, and the report says what is left of it.
 
     Args:
         src: A safetensors file made for the teacher.
@@ -228,7 +207,7 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
 
 
 def _bridge(
-    pipe: Any, source: str | Path | Mapping[str, Tensor], runs: str, options: Mapping[str, Any]
+    pipe: Any, source: str | Path | Mapping[str, Tensor], runs: str, options: Mapping[str, Any], how: str = "fold"
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, MappingReport]:
     """Let diffusers read and convert a LoRA, rename it, and check that it fits the pipeline's transformer."""
     record = pipeline_record(pipe)
@@ -249,18 +228,30 @@ def _bridge(
     together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
     named = {_component_name(key): tensor for key, tensor in together.items()}
     lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
+    smaller = pipe.transformer.config.get("pruning") or {}
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
-    width = pipe.transformer.config.get("pruning") or {}
     out, report = remap_lora(
-        named, record["kept_blocks"], runs=runs, starts=record.get("starts"), unpruned=unpruned, replaced=width
+        named,
+        record["kept_blocks"],
+        runs=runs,
+        starts=record.get("starts"),
+        unpruned=unpruned,
+        replaced=smaller,
+        low_rank=low_rank_paths(smaller, named),
     )
     if all(_OTHER_COMPONENT.match(key) for key in named) and "text_encoder" not in pipe._lora_loadable_modules:
         raise UserError(
             f"this LoRA is for a text encoder alone (the first key is '{next(iter(named))}'), "
             f"and {type(pipe).__name__} loads LoRA into its transformer only"
         )
-    _check_fits(pipe.transformer, out, report)
-    return out, None if metadata is None else remap_metadata(metadata, _modules(report)), report
+    folded, shares = fold(out, pipe.transformer)
+    _check_fits(pipe.transformer, folded, report)
+    if how == "widen":
+        shares = dict.fromkeys(shares, 1.0)
+    report = replace(report, folded=shares)
+    modules = _modules(report)
+    adapter = None if metadata is None else remap_metadata(metadata, modules, spell_out=bool(shares))
+    return widen(out, pipe.transformer) if how == "widen" else folded, adapter, report
 
 
 def _parse(key: str, maps: Mapping[str, BlockMap], unpruned: Sequence[str]) -> tuple[str, str, int, str] | None:

@@ -26,7 +26,7 @@ def scaling_note(keys: Collection[str], header: Collection[str]) -> str:
     )
 
 
-def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str], spell_out: bool = False) -> dict[str, Any]:
     """Rename the blocks inside the stored config of a LoRA.
 
     A pattern that could tell blocks apart (it has a digit, a list's name, or is a regular
@@ -35,6 +35,7 @@ def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str]) -> d
     Args:
         metadata: What diffusers stores as ``lora_adapter_metadata``; its keys are prefixed with the component.
         modules: New path of every module of the transformer whose LoRA stayed, by its old path.
+        spell_out: Write plain layer names out as well: some layers go by another name now.
 
     Returns:
         A changed copy.
@@ -45,8 +46,8 @@ def remap_metadata(metadata: Mapping[str, Any], modules: Mapping[str, str]) -> d
         if component not in ("", "transformer") or not value:
             continue
         if name in ("rank_pattern", "alpha_pattern"):
-            out[key] = _expand(value, modules)
-        elif name == "target_modules" and (isinstance(value, str) or any(_names_blocks(v) for v in value)):
+            out[key] = _expand(value, modules, spell_out)
+        elif name == "target_modules" and (spell_out or isinstance(value, str) or any(_names_blocks(v) for v in value)):
             out[key] = sorted(set(modules.values()))
         elif name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             out[key] = None  # the tensors decide; by number these would now mean other blocks
@@ -58,11 +59,11 @@ def _names_blocks(pattern: str) -> bool:
     return bool(re.search(r"\d|blocks|layers|[\\^$*+?|()\[\]]", pattern))
 
 
-def _expand(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+def _expand(patterns: Mapping[str, Any], modules: Mapping[str, str], spell_out: bool) -> dict[str, Any]:
     """Write the patterns that name blocks out for each module; PEFT takes the first pattern that matches."""
     out: dict[str, Any] = {}
     for pattern, value in patterns.items():
-        if not _names_blocks(pattern):
+        if not spell_out and not _names_blocks(pattern):
             out.setdefault(pattern, value)
             continue
         for old, new in modules.items():

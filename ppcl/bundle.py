@@ -3,6 +3,7 @@
 bundle/plan.json                 the plan
 bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
 bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
+bundle/lora.safetensors          LoRA of kept blocks, by their path in the student (if the output stage trained one)
 bundle/bundle.json               how it was trained, and hashes of the above
 """
 
@@ -40,11 +41,14 @@ class Bundle:
         plan: The plan.
         substitutes: One block for each of its runs and of its blocks with smaller modules.
         tuned: Student parameters by name that differ from the teacher's, substitutes excluded.
+        lora: ``<layer>.lora_A.weight`` and ``lora_B.weight`` of kept blocks: to their weight belongs B A. The factors
+            and not their sums are kept, so that the bundle of a large model stays small.
     """
 
     plan: CompressionPlan
     substitutes: Mapping[RunKey, nn.Module]
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
+    lora: Mapping[str, Tensor] = field(default_factory=dict)
 
     def members(self) -> list[tuple[RunKey, Segment]]:
         """The plan's segments that have a substitute."""
@@ -68,8 +72,9 @@ def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
             for name in own_names(segment, list(state))
         }
         write_tensors(temporary / "substitutes.safetensors", tensors)
-        if bundle.tuned:
-            write_tensors(temporary / "tuned.safetensors", bundle.tuned)
+        for name, extra in (("tuned", bundle.tuned), ("lora", bundle.lora)):
+            if extra:
+                write_tensors(temporary / f"{name}.safetensors", extra)
         hashes = {p.name: file_digest(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / "bundle.json", {"schema_version": SCHEMA_VERSION, "files": hashes, **how})
 
@@ -103,8 +108,8 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
                     raise ArtifactError(f"{folder} has other weights than its plan; delete it and run again")
                 block.load_state_dict(state, strict=False)
                 substitutes[key] = block
-    tuned = read_tensors(folder / "tuned.safetensors")[0] if (folder / "tuned.safetensors").is_file() else {}
-    return Bundle(plan, substitutes, tuned)
+    extra = [folder / f"{name}.safetensors" for name in ("tuned", "lora")]
+    return Bundle(plan, substitutes, *(read_tensors(path)[0] if path.is_file() else {} for path in extra))
 
 
 def check_pluggable(bundle: Bundle) -> None:
@@ -113,7 +118,7 @@ def check_pluggable(bundle: Bundle) -> None:
     Raises:
         ArtifactError: Weights of kept blocks were tuned for all substitutes together.
     """
-    if bundle.tuned:
+    if bundle.tuned or bundle.lora:
         raise ArtifactError(
             "this bundle's kept blocks were tuned together with all of its substitutes, so none can be taken out; "
             "distill with --set distill.train=substitutes for a bundle of many sizes"
@@ -160,6 +165,7 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
     parameters = dict(student.named_parameters())
     for name, value in bundle.tuned.items():
         parameters[name].copy_(value)
+    _merge_lora(parameters, bundle.lora)
     student.requires_grad_(False).eval()
     if dtype is not None:
         return student.to(dtype)
@@ -168,6 +174,14 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
         for block, segment in zip(adapter.blocks(student, spec), bundle.plan.stacks[spec.name], strict=True):
             _cast_like(block, blocks[start_index(segment.first, segment.last, segment.start)])
     return student
+
+
+def _merge_lora(parameters: Mapping[str, nn.Parameter], lora: Mapping[str, Tensor]) -> None:
+    """Add B A to the weights, in float32 at least."""
+    for name, a in lora.items():
+        if name.endswith(".lora_A.weight"):
+            weight, b = parameters[name.replace("lora_A.", "")], lora[name.replace("lora_A", "lora_B")]
+            weight.copy_(weight + (b @ a).to(weight.device))
 
 
 def _cast_like(block: nn.Module, like: nn.Module) -> None:

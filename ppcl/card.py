@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
+REMOTE_LIMITS = (
+    "`trust_remote_code=True` runs `transformer/transformer_ppcl.py`, which defines the class and does nothing else. A "
+    "copy that `save_pretrained` writes lacks that file and needs `import ppcl.pipelines`; "
+    '`device_map="balanced"` does not work with code from a folder.'
+)
 MEASURED = {
     "params": "parameters of the transformer",
     "fid": "FID",
@@ -225,6 +230,9 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
             "modules inside its blocks are smaller, and importing `ppcl.pipelines` makes its class known to diffusers"
         )
         first = "import ppcl.pipelines\n"
+    trusting = "trust_remote_code=True" in facts.arguments
+    if trusting:
+        needs, first = "modules inside its blocks are smaller, and the code of its class lies in `transformer/`", ""
     stock = "with a transformer of its own class" if plan.has_width else "of stock classes"
     stored = f" Its weights are stored in {facts.dtype}." if facts.dtype else ""
     return [
@@ -233,6 +241,7 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         f"`{facts.pipeline_class}` {stock}: {needs}.{stored}",
         f"```python\n{first}from diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})\n```',
+        REMOTE_LIMITS if trusting else "",
         "## Blocks",
         "Block numbers are the teacher's; those in brackets were replaced by one block, distilled against the "
         f"teacher's activations. Plan: {plan.mode}, {kind} {value:g}.",

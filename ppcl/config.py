@@ -139,7 +139,10 @@ class DistillConfig(Section):
     sequence: Literal["non-sequential", "sequential"] = Field(
         "non-sequential", description="sequential: substitutes see the student's states, as an ablation"
     )
-    train: Literal["substitutes", "all"] = Field("all", description="what the output stage trains")
+    train: Literal["substitutes", "all", "lora"] = Field(
+        "all", description="what the output stage trains; lora: substitutes, and the kept blocks through LoRA"
+    )
+    lora_rank: int = Field(16, ge=1, description="of train=lora")
     from_fit: bool = Field(True, description="start from the fitted candidates where there are any")
     checkpoint_every: int = Field(50, ge=1)
 
@@ -156,6 +159,9 @@ class ExportConfig(Section):
     max_shard_size: str = Field("10GB", description="of one file of weights, e.g. 5GB or 800MB")
     components: Literal["copy", "link"] = Field(
         "copy", description="link: the other components' weights are the teacher's files, not copies of them"
+    )
+    remote_code: bool = Field(
+        False, description="smaller modules: their code goes along, for trust_remote_code=True without ppcl"
     )
 
     @field_validator("max_shard_size")

@@ -19,6 +19,7 @@ from ppcl.card import Facts, model_card, run_card
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, read_json, write_json, write_text
+from ppcl.remote_code import MODULE, write_code
 from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
 
 if TYPE_CHECKING:
@@ -83,7 +84,12 @@ def export(
         student.save_pretrained(
             temporary / "transformer", max_shard_size=settings.max_shard_size, variant=settings.variant
         )
-        _name_class(temporary / INDEX, type(student).__name__)
+        remote = settings.remote_code and "pruning" in student.config
+        if remote:
+            write_code(student, temporary / "transformer")
+        elif settings.remote_code:
+            logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
+        _name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
         if card is None:
             facts = Facts(source, type(pipeline).__name__, arguments=loading_arguments(temporary))
             write_text(temporary / "README.md", model_card(plan, facts))
@@ -193,11 +199,11 @@ def link_file(source: Path, place: Path) -> bool:
     return True
 
 
-def _name_class(index: Path, name: str) -> None:
+def _name_class(index: Path, library: str, name: str) -> None:
     """Let the pipeline's index name the transformer's class; one with smaller modules is not the teacher's."""
     components = read_json(index)
-    if components["transformer"][1] != name:
-        write_json(index, {**components, "transformer": ["diffusers", name]})
+    if components["transformer"] != [library, name]:
+        write_json(index, {**components, "transformer": [library, name]})
 
 
 def _check(folder: Path, kind: Any, variant: str | None) -> None:

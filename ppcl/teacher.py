@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ppcl.compressed import register
 from ppcl.cost import count_params
 from ppcl.errors import ModelError, UserError
 from ppcl.files import digest, read_tensor_header, weights_variant
+from ppcl.remote_code import MODULE
 
 EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "teacher"}
 
@@ -164,7 +166,8 @@ def loading_arguments(folder: Path) -> str:
     """What plain diffusers must be told beside the folder to load a pipeline: ``, variant="bf16"`` or nothing."""
     variant = weights_variant(folder)
     absent = "".join(f", {name}=None" for name in absent_parts(folder))
-    return (f', variant="{variant}"' if variant else "") + absent
+    trust = ", trust_remote_code=True" if (folder / "transformer" / f"{MODULE}.py").is_file() else ""
+    return (f', variant="{variant}"' if variant else "") + trust + absent
 
 
 def loading_call(folder: Path) -> str:
@@ -231,8 +234,9 @@ def load_pipeline(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        absent = dict.fromkeys(absent_parts(Path(path)))
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **absent)
+        given: dict[str, Any] = dict.fromkeys(absent_parts(Path(path)))
+        given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **given)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -251,6 +255,18 @@ def load_pipeline(
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:
+    """The transformer of a pipeline whose code went along, by ppcl's own class: no file of the folder is run."""
+    import diffusers
+
+    if not (folder / "transformer" / f"{MODULE}.py").is_file():
+        return {}
+    entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["transformer"]
+    kind = getattr(diffusers, entry[1], None) if entry[0] == MODULE else None
+    sys.modules.setdefault(MODULE, diffusers)  # where diffusers looks for the class of a component that it is given
+    return {} if kind is None else {"transformer": kind.from_pretrained(folder, subfolder="transformer", **options)}
 
 
 def check_complete(model: str, transformer: Any) -> None:

@@ -17,6 +17,7 @@ from ppcl.capture import States, velocity
 from ppcl.config import DistillConfig
 from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
+from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
@@ -132,9 +133,9 @@ class Distiller:
             self._local()
         if self.substitutes and self.settings.alternating_steps:
             self._alternating()
-        if self.settings.output_steps and (self.substitutes or self.settings.train == "all"):
+        if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
             self._output()
-        bundle = Bundle(self.plan, self.substitutes, self._tuned())
+        bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()))
         save_bundle(bundle, self.out / "bundle", {"distill": to_jsonable(self.settings.model_dump())})
         return bundle
 
@@ -207,6 +208,9 @@ class Distiller:
         if self.settings.train == "all":
             self._thaw()
             modules = {"student": self.student}
+        elif self.settings.train == "lora":
+            self._add_lora()
+            modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
 
         def backward(step: int) -> dict[str, float]:
             call = self.states.draw(self.settings.batch_size, step_generator(self.seed, step, 37))
@@ -232,6 +236,31 @@ class Distiller:
                 self.student._modules[name] = copy.deepcopy(module)
         self.student.requires_grad_(True)
         self.student.train(False)
+
+    def _runs(self) -> set[str]:
+        return {run_name(key) for key in self.substitutes if key[2] > key[1]}
+
+    def _kept(self) -> dict[str, nn.Module]:
+        """The student's blocks that stand for one of the teacher's, by their path in the student."""
+        return {
+            f"{spec.name}.{position}": block
+            for spec in self.adapter.stacks
+            for position, (block, segment) in enumerate(
+                zip(self.adapter.blocks(self.student, spec), self.plan.stacks[spec.name], strict=True)
+            )
+            if not segment.is_run
+        }
+
+    def _add_lora(self) -> None:
+        """Give the student's kept blocks LoRA; their weights stay the teacher's own."""
+        lists, generator = {}, step_generator(self.seed, 0, 47)
+        for spec in self.adapter.stacks:
+            pairs = zip(self.adapter.blocks(self.student, spec), self.plan.stacks[spec.name], strict=True)
+            lists[spec.name] = [
+                block if segment.is_run else with_lora(block, self.settings.lora_rank, segment.width, generator)
+                for block, segment in pairs
+            ]
+        self.student = with_blocks(self.student, lists)
 
     def _tuned(self) -> dict[str, Tensor]:
         """Weights of kept blocks and of the rest that the output stage changed."""

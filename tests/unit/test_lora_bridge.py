@@ -109,16 +109,14 @@ def test_bridge_equals_the_update_by_hand_and_plain_loading_does_not(lora: dict[
 
 
 def test_smaller_modules_lose_their_lora_and_the_rest_keeps_it() -> None:
-    """Block 4 has an affine map for its image FFN, block 5 a low-rank image modulation; both kept otherwise."""
-    teacher = tiny_qwen(6)
-    layers = (*LAYERS, "img_mod.1")
-    lora = lora_for(teacher, layers)
+    """Blocks 4 and 5 have an affine map for one FFN and are kept otherwise (low rank: test_lora_low_rank.py)."""
+    lora = lora_for(tiny_qwen(6), (*LAYERS, "txt_mlp.net.2"))
 
     def pipe() -> Any:
         made = qwen_pipe()
         parts = {
             f"{DUAL}.2.img_mlp": {"kind": "linear", "size": 0},
-            f"{DUAL}.3.img_mod.1": {"kind": "low_rank", "size": 3},
+            f"{DUAL}.3.txt_mlp": {"kind": "linear", "size": 0},
         }
         torch.manual_seed(1)
         apply_width(made.transformer, parts)
@@ -126,11 +124,11 @@ def test_smaller_modules_lose_their_lora_and_the_rest_keeps_it() -> None:
         return made
 
     bridged, reference = pipe(), pipe().transformer
-    fitting = {k: v for k, v in lora.items() if "blocks.4.img_mlp" not in k and "blocks.5.img_mod" not in k}
+    fitting = {k: v for k, v in lora.items() if "blocks.4.img_mlp" not in k and "blocks.5.txt_mlp" not in k}
     add_by_hand(reference, fitting, named({0: 0, 4: 2, 5: 3}))
     report = load_lora(bridged, lora)
     torch.testing.assert_close(run_qwen(bridged.transformer), run_qwen(reference), atol=1e-5, rtol=1e-5)
-    assert report.lost == (*(f"{DUAL}.{i}" for i in (1, 2, 3)), f"{DUAL}.4.img_mlp", f"{DUAL}.5.img_mod.1")
+    assert report.lost == (*(f"{DUAL}.{i}" for i in (1, 2, 3)), f"{DUAL}.4.img_mlp", f"{DUAL}.5.txt_mlp")
     bridged.set_adapters(bridged.get_list_adapters()["transformer"], 0.0)  # scales are looked up by class name
     torch.testing.assert_close(run_qwen(bridged.transformer), run_qwen(pipe().transformer), atol=1e-5, rtol=1e-5)
 
