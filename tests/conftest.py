@@ -10,7 +10,7 @@ import torch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 PROMPTS = [f"{adjective} {noun}" for adjective in ("red", "blue", "old", "tiny") for noun in ("cat", "house", "boat")]
 SMALL = {
