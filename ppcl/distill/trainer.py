@@ -18,6 +18,7 @@ from ppcl.config import DistillConfig
 from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.losses import velocity_loss
+from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
 from ppcl.student import (
@@ -35,6 +36,7 @@ from ppcl.training import LoopSettings, TrainingLoop, step_generator
 from ppcl.trees import to_device
 
 Log = Callable[[dict[str, Any]], None]
+PartBackward = Callable[[dict[str, Any], Share], dict[str, float]]
 
 
 def new_substitutes(
@@ -94,6 +96,7 @@ class Distiller:
         log: Receives one dict a step, with its ``stage``.
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
         closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
+        group: The processes that train; the first one writes.
     """
 
     def __init__(
@@ -109,9 +112,11 @@ class Distiller:
         log: Log | None = None,
         fitted: Path | None = None,
         closed_forms: Path | None = None,
+        group: Group = SINGLE,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
+        self.group = group
         self.states = States(calibration, "train")
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
@@ -128,7 +133,8 @@ class Distiller:
         if self.settings.output_steps and (self.substitutes or self.settings.train == "all"):
             self._output()
         bundle = Bundle(self.plan, self.substitutes, self._tuned())
-        save_bundle(bundle, self.out / "bundle", {"distill": to_jsonable(self.settings.model_dump())})
+        how = {"distill": to_jsonable(self.settings.model_dump())}
+        self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
         return bundle
 
     def _loop(
@@ -148,9 +154,13 @@ class Distiller:
             clip_norm=settings.clip_norm,
             ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every,
+            keep_checkpoints=settings.keep_checkpoints,
+            batch_size=settings.batch_size,
+            max_bad_steps=settings.max_bad_steps,
+            spike_factor=settings.spike_factor,
             seed=self.seed,
         )
-        fingerprint = digest(stage, sorted(modules), settings.model_dump(), to_jsonable(self.plan.stacks), self.seed)
+        fingerprint = digest(stage, sorted(modules), settings.identity(), to_jsonable(self.plan.stacks), self.seed)
         report = self.log
 
         def log(row: dict[str, Any]) -> None:
@@ -158,23 +168,36 @@ class Distiller:
                 report({"stage": f"distill.{stage}", **row})
 
         folder = self.out / "checkpoints" / f"distill-{stage}"
-        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, f"distill: {stage}")
+        label = f"distill: {stage}"
+        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
         loop.run()
         loop.load_ema()
 
+    def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
+        """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
+        generator = step_generator(self.seed, step, stream)
+        rows = []
+        for arguments, share in self.states.parts(
+            self.settings.batch_size, generator, self.group, self.settings.accumulate
+        ):
+            with autocast(self.device, self.precision):
+                rows.append(backward(arguments, share))
+        return add_up(rows)
+
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
+        common, kind = (self.transformer, self.adapter), self.settings.loss
 
-        def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 31))
-            common = (self.transformer, self.adapter)
-            with autocast(self.device, self.precision):
-                if self.settings.sequence == "sequential":
-                    losses = sequential_backward(*common, self.student, arguments, self.substitutes, self.settings.loss)
-                else:
-                    losses = local_backward(*common, arguments, self.substitutes, self.settings.loss)
+        def part(arguments: dict[str, Any], share: Share) -> dict[str, float]:
+            if self.settings.sequence == "sequential":
+                losses = sequential_backward(*common, self.student, arguments, self.substitutes, kind, share)
+            else:
+                losses = local_backward(*common, arguments, self.substitutes, kind, share=share)
             rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
             return {"loss": sum(losses.values()) / len(losses), **rows}
+
+        def backward(step: int) -> dict[str, float]:
+            return self._in_parts(step, 31, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
@@ -183,12 +206,15 @@ class Distiller:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 41))
             active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
-            with autocast(self.device, self.precision):
+            common = (self.transformer, self.adapter, self.plan)
+
+            def part(arguments: dict[str, Any], share: Share) -> dict[str, float]:
                 return alternating_backward(
-                    self.transformer, self.adapter, self.plan, arguments, self.substitutes, active, self.settings.loss
+                    *common, arguments, self.substitutes, active, self.settings.loss, share=share
                 )
+
+            return self._in_parts(step, 41, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
@@ -201,15 +227,16 @@ class Distiller:
             self._thaw()
             modules = {"student": self.student}
 
-        def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 37))
+        def part(arguments: dict[str, Any], share: Share) -> dict[str, float]:
             arguments = to_device(arguments, self.device)
-            with autocast(self.device, self.precision):
-                with torch.no_grad():
-                    target = velocity(self.transformer, arguments)
-                loss = velocity_loss(velocity(self.student, arguments), target)
+            with torch.no_grad():
+                target = velocity(self.transformer, arguments)
+            loss = share.samples * velocity_loss(velocity(self.student, arguments), target)
             loss.backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.item()}
+
+        def backward(step: int) -> dict[str, float]:
+            return self._in_parts(step, 37, part)
 
         self._loop("output", modules, backward, self.settings.output_steps, self.settings.output_learning_rate)
 
