@@ -131,8 +131,10 @@ def measure(
     ]
     first = "samples a CPU second" if not torch.cuda.is_available() else "samples a second"
     blocks = sum(run[2] - run[1] + 1 for run in substitutes)
-    note = f"{len(substitutes)} substitutes for {blocks} blocks, {args.batch_size} states a step, medians of {args.repeats} "
-        "taking turns. Memory is what a step allocates beyond the weights."
+    note = (
+        f"{len(substitutes)} substitutes for {blocks} blocks, {args.batch_size} states a step, "
+        f"medians of {args.repeats} taking turns. Memory is what a step allocates beyond the weights."
+    )
     table = markdown_table(["", first, "of the naive loop", "peak memory, MB", "of the naive loop"], rows)
     return f"# A local distillation step against the naive loop\n\n{note}\n\n{table}"
 
