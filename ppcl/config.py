@@ -124,17 +124,26 @@ class DistillConfig(Section):
     accumulate: int = Field(
         1, ge=1, description="parts that a process's share of a batch is trained in: less memory, the same result"
     )
+    shard: bool = Field(
+        False, description="FSDP2: the output stage of train=all splits the student over the processes: less memory"
+    )
     max_bad_steps: int = Field(10, ge=0, description="steps with NaN or a spike that may be left out before it stops")
     spike_factor: float = Field(
         0, ge=0, description="a loss of so many times its running average is a spike; 0: gradients are clipped, no more"
     )
+
+    @model_validator(mode="after")
+    def _shard_needs_all(self) -> DistillConfig:
+        if self.shard and self.train != "all":
+            raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         return self.model_dump(exclude=_HOW_NOT_WHAT)
 
 
-_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "max_bad_steps", "spike_factor"}
+_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
 
 
 class ExportConfig(Section):

@@ -29,6 +29,7 @@ from ppcl.distributed import SINGLE, Group
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
+from ppcl.sharding import average_into, is_part, part_of, whole
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,8 @@ class TrainingLoop:
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        group.copy_from_main(self.parameters.values())
+        self.plain = [p for p in self.parameters.values() if not is_part(p)]  # FSDP2 adds up the others' gradients
+        group.copy_from_main(self.plain)
         layers = (m for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear))
         matrices = {id(layer.weight) for layer in layers}
         self.optimizers = new_optimizers(self.parameters, matrices, settings)
@@ -202,8 +204,9 @@ class TrainingLoop:
         try:
             self.log(row)
         except UserError:
-            with contextlib.suppress(UserError):
-                self._write(row["step"] + 1)
+            if not any(map(is_part, self.parameters.values())):  # the other processes' parts are out of reach now
+                with contextlib.suppress(UserError):
+                    self._write(row["step"] + 1, self._state())
             raise
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -214,12 +217,12 @@ class TrainingLoop:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
         scalars = dict(self.backward(step))
-        self.group.sum_gradients(list(self.parameters.values()))
+        self.group.sum_gradients(self.plain)
         scalars = self.group.sum_scalars(scalars)
         if self.adjust:
             self.adjust()
         trained = [p for p in self.parameters.values() if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)))
         problem = self._problem(scalars, norm)
         if problem:
             self._leave_out(step, problem, rate)
@@ -276,7 +279,7 @@ class TrainingLoop:
         if self.ema:
             decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
             targets = [p.detach().float() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.ema.values()), targets, 1 - decay)
+            average_into(list(self.ema.values()), targets, 1 - decay)
 
     @torch.no_grad()
     def load_ema(self) -> None:
@@ -290,15 +293,19 @@ class TrainingLoop:
         Raises:
             UserError: The folder cannot be written; all processes stop.
         """
-        self.group.on_main(lambda: self._write(step))
+        tensors = {name: whole(tensor) for name, tensor in self._state().items()}
+        self.group.on_main(lambda: self._write(step, tensors))
 
-    def _write(self, step: int) -> None:
+    def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for key, parameter in self.parameters.items():
             for optimizer in self.optimizers:
                 for slot, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer/{slot}/{key}"] = value
+        return tensors
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         meta = {
             "step": step,
             "fingerprint": self.fingerprint,
@@ -330,7 +337,7 @@ class TrainingLoop:
                 # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
                 slots = saved.get(names[parameter], {})
                 if slots:
-                    optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+                    optimizer.state[parameter] = {slot: part_of(value, parameter) for slot, value in slots.items()}
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -346,10 +353,10 @@ class TrainingLoop:
         if any(f"model/{key}" not in tensors for key in self.parameters):
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"model/{key}"])
+            parameter.copy_(part_of(tensors[f"model/{key}"], parameter))
         self._load_optimizers(tensors)
         for key, average in self.ema.items():
-            average.copy_(tensors[f"ema/{key}"])
+            average.copy_(part_of(tensors[f"ema/{key}"], average))
         self.bad_steps = int(meta.get("bad_steps", 0))
         self._counted, self._usual = meta.get("usual_loss", (0, 0.0))
         return int(meta["step"])

@@ -21,6 +21,7 @@ from ppcl.distill.losses import velocity_loss
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
+from ppcl.sharding import shard, unshard
 from ppcl.student import (
     RunKey,
     assemble_student,
@@ -226,19 +227,27 @@ class Distiller:
         if self.settings.train == "all":
             self._thaw()
             modules = {"student": self.student}
+        split = self.settings.shard and self.group.size > 1
+        if split:
+            self.group.copy_from_main(self.student.parameters())
+            shard(self.student, self.adapter)
+        # FSDP2 averages gradients over the processes, where the shares want them added up
+        scale = float(self.group.size) if split else 1.0
 
         def part(arguments: dict[str, Any], share: Share) -> dict[str, float]:
             arguments = to_device(arguments, self.device)
             with torch.no_grad():
                 target = velocity(self.transformer, arguments)
             loss = share.samples * velocity_loss(velocity(self.student, arguments), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (scale * loss).backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
             return self._in_parts(step, 37, part)
 
         self._loop("output", modules, backward, self.settings.output_steps, self.settings.output_learning_rate)
+        if split:
+            unshard(self.student)
 
     def _thaw(self) -> None:
         """Give the student its own copies of the teacher's kept blocks, and train everything."""

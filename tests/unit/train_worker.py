@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
 
+import ppcl.distill.trainer as trainer
 from ppcl.adapters import adapter_for
 from ppcl.capture import States
 from ppcl.config import DistillConfig, FitConfig
@@ -20,6 +21,7 @@ from ppcl.distributed import Group, connect
 from ppcl.files import write_tensors
 from ppcl.fit import _train
 from ppcl.launch import guarded
+from ppcl.sharding import is_part
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same
@@ -68,6 +70,23 @@ def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **chan
     return result
 
 
+def train_split(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """Train the output stage with a student that is split over the processes, in two parts a step."""
+    write_all_states(folder)
+    seen: list[bool] = []
+    unshard = trainer.unshard
+
+    def look(student: torch.nn.Module) -> None:
+        seen.extend(is_part(p) for p in student.parameters())
+        unshard(student)
+
+    trainer.unshard = look
+    distiller = new_distiller(folder, "all", group, shard=True, accumulate=2)
+    distiller.run()
+    assert (len(seen) > 50 and all(seen)) or group.size == 1
+    return weights(distiller)
+
+
 def write_all_states(folder: Path) -> None:
     """Padded states of two shapes, the second so few that a part of a batch stays empty."""
     calls = [qwen_call(batch=7, seed=3, padded=True), qwen_call(batch=1, text=4, seed=5)]
@@ -80,6 +99,7 @@ def main(task: str, folder: Path) -> None:
     group = connect(cpu=True, asked=int(os.environ["ASKED"]) if "ASKED" in os.environ else None)
     if task == "train":
         result = train_all(folder, group)
+        result |= {f"split/{key}": value for key, value in train_split(folder / "split", group).items()}
         if group.is_main:
             write_tensors(folder / "result.safetensors", result, {"processes": group.size})
         group.close()
