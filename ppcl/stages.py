@@ -188,15 +188,7 @@ class Run:
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on."""
-        section: Any = {
-            "capture": self.config.capture,
-            "analyze": self.config.analyze,
-            "fit": self.config.fit,
-            "plan": self.config.plan,
-            "distill": self.config.distill,
-            "export": self.config.export,
-            "evaluate": self.config.evaluate,
-        }.get(stage)
+        section: Any = getattr(self.config, stage, None)  # the report has no settings
         before = STAGES[: STAGES.index(stage)]
         shared = [self.identity, self.config.seed, self.config.precision]
         upstream = self.depends(before[-1]) if before else ""
