@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ppcl import trees
 from ppcl.config import CaptureConfig
+from ppcl.distributed import SINGLE, WHOLE, Group, Share
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
@@ -229,16 +230,51 @@ class States:
             for start in range(0, len(rows), size):
                 yield self._assemble(rows[start : start + size]).arguments
 
-    def draw(self, size: int, generator: torch.Generator) -> Call:
-        """Draw a batch of states of one shape, groups in proportion to their size, with the teacher's answers."""
+    def draw(self, size: int, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Draw the places of a batch of states of one shape, groups in proportion to their size."""
         shares = torch.tensor([float(len(group)) for group in self.groups])
         group = self.groups[int(torch.multinomial(shares, 1, generator=generator))]
         picks = torch.randint(len(group), (min(size, len(group)),), generator=generator).tolist()
-        return self._assemble([group[i] for i in sorted(picks)])
+        return [group[i] for i in sorted(picks)]
 
     def sample(self, size: int, generator: torch.Generator) -> dict[str, Any]:
-        """The arguments of :meth:`draw`."""
-        return self.draw(size, generator).arguments
+        """Draw the arguments of a batch of states of one shape."""
+        return self._assemble(self.draw(size, generator)).arguments
+
+    def parts(
+        self, size: int, generator: torch.Generator, group: Group = SINGLE, accumulate: int = 1
+    ) -> Iterator[tuple[Call, Share]]:
+        """Draw the batch that :meth:`sample` would, and yield this process's parts of it, one after the other.
+
+        Args:
+            size: Samples of the whole batch, over all processes and parts.
+            generator: The same in all processes.
+            group: The processes that train.
+            accumulate: Parts of each process.
+
+        Yields:
+            A part, with the teacher's answers, and what it counts. Every process gets as many parts; one without a
+            sample (the batch is smaller than the number of parts) is the first sample with a share of 0.
+        """
+        rows = self.draw(size, generator)
+        count = group.size * accumulate
+        if count == 1:
+            yield self._assemble(rows), WHOLE
+            return
+        valid = self._valid_tokens(rows)
+        for index in range(group.rank * accumulate, (group.rank + 1) * accumulate):
+            own = slice(index * len(rows) // count, (index + 1) * len(rows) // count)
+            tokens = {name: sum(counts[own]) / max(1, sum(counts)) for name, counts in valid.items()}
+            yield self._assemble(rows[own] or rows[:1]), Share(len(rows[own]) / len(rows), tokens)
+
+    def _valid_tokens(self, rows: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+        """Valid tokens of each state, by the argument that marks them."""
+        masks = {
+            name
+            for name, value in self.calls[rows[0][0]].arguments.items()
+            if "mask" in name and isinstance(value, Tensor) and value.ndim == 2
+        }
+        return {name: [int(self.calls[call].arguments[name][row].bool().sum()) for call, row in rows] for name in masks}
 
 
 def velocity(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from ppcl import __version__
-from ppcl.errors import ConfigError, UserError
+from ppcl.errors import ConfigError
+from ppcl.launch import guarded, refuse_several, silence_others
 from ppcl.stages import FUNCTIONS, STAGES
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ Keep = Annotated[float | None, typer.Option("--keep", help="share of the transfo
 Speedup = Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")]
 Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")]
 PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
 Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
 
@@ -100,13 +102,19 @@ def _open(
     speedup: float | None = None,
     fit: str | None = None,
     mode: str | None = None,
+    processes: int | None = None,
 ) -> Any:
     from ppcl.config import load_config  # noqa: F401 - config errors come before heavy imports
     from ppcl.stages import Run
 
+    sets = [*(sets or []), *([f"processes={processes}"] if processes else [])]
     config = resolve(model, files, sets, keep, speedup, fit, mode)
     _quiet_libraries()
-    return Run(model, out, config, prompts, shlex.join(["ppcl", *sys.argv[1:]]))
+    silence_others()
+    run = Run(model, out, config, prompts, shlex.join(["ppcl", *sys.argv[1:]]))
+    if run.group.size > 1 or config.processes:
+        typer.echo(f"{run.group.size} process{'es' * (run.group.size > 1)} training", err=True)
+    return run
 
 
 def _quiet_libraries() -> None:
@@ -155,20 +163,23 @@ def compress(
     mode: Mode = None,
     push_to_hub: PushTo = None,
     private: Private = False,
+    processes: Processes = None,
 ) -> None:
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
     from ppcl.summary import print_prediction, print_summary
 
     _check_push(push_to_hub, private)
-    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
+    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode, processes)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
         typer.echo(": done before" if run.is_done(stage) else "", err=True)
         run.run(stage)
         if stage == "plan":
             print_prediction(run.out)
-    print_summary(run.out)
-    _push(run, push_to_hub, private)
+    if run.group.is_main:
+        print_summary(run.out)
+        _push(run, push_to_hub, private)
+    run.group.close()
 
 
 @app.command()
@@ -224,6 +235,7 @@ def _export_size(folder: Path, out: Path, keep: float | None, speedup: float | N
 def _run_stage(run: Any, stage: str) -> None:
     ran = run.run(stage)
     typer.echo(f"{stage}: {'done' if ran else 'done before'} in {run.out}")
+    run.group.close()
 
 
 def _stage_command(stage: str) -> None:
@@ -237,8 +249,9 @@ def _stage_command(stage: str) -> None:
         speedup: Speedup = None,
         fit: Fit = None,
         mode: Mode = None,
+        processes: Processes = None,
     ) -> None:
-        _run_stage(_open(model, out, config, set_, prompts, keep, speedup, fit, mode), stage)
+        _run_stage(_open(model, out, config, set_, prompts, keep, speedup, fit, mode, processes), stage)
 
     command.__doc__ = f"Stage: {FUNCTIONS[stage].__doc__}"
     app.command(name=stage)(command)
@@ -390,22 +403,18 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
     """Halve a diffusion transformer and get back a pipeline that drops into diffusers."""
+    if context.invoked_subcommand not in ("compress", *(stage for stage in STAGES if stage != "export")):
+        refuse_several(context.invoked_subcommand)
 
 
 def main() -> None:
-    """Entry point: user errors are one line and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns an interrupt into exit code 130
-        if isinstance(stop, SystemExit) and stop.code != 130:
-            raise
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
+    """Entry point."""
+    guarded(app)
 
 
 if __name__ == "__main__":

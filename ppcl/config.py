@@ -19,6 +19,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that a stage's result depends on."""
+        return self.model_dump()
+
 
 class CaptureConfig(Section):
     """Recording the teacher's denoising states."""
@@ -145,6 +149,30 @@ class DistillConfig(Section):
     lora_rank: int = Field(16, ge=1, description="of train=lora")
     from_fit: bool = Field(True, description="start from the fitted candidates where there are any")
     checkpoint_every: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(1, ge=1, description="the newest so many stay")
+    accumulate: int = Field(
+        1, ge=1, description="parts that a process's share of a batch is trained in: less memory, the same result"
+    )
+    shard: bool = Field(
+        False, description="FSDP2: the output stage of train=all splits the student over the processes: less memory"
+    )
+    max_bad_steps: int = Field(10, ge=0, description="steps with NaN or a spike that may be left out before it stops")
+    spike_factor: float = Field(
+        0, ge=0, description="a loss of so many times its running average is a spike; 0: gradients are clipped, no more"
+    )
+
+    @model_validator(mode="after")
+    def _shard_needs_all(self) -> DistillConfig:
+        if self.shard and self.train != "all":
+            raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without what says how to train, not what: that may change while a run goes on."""
+        return self.model_dump(exclude=_HOW_NOT_WHAT)
+
+
+_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
 
 
 class ExportConfig(Section):
@@ -201,6 +229,9 @@ class RunConfig(Section):
     seed: int = 0
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast of forward passes")
+    processes: int | None = Field(
+        None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if empty")
     wandb: Literal["off", "online", "offline"] = "off"
     capture: CaptureConfig = CaptureConfig()  # type: ignore[call-arg]

@@ -61,6 +61,14 @@ def _swap_folder(new: Path, old: Path) -> None:
     shutil.rmtree(retired)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # ours (see atomic_path), and the one that safetensors uses inside of save_file
 _LEFTOVER = re.compile(r"\..+\.(tmp|old)-\d+|\.tmp[A-Za-z0-9]{6}")
 

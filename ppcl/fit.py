@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
-from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
+from ppcl.artifacts import Analysis, Candidate, Candidates, WidthOption, save_artifact
 from ppcl.capture import States
 from ppcl.config import FitConfig
 from ppcl.distill.local import local_backward
+from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.files import digest, write_tensors
 from ppcl.options import width_options
 from ppcl.sensitivity import Job, output_errors
@@ -140,6 +141,7 @@ def fit(
     settings: FitConfig,
     seed: int,
     log: Callable[[dict[str, Any]], None] | None = None,
+    group: Group = SINGLE,
 ) -> Candidates:
     """Score candidate runs; write ``candidates.safetensors``, ``width.safetensors`` and then ``candidates.json``.
 
@@ -153,6 +155,7 @@ def fit(
         settings: See :class:`FitConfig`.
         seed: Fixes the batches.
         log: Receives one dict a training step.
+        group: The processes that share the work; the first one writes.
     """
     began = time.perf_counter()
     device = next(transformer.parameters()).device
@@ -165,29 +168,38 @@ def fit(
         maps = chained_probe(probes, run, list(spec.inputs), device)
         return LinearRun(adapter, spec, _blocks(transformer, adapter, run)[run[1]], maps)
 
-    probe_errors = output_errors(transformer, adapter, batches, _jobs(runs, linear), "fit: sensitivity")
+    def errors(replacements: Mapping[RunKey, Job], label: str) -> dict[RunKey, float]:
+        return group.spread(replacements, lambda own: output_errors(transformer, adapter, batches, own, label))
+
+    probe_errors = errors(_jobs(runs, linear), "fit: sensitivity")
     always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
     chosen = shortlist(probe_errors, always, settings.max_candidates)
-    starts = best_starts(transformer, adapter, batches[0], chosen, settings.starts)
+    starts = group.on_main(lambda: best_starts(transformer, adapter, batches[0], chosen, settings.starts))
     substitutes = {
         run: start_block(_blocks(transformer, adapter, run), run[1], run[2], starts[run]).to(torch.float32)
         for run in chosen
     }
-    _train(transformer, adapter, train, substitutes, out, settings, seed, log)
-    fitted = output_errors(transformer, adapter, batches, _jobs(chosen, substitutes.__getitem__), "fit: costs")
-    width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed)
+    _train(transformer, adapter, train, substitutes, out, settings, seed, log, group)
+    fitted = errors(_jobs(chosen, substitutes.__getitem__), "fit: costs")
+
+    def measure_width() -> tuple[WidthOption, ...]:
+        width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed)
+        write_tensors(out / "width.safetensors", width.tensors)
+        return width.options
+
+    options = group.on_main(measure_width)
     result = Candidates(
         candidates=tuple(
             Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
         ),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
-        width=width.options,
+        width=options,
     )
     tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
-    write_tensors(out / "candidates.safetensors", tensors)
-    write_tensors(out / "width.safetensors", width.tensors)
-    save_artifact(result, out / "candidates.json")
+    if group.is_main:
+        write_tensors(out / "candidates.safetensors", tensors)
+        save_artifact(result, out / "candidates.json")
     return result
 
 
@@ -200,18 +212,24 @@ def _train(
     settings: FitConfig,
     seed: int,
     log: Callable[[dict[str, Any]], None] | None,
+    group: Group,
 ) -> None:
     """Fit all candidates together; each has its own loss and its own gradient norm."""
     if settings.steps == 0:
         return
 
     def backward(step: int) -> dict[str, float]:
-        arguments = train.sample(settings.batch_size, step_generator(seed, step, 23))
-        losses = local_backward(transformer, adapter, arguments, substitutes)
+        parts = train.parts(settings.batch_size, step_generator(seed, step, 23), group)
+        return add_up(one(call.arguments, share) for call, share in parts)
+
+    def one(arguments: dict[str, Any], share: Share) -> dict[str, float]:
+        losses = local_backward(transformer, adapter, arguments, substitutes, share=share)
+        return {"loss": sum(losses.values()) / len(losses)}
+
+    def clip() -> None:
         for block in substitutes.values():
             # one candidate's large gradient must not shrink the others' steps
             nn.utils.clip_grad_norm_([p for p in block.parameters() if p.grad is not None], 1.0)
-        return {"loss": sum(losses.values()) / len(losses)}
 
     loop_settings = LoopSettings(
         steps=settings.steps,
@@ -221,7 +239,9 @@ def _train(
         ema_decay=0.0,
         checkpoint_every=max(10, settings.steps // 4),
         seed=seed,
+        batch_size=settings.batch_size,
     )
     modules = {run_name(run).replace(".", "_"): block for run, block in substitutes.items()}
     fingerprint = digest(sorted(modules), settings.model_dump(), seed)
-    TrainingLoop(modules, backward, loop_settings, out / "checkpoints" / "fit", fingerprint, log, "fit").run()
+    folder = out / "checkpoints" / "fit"
+    TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, "fit", group, clip).run()

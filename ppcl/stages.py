@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import weakref
 from collections.abc import Callable
@@ -28,10 +27,12 @@ from ppcl.files import (
     read_json,
     read_tensor_header,
     read_tensors,
+    remove,
     remove_leftovers,
     write_json,
     write_text,
 )
+from ppcl.launch import world
 from ppcl.prompts import prompts_for
 from ppcl.provenance import record_of
 from ppcl.tracking import Tracker
@@ -52,6 +53,8 @@ CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
     "distill": ("checkpoints/distill-local", "checkpoints/distill-alternating", "checkpoints/distill-output"),
 }
+# Stages that all processes work on; of the others the first one does them while the rest wait.
+SHARED = ("fit", "distill")
 READS = {
     "analyze": ("calibration",),
     "fit": ("calibration", "analysis.json", "analysis.safetensors"),
@@ -81,14 +84,17 @@ class Run:
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
         self.model, self.out, self.config, self.command = model, out, config, command
-        from ppcl.teacher import check_model, weights_digest
+        from ppcl.distributed import connect
+        from ppcl.teacher import check_model, resolve_device, weights_digest
 
+        self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
         check_model(model)
         self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
         self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
         self._locked = False
         self.stages: dict[str, Any] = self._claim()
         self._log_path = out / "log.jsonl"
+        self.group.barrier()  # all have looked at the directory before the first one writes into it
 
     def _claim(self) -> dict[str, Any]:
         """Read what is done in the directory, or refuse one that is another's; nothing is written yet."""
@@ -137,7 +143,7 @@ class Run:
 
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        return resolve_device(self.config.device)
+        return self.group.place(resolve_device(self.config.device))
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -182,19 +188,11 @@ class Run:
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on."""
-        section: Any = {
-            "capture": self.config.capture,
-            "analyze": self.config.analyze,
-            "fit": self.config.fit,
-            "plan": self.config.plan,
-            "distill": self.config.distill,
-            "export": self.config.export,
-            "evaluate": self.config.evaluate,
-        }.get(stage)
+        section: Any = getattr(self.config, stage, None)  # the report has no settings
         before = STAGES[: STAGES.index(stage)]
         shared = [self.identity, self.config.seed, self.config.precision]
         upstream = self.depends(before[-1]) if before else ""
-        return digest(stage, section.model_dump() if section else None, shared, upstream)
+        return digest(stage, section.identity() if section else None, shared, upstream)
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage ran with what it depends on now, and its products are there."""
@@ -209,6 +207,18 @@ class Run:
         Raises:
             UserError: A stage before it is not done, another process works here, or the stage failed.
         """
+        if not self.group.on_main(lambda: self._begin(stage)):
+            return False
+        began = time.perf_counter()
+        if stage in SHARED:
+            FUNCTIONS[stage](self)
+        else:
+            self.group.on_main(lambda: FUNCTIONS[stage](self))
+        self.group.on_main(lambda: self._finish(stage, time.perf_counter() - began))
+        return True
+
+    def _begin(self, stage: str) -> bool:
+        """Make the directory ready for a stage; False if it is done."""
         position = STAGES.index(stage)
         if position and not self.is_done(STAGES[position - 1]):
             raise UserError(
@@ -228,15 +238,14 @@ class Run:
             self._forget(position)
         if not same and self.stages.get(f"{stage}.started") != wanted:
             for name in (*PRODUCTS[stage], *CHECKPOINTS.get(stage, ())):  # leftovers of an attempt with other settings
-                _remove(self.out / name)
+                remove(self.out / name)
         self._record({**self.stages, f"{stage}.started": wanted})
-        began = time.perf_counter()
-        FUNCTIONS[stage](self)
-        seconds = round(time.perf_counter() - began, 2)
-        done = {k: v for k, v in self.stages.items() if k != f"{stage}.started"}
-        record = {"digest": wanted, "seconds": seconds, "files": self._files(stage), "command": self.command}
-        self._record({**done, stage: record})
         return True
+
+    def _finish(self, stage: str, seconds: float) -> None:
+        done = {k: v for k, v in self.stages.items() if k != f"{stage}.started"}
+        record = {"digest": self.depends(stage), "seconds": round(seconds, 2), "files": self._files(stage)}
+        self._record({**done, stage: {**record, "command": self.command}})
 
     def _check(self, stage: str) -> None:
         """Find what a user can have got wrong before anything of an earlier attempt is removed.
@@ -268,18 +277,11 @@ class Run:
         self._record({k: v for k, v in self.stages.items() if k not in STAGES[position:]})
         for stage in STAGES[position:]:
             for name in PRODUCTS[stage]:
-                _remove(self.out / name)
+                remove(self.out / name)
 
     def _record(self, stages: dict[str, Any]) -> None:
         self.stages = stages
         write_json(self.out / "stages.json", stages)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def capture_stage(run: Run) -> None:
@@ -326,6 +328,7 @@ def fit_stage(run: Run) -> None:
         run.config.fit,
         run.config.seed,
         lambda row: run.log({"stage": "fit", **row}),
+        run.group,
     )
 
 
@@ -357,6 +360,7 @@ def distill_stage(run: Run) -> None:
         run.config.seed,
         run.config.precision,
         run.log,
+        group=run.group,
     ).run()
 
 

@@ -4,12 +4,15 @@ The caller gives the trainable modules and a ``backward(step)`` that computes it
 *and* runs their backward passes; the loop clips, steps, keeps the exponential moving
 average, logs, and saves. All randomness of a step is a function of (seed, step), so a
 resumed run repeats the undisturbed one bit by bit: there is no data position and no
-generator state to restore.
+generator state to restore. Of several processes each leaves the gradients of its part of the
+batch, weighed, and the loop adds them up; the first process alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -21,9 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.errors import ArtifactError, TrainingError
+from ppcl import stopping
+from ppcl.distributed import SINGLE, Group
+from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
+from ppcl.sharding import average_into, is_part, part_of, whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,11 @@ class LoopSettings:
         learning_rate: Peak of the schedule (linear warm-up, cosine to ``final_fraction`` of it).
         clip_norm: Largest global gradient norm.
         ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
-        checkpoint_every: Steps between resumable checkpoints; the newest one is kept.
+        checkpoint_every: Steps between resumable checkpoints.
+        keep_checkpoints: How many of them stay.
+        batch_size: Samples a step of all processes, for the throughput in the log; 0 where there are no samples.
+        max_bad_steps: Steps that may be left out (NaN or a spike) before training stops.
+        spike_factor: A loss of so many times its running average is a spike; 0 turns the check off.
         muon_learning_rate: Peak for the weights of linear layers, which Muon then trains instead of AdamW
             (Jordan et al. 2024; twice as far per sample on the embedded teacher). 0 is AdamW for everything.
     """
@@ -49,6 +61,10 @@ class LoopSettings:
     clip_norm: float = 1.0
     ema_decay: float = 0.0
     checkpoint_every: int = 100
+    keep_checkpoints: int = 1
+    batch_size: int = 0
+    max_bad_steps: int = 0
+    spike_factor: float = 0.0
     seed: int = 0
     muon_learning_rate: float = 0.0
 
@@ -103,17 +119,23 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % (2**63 - 1))
 
 
+_SPIKE_WARMUP = 20  # losses behind the running average before a spike can be told
+
+
 class TrainingLoop:
     """Train modules for a number of steps, resumably.
 
     Args:
         modules: Trainable modules by name; their parameters with ``requires_grad`` are trained.
-        backward: ``backward(step)`` runs forward and backward of one step and returns scalars to log.
+        backward: ``backward(step)`` runs forward and backward of one step and returns scalars to log; of several
+            processes each does its part, and the parts of scalars and gradients add up to those of the batch.
         settings: See :class:`LoopSettings`.
-        folder: Where ``step-*`` checkpoints live.
+        folder: Where ``step-*`` checkpoints live; all processes must see it.
         fingerprint: Identifies the run; a checkpoint of another fingerprint is not resumed.
-        log: Called with one dict a step (already holding ``step``, ``loss`` and so on).
+        log: Called with one dict a step (already holding ``step``, ``loss`` and so on), in the first process.
         label: Name shown beside the progress bar.
+        group: The processes that train.
+        adjust: Called when the gradients of all processes are added up, before they are clipped.
     """
 
     def __init__(
@@ -125,15 +147,21 @@ class TrainingLoop:
         fingerprint: str,
         log: Callable[[dict[str, Any]], None] | None = None,
         label: str = "train",
+        group: Group = SINGLE,
+        adjust: Callable[[], None] | None = None,
     ) -> None:
         self.backward, self.settings, self.folder = backward, settings, Path(folder)
         self.fingerprint, self.log, self.label = fingerprint, log, label
+        self.group, self.adjust = group, adjust
+        self.bad_steps, self._counted, self._usual = 0, 0, 0.0
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
             for name, module in modules.items()
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
+        self.plain = [p for p in self.parameters.values() if not is_part(p)]  # FSDP2 adds up the others' gradients
+        group.copy_from_main(self.plain)
         layers = (m for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear))
         matrices = {id(layer.weight) for layer in layers}
         self.optimizers = new_optimizers(self.parameters, matrices, settings)
@@ -146,19 +174,40 @@ class TrainingLoop:
             The number of steps done in all.
 
         Raises:
-            TrainingError: A loss or gradient was not finite; the last good state is saved.
+            TrainingError: Too many losses or gradients were not finite; the last good state is saved.
+            Stopped: SIGTERM came; the state is saved.
         """
         start = self.resume()
         end = min(until or self.settings.steps, self.settings.steps)
-        with Progress(self.label, total=self.settings.steps, start=start) as progress:
+        with stopping.deferred(), Progress(self.label, total=self.settings.steps, start=start) as progress:
+            began = time.perf_counter()
             for step in range(start, end):
                 row = self._step(step)
-                if self.log:
-                    self.log(row)
+                left = (time.perf_counter() - began) / (step + 1 - start) * (end - step - 1)
+                self._report({**row, "seconds_left": round(left, 1)})
                 progress.advance(loss=row.get("loss"))
-                if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == end:
+                stop = self.group.any(stopping.requested())
+                if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == end or stop:
                     self.save(step + 1)
+                if stop:
+                    raise stopping.Stopped
         return end
+
+    def _report(self, row: dict[str, Any]) -> None:
+        """Log a row in the first process.
+
+        Raises:
+            UserError: It cannot be written; the state is saved first, if there is room for it.
+        """
+        if self.log is None or not self.group.is_main:
+            return
+        try:
+            self.log(row)
+        except UserError:
+            if not any(map(is_part, self.parameters.values())):  # the other processes' parts are out of reach now
+                with contextlib.suppress(UserError):
+                    self._write(row["step"] + 1, self._state())
+            raise
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -168,28 +217,69 @@ class TrainingLoop:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
         scalars = dict(self.backward(step))
+        self.group.sum_gradients(self.plain)
+        scalars = self.group.sum_scalars(scalars)
+        if self.adjust:
+            self.adjust()
         trained = [p for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)
-        if not math.isfinite(float(norm)) or not all(math.isfinite(v) for v in scalars.values()):
-            self.save(step)
-            bad = next((k for k, v in scalars.items() if not math.isfinite(v)), "the gradient")
-            raise TrainingError(
-                f"{self.label}: {bad} became NaN or infinite at step {step}; the state before it is kept in "
-                f"{self.folder / f'step-{step}'}; lower the learning rate ({rate:.2g}) and run again"
-            )
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)))
+        problem = self._problem(scalars, norm)
+        if problem:
+            self._leave_out(step, problem, rate)
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not problem:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._update_ema(step)
+        if not problem:
+            self._update_ema(step)
         seconds = time.perf_counter() - began
-        return {"step": step, **scalars, "gradient_norm": float(norm), "learning_rate": rate, "seconds": seconds}
+        row: dict[str, Any] = {"step": step, **scalars, "gradient_norm": norm, "learning_rate": rate}
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
+        row |= {"bad_steps": self.bad_steps, "seconds": seconds}
+        if self.settings.batch_size:
+            row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
+        return row
+
+    def _problem(self, scalars: Mapping[str, float], norm: float) -> str:
+        """What is wrong with a step, or nothing; a good step enters the running average."""
+        bad = next(
+            (k for k, v in scalars.items() if not math.isfinite(v)), "" if math.isfinite(norm) else "the gradient"
+        )
+        if bad:
+            return f"{bad} became NaN or infinite"
+        loss, factor = scalars.get("loss", 0.0), self.settings.spike_factor
+        if factor and self._counted >= _SPIKE_WARMUP and loss > factor * self._usual:
+            return f"loss {loss:.3g} was more than {factor:g} times its running average"
+        self._counted += 1
+        self._usual += (loss - self._usual) * max(0.02, 1 / self._counted)
+        return ""
+
+    def _leave_out(self, step: int, problem: str, rate: float) -> None:
+        """Count a bad step; too many end the training.
+
+        Raises:
+            TrainingError: There were more than ``max_bad_steps``.
+        """
+        self.bad_steps += 1
+        if self.bad_steps <= self.settings.max_bad_steps:
+            logger.warning(
+                "%s: %s at step %d; the step is left out (%d of at most %d)",
+                *(self.label, problem, step, self.bad_steps, self.settings.max_bad_steps),
+            )
+            return
+        self.bad_steps -= 1  # the state that is saved is the one before this step
+        self.save(step)
+        raise TrainingError(
+            f"{self.label}: {problem} at step {step}; the state before it is kept in "
+            f"{self.folder / f'step-{step}'}; lower the learning rate ({rate:.2g}) and run again"
+        )
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
         if self.ema:
             decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
             targets = [p.detach().float() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.ema.values()), targets, 1 - decay)
+            average_into(list(self.ema.values()), targets, 1 - decay)
 
     @torch.no_grad()
     def load_ema(self) -> None:
@@ -198,22 +288,37 @@ class TrainingLoop:
             self.parameters[key].copy_(average)
 
     def save(self, step: int) -> None:
-        """Write ``step-N`` and remove older ones."""
+        """Write ``step-N`` and remove the oldest ones.
+
+        Raises:
+            UserError: The folder cannot be written; all processes stop.
+        """
+        tensors = {name: whole(tensor) for name, tensor in self._state().items()}
+        self.group.on_main(lambda: self._write(step, tensors))
+
+    def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for key, parameter in self.parameters.items():
             for optimizer in self.optimizers:
                 for slot, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"optimizer/{slot}/{key}"] = value
+        return tensors
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         meta = {
             "step": step,
             "fingerprint": self.fingerprint,
             "settings": json.loads(json.dumps(asdict(self.settings))),
+            "bad_steps": self.bad_steps,
+            "usual_loss": [self._counted, self._usual],
         }
         target = self.folder / f"step-{step}" / "state.safetensors"
         write_tensors(target, tensors, meta)
-        for _, folder in self._checkpoints():
-            if folder != target.parent:
+        found = self._checkpoints()  # those of later steps are of another run
+        kept = [folder for number, folder in found if number <= step][-self.settings.keep_checkpoints :]
+        for _, folder in found:
+            if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
@@ -232,11 +337,12 @@ class TrainingLoop:
                 # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
                 slots = saved.get(names[parameter], {})
                 if slots:
-                    optimizer.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+                    optimizer.state[parameter] = {slot: part_of(value, parameter) for slot, value in slots.items()}
 
     @torch.no_grad()
     def resume(self) -> int:
         """Load the newest checkpoint of this fingerprint; return the step to go on from (0 without one)."""
+        self.group.barrier()  # nobody writes any more
         checkpoints = self._checkpoints()
         if not checkpoints:
             return 0
@@ -247,8 +353,10 @@ class TrainingLoop:
         if any(f"model/{key}" not in tensors for key in self.parameters):
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"model/{key}"])
+            parameter.copy_(part_of(tensors[f"model/{key}"], parameter))
         self._load_optimizers(tensors)
         for key, average in self.ema.items():
-            average.copy_(tensors[f"ema/{key}"])
+            average.copy_(part_of(tensors[f"ema/{key}"], average))
+        self.bad_steps = int(meta.get("bad_steps", 0))
+        self._counted, self._usual = meta.get("usual_loss", (0, 0.0))
         return int(meta["step"])

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter, StackSpec, States
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import velocity
-from ppcl.distill.local import last_block, masks_of
+from ppcl.distill.local import last_block, masks_of, weights_of
 from ppcl.distill.losses import state_loss, velocity_loss
+from ppcl.distributed import WHOLE, Share
 from ppcl.student import RunKey, assemble_student
 from ppcl.trace import BlockCall, record_boundaries
 from ppcl.trees import to_device
@@ -38,6 +39,7 @@ def alternating_backward(
     substitutes: Mapping[RunKey, nn.Module],
     active: Collection[RunKey],
     kind: str = "normalized",
+    share: Share = WHOLE,
 ) -> dict[str, float]:
     """One step of the hybrid in which the ``active`` substitutes are put in; leaves gradients in them.
 
@@ -49,6 +51,7 @@ def alternating_backward(
         substitutes: All substitutes of the plan.
         active: Those that are put in.
         kind: State loss.
+        share: What the batch counts, if it is a part of one.
 
     Returns:
         ``velocity`` and ``states`` (mean over the active substitutes), and their sum as ``loss``.
@@ -59,8 +62,8 @@ def alternating_backward(
         raise AssertionError("a full pass returns the velocity")
     hybrid = assemble_student(transformer, adapter, plan, substitutes, chosen)
     output, outputs = _run(hybrid, adapter, arguments, chosen)
-    states = torch.stack(list(_state_losses(outputs, targets, kind).values())).mean()
-    loss = velocity_loss(output, wanted)
+    states = torch.stack(list(_state_losses(outputs, targets, kind, share).values())).mean()
+    loss = share.samples * velocity_loss(output, wanted)
     (loss + states).backward()  # type: ignore[no-untyped-call]
     return {"loss": loss.item() + states.item(), "velocity": loss.item(), "states": states.item()}
 
@@ -72,6 +75,7 @@ def sequential_backward(
     arguments: dict[str, Any],
     substitutes: Mapping[RunKey, nn.Module],
     kind: str = "normalized",
+    share: Share = WHOLE,
 ) -> dict[RunKey, float]:
     """The ablation: substitutes see the student's own states, and errors travel along.
 
@@ -80,7 +84,7 @@ def sequential_backward(
     wanted = {(run[0], run[2]) for run in substitutes}
     targets, _ = record_boundaries(transformer, adapter, arguments, wanted, last_block(adapter, substitutes))
     _, outputs = _run(student, adapter, arguments, substitutes)
-    losses = _state_losses(outputs, targets, kind)
+    losses = _state_losses(outputs, targets, kind, share)
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     return {run: loss.item() for run, loss in losses.items()}
 
@@ -107,10 +111,11 @@ def _run(
 
 
 def _state_losses(
-    outputs: Mapping[RunKey, States], targets: Mapping[tuple[str, int], BlockCall], kind: str
+    outputs: Mapping[RunKey, States], targets: Mapping[tuple[str, int], BlockCall], kind: str, share: Share
 ) -> dict[RunKey, Tensor]:
     losses = {}
     for run, output in outputs.items():
         call = targets[run[0], run[2]]
-        losses[run] = state_loss(output, call.outputs, masks_of(call.stack, call.arguments, call.outputs), kind)
+        masks = masks_of(call.stack, call.arguments, call.outputs)
+        losses[run] = state_loss(output, call.outputs, masks, kind, weights_of(call.stack, share))
     return losses

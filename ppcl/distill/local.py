@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States
 from ppcl.distill.losses import state_loss
+from ppcl.distributed import WHOLE, Share
 from ppcl.student import RunKey
 from ppcl.trace import BlockCall, run_traced
 
@@ -24,6 +25,11 @@ def masks_of(stack: StackSpec, arguments: Mapping[str, Any], states: States) -> 
     """Masks of valid tokens of a block call, for the streams that have one."""
     found = {stream: arguments.get(name) for stream, name in stack.masks.items()}
     return {s: m for s, m in found.items() if isinstance(m, Tensor) and m.shape == states[s].shape[:2]}
+
+
+def weights_of(stack: StackSpec, share: Share) -> dict[str, float]:
+    """What the mean token loss of each stream counts in that of the whole batch."""
+    return {stream: share.of(stack.masks.get(stream)) for stream in stack.inputs}
 
 
 def last_block(adapter: Adapter, runs: Mapping[RunKey, nn.Module]) -> tuple[str, int]:
@@ -40,6 +46,7 @@ def local_backward(
     substitutes: Mapping[RunKey, nn.Module],
     kind: str = "normalized",
     backward: bool = True,
+    share: Share = WHOLE,
 ) -> dict[RunKey, float]:
     """One local step on a batch of states; gradients are left in the substitutes.
 
@@ -50,9 +57,10 @@ def local_backward(
         substitutes: Blocks by run; runs may overlap (candidates).
         kind: State loss.
         backward: False only measures.
+        share: What the batch counts, if it is a part of one.
 
     Returns:
-        The loss of each run.
+        The loss of each run, weighed by the share.
     """
     entering: dict[tuple[str, int], BlockCall] = {}
     ending: dict[tuple[str, int], list[RunKey]] = {}
@@ -70,7 +78,7 @@ def local_backward(
             with torch.set_grad_enabled(backward):
                 output = adapter.call(call.stack, substitutes[run], start.inputs, start.arguments)
                 masks = masks_of(call.stack, call.arguments, call.outputs)
-                loss = state_loss(output, call.outputs, masks, kind)
+                loss = state_loss(output, call.outputs, masks, kind, weights_of(call.stack, share))
                 if backward:
                     loss.backward()  # type: ignore[no-untyped-call]
             losses[run] = loss.item()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,11 @@ STATE_LOSSES = {"normalized": normalized, "direction": direction}
 
 
 def state_loss(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], masks: dict[str, Tensor], kind: str = "normalized"
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    kind: str = "normalized",
+    weights: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Mean token loss of each stream, averaged over the streams.
 
@@ -53,14 +59,18 @@ def state_loss(
         teacher: The same of the teacher.
         masks: Valid tokens (B, tokens) of streams that have padding.
         kind: ``normalized`` or ``direction``.
+        weights: What each stream's mean counts, where this is a part of a batch (:class:`ppcl.distributed.Share`).
 
     Returns:
         A scalar.
     """
     losses = []
+    weights = weights or {}
     for stream, target in teacher.items():
         token = STATE_LOSSES[kind](student[stream], target.detach())
-        losses.append(token[masks[stream].bool()].mean() if stream in masks else token.mean())
+        valid = token[masks[stream].bool()] if stream in masks else token
+        mean = valid.mean() if valid.numel() else valid.sum()  # a part of a batch may be all padding
+        losses.append(weights.get(stream, 1.0) * mean)
     return torch.stack(losses).mean()
 
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter
 from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
-from ppcl.capture import States, velocity
+from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
 from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
+from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
+from ppcl.sharding import shard, unshard
 from ppcl.student import (
     RunKey,
     assemble_student,
@@ -36,6 +38,7 @@ from ppcl.training import LoopSettings, TrainingLoop, step_generator
 from ppcl.trees import to_device
 
 Log = Callable[[dict[str, Any]], None]
+PartBackward = Callable[[Call, Share], dict[str, float]]
 
 
 def new_substitutes(
@@ -102,6 +105,7 @@ class Distiller:
         log: Receives one dict a step, with its ``stage``.
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
         closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
+        group: The processes that train; the first one writes.
     """
 
     def __init__(
@@ -117,9 +121,11 @@ class Distiller:
         log: Log | None = None,
         fitted: Path | None = None,
         closed_forms: Path | None = None,
+        group: Group = SINGLE,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
+        self.group = group
         self.states = States(calibration, "train")
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
@@ -136,7 +142,8 @@ class Distiller:
         if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
             self._output()
         bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()))
-        save_bundle(bundle, self.out / "bundle", {"distill": to_jsonable(self.settings.model_dump())})
+        how = {"distill": to_jsonable(self.settings.model_dump())}
+        self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
         return bundle
 
     def _loop(
@@ -156,9 +163,13 @@ class Distiller:
             clip_norm=settings.clip_norm,
             ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every,
+            keep_checkpoints=settings.keep_checkpoints,
+            batch_size=settings.batch_size,
+            max_bad_steps=settings.max_bad_steps,
+            spike_factor=settings.spike_factor,
             seed=self.seed,
         )
-        fingerprint = digest(stage, sorted(modules), settings.model_dump(), to_jsonable(self.plan.stacks), self.seed)
+        fingerprint = digest(stage, sorted(modules), settings.identity(), to_jsonable(self.plan.stacks), self.seed)
         report = self.log
 
         def log(row: dict[str, Any]) -> None:
@@ -166,23 +177,36 @@ class Distiller:
                 report({"stage": f"distill.{stage}", **row})
 
         folder = self.out / "checkpoints" / f"distill-{stage}"
-        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, f"distill: {stage}")
+        label = f"distill: {stage}"
+        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
         loop.run()
         loop.load_ema()
 
+    def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
+        """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
+        generator = step_generator(self.seed, step, stream)
+        rows = []
+        parts = self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate)
+        for call, share in parts:
+            with autocast(self.device, self.precision):
+                rows.append(backward(call, share))
+        return add_up(rows)
+
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
+        common, kind = (self.transformer, self.adapter), self.settings.loss
 
-        def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 31))
-            common = (self.transformer, self.adapter)
-            with autocast(self.device, self.precision):
-                if self.settings.sequence == "sequential":
-                    losses = sequential_backward(*common, self.student, arguments, self.substitutes, self.settings.loss)
-                else:
-                    losses = local_backward(*common, arguments, self.substitutes, self.settings.loss)
+        def part(call: Call, share: Share) -> dict[str, float]:
+            arguments = call.arguments
+            if self.settings.sequence == "sequential":
+                losses = sequential_backward(*common, self.student, arguments, self.substitutes, kind, share)
+            else:
+                losses = local_backward(*common, arguments, self.substitutes, kind, share=share)
             rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
             return {"loss": sum(losses.values()) / len(losses), **rows}
+
+        def backward(step: int) -> dict[str, float]:
+            return self._in_parts(step, 31, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
@@ -191,12 +215,15 @@ class Distiller:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
-            arguments = self.states.sample(self.settings.batch_size, step_generator(self.seed, step, 41))
             active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
-            with autocast(self.device, self.precision):
+            common = (self.transformer, self.adapter, self.plan)
+
+            def part(call: Call, share: Share) -> dict[str, float]:
                 return alternating_backward(
-                    self.transformer, self.adapter, self.plan, arguments, self.substitutes, active, self.settings.loss
+                    *common, call.arguments, self.substitutes, active, self.settings.loss, share=share
                 )
+
+            return self._in_parts(step, 41, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
@@ -211,17 +238,26 @@ class Distiller:
         elif self.settings.train == "lora":
             self._add_lora()
             modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
+        split = self.settings.shard and self.group.size > 1
+        if split:
+            self.group.copy_from_main(self.student.parameters())
+            shard(self.student, self.adapter)
+        # FSDP2 averages gradients over the processes, where the shares want them added up
+        scale = float(self.group.size) if split else 1.0
 
-        def backward(step: int) -> dict[str, float]:
-            call = self.states.draw(self.settings.batch_size, step_generator(self.seed, step, 37))
+        def part(call: Call, share: Share) -> dict[str, float]:
             # what the teacher answered was recorded, so it need not run, nor be in memory
-            target = call.velocity.to(self.device)
-            with autocast(self.device, self.precision):
-                loss = velocity_loss(velocity(self.student, to_device(call.arguments, self.device)), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            output = velocity(self.student, to_device(call.arguments, self.device))
+            loss = share.samples * velocity_loss(output, call.velocity.to(self.device))
+            (scale * loss).backward()  # type: ignore[no-untyped-call]
             return {"loss": loss.item()}
 
+        def backward(step: int) -> dict[str, float]:
+            return self._in_parts(step, 37, part)
+
         self._loop("output", modules, backward, self.settings.output_steps, self.settings.output_learning_rate)
+        if split:
+            unshard(self.student)
 
     def _thaw(self) -> None:
         """Give the student its own copies of the teacher's kept blocks, and train everything."""

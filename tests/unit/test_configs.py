@@ -62,3 +62,12 @@ def test_header_has_the_size_and_speed_of_the_depth_only_plan(path, tmp_path):
         split = next(rung for rung in found.choices if list(rung.blocks.values()) == [int(dual), int(single)])
         assert split.params == pytest.approx(best.params, rel=1e-4)
         assert f"{split.speedup:.2f}" == speed
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS[0].parent / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launcher_configs_are_read_by_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for word in ("Command:", "Hardware:", "Expected:", f"--config_file configs/accelerate/{path.name}", "--processes"):
+        assert word in header(path)
+    assert load_config_from_file(str(path)).distributed_type.value == "MULTI_GPU"

@@ -18,7 +18,7 @@ from tiny_models import noise
 from torch import nn
 
 import ppcl
-from ppcl.errors import ArtifactError, TrainingError
+from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors
 from ppcl.training import LoopSettings, TrainingLoop, schedule_at, step_generator
 
@@ -281,3 +281,64 @@ def test_step_generators_differ_by_each_of_their_numbers() -> None:
     }
     assert len(set(draws.values())) == len(draws)
     assert torch.rand(2, generator=step_generator(0, 0, 1)).tolist()[0] == draws[0, 0, 1]
+
+
+def bad_at(loop: TrainingLoop, *steps: int, value: float = math.nan) -> None:
+    """Let the loss of some steps be something else."""
+    healthy = loop.backward
+    loop.backward = lambda step: {**healthy(step), **({"loss": value} if step in steps else {})}
+
+
+def test_bad_steps_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    loop = new_loop(tmp_path / "a", replace(SETTINGS, max_bad_steps=2), log=rows.append)
+    bad_at(loop, 2, 4)
+    assert loop.run() == 7
+    assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 2, 2, 2]
+    assert [row["loss"] is None for row in rows] == [step in (2, 4) for step in range(7)]
+    assert int(loop.optimizers[0].state[loop.parameters["model.0.weight"]]["step"]) == 5
+    resumed = new_loop(tmp_path / "a", replace(SETTINGS, max_bad_steps=2))
+    assert (resumed.resume(), resumed.bad_steps) == (7, 2)
+
+
+def test_more_bad_steps_than_allowed_stop(tmp_path: Path) -> None:
+    loop = new_loop(tmp_path, replace(SETTINGS, max_bad_steps=1))
+    bad_at(loop, 2, 4, 5)
+    with pytest.raises(TrainingError, match="at step 4"):
+        loop.run()
+    resumed = new_loop(tmp_path, replace(SETTINGS, max_bad_steps=1))
+    assert (resumed.resume(), resumed.bad_steps) == (4, 1)
+
+
+def test_a_spike_is_left_out_where_asked(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=30, max_bad_steps=1, spike_factor=5.0)
+    loop = new_loop(tmp_path, settings)
+    bad_at(loop, 3, 25, value=1e6)  # the first one comes before there is an average
+    loop._usual = 0.0
+    loop.run(until=25)
+    assert loop.bad_steps == 0
+    loop._usual = 1.0
+    loop._step(25)
+    assert loop.bad_steps == 1
+
+
+def test_so_many_checkpoints_stay(tmp_path: Path) -> None:
+    new_loop(tmp_path, replace(SETTINGS, keep_checkpoints=2)).run()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-6", "step-7"]
+
+
+def test_a_log_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
+    def full(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            raise UserError("cannot write log.jsonl: No space left on device; free some space and run again")
+
+    with pytest.raises(UserError, match="No space left"):
+        new_loop(tmp_path, replace(SETTINGS, checkpoint_every=100), log=full).run()
+    assert new_loop(tmp_path).resume() == 3
+
+
+def test_rows_have_throughput_and_time_left(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    new_loop(tmp_path, replace(SETTINGS, batch_size=16), log=rows.append).run()
+    assert all(row["samples_per_second"] == pytest.approx(16 / row["seconds"], rel=1e-2) for row in rows)
+    assert rows[-1]["seconds_left"] == 0

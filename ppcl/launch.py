@@ -1,0 +1,58 @@
+"""How the program starts under a launcher, and how it ends: exit codes and last lines. No torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from ppcl import stopping
+from ppcl.errors import UserError
+
+
+def world() -> int:
+    """How many processes the launcher says it started (torchrun and ``accelerate launch`` set ``WORLD_SIZE``)."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
+def silence_others() -> None:
+    """Let the first process alone speak; the others' bugs still show (:func:`guarded`)."""
+    if world() > 1 and os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def refuse_several(command: str | None) -> None:
+    """Keep a launcher from starting many of what works alone.
+
+    Raises:
+        UserError: There are several processes.
+    """
+    if world() > 1:
+        raise UserError(f"ppcl {command} runs in one process, got {world()}; start it without the launcher")
+
+
+def guarded(app: Callable[[], object]) -> None:
+    """Run the command line: user errors are one line and exit code 2; SIGTERM is exit code 0."""
+    try:
+        with stopping.on_sigterm():
+            app()
+    except UserError as error:
+        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+        sys.exit(2)
+    except stopping.Stopped:
+        typer.echo("stopped by SIGTERM; the same command goes on from here", err=True)
+        sys.exit(0)
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer turns an interrupt into exit code 130
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)
+    except Exception:
+        if stopping.requested():  # another process stopped first, and a message to it failed
+            sys.exit(0)
+        sys.stderr = sys.__stderr__
+        raise

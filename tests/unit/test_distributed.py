@@ -1,0 +1,130 @@
+"""Several processes train what one process trains; the processes are real, started by torch's launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_worker import main as worker
+from train_worker import new_distiller, train_all, weights, write_all_states
+
+import ppcl
+from ppcl.distributed import SINGLE, Group, Share, add_up, connect
+from ppcl.errors import ConfigError
+from ppcl.files import read_tensors
+from ppcl.stopping import Stopped, on_sigterm
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def start(command: list[str], task: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = os.pathsep.join([str(Path(ppcl.__file__).parents[1]), str(HERE)])
+    return subprocess.run(
+        [*command, str(HERE / "train_worker.py"), task, str(folder)],
+        env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    same = {k: torch.allclose(first[k], second[k], 1e-5, 1e-5) for k in first}
+    far = {k: float((first[k] - second[k]).abs().max()) for k in first if not same[k]}
+    assert far == {}
+
+
+def only_all(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the output stage that trains everything."""
+    return {k: v for k, v in result.items() if k.startswith("all/") and k != "all/losses"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Every stage trained by this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_all_states(folder)
+    return train_all(folder, SINGLE)
+
+
+def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_all_states(tmp_path)
+    done = start(TORCHRUN, "train", tmp_path, ASKED="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    together, meta = read_tensors(tmp_path / "result.safetensors")
+    assert meta == {"processes": 2}
+    split = {k.removeprefix("split/"): together.pop(k) for k in list(together) if k.startswith("split/")}
+    assert_close(together, alone)
+    # FSDP2: the same weights, and one process goes on from the checkpoint, which holds whole tensors
+    assert_close({f"all/{k}": v for k, v in split.items()}, only_all(alone))
+    resumed = new_distiller(tmp_path / "split", "all", SINGLE, lambda row: pytest.fail(f"step {row['step']} again"))
+    resumed.run()
+    assert_close(weights(resumed), split)
+    assert len(alone["all/losses"]) == 3
+    untrained = weights(new_distiller(tmp_path, "all", SINGLE))
+    moved = [k for k, v in untrained.items() if not torch.allclose(v, alone[f"all/{k}"], 1e-5, 1e-5)]
+    assert len(moved) > 50  # the comparison is of something
+
+
+def test_accumulating_changes_nothing(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_all_states(tmp_path)
+    parts = train_all(tmp_path, SINGLE, ["local", "alternating"], accumulate=3)
+    assert_close(parts, {k: v for k, v in alone.items() if k.startswith(("local", "alternating", "fit"))})
+
+
+def test_a_killed_process_of_two_is_resumed_by_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    write_all_states(tmp_path)
+    done = start(TORCHRUN, "kill", tmp_path)
+    assert done.returncode not in (0, 2)
+    assert [p.name for p in (tmp_path / "all" / "checkpoints" / "distill-output").iterdir()] == ["step-1"]
+    steps: list[int] = []
+    resumed = new_distiller(tmp_path, "all", SINGLE, lambda row: steps.append(row["step"]))
+    resumed.run()
+    assert steps == [1, 2]
+    assert_close({f"all/{k}": v for k, v in weights(resumed).items()}, only_all(alone))
+
+
+def test_sigterm_to_one_of_two_stops_both_saved_with_exit_code_0(tmp_path: Path) -> None:
+    write_all_states(tmp_path)
+    done = start(TORCHRUN, "stop", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stopped by SIGTERM; the same command goes on from here" in done.stderr
+    assert [p.name for p in (tmp_path / "all" / "checkpoints" / "distill-output").iterdir()] == ["step-2"]
+
+
+def test_sigterm_in_one_process_saves(tmp_path: Path) -> None:
+    write_all_states(tmp_path)
+    with pytest.raises(Stopped), on_sigterm():
+        worker("stop", tmp_path)
+    assert [p.name for p in (tmp_path / "all" / "checkpoints" / "distill-output").iterdir()] == ["step-2"]
+
+
+def test_another_number_of_processes_than_asked_stops() -> None:
+    with pytest.raises(ConfigError, match=r"2 processes were asked for, 1 train.*--nproc_per_node 2 -m ppcl"):
+        connect(cpu=True, asked=2)
+    assert connect(cpu=True, asked=1) is SINGLE
+
+
+def test_parts_weigh_what_they_count(tmp_path: Path) -> None:
+    from ppcl.capture import States
+    from ppcl.training import step_generator
+
+    write_all_states(tmp_path)
+    states = States(tmp_path / "states", "train")
+    whole = states.sample(5, step_generator(0, 1))
+    parts = [p for rank in (0, 1) for p in states.parts(5, step_generator(0, 1), Group(rank, 2), 1)]
+    if len(whole["hidden_states"]) == 5:
+        joined = torch.cat([call.arguments["hidden_states"] for call, _ in parts])
+        assert torch.equal(joined, whole["hidden_states"])
+    shares = [share for _, share in parts]
+    assert sum(share.samples for share in shares) == pytest.approx(1)
+    name = "encoder_hidden_states_mask"
+    assert sum(share.of(name) for share in shares) == pytest.approx(1)
+    assert Share(0.5, {name: 0.25}).of(name) == 0.25
+    assert Share(0.5, {name: 0.25}).of("another") == Share(0.5).of(None) == 0.5
+    assert add_up([{"a": 1.0}, {"a": 2.0}]) == {"a": 3.0}

@@ -1,0 +1,117 @@
+"""Trains every stage on a tiny teacher; run by itself or by torch's launcher (see test_distributed.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
+
+import ppcl.distill.trainer as trainer
+from ppcl.adapters import adapter_for
+from ppcl.capture import States
+from ppcl.config import DistillConfig, FitConfig
+from ppcl.distill.trainer import Distiller
+from ppcl.distributed import Group, connect
+from ppcl.files import write_tensors
+from ppcl.fit import _train
+from ppcl.launch import guarded
+from ppcl.sharding import is_part
+
+RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
+BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same
+RATES: dict[str, Any] = {"local_learning_rate": 3e-4, "output_learning_rate": 3e-4, "warmup_steps": 1}
+STAGES: dict[str, dict[str, Any]] = {
+    "local": {"local_steps": 2, "output_steps": 0},
+    "sequential": {"local_steps": 2, "output_steps": 0, "sequence": "sequential"},
+    "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
+    "output": {"local_steps": 0, "output_steps": 2, "train": "substitutes"},
+    "all": {"local_steps": 0, "output_steps": 3, "train": "all"},
+}
+
+
+def new_distiller(folder: Path, name: str, group: Group, log: Any = None, **changes: Any) -> Distiller:
+    """A distiller of one stage; states are in ``folder/states``."""
+    teacher = tiny_qwen(5)
+    settings = DistillConfig(**{"batch_size": BATCH, "checkpoint_every": 1, **RATES, **STAGES[name], **changes})
+    plan = plan_for(teacher, RUNS)
+    return Distiller(
+        teacher, adapter_for(teacher), plan, folder / "states", folder / name, settings, 0, "fp32", log, group=group
+    )
+
+
+def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
+    """What was trained."""
+    found = {f"{run}/{k}": v for run, block in distiller.substitutes.items() for k, v in block.state_dict().items()}
+    tuned = {k: v for k, v in distiller._tuned().items()}
+    return {name: tensor.clone() for name, tensor in {**found, **tuned}.items()}
+
+
+def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **changes: Any) -> dict[str, torch.Tensor]:
+    """Train stages apart, and the fit; return all weights, with the losses of each step."""
+    result: dict[str, torch.Tensor] = {}
+    for name in stages:
+        rows: list[dict[str, Any]] = []
+        distiller = new_distiller(folder, name, group, rows.append, **changes)
+        distiller.run()
+        result |= {f"{name}/{key}": value for key, value in weights(distiller).items()}
+        result[f"{name}/losses"] = torch.tensor([row["loss"] for row in rows])
+    teacher = tiny_qwen(5)
+    adapter = adapter_for(teacher)
+    substitutes = random_substitutes(teacher, adapter, RUNS)
+    settings = FitConfig(steps=2, batch_size=BATCH)
+    _train(teacher, adapter, States(folder / "states", "train"), substitutes, folder, settings, 0, None, group)
+    result |= {f"fit/{run}/{k}": v.clone() for run, b in substitutes.items() for k, v in b.state_dict().items()}
+    return result
+
+
+def train_split(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """Train the output stage with a student that is split over the processes, in two parts a step."""
+    write_all_states(folder)
+    seen: list[bool] = []
+    unshard = trainer.unshard
+
+    def look(student: torch.nn.Module) -> None:
+        seen.extend(is_part(p) for p in student.parameters())
+        unshard(student)
+
+    trainer.unshard = look
+    distiller = new_distiller(folder, "all", group, shard=True, accumulate=2)
+    distiller.run()
+    assert (len(seen) > 50 and all(seen)) or group.size == 1
+    return weights(distiller)
+
+
+def write_all_states(folder: Path) -> None:
+    """Padded states of two shapes, the second so few that a part of a batch stays empty."""
+    calls = [qwen_call(batch=7, seed=3, padded=True), qwen_call(batch=1, text=4, seed=5)]
+    write_states(folder / "states", "train", calls)
+
+
+def main(task: str, folder: Path) -> None:
+    """Do what the test asks for."""
+    torch.set_num_threads(1)
+    group = connect(cpu=True, asked=int(os.environ["ASKED"]) if "ASKED" in os.environ else None)
+    if task == "train":
+        result = train_all(folder, group)
+        result |= {f"split/{key}": value for key, value in train_split(folder / "split", group).items()}
+        if group.is_main:
+            write_tensors(folder / "result.safetensors", result, {"processes": group.size})
+        group.close()
+        return
+
+    def die(row: dict[str, Any]) -> None:  # the first process alone is told
+        if row["step"] == 1:
+            number = signal.SIGKILL if task == "kill" else signal.SIGTERM
+            os.kill(os.getpid(), number)
+
+    new_distiller(folder, "all", group, die).run()
+
+
+if __name__ == "__main__":
+    guarded(lambda: main(sys.argv[1], Path(sys.argv[2])))
