@@ -27,9 +27,10 @@ from ppcl.capture import States, guidance_arguments, velocity_error
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller, new_substitutes
-from ppcl.eval.evaluate import SCORES, average_drop, score
+from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate, load_images
+from ppcl.eval.scoring import SCORES
 from ppcl.evaluation import choose_extractor, references_for
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run

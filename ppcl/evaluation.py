@@ -17,6 +17,7 @@ from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.eval.velocity import state_errors
 from ppcl.files import file_digest, weights_variant, write_text
 from ppcl.student import assemble_student
 from ppcl.teacher import load_pipeline, weights_digest
@@ -58,7 +59,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     held_out = States(run.out / "calibration", "held-out")
     settings = run.config.evaluate
     count = settings.velocity_states
-    error = velocity_error(teacher.transformer, student.transformer, held_out.batches(count, count))
+    errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
     one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
     metrics = evaluate(
         teacher,
@@ -69,7 +70,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         call_kwargs=guidance_arguments(teacher, run.config.capture),
         references=references_for(run.model),
         extractor=run.extractor,
-        velocity_error=error,
+        velocity_error=errors.error.value,
+        state_errors=errors,
         velocity_error_undistilled=undistilled_error(run, held_out),
         transformer_calls=(lambda: velocity(teacher.transformer, one), lambda: velocity(student.transformer, one)),
         seed=run.config.seed,

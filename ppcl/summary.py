@@ -62,6 +62,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def print_summary(out: Path) -> None:
     """Print the final table and the path of the report."""
+    from ppcl.eval.intervals import Interval
+    from ppcl.eval.verdict import doubt
     from ppcl.teacher import loading_call
 
     metrics = read_json(out / "eval" / "metrics.json")
@@ -83,10 +85,18 @@ def print_summary(out: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     drop, fid = metrics["average_drop"], metrics["fid_ratio"]
+    limits = metrics.get("intervals", {}).get("average_drop")
+    sure = f" ({limits[0]:.2f} to {limits[1]:.2f})" if limits and None not in limits else ""
     console.print(
         f"{metrics['param_ratio']:.1%} of the parameters, {metrics['speedup']:.2f}x as fast, "
-        f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
+        f"average drop {'-' if drop is None else f'{drop:.2f}%{sure}'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
         f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
     )
+    if (
+        drop is not None
+        and sure
+        and (say := doubt(Interval(drop, limits[0], limits[1], metrics["samples"]["prompts"])))
+    ):
+        console.print(f"note:    the average drop: {say.removeprefix('; ')}", soft_wrap=True, markup=False)
     console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)
