@@ -199,7 +199,7 @@ def _draw_all(
     return drawn
 
 
-def _picture_call(
+def picture_call(
     pipeline: Any, prompt: str, settings: EvaluateConfig, kwargs: dict[str, Any], seed: int
 ) -> Callable[[], object]:
     """A call that draws one picture from prompt to pixels."""
@@ -211,7 +211,7 @@ def _picture_call(
     return call
 
 
-def _peak_memory(pipeline: Any, call: Callable[[], object]) -> tuple[int | None, str]:
+def peak_memory(pipeline: Any, call: Callable[[], object]) -> tuple[int | None, str]:
     """Bytes that this pipeline alone takes: its weights on the device plus the growth while it draws.
 
     The two pipelines are loaded together and may share parts, so a plain peak would hold both.
@@ -253,14 +253,14 @@ def costs(
     ``kwargs`` are the arguments that the teacher's and the student's call take.
     """
     draws = [
-        _picture_call(pipeline, prompt, settings, own, seed) for pipeline, own in zip(pipelines, kwargs, strict=True)
+        picture_call(pipeline, prompt, settings, own, seed) for pipeline, own in zip(pipelines, kwargs, strict=True)
     ]
     transformer = measure_pair(*transformer_calls, runs=settings.latency_runs)
     end_to_end = measure_pair(draws[0], draws[1], runs=min(END_TO_END_RUNS, settings.latency_runs))
     rows: list[dict[str, float | None]] = []
     measure = ""
     for index, pipeline in enumerate(pipelines):
-        peak, measure = _peak_memory(pipeline, draws[index])
+        peak, measure = peak_memory(pipeline, draws[index])
         rows.append(
             {
                 "latency_ms": transformer[index].median_ms,

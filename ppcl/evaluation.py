@@ -31,15 +31,23 @@ logger = logging.getLogger(__name__)
 
 def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
     """Load the feature extractor: the embedded one for the embedded model, ViT-B-32 otherwise."""
+    extractor, note = extractor_with_note(model, features, device)
+    if note:
+        logger.warning("%s", note)
+    return extractor
+
+
+def extractor_with_note(model: str, features: str, device: str) -> tuple[FeatureExtractor, str | None]:
+    """Load the feature extractor, and say what was used instead of what, if its weights are out of reach."""
     if features != "auto":
-        return load_extractor(features, device)
+        return load_extractor(features, device), None
     if model == "emoji":
-        return load_extractor("emoji", device)
+        return load_extractor("emoji", device), None
     try:
-        return load_extractor("ViT-B-32/openai", device)
+        return load_extractor("ViT-B-32/openai", device), None
     except UserError as error:
-        logger.warning("%s; the embedded emoji evaluator is used instead, which knows emoji alone", error)
-        return load_extractor("emoji", device)
+        note = f"{error}; the embedded emoji evaluator is used instead, which knows emoji alone"
+        return load_extractor("emoji", device), note
 
 
 def references_for(model: str) -> Tensor | None:

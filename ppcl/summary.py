@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ppcl.artifacts import CompressionPlan, load_artifact
 from ppcl.files import read_json
+
+if TYPE_CHECKING:
+    from ppcl.eval.results import Evaluation
 
 
 def describe_runs(plan: CompressionPlan) -> str:
@@ -100,3 +104,22 @@ def print_summary(out: Path) -> None:
         console.print(f"note:    the average drop: {say.removeprefix('; ')}", soft_wrap=True, markup=False)
     console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def print_evaluation(result: Evaluation, out: Path) -> None:
+    """Print the table of an evaluation of several models, its notes and verdicts."""
+    from ppcl.eval.results import cost_rows, score_rows
+
+    table = Table(title=f"{result.prompts} prompts, features: {result.features}, {result.level:.0%} intervals")
+    table.add_column("")
+    for one in result.models:
+        table.add_column(one.label, justify="right")
+    for row in [*score_rows(result), *cost_rows(result)]:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    for comparison in result.comparisons:
+        console.print(comparison.verdict, soft_wrap=True, markup=False)
+    console.print(f"report:  {out / 'report.md'}", soft_wrap=True, markup=False)
