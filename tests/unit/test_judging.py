@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,15 @@ SETTINGS = [
     *("capture.height=16", "capture.width=16", "capture.guidance_scale=1", "evaluate.num_inference_steps=2"),
     *("evaluate.batch_size=3", "evaluate.latency_runs=1", "evaluate.features=emoji", "evaluate.velocity_states=10"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices on a busy machine: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +83,7 @@ def test_files_and_numbers(judged: tuple[Path, str]) -> None:
     assert (first.label, second.label) == ("model", "model-2")
     assert second.params < first.params
     assert (result.prompts, result.reference, result.reference_count) == (5, "photos", 8)
-    assert {"fid", "kid", "cmmd", "clip_score", "retrieval_at_1", "kid_std"} <= set(first.numbers)
+    assert {"fid", "kid", "cmmd", "clip_score", "retrieval_at_1"} <= set(first.numbers)
     (made,) = result.comparisons
     assert {"psnr", "ssim", "feature_cosine", "velocity_error"} <= set(made.fidelity)
     assert made.fidelity["velocity_error"].value > 0
