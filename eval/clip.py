@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK_ELEMENTS = 2**23  # similarities in memory at a time
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -16,6 +19,13 @@ def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
             "image and text features must be pairs (N, D) with N > 0, "
             f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
+
+
+def clip_items(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """100 times max(cosine to the own caption, 0) of each picture, (N,) float64; see :func:`clip_score`."""
+    _check_pairs(image_features, text_features)
+    cosine = (_unit(image_features) * _unit(text_features)).sum(1)
+    return 100 * cosine.clamp(min=0)
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> float:
@@ -31,16 +41,35 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> float:
     Raises:
         ValueError: The features are not pairs.
     """
+    return float(clip_items(image_features, text_features).mean())
+
+
+def caption_ranks(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Place of each picture's own caption among all given captions by similarity, (N,), 1 for the first.
+
+    A caption as similar as the own one counts as better.
+
+    Raises:
+        ValueError: The features are not pairs.
+    """
     _check_pairs(image_features, text_features)
-    cosine = (_unit(image_features) * _unit(text_features)).sum(1)
-    return 100 * float(cosine.clamp(min=0).mean())
+    images, texts = _unit(image_features), _unit(text_features)
+    rows = max(1, BLOCK_ELEMENTS // len(texts))  # 50,000 pictures need no 50,000 x 50,000 matrix
+    ranks = []
+    for start in range(0, len(images), rows):
+        part = slice(start, start + rows)
+        similarity = images[part] @ texts.T  # (pictures, captions)
+        places = torch.arange(len(similarity))
+        mine = similarity[places, places + start]
+        # "not smaller" rather than "greater or equal": a NaN must not count as a hit
+        ranks.append((~(similarity < mine[:, None])).sum(1))
+    return torch.cat(ranks)
 
 
 def retrieval_at(image_features: Tensor, text_features: Tensor, k: int) -> float:
     """Share of pictures whose own caption is among the k most similar of all given captions.
 
-    A caption as similar as the own one counts as better, so features that say nothing (all
-    equal) score 0; captions must be distinct for the number to mean anything.
+    Features that say nothing (all equal) score 0; captions must be distinct for the number to mean anything.
 
     Args:
         image_features: (N, D), of any length.
@@ -53,11 +82,6 @@ def retrieval_at(image_features: Tensor, text_features: Tensor, k: int) -> float
     Raises:
         ValueError: The features are not pairs, or k is below 1.
     """
-    _check_pairs(image_features, text_features)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    similarity = _unit(image_features) @ _unit(text_features).T  # (pictures, captions)
-    own = similarity.diagonal()[:, None]
-    # "not smaller" rather than "greater or equal": a NaN must not count as a hit
-    rank = (~(similarity < own)).sum(1)
-    return float((rank <= k).double().mean())
+    return float((caption_ranks(image_features, text_features) <= k).double().mean())

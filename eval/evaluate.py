@@ -21,18 +21,20 @@ from torch import Tensor, nn
 from ppcl.config import EvaluateConfig
 from ppcl.errors import UserError
 from ppcl.eval.clip import clip_score, retrieval_at
+from ppcl.eval.details import details
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.fid import fid, kid
 from ppcl.eval.fidelity import feature_cosine, psnr, ssim
 from ppcl.eval.generate import accepted_kwargs, draw, generate, load_images, picture_generator, quiet
+from ppcl.eval.scoring import SCORES
 from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
+from ppcl.eval.velocity import StateErrors
 from ppcl.files import write_json
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 DISTANCES = ("fid", "kid")
-SCORES = ("clip_score", "retrieval_at_1", "retrieval_at_5")
 END_TO_END_RUNS = 3  # a picture takes long next to one transformer call, and varies less
 Scores = dict[str, float | None]
 
@@ -59,12 +61,16 @@ class Quality:
         teacher: Scores of each of the teacher's seeds.
         student: Scores of the student.
         fidelity: Paired measures of the first seed.
+        against: (M, D) features that FID and KID compare with, if any.
+        pairs: The paired measures picture by picture.
     """
 
     fid_reference: str | None
     teacher: list[Scores]
     student: Scores
     fidelity: Scores
+    against: Tensor | None
+    pairs: dict[str, tuple[float, ...]]
 
 
 def score(features: Tensor, reference: Tensor | None, text: Tensor | None) -> Scores:
@@ -121,13 +127,12 @@ def average_drop(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> tupl
     return (statistics.fmean(known) if known else None), drops
 
 
-def fidelity(teacher: Drawn, student: Drawn, other_seed: Drawn | None) -> Scores:
-    """Paired measures; ``teacher_psnr_other_seed`` says what PSNR unrelated noise gives."""
+def paired_values(teacher: Drawn, student: Drawn) -> dict[str, tuple[float, ...]]:
+    """Paired measures, one value a picture."""
     return {
-        "psnr": psnr(teacher.images, student.images).mean,
-        "ssim": ssim(teacher.images, student.images).mean,
-        "feature_cosine": feature_cosine(teacher.features, student.features).mean,
-        "teacher_psnr_other_seed": psnr(teacher.images, other_seed.images).mean if other_seed else None,
+        "psnr": psnr(teacher.images, student.images).values,
+        "ssim": ssim(teacher.images, student.images).values,
+        "feature_cosine": feature_cosine(teacher.features, student.features).values,
     }
 
 
@@ -149,7 +154,11 @@ def judge(teachers: Sequence[Drawn], student: Drawn, reference: Tensor | None, t
     scores = [
         score(drawn.features, None if kind == "teacher" and drawn is other else against, text) for drawn in teachers
     ]
-    return Quality(kind, scores, score(student.features, against, text), fidelity(teachers[0], student, other))
+    pairs = paired_values(teachers[0], student)
+    fidelity: Scores = {name: statistics.fmean(values) for name, values in pairs.items()}
+    # what unrelated noise gives, to judge PSNR by
+    fidelity["teacher_psnr_other_seed"] = psnr(teachers[0].images, other.images).mean if other else None
+    return Quality(kind, scores, score(student.features, against, text), fidelity, against, pairs)
 
 
 def finite(value: Any) -> Any:
@@ -190,7 +199,7 @@ def _draw_all(
     return drawn
 
 
-def _picture_call(
+def picture_call(
     pipeline: Any, prompt: str, settings: EvaluateConfig, kwargs: dict[str, Any], seed: int
 ) -> Callable[[], object]:
     """A call that draws one picture from prompt to pixels."""
@@ -202,7 +211,7 @@ def _picture_call(
     return call
 
 
-def _peak_memory(pipeline: Any, call: Callable[[], object]) -> tuple[int | None, str]:
+def peak_memory(pipeline: Any, call: Callable[[], object]) -> tuple[int | None, str]:
     """Bytes that this pipeline alone takes: its weights on the device plus the growth while it draws.
 
     The two pipelines are loaded together and may share parts, so a plain peak would hold both.
@@ -244,14 +253,14 @@ def costs(
     ``kwargs`` are the arguments that the teacher's and the student's call take.
     """
     draws = [
-        _picture_call(pipeline, prompt, settings, own, seed) for pipeline, own in zip(pipelines, kwargs, strict=True)
+        picture_call(pipeline, prompt, settings, own, seed) for pipeline, own in zip(pipelines, kwargs, strict=True)
     ]
     transformer = measure_pair(*transformer_calls, runs=settings.latency_runs)
     end_to_end = measure_pair(draws[0], draws[1], runs=min(END_TO_END_RUNS, settings.latency_runs))
     rows: list[dict[str, float | None]] = []
     measure = ""
     for index, pipeline in enumerate(pipelines):
-        peak, measure = _peak_memory(pipeline, draws[index])
+        peak, measure = peak_memory(pipeline, draws[index])
         rows.append(
             {
                 "latency_ms": transformer[index].median_ms,
@@ -288,6 +297,7 @@ def evaluate(
     params: tuple[int, int],
     models: tuple[str, str] = ("", ""),
     velocity_error_undistilled: float | None = None,
+    state_errors: StateErrors | None = None,
 ) -> dict[str, Any]:
     """Draw, score, time; write ``folder/metrics.json``. Running it again keeps the pictures.
 
@@ -308,6 +318,7 @@ def evaluate(
         params: Parameters of the teacher's and of the student's transformer.
         models: Identify the weights; pictures of other weights in ``folder`` are refused.
         velocity_error_undistilled: The same error before any training, passed through.
+        state_errors: The error state by state, for its interval and its course over the timesteps.
 
     Raises:
         UserError: The folder holds pictures of other settings, or the inputs cannot be scored.
@@ -320,7 +331,8 @@ def evaluate(
     teachers = _draw_all(teacher_pipe, *common, folder / "teacher", seeds, kwargs[0], models[0])
     students = _draw_all(student_pipe, *common, folder / "student", [seed], kwargs[1], models[1])
     reference = extractor.image_features(references) if references is not None else None
-    quality = judge(teachers, students[0], reference, extractor.text_features(prompts))
+    text = extractor.text_features(prompts)
+    quality = judge(teachers, students[0], reference, text)
     cost = costs((teacher_pipe, student_pipe), prompts[0], settings, kwargs, transformer_calls, seed)
     metrics = {
         "schema_version": SCHEMA_VERSION,
@@ -330,6 +342,8 @@ def evaluate(
         "samples": _samples(prompts, references, seeds),
         **summary(quality, cost, params, velocity_error, velocity_error_undistilled),
     }
+    drawn = (teachers[0].features, students[0].features)
+    metrics |= finite(details(*drawn, quality.against, text, quality.pairs, state_errors, metrics))
     write_json(folder / "metrics.json", metrics)
     return metrics
 

@@ -37,6 +37,8 @@ class FeatureStatistics:
             ValueError: The shape differs from the features so far.
         """
         batch = features.detach().cpu().double()
+        if not self.count and len(self._mean):
+            raise ValueError("statistics without a count cannot be added to; compute them anew")
         if batch.ndim != 2 or (self.count and batch.shape[1] != len(self._mean)):
             width = len(self._mean) if self.count else "D"
             raise ValueError(f"features must be (N, {width}), got {tuple(batch.shape)}")
@@ -60,6 +62,11 @@ class FeatureStatistics:
         return self._mean
 
     @property
+    def sigma(self) -> Tensor:
+        """The covariance, also of a file that does not say how many pictures are behind it."""
+        return self.covariance if self.count else self._scatter
+
+    @property
     def covariance(self) -> Tensor:
         """(D, D) float64, divided by count - 1.
 
@@ -80,7 +87,9 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or what pytorch-fid and clean-fid write (``mu`` and ``sigma`` alone).
+
+        Without ``count`` the result has a mean and a :attr:`sigma`, but nothing can be added to it.
 
         Raises:
             ArtifactError: The file is missing, damaged, or holds something else.
@@ -90,15 +99,15 @@ class FeatureStatistics:
         result = cls()
         try:
             with np.load(path, allow_pickle=False) as data:
-                result.count = int(data["count"])
+                result.count = int(data["count"]) if "count" in data else 0
                 result._mean = torch.from_numpy(data["mu"]).double()
-                result._scatter = torch.from_numpy(data["sigma"]).double() * (result.count - 1)
+                result._scatter = torch.from_numpy(data["sigma"]).double() * max(1, result.count - 1)
         except FileNotFoundError:
             raise ArtifactError(f"{path} does not exist; compute and save the statistics first") from None
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise ArtifactError(
-                f"{path} is not a file of feature statistics (mu, sigma, count): {reason}; delete it and write it again"
+                f"{path} is not a file of feature statistics (mu, sigma): {reason}; delete it and write it again"
             ) from None
         if result._mean.ndim != 1 or result._scatter.shape != (len(result._mean),) * 2:
             raise ArtifactError(f"{path} is damaged: mu and sigma do not fit together; delete it and write it again")

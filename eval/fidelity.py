@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from torch import Tensor
 
 PSNR_CAP_DB = 100.0
 CHUNK = 32
+LPIPS_MIN_SIDE = 32  # AlexNet's last pooling has nothing left of smaller ones
+SSIM_MIN_SIDE = 11
 SSIM_SIGMA = 1.5  # torchmetrics makes the window 11 pixels wide for it
 
 
@@ -81,12 +86,50 @@ def ssim(images1: Tensor, images2: Tensor) -> Paired:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    if min(images1.shape[-2:]) < 11:
+    if min(images1.shape[-2:]) < SSIM_MIN_SIDE:
         raise ValueError(f"SSIM needs pictures of at least 11 x 11 pixels, got {tuple(images1.shape[-2:])}")
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
         value = structural_similarity_index_measure(a, b, sigma=SSIM_SIGMA, reduction="none", data_range=1.0)
         assert isinstance(value, Tensor)
+        return value.reshape(-1)
+
+    return _compare(measure, images1, images2)
+
+
+def lpips_weights() -> tuple[Path, bool]:
+    """Where torchvision keeps the AlexNet behind LPIPS, and whether it is there."""
+    from torchvision.models import AlexNet_Weights
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.DEFAULT.url).name
+    return path, path.is_file()
+
+
+@lru_cache(maxsize=1)
+def _lpips_network() -> Any:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).net.eval()
+
+
+def lpips(images1: Tensor, images2: Tensor) -> Paired:
+    """Learned perceptual distance (LPIPS with AlexNet), 0 for equal pictures.
+
+    Nothing is downloaded: see :func:`lpips_weights`.
+
+    Args:
+        images1: (N, 3, H, W) uint8.
+        images2: The same shape; row i belongs to row i.
+
+    Raises:
+        ValueError: The pictures are not pairs of uint8, or too small for the network.
+    """
+    if min(images1.shape[-2:]) < LPIPS_MIN_SIDE:
+        raise ValueError(f"LPIPS needs pictures of at least {LPIPS_MIN_SIDE} pixels, got {tuple(images1.shape[-2:])}")
+
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        with torch.no_grad():
+            value: Tensor = _lpips_network()(a.float(), b.float(), normalize=True)
         return value.reshape(-1)
 
     return _compare(measure, images1, images2)

@@ -230,6 +230,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """Read one picture as (H, W, 3) uint8; grey becomes RGB, what is transparent shows white.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(_to_rgb(image))
+    except FileNotFoundError:
+        raise ArtifactError(f"picture {path} does not exist; draw it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ArtifactError(f"picture {path} is damaged ({error}); delete it and draw it again") from None
+
+
 def load_images(paths: Sequence[Path]) -> Tensor:
     """Read pictures of one size.
 
@@ -246,13 +261,7 @@ def load_images(paths: Sequence[Path]) -> Tensor:
         raise ArtifactError("no pictures to read; draw or name at least one")
     arrays = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                arrays.append(np.array(_to_rgb(image)))
-        except FileNotFoundError:
-            raise ArtifactError(f"picture {path} does not exist; draw it again") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ArtifactError(f"picture {path} is damaged ({error}); delete it and draw it again") from None
+        arrays.append(read_picture(path))
         if arrays[-1].shape != arrays[0].shape:
             sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (arrays[-1], arrays[0])]
             raise ArtifactError(f"picture {path} is {sizes[0]} pixels, {paths[0]} is {sizes[1]}; give one size")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ppcl import __version__
+from ppcl.config import parse_seeds, parse_size
 from ppcl.errors import ConfigError
 from ppcl.launch import guarded, refuse_several, silence_others
 from ppcl.stages import FUNCTIONS, STAGES
@@ -38,33 +39,6 @@ PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload t
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
 Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
-
-
-def parse_size(text: str) -> float:
-    """Turn ``24GB``, ``24`` or ``800MB`` into GB (1e9 bytes).
-
-    Raises:
-        ConfigError: It is not a size.
-    """
-    units = {"gb": 1.0, "mb": 1e-3, "": 1.0}
-    number = text.strip().lower().rstrip("bgm")
-    unit = text.strip().lower()[len(number) :]
-    try:
-        return float(number) * units[unit]
-    except (KeyError, ValueError):
-        raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Turn ``0,1,2`` into seeds.
-
-    Raises:
-        ConfigError: It is not a list of different whole numbers from 0 on.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise ConfigError(f"--seeds {text!r} is not a list of different seeds; write it like 0,1,2")
-    return tuple(map(int, parts))
 
 
 def resolve(
@@ -238,6 +212,34 @@ def _run_stage(run: Any, stage: str) -> None:
     run.group.close()
 
 
+def _evaluate_command(
+    models: Annotated[list[str], typer.Argument(help="pipeline folders, hub ids, runs, bundles, or 'emoji'")],
+    out: Out,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    reference: Annotated[Path | None, typer.Option("--reference", help="real pictures, or their .npz")] = None,
+    keep: Keep = None,
+    speedup: Speedup = None,
+    fit: Fit = None,
+    mode: Mode = None,
+) -> None:
+    """Stage: Pictures and numbers. Or judge models: ppcl evaluate A [B ...] --out DIR compares each B with A.
+
+    A finished run in a model's place stands for its compressed pipeline, alone for its teacher and that.
+    """
+    if len(models) == 1 and reference is None and (out / "stages.json").is_file():
+        _run_stage(_open(models[0], out, config, set_, prompts, keep, speedup, fit, mode), "evaluate")
+        return
+    if any(option is not None for option in (keep, speedup, fit, mode)):
+        logger.warning("--keep, --speedup, --fit and --mode have no effect on the evaluation of finished models")
+    _quiet_libraries()
+    from ppcl.judging import judge_command
+    from ppcl.summary import print_evaluation
+
+    print_evaluation(judge_command(models, out, config or [], set_ or [], prompts, reference), out)
+
+
 def _stage_command(stage: str) -> None:
     def command(
         model: Model,
@@ -260,6 +262,8 @@ def _stage_command(stage: str) -> None:
 for _stage in STAGES:
     if _stage == "export":
         app.command(name=_stage)(_export_command)
+    elif _stage == "evaluate":
+        app.command(name=_stage)(_evaluate_command)
     else:
         _stage_command(_stage)
 

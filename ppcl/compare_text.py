@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ppcl.artifacts import CompressionPlan
 from ppcl.baselines import removed_blocks, run_keys
 from ppcl.config import DistillConfig
-from ppcl.eval.evaluate import SCORES
+from ppcl.eval.scoring import SCORES
 from ppcl.tables import markdown_table, number, provenance, spread
 
 if TYPE_CHECKING:

@@ -328,3 +328,30 @@ def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def parse_size(text: str) -> float:
+    """Turn ``24GB``, ``24`` or ``800MB`` into GB (1e9 bytes).
+
+    Raises:
+        ConfigError: It is not a size.
+    """
+    units = {"gb": 1.0, "mb": 1e-3, "": 1.0}
+    number = text.strip().lower().rstrip("bgm")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        return float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Turn ``0,1,2`` into seeds.
+
+    Raises:
+        ConfigError: It is not a list of different whole numbers from 0 on.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of different seeds; write it like 0,1,2")
+    return tuple(map(int, parts))

@@ -17,6 +17,7 @@ from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.eval.velocity import state_errors
 from ppcl.files import file_digest, weights_variant, write_text
 from ppcl.student import assemble_student
 from ppcl.teacher import load_pipeline, weights_digest
@@ -30,15 +31,23 @@ logger = logging.getLogger(__name__)
 
 def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
     """Load the feature extractor: the embedded one for the embedded model, ViT-B-32 otherwise."""
+    extractor, note = extractor_with_note(model, features, device)
+    if note:
+        logger.warning("%s", note)
+    return extractor
+
+
+def extractor_with_note(model: str, features: str, device: str) -> tuple[FeatureExtractor, str | None]:
+    """Load the feature extractor, and say what was used instead of what, if its weights are out of reach."""
     if features != "auto":
-        return load_extractor(features, device)
+        return load_extractor(features, device), None
     if model == "emoji":
-        return load_extractor("emoji", device)
+        return load_extractor("emoji", device), None
     try:
-        return load_extractor("ViT-B-32/openai", device)
+        return load_extractor("ViT-B-32/openai", device), None
     except UserError as error:
-        logger.warning("%s; the embedded emoji evaluator is used instead, which knows emoji alone", error)
-        return load_extractor("emoji", device)
+        note = f"{error}; the embedded emoji evaluator is used instead, which knows emoji alone"
+        return load_extractor("emoji", device), note
 
 
 def references_for(model: str) -> Tensor | None:
@@ -58,7 +67,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
     held_out = States(run.out / "calibration", "held-out")
     settings = run.config.evaluate
     count = settings.velocity_states
-    error = velocity_error(teacher.transformer, student.transformer, held_out.batches(count, count))
+    errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
     one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
     metrics = evaluate(
         teacher,
@@ -69,7 +78,8 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         call_kwargs=guidance_arguments(teacher, run.config.capture),
         references=references_for(run.model),
         extractor=run.extractor,
-        velocity_error=error,
+        velocity_error=errors.error.value,
+        state_errors=errors,
         velocity_error_undistilled=undistilled_error(run, held_out),
         transformer_calls=(lambda: velocity(teacher.transformer, one), lambda: velocity(student.transformer, one)),
         seed=run.config.seed,

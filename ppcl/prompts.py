@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ppcl.errors import UserError
@@ -10,13 +11,16 @@ BUILT_IN = Path(__file__).resolve().parent / "assets" / "prompts.txt"
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; blank lines are skipped.
+    """Read one prompt a line (blank lines are skipped), or a JSON list of texts from a ``.json`` file.
+
+    Only a line feed ends a line, so prompts may hold any other character; in JSON that one too.
 
     Raises:
         UserError: The file cannot be read or holds fewer than four different prompts.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in (_from_json(path, text) if path.suffix == ".json" else text.split("\n"))]
     except FileNotFoundError:
         raise UserError(f"prompts file {path} does not exist; give a text file with one prompt a line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -27,6 +31,16 @@ def read_prompts(path: Path) -> list[str]:
             f"prompts file {path} holds {len(prompts)} different prompts, at least 4 are needed; one a line"
         )
     return prompts
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"prompts file {path} is not JSON ({error}); give a list of texts") from None
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise UserError(f"prompts file {path} must hold a JSON list of texts, got something else; mend it")
+    return found
 
 
 def split_evaluation(prompts: list[str], count: int) -> tuple[list[str], list[str]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ppcl.artifacts import CompressionPlan, load_artifact
 from ppcl.files import read_json
+
+if TYPE_CHECKING:
+    from ppcl.eval.results import Evaluation
 
 
 def describe_runs(plan: CompressionPlan) -> str:
@@ -64,6 +68,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def print_summary(out: Path) -> None:
     """Print the final table and the path of the report."""
+    from ppcl.eval.intervals import Interval
+    from ppcl.eval.verdict import doubt
     from ppcl.teacher import loading_call
 
     metrics = read_json(out / "eval" / "metrics.json")
@@ -85,10 +91,37 @@ def print_summary(out: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     drop, fid = metrics["average_drop"], metrics["fid_ratio"]
+    limits = metrics.get("intervals", {}).get("average_drop")
+    sure = f" ({limits[0]:.2f} to {limits[1]:.2f})" if limits and None not in limits else ""
     console.print(
         f"{metrics['param_ratio']:.1%} of the parameters, {metrics['speedup']:.2f}x as fast, "
-        f"average drop {'-' if drop is None else f'{drop:.2f}%'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
+        f"average drop {'-' if drop is None else f'{drop:.2f}%{sure}'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
         f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
     )
+    if (
+        drop is not None
+        and sure
+        and (say := doubt(Interval(drop, limits[0], limits[1], metrics["samples"]["prompts"])))
+    ):
+        console.print(f"note:    the average drop: {say.removeprefix('; ')}", soft_wrap=True, markup=False)
     console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def print_evaluation(result: Evaluation, out: Path) -> None:
+    """Print the table of an evaluation of several models, its notes and verdicts."""
+    from ppcl.eval.results import cost_rows, score_rows
+
+    table = Table(title=f"{result.prompts} prompts, features: {result.features}, {result.level:.0%} intervals")
+    table.add_column("")
+    for one in result.models:
+        table.add_column(one.label, justify="right")
+    for row in [*score_rows(result), *cost_rows(result)]:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    for comparison in result.comparisons:
+        console.print(comparison.verdict, soft_wrap=True, markup=False)
+    console.print(f"report:  {out / 'report.md'}", soft_wrap=True, markup=False)

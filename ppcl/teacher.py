@@ -220,6 +220,24 @@ def load_pipeline(
     Raises:
         ModelError: It cannot be found or loaded, or its transformer is not supported.
     """
+    check_model(model)
+    pipeline = open_pipeline(model, device, dtype, variant)
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise ModelError(
+            f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
+        )
+    adapter_for(transformer)
+    check_complete(model, transformer)
+    return pipeline.to(device)
+
+
+def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, variant: str | None = None) -> Any:
+    """Load any diffusers pipeline, frozen and quiet, on the CPU still; see :func:`load_pipeline`.
+
+    Raises:
+        ModelError: It cannot be found or loaded.
+    """
     import diffusers
     import transformers
     from diffusers import DiffusionPipeline
@@ -228,9 +246,7 @@ def load_pipeline(
     register()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
     path = model_path(model)
-    check_model(model)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
@@ -243,18 +259,11 @@ def load_pipeline(
         raise ModelError(
             f"model {model!r} cannot be loaded: {reason[:300]}; check the name, the network and the files"
         ) from None
-    transformer = getattr(pipeline, "transformer", None)
-    if transformer is None:
-        raise ModelError(
-            f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
-        )
-    adapter_for(transformer)
-    check_complete(model, transformer)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""All numbers about sets of pictures, each with its interval.
+
+``measure`` gives the numbers of one set; ``paired`` those of two sets drawn for the same
+prompts from the same noise; ``drop`` says what the second lost of the first. A
+:class:`Measured` keeps the values behind a number, so that two of them can be compared
+prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppcl.eval.clip import caption_ranks, clip_items
+from ppcl.eval.fid import FeatureStatistics, frechet_distance, kid
+from ppcl.eval.influence import cmmd, frechet_items, kid_items, kid_subsets
+from ppcl.eval.intervals import Array, Interval, drop_interval, interval, share_interval
+from ppcl.eval.neighbours import NEIGHBOURS, manifold
+
+Over = Literal["pictures", "references", "states"]
+SCORES = ("clip_score", "retrieval_at_1", "retrieval_at_5")
+SHARES = ("retrieval_at_1", "retrieval_at_5", "precision", "recall", "coverage")
+SET_MEASURES = ("fid", "kid", "kid_std", "cmmd", "precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the distances compare with.
+
+    Attributes:
+        mu: (D,) float64 mean of its features.
+        sigma: (D, D) float64 covariance.
+        count: Pictures behind it; None where the file of statistics does not say.
+        features: (M, D) features, or None where only mean and covariance are known.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    count: int | None
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number.
+
+    Attributes:
+        value: The number.
+        items: (N,) values whose mean it is; None for a number that has no interval.
+        over: What the items are.
+        is_share: Whether the items are 0 or 1.
+    """
+
+    value: float
+    items: Array | None = None
+    over: Over = "pictures"
+    is_share: bool = False
+
+    @property
+    def interval(self) -> Interval | None:
+        """Its bootstrap interval."""
+        if self.items is None:
+            return None
+        return share_interval(self.items) if self.is_share else interval([self.items])
+
+
+def reference_of(features: Tensor) -> Reference:
+    """Describe a set of pictures that others are compared with.
+
+    Args:
+        features: (M, D), M > 1.
+
+    Raises:
+        UserError: There are fewer than two pictures.
+    """
+    moments = FeatureStatistics()
+    moments.update(features)
+    return Reference(moments.mean, moments.covariance, len(features), features)
+
+
+def _array(values: Tensor | Sequence[float]) -> Array:
+    return np.asarray(values.numpy() if isinstance(values, Tensor) else values, dtype=np.float64)
+
+
+def _mean_of(name: str, values: Tensor, over: Over = "pictures") -> Measured:
+    items = _array(values.double())
+    return Measured(float(items.mean()), items, over, name in SHARES)
+
+
+def caption_measures(features: Tensor, text: Tensor) -> dict[str, Measured]:
+    """CLIP score and caption retrieval.
+
+    Args:
+        features: (N, D) of the pictures.
+        text: (N, D) of their captions.
+    """
+    ranks = caption_ranks(features, text)
+    return {
+        "clip_score": _mean_of("clip_score", clip_items(features, text)),
+        **{f"retrieval_at_{k}": _mean_of(f"retrieval_at_{k}", ranks <= k) for k in (1, 5)},
+    }
+
+
+def set_measures(features: Tensor, reference: Reference, is_clip: bool) -> dict[str, Measured]:
+    """FID and, where the reference's own features are known, KID, precision, recall, density, coverage, CMMD.
+
+    Args:
+        features: (N, D) of the pictures, N > 1.
+        reference: What they are compared with.
+        is_clip: Whether the features are CLIP's, as CMMD wants them.
+
+    Raises:
+        UserError: There are too few pictures, or features are not finite.
+    """
+    moments = FeatureStatistics()
+    moments.update(features)
+    value = frechet_distance(moments.mean, moments.covariance, reference.mu, reference.sigma)
+    found = {"fid": Measured(value, _array(frechet_items(features, reference.mu, reference.sigma, value)))}
+    real = reference.features
+    if real is None:
+        return found
+    distance = kid(features, real)
+    found["kid"] = Measured(distance, _array(kid_items(features, real, distance)))
+    if subsets := kid_subsets(features, real):
+        found["kid_std"] = Measured(subsets[1])
+    if min(len(features), len(real)) > NEIGHBOURS:
+        near = manifold(features, real)
+        found |= {name: _mean_of(name, getattr(near, name)) for name in ("precision", "density")}
+        found |= {name: _mean_of(name, getattr(near, name), "references") for name in ("recall", "coverage")}
+    if is_clip:
+        mmd = cmmd(features, real)
+        found["cmmd"] = Measured(mmd.value, _array(mmd.items))
+    return found
+
+
+def measure(features: Tensor, reference: Reference | None, text: Tensor | None) -> dict[str, Measured]:
+    """All numbers of one set of pictures; what cannot be computed is not in the result."""
+    found = set_measures(features, reference, text is not None) if reference is not None else {}
+    return found | (caption_measures(features, text) if text is not None else {})
+
+
+def paired(values: Mapping[str, Sequence[float]]) -> dict[str, Measured]:
+    """Numbers of pairs: PSNR, SSIM and the like, one value a pair."""
+    return {name: _mean_of(name, torch.tensor(items, dtype=torch.float64)) for name, items in values.items()}
+
+
+def drop(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> Interval | None:
+    """What the second lost of the first: mean relative loss of the scores in percent, paired by prompt."""
+    names = [name for name in SCORES if name in first and name in second]
+    pairs = [(first[name].items, second[name].items) for name in names]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return drop_interval([a for a, _ in known], [b for _, b in known]) if known else None
+
+
+def differences(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> dict[str, Interval]:
+    """Second minus first of every number over pictures, paired by prompt."""
+    found = {}
+    for name, one in first.items():
+        other = second.get(name)
+        if (
+            one.items is not None
+            and other is not None
+            and other.items is not None
+            and len(one.items) == len(other.items)
+        ):
+            found[name] = interval([other.items - one.items])
+    return found
+
+
+def limits(measures: Mapping[str, Measured]) -> dict[str, list[float] | None]:
+    """The intervals as ``metrics.json`` holds them: ``[low, high]`` by name, None where there is none."""
+    found: dict[str, list[float] | None] = {}
+    for name, one in measures.items():
+        known = one.interval
+        found[name] = [known.low, known.high] if known else None
+    return found

@@ -1,0 +1,200 @@
+"""ppcl evaluate A [B ...] with tiny random pipelines, through the real command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from ppcl.cli import app
+from ppcl.config import load_config
+from ppcl.contestants import contestants, evaluation_prompts, settings_for
+from ppcl.errors import ModelError, UserError
+from ppcl.eval.results import Evaluation, report
+from ppcl.judging import judge_models
+from ppcl.tables import number
+
+PROMPTS = ["a cat, red", 'a "house"', "old\nboat", "tiny 🐳 dog", " ".join(["long"] * 1000)]
+SETTINGS = [
+    *("capture.height=16", "capture.width=16", "capture.guidance_scale=1", "evaluate.num_inference_steps=2"),
+    *("evaluate.batch_size=3", "evaluate.latency_runs=1", "evaluate.features=emoji", "evaluate.velocity_states=10"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices on a busy machine: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pipeline of six blocks and the same with five."""
+    from ppcl.teacher import load_pipeline
+
+    pipeline = load_pipeline(str(tiny_model), torch.device("cpu"))
+    transformer = pipeline.transformer
+    transformer.transformer_blocks = transformer.transformer_blocks[:5]
+    transformer.register_to_config(num_layers=5)
+    shorter = tmp_path_factory.mktemp("shorter") / "model"  # the same last name: labels must differ
+    pipeline.save_pretrained(shorter)
+    return tiny_model, shorter
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of several sizes and modes."""
+    folder = tmp_path_factory.mktemp("real") / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        picture = Image.fromarray(rng.integers(0, 256, (16 + 3 * index, 20, 3), dtype=np.uint8))
+        (picture.convert("L") if index % 2 else picture).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(models: tuple[Path, Path], real: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output folder of one command, and what it printed."""
+    out = tmp_path_factory.mktemp("judged") / "out"
+    prompts = out.parent / "prompts.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    options = [part for setting in SETTINGS for part in ("--set", setting)]
+    command = ["evaluate", *map(str, models), "--out", str(out), "--prompts", str(prompts), "--reference", str(real)]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return out, result.output
+
+
+def test_files_and_numbers(judged: tuple[Path, str]) -> None:
+    out, printed = judged
+    found = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    result = Evaluation.model_validate(found)
+    first, second = result.models
+    assert (first.label, second.label) == ("model", "model-2")
+    assert second.params < first.params
+    assert (result.prompts, result.reference, result.reference_count) == (5, "photos", 8)
+    assert {"fid", "kid", "cmmd", "clip_score", "retrieval_at_1"} <= set(first.numbers)
+    (made,) = result.comparisons
+    assert {"psnr", "ssim", "feature_cosine", "velocity_error"} <= set(made.fidelity)
+    assert made.fidelity["velocity_error"].value > 0
+    assert made.fidelity["velocity_error"].over == "states"
+    assert made.velocity_error_by_timestep
+    for one in (*first.numbers.values(), *made.fidelity.values(), *made.differences.values()):
+        if one.low is not None and one.high is not None:
+            assert one.low - 1e-9 <= one.high
+    assert made.param_ratio == second.params / first.params
+    assert made.verdict in printed.replace("\n", "")
+    assert "too small to tell: fewer than 30 prompts" in made.verdict
+    assert str(out.parent) not in json.dumps(found), "no folder of this machine in the numbers"
+    text = (out / "report.md").read_text()
+    assert text == report(result)
+    assert made.verdict in text
+    assert number(first.numbers["fid"].value) in text
+
+
+def test_what_is_missing_is_said(judged: tuple[Path, str]) -> None:
+    notes = " ".join(json.loads((judged[0] / "metrics.json").read_text())["notes"])
+    assert "5 prompts are few" in notes
+    assert "FID is biased upwards" in notes
+    from ppcl.eval.fidelity import lpips_weights
+
+    assert ("LPIPS is left out" in notes) == (not lpips_weights()[1])
+
+
+def test_the_schema_describes_the_file(judged: tuple[Path, str]) -> None:
+    schema = json.loads((judged[0] / "metrics.schema.json").read_text())
+    found = json.loads((judged[0] / "metrics.json").read_text())
+    assert set(schema["required"]) <= set(found) == set(schema["properties"])
+    assert set(schema["$defs"]) == {"Comparison", "ModelResult", "Number", "Step"}
+
+
+def test_an_interrupted_evaluation_ends_up_the_same(
+    judged: tuple[Path, str], models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Pictures lost in one folder are drawn again, the others kept; statistics stand in for the reference folder."""
+    out, _ = judged
+    before = json.loads((out / "metrics.json").read_text())
+    pictures = sorted((out / "pictures" / "model-2").rglob("*.png"))
+    assert [path.name for path in pictures] == [f"{index:04d}.png" for index in range(5)]
+    kept = {path: path.read_bytes() for path in pictures}
+    stamps = {path: path.stat().st_mtime_ns for path in pictures}
+    pictures[1].unlink()
+    config = load_config([], SETTINGS)
+    again = judge_models([str(model) for model in models], out, config, PROMPTS, out / "reference.npz")
+    assert {path: path.read_bytes() for path in pictures} == kept
+    assert pictures[4].stat().st_mtime_ns == stamps[pictures[4]]  # of the other batch
+    for one, old in zip(again.models, before["models"], strict=True):
+        for name in ("clip_score", "retrieval_at_1"):
+            assert one.numbers[name].model_dump() == old["numbers"][name]
+        assert one.numbers["fid"].value == pytest.approx(old["numbers"]["fid"]["value"], rel=1e-6)
+    assert any("mean and covariance alone" in note for note in again.notes)
+    assert "kid" not in again.models[0].numbers
+
+
+def test_other_sizes_leave_paired_measures_out(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A second model whose VAE makes larger pictures of the same latents; one that is alone compares with nothing."""
+    from ppcl import judging
+
+    class Larger(judging.Judge):
+        def draw(self, one, pipeline, kwargs, seed):
+            if one.label == "model-2":
+                kwargs = {**kwargs, "height": 24}
+            return super().draw(one, pipeline, kwargs, seed)
+
+    config = load_config([], [*SETTINGS, "evaluate.teacher_seeds=1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judging, "Judge", Larger)
+        found = judge_models([str(model) for model in models], tmp_path, config, PROMPTS[:4])
+    assert set(found.comparisons[0].fidelity) == {"feature_cosine", "velocity_error"}
+    assert any("another size" in note for note in found.notes)
+    assert found.reference is None
+    assert "fid" not in found.models[0].numbers
+
+
+def test_arguments_are_found_out(finished_run: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
+    run = str(finished_run)
+    assert [one.label for one in contestants([run])] == ["teacher", "student"]
+    assert [one.shown for one in contestants([str(models[0]), run])] == ["model", "run/pipeline"]
+    bundle = contestants([str(finished_run / "bundle")])[0]
+    assert bundle.is_bundle
+    assert settings_for([run], [], []).evaluate.num_inference_steps == 2  # the run's own settings
+    assert settings_for([run], [], ["evaluate.num_inference_steps=3"]).evaluate.num_inference_steps == 3
+    held = json.loads((finished_run / "eval" / "student" / "seed-0" / "prompts.json").read_text())["prompts"]
+    assert evaluation_prompts([run], None, 128) == held
+    with pytest.raises(UserError, match="given twice"):
+        contestants([str(models[0]), str(models[0])])
+    with pytest.raises(ModelError, match=r"model_index\.json is missing"):
+        contestants([str(tmp_path)])
+    with pytest.raises(ModelError, match="neither a pipeline folder"):
+        contestants(["nothing"])
+    with pytest.raises(UserError, match="is a run; choose another --out"):
+        judge_models([str(models[0])], finished_run, load_config([], SETTINGS), PROMPTS)
+
+
+def test_a_run_in_its_own_folder_is_the_stage(finished_run: Path) -> None:
+    """The command as it was: MODEL --out RUN runs (here: has run) the stage, with intervals beside the numbers."""
+    metrics = json.loads((finished_run / "eval" / "metrics.json").read_text())
+    assert metrics["intervals"]["average_drop"] is None or len(metrics["intervals"]["average_drop"]) == 2
+    assert metrics["intervals"]["student"]["clip_score"]
+    assert metrics["intervals"]["fidelity"]["velocity_error"]
+    assert metrics["fidelity"]["velocity_error_by_timestep"]
+    assert {"precision", "recall", "density", "coverage", "cmmd", "kid_std"} <= set(metrics["student"])
+
+
+def test_bad_references_are_one_line(models: tuple[Path, Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for reference, said in ((empty, "holds no pictures"), (tmp_path / "x.npz", "does not exist")):
+        with pytest.raises(UserError, match=said) as caught:
+            judge_models([str(models[0])], tmp_path / "out", load_config([], SETTINGS), PROMPTS, reference)
+        assert "\n" not in str(caught.value)
