@@ -273,7 +273,7 @@ def test_the_planner_uses_them() -> None:
     parts = [part for segment in chosen.stacks[DUAL] for part in segment.width.values()]
     assert chosen.predicted.param_ratio <= 0.6
     assert {"narrow", "heads", "text_input"} & {part["kind"] for part in parts}
-    less = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.8, width=("attention",)))
+    less = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.95, width=("attention",)))
     assert {part["kind"] for segment in less.stacks[DUAL] for part in segment.width.values()} == {"heads"}
 
 
