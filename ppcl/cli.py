@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import logging
-import os
-import shlex
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ppcl import __version__
+from ppcl.cli_options import (
+    Files,
+    Fit,
+    Keep,
+    Mode,
+    Model,
+    Out,
+    Private,
+    Processes,
+    Prompts,
+    PushTo,
+    Sets,
+    Speedup,
+    open_run,
+    quiet_libraries,
+    resolve,
+)
 from ppcl.config import parse_seeds, parse_size
 from ppcl.errors import ConfigError
-from ppcl.launch import guarded, refuse_several, silence_others
+from ppcl.launch import guarded, refuse_several
 from ppcl.stages import FUNCTIONS, STAGES
 
 logger = logging.getLogger(__name__)
@@ -27,83 +40,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="'emoji' (embedded), a pipeline folder, or a hub id")]
-Out = Annotated[Path, typer.Option("--out", help="the run directory; run again to resume")]
-Files = Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
-Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
-Speedup = Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")]
-Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")]
-PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
-Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
-Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
-
-
-def resolve(
-    model: str,
-    files: list[Path] | None,
-    sets: list[str] | None,
-    keep: float | None,
-    speedup: float | None,
-    fit: str | None,
-    mode: str | None,
-) -> Any:
-    """Build the config: built-in file for the embedded model, files, overrides, budget options."""
-    from ppcl.config import load_config
-
-    overrides = list(sets or [])
-    given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) > 1:
-        raise ConfigError(f"give one budget, got {len(chosen)}: --keep, --speedup and --fit exclude each other")
-    if chosen:  # the option replaces a budget from a file
-        overrides = [f"plan.{name}={chosen.get(name, 'null')}" for name in given] + overrides
-    if mode:
-        overrides.append(f"plan.mode={mode}")
-    built_in = [Path(__file__).resolve().parent / "assets" / "emoji.yaml"] if model == "emoji" else []
-    return load_config([*built_in, *(files or [])], overrides)
-
-
-def _open(
-    model: str,
-    out: Path,
-    files: list[Path] | None,
-    sets: list[str] | None,
-    prompts: Path | None,
-    keep: float | None = None,
-    speedup: float | None = None,
-    fit: str | None = None,
-    mode: str | None = None,
-    processes: int | None = None,
-) -> Any:
-    from ppcl.config import load_config  # noqa: F401 - config errors come before heavy imports
-    from ppcl.stages import Run
-
-    sets = [*(sets or []), *([f"processes={processes}"] if processes else [])]
-    config = resolve(model, files, sets, keep, speedup, fit, mode)
-    _quiet_libraries()
-    silence_others()
-    run = Run(model, out, config, prompts, shlex.join(["ppcl", *sys.argv[1:]]))
-    if run.group.size > 1 or config.processes:
-        typer.echo(f"{run.group.size} process{'es' * (run.group.size > 1)} training", err=True)
-    return run
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries' chatter off the terminal; errors still show."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
-    warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers renames it; older versions need it
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-
 
 def _check_push(repo_id: str | None, private: bool) -> None:
     """Say early what would keep a push from working, since hours may lie before it."""
-    _quiet_libraries()
+    quiet_libraries()
     if repo_id is None:
         if private:
             logger.warning("--private has no effect without --push-to-hub")
@@ -143,7 +83,7 @@ def compress(
     from ppcl.summary import print_prediction, print_summary
 
     _check_push(push_to_hub, private)
-    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode, processes)
+    run = open_run(model, out, config, set_, prompts, keep, speedup, fit, mode, processes)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
         typer.echo(": done before" if run.is_done(stage) else "", err=True)
@@ -186,7 +126,7 @@ def _export_command(
         _export_size(Path(model), out, keep, speedup, fit)
         return
     _check_push(push_to_hub, private)
-    run = _open(model, out, config, set_, prompts, keep, speedup, fit, mode)
+    run = open_run(model, out, config, set_, prompts, keep, speedup, fit, mode)
     _run_stage(run, "export")
     _push(run, push_to_hub, private)
 
@@ -197,7 +137,7 @@ def _export_size(folder: Path, out: Path, keep: float | None, speedup: float | N
     chosen = [(name, value) for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise ConfigError(f"give one budget, got {len(chosen)}: one of --keep, --speedup and --fit")
-    _quiet_libraries()
+    quiet_libraries()
     from ppcl.ladder import export_size
     from ppcl.summary import describe_plan
 
@@ -229,11 +169,11 @@ def _evaluate_command(
     A finished run in a model's place stands for its compressed pipeline, alone for its teacher and that.
     """
     if len(models) == 1 and reference is None and (out / "stages.json").is_file():
-        _run_stage(_open(models[0], out, config, set_, prompts, keep, speedup, fit, mode), "evaluate")
+        _run_stage(open_run(models[0], out, config, set_, prompts, keep, speedup, fit, mode), "evaluate")
         return
     if any(option is not None for option in (keep, speedup, fit, mode)):
         logger.warning("--keep, --speedup, --fit and --mode have no effect on the evaluation of finished models")
-    _quiet_libraries()
+    quiet_libraries()
     from ppcl.judging import judge_command
     from ppcl.summary import print_evaluation
 
@@ -253,7 +193,7 @@ def _stage_command(stage: str) -> None:
         mode: Mode = None,
         processes: Processes = None,
     ) -> None:
-        _run_stage(_open(model, out, config, set_, prompts, keep, speedup, fit, mode, processes), stage)
+        _run_stage(open_run(model, out, config, set_, prompts, keep, speedup, fit, mode, processes), stage)
 
     command.__doc__ = f"Stage: {FUNCTIONS[stage].__doc__}"
     app.command(name=stage)(command)
@@ -283,7 +223,7 @@ def compare(
 ) -> None:
     """Compare plans under one budget and the same training steps; one table."""
     chosen = parse_seeds(seeds)
-    run = _open(model, out, config, set_, prompts, keep)
+    run = open_run(model, out, config, set_, prompts, keep)
     from ppcl.compare import compare_plans
 
     typer.echo(compare_plans(run, table, chosen))
@@ -304,7 +244,7 @@ def ablate(
 ) -> None:
     """Add the paper's ingredients one by one, with the same training steps; one table."""
     chosen = parse_seeds(seeds)
-    run = _open(model, out, config, set_, prompts, keep)
+    run = open_run(model, out, config, set_, prompts, keep)
     from ppcl.ablation import ablate as run_ablation
 
     typer.echo(run_ablation(run, table, chosen))
@@ -330,7 +270,7 @@ def ladder(
         shares = []
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"--keeps {keeps!r} is not a list of shares between 0 and 1; write it like 0.8,0.6")
-    run = _open(model, out, config, set_, prompts, keep)
+    run = open_run(model, out, config, set_, prompts, keep)
     from ppcl.ladder import measure_ladder
 
     typer.echo(measure_ladder(run, shares, table))
@@ -352,7 +292,7 @@ def study(
 ) -> None:
     """Test the paper's observations on this teacher: contiguity, non-sequential training, predictions."""
     chosen = parse_seeds(seeds)
-    run = _open(model, out, config, set_, prompts, keep)
+    run = open_run(model, out, config, set_, prompts, keep)
     from ppcl.study import study as run_study
 
     typer.echo(run_study(run, table, draws, chosen))
@@ -372,7 +312,7 @@ def inspect(
 ) -> None:
     """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""
     settings = resolve(model, config, set_, keep, speedup, None, None)
-    _quiet_libraries()
+    quiet_libraries()
     import json
 
     from ppcl.artifacts import to_jsonable
@@ -390,7 +330,7 @@ def families(
     ] = None,
 ) -> None:
     """List the transformer classes of the installed diffusers: supported, inferred, refused (why)."""
-    _quiet_libraries()
+    quiet_libraries()
     from ppcl.adapters.listing import family_table
     from ppcl.files import write_text
 
