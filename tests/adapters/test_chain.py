@@ -24,7 +24,7 @@ from ppcl.teacher import describe
 
 STEPS = 10  # of each of the two kinds of distillation
 ANALYZE = AnalyzeConfig(batch_size=2, cka_tokens=16)
-FIT = FitConfig(max_run=2, max_candidates=2, steps=2, batch_size=2, eval_states=2, starts=("middle",))
+FIT = FitConfig(max_run=2, max_candidates=2, steps=2, batch_size=2, eval_states=2, starts=("middle",), width=())
 DISTILL = DistillConfig(
     local_steps=STEPS, output_steps=STEPS, batch_size=2, warmup_steps=2, ema_decay=0, checkpoint_every=100,
     from_fit=False, local_learning_rate=1e-3, output_learning_rate=1e-4,

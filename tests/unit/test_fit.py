@@ -125,7 +125,7 @@ def test_best_start_is_the_one_of_least_loss() -> None:
     assert best_starts(transformer, adapter, call, runs, ["last"]) == dict.fromkeys(runs, "last")
 
 
-SETTINGS = FitConfig(max_run=3, max_candidates=3, steps=8, batch_size=4, eval_states=8, learning_rate=3e-3)
+SETTINGS = FitConfig(max_run=3, max_candidates=3, steps=8, batch_size=4, eval_states=8, learning_rate=3e-3, width=())
 
 
 @pytest.fixture
