@@ -308,6 +308,7 @@ def inspect(
     height: Annotated[int | None, typer.Option("--height", min=1, help="of the picture, pixels")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="of the picture, pixels")] = None,
     text_tokens: Annotated[int | None, typer.Option("--text-tokens", min=1, help="of the prompt")] = None,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="that modulation layers are assumed to need")] = 64,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""
@@ -319,7 +320,7 @@ def inspect(
     from ppcl.inspection import inspect_model, report
 
     height, width = height or settings.capture.height, width or settings.capture.width
-    found = inspect_model(model, settings.plan, settings.fit.max_run, height, width, text_tokens)
+    found = inspect_model(model, settings.plan, settings.fit.max_run, height, width, text_tokens, rank)
     typer.echo(json.dumps(to_jsonable(found), indent=1) if json_ else report(found))
 
 

@@ -16,6 +16,7 @@ from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, read_conf
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params, predict
 from ppcl.errors import BudgetError, ConfigError, ModelError
+from ppcl.inspection_width import RANK, Wider, widest_within
 from ppcl.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
 from ppcl.teacher import describe
 
@@ -69,6 +70,7 @@ class Inspection:
         ladder: 0 to 50% of the blocks removed, in proportion over the stacks.
         budget: The budget asked for, by kind.
         choices: The largest depth-only size within it, then other splits of about that size.
+        wider: An example of a size within it by smaller modules alone, of an assumed rank.
     """
 
     source: str
@@ -80,6 +82,7 @@ class Inspection:
     ladder: tuple[Rung, ...]
     budget: dict[str, float] | None = None
     choices: tuple[Rung, ...] = ()
+    wider: Wider | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -90,6 +93,7 @@ def inspect_model(
     height: int | None = None,
     width: int | None = None,
     text_tokens: int | None = None,
+    rank: int = RANK,
 ) -> Inspection:
     """Look at a model through its config files alone.
 
@@ -100,6 +104,7 @@ def inspect_model(
         height: Of the picture whose FLOPs are counted, pixels; 1024 if None.
         width: Likewise.
         text_tokens: Tokens of its prompt; what is usual for the family if None.
+        rank: What modulation layers are assumed to need; the fit stage measures it.
 
     Raises:
         ModelError: There is no usable config of a supported transformer.
@@ -130,6 +135,7 @@ def inspect_model(
         ladder=ladder_of(info, settings),
         budget=dict([settings.budget]) if asked else None,
         choices=largest_within(info, settings, max_run) if asked else (),
+        wider=widest_within(transformer, adapter, settings.keep, rank, arguments) if settings.keep else None,
     )
 
 
@@ -275,7 +281,22 @@ def report(found: Inspection) -> str:
     for part, count in found.parts.items():
         if count:
             lines.append(f"  {part:<{width}} {count:>16,} {count / model.params:6.1%}  {found.means[part]}")
-    return "\n".join([*lines, "", *_sizes(found)])
+    return "\n".join([*lines, "", *_sizes(found), *_wider(found)])
+
+
+def _wider(found: Inspection) -> list[str]:
+    """The example with smaller modules, in words."""
+    if found.wider is None:
+        return []
+    w = found.wider
+    modules = [f"modulation of rank {w.rank} (assumed; fit measures it)"] if w.rank else []
+    modules += [f"{stream} networks: {what}" for stream, what in w.networks.items()]
+    speed = f", {w.speedup:.2f}x as fast" if w.speedup else ""
+    return [
+        "with smaller modules in all blocks and no block removed, for example:",
+        f"  {w.params:,} parameters ({w.param_ratio:.4f}), {_gigabytes(w.bytes_bf16)} in bf16{speed}",
+        f"  {'; '.join(modules)}",
+    ]
 
 
 def _sizes(found: Inspection) -> list[str]:

@@ -18,10 +18,12 @@ from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 from ppcl import blueprint, cli
 from ppcl.adapters import adapter_for
 from ppcl.capture import velocity
+from ppcl.compressed import compressed_class
 from ppcl.config import PlanConfig
 from ppcl.cost import count_flops, count_params
 from ppcl.errors import BudgetError, ConfigError, ModelError, UserError
 from ppcl.inspection import inspect_model, largest_within, parts_of, report
+from ppcl.inspection_width import _plans
 
 ROOT = Path(__file__).resolve().parents[2]
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -205,6 +207,28 @@ def test_budget_as_speed(tmp_path):
         inspect_model(folder, PlanConfig(speedup=50))
     with pytest.raises(ConfigError, match="give --keep"):
         inspect_model(folder, PlanConfig(fit_gb=20))
+
+
+def test_half_of_qwen_image_by_smaller_modules(tmp_path):
+    """The count is that of the compressed class built from the config entry, at full size, without weights."""
+    write_config(tmp_path, QWEN_IMAGE)
+    found = inspect_model(str(tmp_path), PlanConfig(keep=0.5)).wider
+    assert found.networks == {"text": "one affine map"}
+    config = blueprint.read_config(str(tmp_path))[0]
+    teacher = blueprint.build_on_meta(config)
+    parts = next(p for _, n, p in _plans(teacher, adapter_for(teacher), found.rank) if n == found.networks)
+    with torch.device("meta"):
+        rebuilt = compressed_class(type(teacher)).from_config({**teacher.config, "pruning": parts})
+    assert count_params(rebuilt) == found.params == 9_836_424_768
+    assert all(parameter.is_meta for parameter in rebuilt.parameters())
+    assert found.params <= 0.5 * count_params(teacher)
+    less = inspect_model(str(tmp_path), PlanConfig(keep=0.7), rank=16).wider
+    assert (less.rank, less.networks) == (16, {})
+
+
+def test_smaller_modules_alone_may_not_do(tmp_path):
+    write_config(tmp_path, FLUX_DEV)
+    assert inspect_model(str(tmp_path), PlanConfig(keep=0.5)).wider is None
 
 
 def test_without_a_budget_there_is_no_choice(tmp_path):
