@@ -14,6 +14,7 @@ from tiny_pipelines import PIPELINES
 from ppcl import cli
 
 SIDE = 32
+OF_MANY = ("kid_std", "precision", "recall", "density", "coverage")  # measures that two pictures do not have
 FRAMES = 5
 # What a family's own shape asks for: Z-Image keeps most of its parameters outside of its blocks.
 KEEP = {"z_image": 0.93}
@@ -76,7 +77,8 @@ def test_plain_diffusers_loads_and_draws_what_the_command_wrote(compressed):
 def test_report_and_numbers(compressed):
     metrics = json.loads((compressed.run / "eval" / "metrics.json").read_text())
     for part in ("teacher", "student", "fidelity"):
-        assert not {k: v for k, v in metrics[part].items() if v is None or not math.isfinite(v)}
+        known = {k: v for k, v in metrics[part].items() if k not in OF_MANY and not isinstance(v, list)}
+        assert not {k: v for k, v in known.items() if v is None or not math.isfinite(v)}
     assert 0 < metrics["fidelity"]["velocity_error"] < 1
     assert 0 < metrics["fidelity"]["ssim"] < 1  # the student draws something, and something else
     pictures = sorted(p.name for p in (compressed.run / "eval" / "student" / "seed-0").glob("*.png"))
