@@ -156,7 +156,9 @@ class DistillConfig(Section):
     shard: bool = Field(
         False, description="FSDP2: the output stage of train=all splits the student over the processes: less memory"
     )
-    max_bad_steps: int = Field(10, ge=0, description="steps with NaN or a spike that may be left out before it stops")
+    max_bad_steps: int = Field(
+        10, ge=0, description="steps with NaN or a spike that a stage may leave out, a tenth of it at most"
+    )
     spike_factor: float = Field(
         0, ge=0, description="a loss of so many times its running average is a spike; 0: gradients are clipped, no more"
     )

@@ -19,6 +19,7 @@ class _State:
     """What the signal handler and the running code tell each other; a signal belongs to the whole process."""
 
     requested: bool = False
+    listening: bool = False
     deferrals: int = 0
 
 
@@ -26,8 +27,13 @@ _state = _State()
 
 
 def requested() -> bool:
-    """Whether SIGTERM has come."""
+    """Whether SIGTERM has come, in the present or the last block of :func:`on_sigterm`."""
     return _state.requested
+
+
+def pending() -> bool:
+    """Whether SIGTERM has come and is still to be obeyed; a signal of the past stops nothing."""
+    return _state.requested and _state.listening
 
 
 @contextlib.contextmanager
@@ -43,20 +49,21 @@ def on_sigterm() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, handle)
-    _state.requested = False
+    _state.requested, _state.listening = False, True
     try:
         yield
     finally:
+        _state.listening = False
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside the block SIGTERM is only noted; the block looks at :func:`requested` where it can stop."""
+    """Inside the block SIGTERM is only noted; the block looks at :func:`pending` where it can stop."""
     _state.deferrals += 1
     try:
         yield
     finally:
         _state.deferrals -= 1
-    if _state.requested and not _state.deferrals:
+    if pending() and not _state.deferrals:
         raise Stopped

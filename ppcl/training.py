@@ -186,7 +186,7 @@ class TrainingLoop:
                 left = (time.perf_counter() - began) / (step + 1 - start) * (end - step - 1)
                 self._report({**row, "seconds_left": round(left, 1)})
                 progress.advance(loss=row.get("loss"))
-                stop = self.group.any(stopping.requested())
+                stop = self.group.any(stopping.pending())
                 if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == end or stop:
                     self.save(step + 1)
                 if stop:

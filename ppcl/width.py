@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ModelError
-from ppcl.slicing import SLICED, sliced
+from ppcl.slicing import SLICED, neurons_of, sliced
 from ppcl.text_stream import TEXT_KINDS, text_replacement
 
 KINDS = ("low_rank", "linear", *SLICED, *TEXT_KINDS)
@@ -65,7 +65,9 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     if not linears:
         raise ModelError(f"{type(module).__name__} has no linear layer; it cannot be replaced by a smaller one")
-    return linears[0].in_features, linears[-1].out_features
+    units = neurons_of(module)  # in a gated network the last layer need not be the one that comes out
+    last = module.get_submodule(units.columns[0]) if units else linears[-1]
+    return linears[0].in_features, last.get_parameter("weight").shape[0]
 
 
 def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:

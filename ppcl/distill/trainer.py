@@ -165,7 +165,7 @@ class Distiller:
             checkpoint_every=settings.checkpoint_every,
             keep_checkpoints=settings.keep_checkpoints,
             batch_size=settings.batch_size,
-            max_bad_steps=settings.max_bad_steps,
+            max_bad_steps=min(settings.max_bad_steps, steps // 10),  # a stage of bad steps has trained nothing
             spike_factor=settings.spike_factor,
             seed=self.seed,
         )

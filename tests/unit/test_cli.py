@@ -135,7 +135,7 @@ def test_errors_are_one_line(monkeypatch, capsys, error, code, says):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(cli, "open_run", fail)
     monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -147,7 +147,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(cli, "open_run", fail)
     monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
     with pytest.raises(RuntimeError, match="bug"):
         cli.main()

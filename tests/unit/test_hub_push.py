@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ppcl import api, cli
+from ppcl.distributed import SINGLE
 from ppcl.errors import HubError
 from ppcl.hub import check_repo_id, push
 
@@ -148,7 +149,7 @@ class FinishedRun:
     """A run whose stages are done."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.ran = out, 0
+        self.out, self.ran, self.group = out, 0, SINGLE
 
     def is_done(self, stage: str) -> bool:
         return True
@@ -165,7 +166,7 @@ def test_the_command_pushes_and_fails_with_code_2(
     caplog: pytest.LogCaptureFixture,
     command: str,
 ) -> None:
-    monkeypatch.setattr(cli, "_open", lambda *_: FinishedRun(pipeline.parent))
+    monkeypatch.setattr(cli, "open_run", lambda *_: FinishedRun(pipeline.parent))
     monkeypatch.setattr("ppcl.summary.print_summary", lambda _: None)
     monkeypatch.setattr("ppcl.summary.print_prediction", lambda _: None)
     monkeypatch.setattr("ppcl.hub.has_token", lambda: False)
@@ -190,7 +191,7 @@ def test_the_command_pushes_and_fails_with_code_2(
 def test_private_alone_is_warned_about(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cli, "_open", lambda *_: FinishedRun(pipeline.parent))
+    monkeypatch.setattr(cli, "open_run", lambda *_: FinishedRun(pipeline.parent))
     monkeypatch.setattr("sys.argv", ["ppcl", "export", "emoji", "--out", str(pipeline.parent), "--private"])
     hub = use(monkeypatch, Hub())
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,39 @@
+"""The whole command with its default, depth and width together, on families of other shapes than Qwen-Image's."""
+
+import json
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from test_families import OPTIONS, draw
+from tiny_pipelines import PIPELINES
+
+import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
+from ppcl import cli
+
+KEEP = {"flux": 0.75, "z_image": 0.95, "wan": 0.85}
+KINDS = {"flux": {"low_rank"}, "z_image": set(), "wan": set()}  # beside those of feed-forward networks
+
+
+@pytest.mark.parametrize("family", sorted(KEEP))
+def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    teacher = PIPELINES[family]()
+    teacher.save_pretrained(tmp_path / "model")
+    arguments = ["compress", tmp_path / "model", "--out", tmp_path / "run", "--config", small_config]
+    arguments += ["--prompts", prompts_file, "--keep", KEEP[family], "--set", "fit.width=[modulation,ffn]"]
+    arguments += [part for option in OPTIONS for part in ("--set", option)]
+    monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipeline.transformer).__name__ == "PPCL" + type(teacher.transformer).__name__
+    kinds = {part["kind"] for part in pipeline.transformer.config["pruning"].values()}
+    assert KINDS[family] <= kinds
+    assert kinds & {"narrow", "linear"}
+    params = sum(p.numel() for p in pipeline.transformer.parameters())
+    assert params == json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]["params"]
+    assert draw(pipeline)
+    assert "ppcl.pipelines" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
