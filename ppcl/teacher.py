@@ -16,10 +16,10 @@ from torch import nn
 
 from ppcl.adapters import ADAPTERS, adapter_class, adapter_for
 from ppcl.artifacts import ModelInfo, Stack
-from ppcl.compressed import register
+from ppcl.compressed import PREFIX, register
 from ppcl.cost import count_params
 from ppcl.errors import ModelError, UserError
-from ppcl.files import digest, read_tensor_header, weights_variant
+from ppcl.files import digest, read_json, read_tensor_header, weights_variant
 from ppcl.remote_code import MODULE
 
 EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "teacher"}
@@ -171,8 +171,12 @@ def loading_arguments(folder: Path) -> str:
 
 
 def loading_call(folder: Path) -> str:
-    """The Python call by which plain diffusers loads a pipeline folder."""
-    return f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
+    """The Python line that loads a pipeline folder: plain diffusers, and our import where its class is ours."""
+    index = read_json(folder / "model_index.json")
+    entry = index.get("transformer") if isinstance(index, dict) else None
+    ours = isinstance(entry, list) and entry[0] == "diffusers" and str(entry[-1]).startswith(PREFIX)
+    call = f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
+    return f"import ppcl.pipelines; {call}" if ours else call
 
 
 def _check_family(entry: Any) -> None:

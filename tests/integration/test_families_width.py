@@ -11,6 +11,7 @@ from tiny_pipelines import PIPELINES
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
 from ppcl import cli
+from ppcl.teacher import loading_call
 
 KEEP = {"flux": 0.75, "z_image": 0.95, "wan": 0.85}
 KINDS = {"flux": {"low_rank"}, "z_image": set(), "wan": set()}  # beside those of feed-forward networks
@@ -36,4 +37,7 @@ def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypat
     params = sum(p.numel() for p in pipeline.transformer.parameters())
     assert params == json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]["params"]
     assert draw(pipeline)
+    folder = tmp_path / "run" / "pipeline"
+    assert loading_call(folder) == f'import ppcl.pipelines; DiffusionPipeline.from_pretrained("{folder}")'
+    assert loading_call(tmp_path / "model") == f'DiffusionPipeline.from_pretrained("{tmp_path / "model"}")'
     assert "ppcl.pipelines" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
