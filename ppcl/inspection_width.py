@@ -63,7 +63,7 @@ def widest_within(
         arguments: An example call, to count FLOPs.
     """
     total = count_params(transformer)
-    for modulated, networks, parts in _plans(transformer, adapter, rank):
+    for modulated, networks, parts in plans(transformer, adapter, rank):
         if total - _saved(transformer, parts) <= keep * total:
             smaller = build(transformer, parts)
             params = count_params(smaller)
@@ -90,7 +90,7 @@ def build(transformer: Any, parts: Mapping[str, Part]) -> Any:
     return smaller
 
 
-def _plans(transformer: Any, adapter: Adapter, rank: int) -> Iterator[tuple[bool, dict[str, str], dict[str, Part]]]:
+def plans(transformer: Any, adapter: Adapter, rank: int) -> Iterator[tuple[bool, dict[str, str], dict[str, Part]]]:
     """Plans from larger to smaller."""
     parts: dict[str, Part] = {}
     for spec in adapter.stacks:

@@ -377,6 +377,16 @@ def cells(text, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def test_full_size(benchmark):
+    text = benchmark("full_size", "--repeats", "1")
+    assert "SCALED DOWN" in text  # there is no GPU, or it was not asked for
+    for start in ("Qwen-Image, depth", "Qwen-Image, width", "FLUX.1, depth"):
+        row = cells(text, start)
+        assert float(row[2]) > 1  # predicted to be faster, and smaller than the teacher
+        assert float(row[5]) < float(cells(text, f"{start.split(',')[0]}: teacher")[5])
+        assert abs(float(row[7].rstrip("%"))) < 10  # the peak is counted, so it does not depend on the machine
+
+
 def test_analysis_cost(benchmark):
     text = benchmark("analysis_cost")
     assert cells(text, "bare teacher passes")[2] == "1.00"

@@ -23,7 +23,7 @@ from ppcl.config import PlanConfig
 from ppcl.cost import count_flops, count_params
 from ppcl.errors import BudgetError, ConfigError, ModelError, UserError
 from ppcl.inspection import inspect_model, largest_within, parts_of, report
-from ppcl.inspection_width import _plans
+from ppcl.inspection_width import plans
 
 ROOT = Path(__file__).resolve().parents[2]
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -216,7 +216,7 @@ def test_half_of_qwen_image_by_smaller_modules(tmp_path):
     assert found.networks == {"text": "one affine map"}
     config = blueprint.read_config(str(tmp_path))[0]
     teacher = blueprint.build_on_meta(config)
-    parts = next(p for _, n, p in _plans(teacher, adapter_for(teacher), found.rank) if n == found.networks)
+    parts = next(p for _, n, p in plans(teacher, adapter_for(teacher), found.rank) if n == found.networks)
     with torch.device("meta"):
         rebuilt = compressed_class(type(teacher)).from_config({**teacher.config, "pruning": parts})
     assert count_params(rebuilt) == found.params == 9_836_424_768
