@@ -142,6 +142,8 @@ class WidthOption:
         saved_params: Parameters fewer, exactly.
         saved_flops: Forward FLOPs fewer for one sample of the calibration's shape.
         error: Relative error of the final velocity when this alone is put in, untrained.
+        saved_time: What was measured: the share of the block's time that is saved, times the block's FLOPs; None if it
+            was not measured.
     """
 
     stack: str
@@ -151,6 +153,12 @@ class WidthOption:
     saved_params: int
     saved_flops: int
     error: float
+    saved_time: int | None = None
+
+    @property
+    def saved_speed(self) -> int:
+        """What counts for a speed-up, in FLOPs: measured time where there is any."""
+        return self.saved_flops if self.saved_time is None else self.saved_time
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,7 @@ class Segment:
         saved_flops: Forward FLOPs that ``width`` saves for one sample.
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
+        saved_time: See :class:`WidthOption`.
     """
 
     first: int
@@ -192,6 +201,12 @@ class Segment:
     saved_params: int = 0
     saved_flops: int = 0
     error: float | None = None
+    saved_time: int | None = None
+
+    @property
+    def saved_speed(self) -> int:
+        """What ``width`` saves that counts for a speed-up, in FLOPs: measured time where there is any."""
+        return self.saved_flops if self.saved_time is None else self.saved_time
 
     @property
     def is_run(self) -> bool:
@@ -210,7 +225,8 @@ class Prediction:
 
     Attributes:
         params: Parameters of the compressed transformer (exact).
-        speedup: Teacher FLOPs / student FLOPs of the transformer (an estimate of the speed-up).
+        speedup: Estimate of the transformer's speed-up: teacher FLOPs / student FLOPs, smaller modules by their
+            measured time.
         bytes: Bytes of the whole pipeline's weights.
         error: Square root of the summed squared velocity errors of the single substitutes (an estimate).
     """

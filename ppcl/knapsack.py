@@ -50,7 +50,7 @@ def best_layouts(
         model: The teacher.
         runs: Allowed runs and their squared errors.
         options: Allowed smaller modules.
-        by_flops: Save FLOPs instead of parameters.
+        by_flops: Save time instead of parameters: FLOPs of blocks, and what was measured of smaller modules.
 
     Returns:
         Layouts with their summed squared errors, from nothing saved to as much as possible.
@@ -83,7 +83,7 @@ def best_subsets(model: ModelInfo, plan: Layout, by_flops: bool) -> list[tuple[L
             if segment.is_substitute:
                 start = start_index(segment.first, segment.last, segment.start)
                 saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
-                saved += segment.saved_flops if by_flops else segment.saved_params
+                saved += segment.saved_speed if by_flops else segment.saved_params
                 cost = (1.0 if segment.error is None else segment.error) ** 2
                 found[segment.first].append(Piece(segment, saved, cost))
         pieces[stack.name] = found
@@ -148,11 +148,13 @@ def _with_width(
     pieces = []
     for chosen in _choices(options, by_flops):
         params, flops = sum(o.saved_params for o in chosen), sum(o.saved_flops for o in chosen)
+        speed = sum(o.saved_speed for o in chosen)
+        time = speed if any(o.saved_time is not None for o in chosen) else None
         parts = {path: dict(part) for option in chosen for path, part in option.parts.items()}
         total = cost + sum(o.error**2 for o in chosen)
         error = math.sqrt(total) if total else None
-        made = Segment(segment.first, segment.last, segment.start, parts, params, flops, error)
-        pieces.append(Piece(made, saved + (flops if by_flops else params), total))
+        made = Segment(segment.first, segment.last, segment.start, parts, params, flops, error, time)
+        pieces.append(Piece(made, saved + (speed if by_flops else params), total))
     return pieces
 
 
@@ -187,7 +189,7 @@ def _undominated(choices: Sequence[Choice], by_flops: bool) -> list[Choice]:
     """Those that no other beats in both saving and cost, from the largest saving on."""
 
     def rank(chosen: Choice) -> tuple[float, float]:
-        return -sum(o.saved_flops if by_flops else o.saved_params for o in chosen), sum(o.error**2 for o in chosen)
+        return -sum(o.saved_speed if by_flops else o.saved_params for o in chosen), sum(o.error**2 for o in chosen)
 
     best, kept = math.inf, []
     for chosen in sorted(choices, key=rank):

@@ -9,12 +9,14 @@ closed forms, so their costs are known without training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
@@ -94,7 +96,8 @@ def width_options(
             streams, maps = text_options(transformer, adapter, tensors, states)
             made |= maps
             proposals += [Proposal(specs[name], index, "text", p) for (name, index), p in streams.items()]
-    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, calls)
+    single = record_boundaries(transformer, adapter, next(train.batches(1)), first)[0] if train is not None else None
+    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, calls, single)
     return WidthResult(options, made)
 
 
@@ -105,11 +108,15 @@ def _measured(
     tensors: Mapping[str, Tensor],
     batches: Sequence[dict[str, Any]],
     calls: Mapping[tuple[str, int], BlockCall],
+    single: Mapping[tuple[str, int], BlockCall] | None,
 ) -> tuple[WidthOption, ...]:
-    """Give every proposal its savings and its error; those that save nothing are left out."""
+    """Give every proposal its savings and its error; those that save nothing are left out.
+
+    ``calls`` and ``single`` are the first blocks' calls on the batch that is measured and on one sample.
+    """
     jobs: dict[int, Job] = {}
-    savings: dict[int, tuple[int, int]] = {}
-    known: dict[Any, tuple[int, int]] = {}  # blocks of one shape save alike
+    savings: dict[int, Saving] = {}
+    meter = _Meter(adapter, calls, single, batch_size(batches[0]))
     for number, proposal in enumerate(proposals):
 
         def make(at: Proposal = proposal) -> nn.Module:
@@ -119,23 +126,18 @@ def _measured(
             fill_width(smaller, block, at.spec, at.index, at.parts, tensors)
             return smaller
 
-        call = calls.get((proposal.spec.name, 0))
-        if call is None:
+        if (proposal.spec.name, 0) not in calls:
             continue
         block = adapter.blocks(transformer, proposal.spec)[proposal.index]
-        small = tuple((path, part["kind"], part["size"]) for path, part in proposal.parts.items())
-        alike = (proposal.spec.name, tuple(p.shape for p in block.parameters()), small)
-        if alike not in known:
-            known[alike] = _savings(adapter, block, make(), call, batch_size(batches[0]))
-        savings[number] = known[alike]
-        if savings[number][0] > 0:
+        savings[number] = meter.measure(proposal, block, make)
+        if savings[number].params > 0:
             jobs[number] = ((proposal.spec.name, proposal.index, proposal.index), make)
     if not jobs:
         return ()
     errors = output_errors(transformer, adapter, batches, jobs, "fit: width")
     return tuple(
-        WidthOption(p.spec.name, p.index, p.group, p.parts, *savings[number], errors[number])
-        for number, p in ((n, proposals[n]) for n in jobs)
+        WidthOption(p.spec.name, p.index, p.group, p.parts, saved.params, saved.flops, errors[number], saved.time)
+        for number, p, saved in ((n, proposals[n], savings[n]) for n in jobs)
     )
 
 
@@ -178,10 +180,57 @@ def _ranks(
             yield {path: {"kind": "low_rank", "size": max(1, rank)} for path, rank in key}
 
 
-def _savings(adapter: Adapter, block: nn.Module, smaller: nn.Module, call: BlockCall, samples: int) -> tuple[int, int]:
-    """Parameters fewer, and forward FLOPs fewer for one sample, counted on a recorded call of the stack."""
-    flops = [_flops(adapter, candidate, call) // samples for candidate in (block, smaller)]
-    return count_params(block) - count_params(smaller), flops[0] - flops[1]
+@dataclass(frozen=True)
+class Saving:
+    """What smaller modules save: parameters, FLOPs of one sample, and time in FLOPs (None: not measured)."""
+
+    params: int
+    flops: int
+    time: int | None
+
+
+class _Meter:
+    """Measures what proposals save; blocks of one shape save alike, so each kind is measured once.
+
+    Args:
+        adapter: The family.
+        calls: The first blocks' calls on a batch, by stack.
+        single: The same on one sample, for the time; None leaves the time out.
+        samples: In that batch.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        calls: Mapping[tuple[str, int], BlockCall],
+        single: Mapping[tuple[str, int], BlockCall] | None,
+        samples: int,
+    ) -> None:
+        self.adapter, self.calls, self.single, self.samples = adapter, calls, single, samples
+        self.known: dict[Any, tuple[int, int]] = {}
+        self.whole: dict[Any, int] = {}
+        self.shares: dict[Any, float] = {}
+
+    def measure(self, proposal: Proposal, block: nn.Module, make: Callable[[], nn.Module]) -> Saving:
+        """Measure one proposal for a block; ``make`` builds the smaller one."""
+        name = proposal.spec.name
+        call = self.calls[name, 0]
+        shape = (name, tuple(p.shape for p in block.parameters()))
+        parts = [(path, part["kind"], part["size"]) for path, part in proposal.parts.items()]
+        alike = (shape, *parts)
+        if shape not in self.whole:
+            self.whole[shape] = _flops(self.adapter, block, call) // self.samples
+        if alike not in self.known:
+            smaller = make()
+            flops = self.whole[shape] - _flops(self.adapter, smaller, call) // self.samples
+            self.known[alike] = count_params(block) - count_params(smaller), flops
+        if self.single is None:
+            return Saving(*self.known[alike], None)
+        # ranks differ from block to block, and make no difference to the time
+        like = (shape, *((path, kind, 0 if kind == "low_rank" else size) for path, kind, size in parts))
+        if like not in self.shares:
+            self.shares[like] = saved_time(self.adapter, block, make(), self.single[name, 0])
+        return Saving(*self.known[alike], round(self.shares[like] * self.whole[shape]))
 
 
 @torch.no_grad()
@@ -189,3 +238,33 @@ def _flops(adapter: Adapter, block: nn.Module, call: BlockCall) -> int:
     with FlopCounterMode(display=False) as counter:
         adapter.call(call.stack, block, call.inputs, call.arguments)
     return int(counter.get_total_flops())
+
+
+def saved_time(adapter: Adapter, block: nn.Module, smaller: nn.Module, call: BlockCall, rounds: int = 5) -> float:
+    """The share of a block's time that smaller modules save; medians of calls in turn.
+
+    Args:
+        adapter: The family.
+        block: The teacher's block.
+        smaller: The same with smaller modules.
+        call: A recorded call of the stack, of one sample.
+        rounds: Calls of each, in turn; others warm up before each.
+
+    Returns:
+        A share, 0 or more and below 1.
+    """
+    timers = [
+        Timer(
+            "call(stack, module, inputs, arguments)",
+            globals={
+                "call": adapter.call, "stack": call.stack, "module": module, "inputs": call.inputs,
+                "arguments": call.arguments,
+            },
+            num_threads=torch.get_num_threads(),
+        )
+        for module in (block, smaller)
+    ]  # fmt: skip
+    with torch.no_grad():
+        times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]
+    before, after = (statistics.median(column) for column in zip(*times, strict=True))
+    return float(min(0.99, max(0.0, 1 - after / before)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def brute_force(runs: list[Candidate], options: list[WidthOption], wanted: float
                 base = (size * sum(c.removed for c in chosen), sum((c.fitted_error or 0) ** 2 for c in chosen))
                 reachable = {base[0]: base[1]}
                 for option in inside:
-                    gain = option.saved_flops if by_flops else option.saved_params
+                    gain = option.saved_speed if by_flops else option.saved_params
                     for saved, cost in list(reachable.items()):
                         new = cost + option.error**2
                         if new < reachable.get(saved + gain, math.inf):
@@ -131,3 +132,22 @@ def test_a_ladder_of_subsets_costs_more_the_more_it_saves() -> None:
     with pytest.raises(BudgetError, match=r"all of them put in it is --keep 0\.5"):
         select(whole, "keep", 0.3)
     assert select(whole, "speedup", 1.05).predicted.speedup >= 1.05
+
+
+def test_a_time_budget_believes_the_clock_and_not_the_flops() -> None:
+    """Two ways to make every block smaller: one looks better in FLOPs and saves no time."""
+    options = [
+        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear"}}, 100, flops, 0.1, time)
+        for s in MODEL.stacks
+        for i in range(s.num_blocks)
+        for group, flops, time in (("ffn.image", 30, 0), ("ffn.text", 20, 20))
+    ]
+    analysis = Analysis(MODEL, (), 0, {}, 0.0)
+    found = plan(analysis, Candidates((), 0, 0.0, tuple(options)), PlanConfig(speedup=1.25))
+    parts = {path for pieces in found.stacks.values() for piece in pieces for path in piece.width}
+    assert parts == {"ffn.text.x"}
+    count = sum(len(piece.width) for pieces in found.stacks.values() for piece in pieces)
+    assert found.predicted.speedup == pytest.approx(MODEL.flops / (MODEL.flops - 20 * count))
+    untimed = [replace(option, saved_time=None) for option in options]
+    by_flops = plan(analysis, Candidates((), 0, 0.0, tuple(untimed)), PlanConfig(speedup=1.25))
+    assert "ffn.image.x" in {path for pieces in by_flops.stacks.values() for piece in pieces for path in piece.width}

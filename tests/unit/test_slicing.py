@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from test_width import with_options
 from tiny_models import DUAL, describe_alone, flux_call, noise, qwen_call, tiny_flux, tiny_qwen, write_states
 from torch import nn
@@ -28,9 +29,11 @@ from ppcl.distill.trainer import Distiller, new_substitutes
 from ppcl.errors import ConfigError, ModelError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.knapsack import _choices
-from ppcl.options import WidthResult, width_options
+from ppcl.options import WidthResult, saved_time, width_options
 from ppcl.planner import plan
 from ppcl.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
+from ppcl.trace import record_boundaries
+from ppcl.width import apply_width
 
 # Cuts
 
@@ -291,3 +294,22 @@ def test_a_text_stream_is_replaced_or_its_modules_are() -> None:
         groups = {frozenset(o.group for o in chosen) for chosen in _choices(options, by_flops)}
         assert frozenset({"text", "modulation.image", "ffn.text"}) in groups
         assert not any({"text", "modulation.text"} <= chosen for chosen in groups)
+
+
+def test_the_time_of_a_smaller_network_is_measured() -> None:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=32, num_attention_heads=8,
+        joint_attention_dim=24, axes_dims_rope=(8, 12, 12),
+    ).eval()  # fmt: skip
+    adapter = adapter_for(transformer)
+    arguments = {
+        **qwen_call(1), "hidden_states": torch.randn(1, 400, 16), "img_shapes": [[(1, 20, 20)]],
+    }  # fmt: skip
+    call = record_boundaries(transformer, adapter, arguments)[0][DUAL, 0]
+    block = adapter.blocks(transformer, adapter.stacks[0])[0]
+    smaller = copy.deepcopy(block)
+    apply_width(smaller, {"img_mlp": {"kind": "linear", "size": 0}})
+    share = saved_time(adapter, block, smaller, call)
+    assert 0.2 < share < 0.95  # the network has two thirds of the block's FLOPs
+    assert saved_time(adapter, block, block, call) < 0.5
