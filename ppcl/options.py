@@ -9,7 +9,6 @@ closed forms, so their costs are known without training.
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, StackAnalysis, WidthOption
-from ppcl.capture import States
+from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
 from ppcl.cost import count_params
 from ppcl.narrowing import cut_options, find_sites, text_options
 from ppcl.sensitivity import Job, output_errors
-from ppcl.student import fill_width
+from ppcl.student import fill_width, with_blocks
 from ppcl.trace import BlockCall, record_boundaries
-from ppcl.trees import batch_size
+from ppcl.trees import batch_size, to_device
 from ppcl.width import apply_width
 
 Parts = dict[str, dict[str, Any]]
@@ -96,8 +95,10 @@ def width_options(
             streams, maps = text_options(transformer, adapter, tensors, states)
             made |= maps
             proposals += [Proposal(specs[name], index, "text", p) for (name, index), p in streams.items()]
-    single = record_boundaries(transformer, adapter, next(train.batches(1)), first)[0] if train is not None else None
-    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, calls, single)
+    device = next(transformer.parameters()).device
+    single = to_device(next(train.batches(1)), device) if train is not None else None
+    meter = _Meter(transformer, adapter, calls, batch_size(batches[0]), single, analysis.model.flops)
+    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter)
     return WidthResult(options, made)
 
 
@@ -107,16 +108,11 @@ def _measured(
     proposals: Sequence[Proposal],
     tensors: Mapping[str, Tensor],
     batches: Sequence[dict[str, Any]],
-    calls: Mapping[tuple[str, int], BlockCall],
-    single: Mapping[tuple[str, int], BlockCall] | None,
+    meter: _Meter,
 ) -> tuple[WidthOption, ...]:
-    """Give every proposal its savings and its error; those that save nothing are left out.
-
-    ``calls`` and ``single`` are the first blocks' calls on the batch that is measured and on one sample.
-    """
+    """Give every proposal its savings and its error; those that save nothing are left out."""
     jobs: dict[int, Job] = {}
     savings: dict[int, Saving] = {}
-    meter = _Meter(adapter, calls, single, batch_size(batches[0]))
     for number, proposal in enumerate(proposals):
 
         def make(at: Proposal = proposal) -> nn.Module:
@@ -126,7 +122,7 @@ def _measured(
             fill_width(smaller, block, at.spec, at.index, at.parts, tensors)
             return smaller
 
-        if (proposal.spec.name, 0) not in calls:
+        if (proposal.spec.name, 0) not in meter.calls:
             continue
         block = adapter.blocks(transformer, proposal.spec)[proposal.index]
         savings[number] = meter.measure(proposal, block, make)
@@ -193,29 +189,33 @@ class _Meter:
     """Measures what proposals save; blocks of one shape save alike, so each kind is measured once.
 
     Args:
-        adapter: The family.
+        transformer: The teacher's transformer.
+        adapter: Its family.
         calls: The first blocks' calls on a batch, by stack.
-        single: The same on one sample, for the time; None leaves the time out.
         samples: In that batch.
+        single: A call on one sample, for the time; None leaves the time out.
+        flops: Of the whole transformer for one sample.
     """
 
     def __init__(
         self,
+        transformer: nn.Module,
         adapter: Adapter,
         calls: Mapping[tuple[str, int], BlockCall],
-        single: Mapping[tuple[str, int], BlockCall] | None,
         samples: int,
+        single: dict[str, Any] | None,
+        flops: int,
     ) -> None:
-        self.adapter, self.calls, self.single, self.samples = adapter, calls, single, samples
+        self.transformer, self.adapter, self.calls, self.samples = transformer, adapter, calls, samples
+        self.single, self.flops = single, flops
         self.known: dict[Any, tuple[int, int]] = {}
         self.whole: dict[Any, int] = {}
-        self.shares: dict[Any, float] = {}
+        self.times: dict[Any, int] = {}
 
     def measure(self, proposal: Proposal, block: nn.Module, make: Callable[[], nn.Module]) -> Saving:
         """Measure one proposal for a block; ``make`` builds the smaller one."""
-        name = proposal.spec.name
-        call = self.calls[name, 0]
-        shape = (name, tuple(p.shape for p in block.parameters()))
+        call = self.calls[proposal.spec.name, 0]
+        shape = (proposal.spec.name, _shapes(block))
         parts = [(path, part["kind"], part["size"]) for path, part in proposal.parts.items()]
         alike = (shape, *parts)
         if shape not in self.whole:
@@ -224,13 +224,30 @@ class _Meter:
             smaller = make()
             flops = self.whole[shape] - _flops(self.adapter, smaller, call) // self.samples
             self.known[alike] = count_params(block) - count_params(smaller), flops
-        if self.single is None:
+        if self.single is None or not self.flops:
             return Saving(*self.known[alike], None)
         # ranks differ from block to block, and make no difference to the time
         like = (shape, *((path, kind, 0 if kind == "low_rank" else size) for path, kind, size in parts))
-        if like not in self.shares:
-            self.shares[like] = saved_time(self.adapter, block, make(), self.single[name, 0])
-        return Saving(*self.known[alike], round(self.shares[like] * self.whole[shape]))
+        if like not in self.times:
+            self.times[like] = self._time(proposal, shape[1])
+        return Saving(*self.known[alike], self.times[like])
+
+    def _time(self, proposal: Proposal, shapes: Any) -> int:
+        """Time in FLOPs that one block saves: all blocks of its shape made smaller, on a whole call."""
+        blocks, count = [], 0
+        for block in self.adapter.blocks(self.transformer, proposal.spec):
+            if _shapes(block) == shapes:
+                block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+                apply_width(block, proposal.parts)
+                count += 1
+            blocks.append(block)
+        student = with_blocks(self.transformer, {proposal.spec.name: blocks})
+        share = saved_time(self.transformer, student, self.single or {})
+        return round(share * self.flops / count)
+
+
+def _shapes(block: nn.Module) -> tuple[Any, ...]:
+    return tuple(p.shape for p in block.parameters())
 
 
 @torch.no_grad()
@@ -240,31 +257,26 @@ def _flops(adapter: Adapter, block: nn.Module, call: BlockCall) -> int:
     return int(counter.get_total_flops())
 
 
-def saved_time(adapter: Adapter, block: nn.Module, smaller: nn.Module, call: BlockCall, rounds: int = 5) -> float:
-    """The share of a block's time that smaller modules save; medians of calls in turn.
+@torch.no_grad()
+def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, Any], rounds: int = 7) -> float:
+    """The share of a transformer's time that a student saves.
+
+    Whole calls in turn, and the least of some rounds, since whatever else runs only adds. A module by itself, with its
+    weights in the cache, says little about its part of a call that streams all weights.
 
     Args:
-        adapter: The family.
-        block: The teacher's block.
-        smaller: The same with smaller modules.
-        call: A recorded call of the stack, of one sample.
-        rounds: Calls of each, in turn; others warm up before each.
+        transformer: The teacher's transformer.
+        student: The same with something smaller in all of its blocks.
+        arguments: A call on one sample.
+        rounds: Rounds in which both are timed in turn, two calls each.
 
     Returns:
         A share, 0 or more and below 1.
     """
     timers = [
-        Timer(
-            "call(stack, module, inputs, arguments)",
-            globals={
-                "call": adapter.call, "stack": call.stack, "module": module, "inputs": call.inputs,
-                "arguments": call.arguments,
-            },
-            num_threads=torch.get_num_threads(),
-        )
-        for module in (block, smaller)
-    ]  # fmt: skip
-    with torch.no_grad():
-        times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]
-    before, after = (statistics.median(column) for column in zip(*times, strict=True))
+        Timer("call(model, arguments)", globals=values, num_threads=torch.get_num_threads())
+        for values in ({"call": velocity, "model": model, "arguments": arguments} for model in (transformer, student))
+    ]
+    times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]
+    before, after = (min(column) for column in zip(*times, strict=True))
     return float(min(0.99, max(0.0, 1 - after / before)))

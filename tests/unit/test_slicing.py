@@ -32,7 +32,7 @@ from ppcl.knapsack import _choices
 from ppcl.options import WidthResult, saved_time, width_options
 from ppcl.planner import plan
 from ppcl.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
-from ppcl.trace import record_boundaries
+from ppcl.student import with_blocks
 from ppcl.width import apply_width
 
 # Cuts
@@ -306,10 +306,8 @@ def test_the_time_of_a_smaller_network_is_measured() -> None:
     arguments = {
         **qwen_call(1), "hidden_states": torch.randn(1, 400, 16), "img_shapes": [[(1, 20, 20)]],
     }  # fmt: skip
-    call = record_boundaries(transformer, adapter, arguments)[0][DUAL, 0]
-    block = adapter.blocks(transformer, adapter.stacks[0])[0]
-    smaller = copy.deepcopy(block)
+    smaller = copy.deepcopy(adapter.blocks(transformer, adapter.stacks[0])[0])
     apply_width(smaller, {"img_mlp": {"kind": "linear", "size": 0}})
-    share = saved_time(adapter, block, smaller, call)
-    assert 0.2 < share < 0.95  # the network has two thirds of the block's FLOPs
-    assert saved_time(adapter, block, block, call) < 0.5
+    student = with_blocks(transformer, {DUAL: [smaller]})
+    assert 0.2 < saved_time(transformer, student, arguments) < 0.95  # the network has two thirds of the FLOPs
+    assert saved_time(transformer, transformer, arguments) < 0.3
