@@ -218,7 +218,11 @@ class States:
         return Call(joined, torch.cat([self.calls[c].velocity[picked] for c, picked in by_call.items()]))
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
-        """Yield all states once, in a fixed order, in batches of at most ``size``.
+        """Yield the arguments of :meth:`answered`."""
+        return (call.arguments for call in self.answered(size, limit))
+
+    def answered(self, size: int, limit: int | None = None) -> Iterator[Call]:
+        """Yield all states once, in a fixed order, in batches of at most ``size``, with the teacher's answers.
 
         With ``limit``, about that many states, spread evenly over the set.
         """
@@ -228,7 +232,7 @@ class States:
             rows = group[::stride][:left]
             left -= len(rows)
             for start in range(0, len(rows), size):
-                yield self._assemble(rows[start : start + size]).arguments
+                yield self._assemble(rows[start : start + size])
 
     def draw(self, size: int, generator: torch.Generator) -> list[tuple[int, int]]:
         """Draw the places of a batch of states of one shape, groups in proportion to their size."""

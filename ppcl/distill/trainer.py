@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from ppcl.teacher import autocast
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 from ppcl.trees import to_device
 
+logger = logging.getLogger(__name__)
+HELD_OUT = 64  # states that say whether training helped
 Log = Callable[[dict[str, Any]], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
 
@@ -127,6 +131,7 @@ class Distiller:
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group = group
         self.states = States(calibration, "train")
+        self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
         closed_forms = closed_forms or out / "analysis.safetensors"
@@ -134,7 +139,13 @@ class Distiller:
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
 
     def run(self) -> Bundle:
-        """Train all stages and write ``out/bundle``."""
+        """Train all stages and write ``out/bundle``.
+
+        Closed-form starts of smaller modules can be closer to the teacher than any training with a rate meant for
+        whole blocks; where training ends further away on held-out states, the start is kept.
+        """
+        start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
+        before = self._held_out_error()
         if self.substitutes and self.settings.local_steps:
             self._local()
         if self.substitutes and self.settings.alternating_steps:
@@ -142,9 +153,30 @@ class Distiller:
         if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
             self._output()
         bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()))
+        after = self._held_out_error()
+        if after > before:
+            logger.warning(
+                "training led away from the teacher (velocity error %.4f before, %.4f after, held-out states): the "
+                "start is kept; lower distill.local_learning_rate and distill.output_learning_rate",
+                *(before, after),
+            )
+            for key, block in self.substitutes.items():
+                block.load_state_dict(start[key])
+            bundle = Bundle(self.plan, self.substitutes)
         how = {"distill": to_jsonable(self.settings.model_dump())}
         self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
         return bundle
+
+    @torch.no_grad()
+    def _held_out_error(self) -> float:
+        """Relative velocity error of the student on held-out states, against recorded answers; 0 without any."""
+        difference = total = 0.0
+        for call in self.held_out.answered(self.settings.batch_size, HELD_OUT) if self.held_out else ():
+            target = call.velocity.double()
+            output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
+            difference += float((output - target).pow(2).sum())
+            total += float(target.pow(2).sum())
+        return math.sqrt(difference / total) if total else 0.0
 
     def _loop(
         self,

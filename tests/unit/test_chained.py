@@ -85,3 +85,22 @@ def test_the_output_stage_learns_from_recorded_answers_alone(tmp_path: Path) -> 
     distiller.run()
     losses = [row["loss"] for row in rows]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("rate", [3e-4, 3.0])
+def test_training_that_leads_away_from_the_teacher_is_undone(rate: float, tmp_path: Path, caplog: Any) -> None:
+    teacher = tiny_qwen(6)
+    for split in ("train", "held-out"):
+        write_states(tmp_path / "calibration", split, [qwen_call(4, seed=s) for s in range(3)], teacher)
+    settings = DistillConfig(
+        local_steps=0, output_steps=30, batch_size=4, output_learning_rate=rate, warmup_steps=1, ema_decay=0
+    )
+    adapter, plan = adapter_for(teacher), plan_for(teacher, RUNS)
+    distiller = Distiller(teacher, adapter, plan, tmp_path / "calibration", tmp_path, settings, 0)
+    start = {run: {k: v.clone() for k, v in b.state_dict().items()} for run, b in distiller.substitutes.items()}
+    bundle = distiller.run()
+    kept = all(
+        torch.equal(v, start[run][k]) for run, b in bundle.substitutes.items() for k, v in b.state_dict().items()
+    )
+    assert kept == (rate > 1) == ("the start is kept" in caplog.text)
+    assert bool(bundle.tuned) != kept
