@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ppcl.errors import ConfigError, nearest
 
-CRITERION_NAMES = ("activation", "magnitude", "taylor")  # keys of ppcl.criteria.CRITERIA, which needs torch
+# keys of ppcl.criteria.CRITERIA, which needs torch
+CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
 class Section(BaseModel):
@@ -67,7 +68,8 @@ class FitConfig(Section):
         (0.1, 0.03, 0.01), description="shares of a modulation layer's varying output that a rank may miss"
     )
     criterion: str = Field(
-        "activation", description="what neurons and heads are kept by: " + ", ".join(CRITERION_NAMES)
+        "activation",
+        description=f"what neurons and heads are kept by: {', '.join(CRITERION_NAMES)}, or your file.py:ClassName",
     )
     width_shares: tuple[float, ...] = Field(
         (0.25, 0.5, 0.75), description="shares of a network's neurons and of an attention's heads that may stay"
@@ -78,7 +80,14 @@ class FitConfig(Section):
     @field_validator("criterion")
     @classmethod
     def _known_criterion(cls, name: str) -> str:
-        """Name the nearest criterion."""
+        """Name the nearest criterion; of one from outside the class is looked for when it is loaded."""
+        place, _, attribute = name.rpartition(":")
+        if place and attribute.isidentifier():
+            if place.endswith(".py") and not Path(place).expanduser().is_file():
+                raise ValueError(f"there is no file {place}")
+            return name
+        if ":" in name or name.endswith(".py"):
+            raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
         if name not in CRITERION_NAMES:
             raise ValueError(f"unknown criterion{nearest(name, CRITERION_NAMES)}; valid: {', '.join(CRITERION_NAMES)}")
         return name
@@ -90,6 +99,12 @@ class FitConfig(Section):
         if not all(0 < share < 1 for share in shares):
             raise ValueError("expected shares between 0 and 1, e.g. [0.25, 0.5]")
         return shares
+
+    def identity(self) -> dict[str, Any]:
+        """With the content of a criterion's file: another criterion under the same name is another result."""
+        path = Path(self.criterion.rpartition(":")[0]).expanduser()
+        source = path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+        return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
 
 
 class PlanConfig(Section):
