@@ -110,7 +110,7 @@ class FitConfig(Section):
 class PlanConfig(Section):
     """Choosing the runs under a budget; exactly one budget is used."""
 
-    mode: Literal["optimal", "paper", "uniform", "influence"] = "optimal"
+    mode: Literal["optimal", "paper", "uniform", "influence", "allocation"] = "optimal"
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
@@ -119,6 +119,15 @@ class PlanConfig(Section):
     )
     protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
     protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
+    allocation: Literal["uniform", "nirvana"] = Field(
+        "uniform", description="of mode=allocation: how the cut is shared out among neurons and heads"
+    )
+    gamma: float = Field(3.0, gt=0, description="of allocation=nirvana: how much harder neurons are cut than heads")
+
+    def identity(self) -> dict[str, Any]:
+        """Without what another mode does not read."""
+        unread = set() if self.mode == "allocation" else {"allocation", "gamma"}
+        return self.model_dump(exclude=unread)
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:
