@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from test_slicing import site_of
 from tiny_models import noise, qwen_call, tiny_qwen
 
+from ppcl import stages
 from ppcl.adapters import adapter_for
 from ppcl.capture import velocity
 from ppcl.config import FitConfig, load_config
@@ -205,6 +207,13 @@ def test_names_that_cannot_be_are_found_with_the_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'wanda'"):
         load_config([], ["fit.criterion=wander"])
     assert criterion_named("ppcl.criteria.wanda:Wanda").score is not None
+
+
+def test_the_fit_stage_looks_at_it_before_it_removes_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "READS", {})
+    config = load_config([], ["fit.criterion=" + outside(tmp_path, "class Own:\n    pass\n")])
+    with pytest.raises(ConfigError, match="has no method score"):
+        stages.Run._check(SimpleNamespace(out=tmp_path, config=config), "fit")
 
 
 def test_another_criterion_in_the_same_file_is_another_fit(tmp_path: Path) -> None:
