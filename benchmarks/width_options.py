@@ -2,7 +2,8 @@
 
     python benchmarks/width_options.py RUN docs/width.md
 
-RUN is a run directory of the embedded teacher with capture, analyze and fit done. About ten minutes on one core.
+RUN is a run directory of the embedded teacher with capture, analyze and fit done. About ten minutes on one core with
+``--criteria magnitude taylor``; the default is every criterion there is.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--states", type=int, default=12)
+    parser.add_argument("--criteria", nargs="+", choices=sorted(CRITERIA), default=sorted(CRITERIA))
     given = parser.parse_args()
     transformer = load_pipeline("emoji", torch.device("cpu")).transformer
     adapter = adapter_for(transformer)
@@ -97,7 +99,7 @@ def main() -> None:
     batches = [next(spread)]  # all timesteps, one length of text
     train = States(given.run / "calibration", "train")
     tables = {}
-    for criterion in CRITERIA:
+    for criterion in sorted({FitConfig().criterion, *given.criteria}):
         began = time.perf_counter()
         settings = FitConfig(width=GROUPS, criterion=criterion)
         if criterion != FitConfig().criterion:
@@ -109,8 +111,8 @@ def main() -> None:
         tables[criterion] = rows_of(found.options, analysis.model.params)
         print(criterion, f"{time.perf_counter() - began:.0f} s", *tables[criterion], sep="\n", flush=True)
     head = ["option", "blocks", "saved in all", "error alone: least / median / most", "root of summed squares"]
-    kept = next(c for c in CRITERIA if c == FitConfig().criterion)
-    names = [row[0] for row in next(t for c, t in tables.items() if c != kept) if " of " in row[0]]
+    kept = FitConfig().criterion
+    names = [row[0] for row in next((t for c, t in tables.items() if c != kept), []) if " of " in row[0]]
     by = {c: {row[0]: row for row in table} for c, table in tables.items()}
     text = [
         "# Smaller modules on the embedded teacher, untrained",

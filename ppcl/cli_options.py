@@ -27,7 +27,9 @@ Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g.
 PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
-Mode = Annotated[str | None, typer.Option("--mode", help="optimal or paper (uniform, influence: baselines)")]
+Mode = Annotated[
+    str | None, typer.Option("--mode", help="optimal or paper (baselines: uniform, influence, allocation)")
+]
 
 
 def resolve(

@@ -19,7 +19,7 @@ from ppcl.adapters import Adapter, StackSpec
 from ppcl.analysis.hidden import Signal, moments_of
 from ppcl.analysis.statistics import Moments
 from ppcl.config import FitConfig
-from ppcl.criteria import CRITERIA, Site
+from ppcl.criteria import Site, unit_scores
 from ppcl.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.text_stream import plain_norm, text_replacement
 from ppcl.trace import BlockCall
@@ -125,10 +125,10 @@ def cut_options(
     Returns:
         The replacements of each site, one a size; and ``stack/block/path/kind-size/layer.weight|bias``.
     """
-    scores = CRITERIA[settings.criterion].score(transformer, adapter, [s for _, s, _ in sites], batches, seed)
+    scores = unit_scores(settings.criterion, transformer, adapter, [s for _, s, _ in sites], batches, seed)
     parts: list[list[dict[str, Any]]] = []
     for (_, site, _), score in zip(sites, scores, strict=True):
-        order = torch.argsort(score, descending=True, stable=True).tolist()
+        order = torch.argsort(score, descending=True, stable=True).tolist()  # of equals the first stays
         parts.append([site.units.part(sorted(order[:size])) for size in sizes_of(site.units, settings.width_shares)])
     owner: dict[Signal, tuple[int, str]] = {}
     for number, (_, site, stream) in enumerate(sites):

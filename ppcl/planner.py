@@ -3,7 +3,8 @@
 ``optimal``: dynamic programming over non-overlapping candidate runs, least summed squared
 velocity error under the budget; where smaller modules were measured also over those
 (:mod:`ppcl.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
-damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute.
+damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute. ``allocation``
+removes no block: it cuts neurons and heads by class (:mod:`ppcl.allocations`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
+from ppcl.allocations import allotted_layouts, layout_of
 from ppcl.artifacts import (
     Analysis,
     Candidate,
@@ -52,6 +54,8 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
     allowed_width = [o for o in candidates.width if settings.width is None or o.group.split(".")[0] in settings.width]
     if settings.mode == "optimal" and allowed_width:
         return _plan_with_width(model, allowed_width, allowed, settings)
+    if settings.mode == "allocation":
+        return _plan_by_allocation(model, allowed_width, settings)
     if settings.mode == "optimal":
         # Fitted and probe costs are on different scales (a probe can beat a briefly fitted block),
         # so unfitted runs come in only where the fitted ones cannot meet the budget.
@@ -90,6 +94,24 @@ def _plan_with_width(
             layout, prediction = predictions[min(fitting)[-1]]
             return CompressionPlan(model, settings.mode, {kind: value}, layout, prediction)
     raise BudgetError(_infeasible([p for _, p in predictions], kind, value, settings))
+
+
+def _plan_by_allocation(model: ModelInfo, options: Sequence[WidthOption], settings: PlanConfig) -> CompressionPlan:
+    """Fewer neurons and heads alone, by :mod:`ppcl.allocations`; the smallest cut that meets the budget."""
+    kind, value = settings.budget
+    ladder = allotted_layouts(model, options, settings.allocation, settings.gamma)
+    if not ladder:
+        raise BudgetError(
+            "plan.mode=allocation cuts neurons and heads, and none were measured; add ffn or attention to fit.width "
+            "(and plan.width, if it is set) and fit again"
+        )
+    found = [layout_of(model, chosen) for chosen in ladder]
+    predictions = [predict(model, layout, math.sqrt(cost)) for layout, cost in found]
+    fitting = [(-p.params, i) for i, p in enumerate(predictions) if meets(p, kind, value)]
+    if not fitting:
+        raise BudgetError(_infeasible(predictions, kind, value, settings))
+    index = min(fitting)[-1]
+    return CompressionPlan(model, settings.mode, {kind: value}, found[index][0], predictions[index])
 
 
 def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
@@ -297,7 +319,9 @@ def _nearest(predictions: Sequence[Prediction], kind: str) -> str:
 
 
 def _infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
+    by_width = settings.mode == "allocation"
+    remedy = "smaller fit.width_shares" if by_width else "longer runs with --set fit.max_run"
     return (
         f"no {settings.mode} plan gives {value:g} {UNITS[kind]}; the nearest feasible budget is "
-        f"{_nearest(predictions, kind)} (longer runs with --set fit.max_run reach further)"
+        f"{_nearest(predictions, kind)} ({remedy} reach further)"
     )

@@ -189,9 +189,8 @@ class Run:
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on."""
         section: Any = getattr(self.config, stage, None)  # the report has no settings
-        before = STAGES[: STAGES.index(stage)]
         shared = [self.identity, self.config.seed, self.config.precision]
-        upstream = self.depends(before[-1]) if before else ""
+        upstream = self.depends(STAGES[STAGES.index(stage) - 1]) if stage != STAGES[0] else ""
         return digest(stage, section.identity() if section else None, shared, upstream)
 
     def is_done(self, stage: str) -> bool:
@@ -262,6 +261,10 @@ class Run:
                     read_tensor_header(file)
         if stage == "capture":
             _ = self.teacher
+        elif stage == "fit":
+            from ppcl.criteria import criterion_named
+
+            criterion_named(self.config.fit.criterion)
         elif stage == "plan":
             _make_plan(self)
         elif stage == "evaluate":
@@ -304,8 +307,7 @@ def analyze_stage(run: Run) -> None:
 
     transformer = run.teacher.transformer
     calibration = run.out / "calibration"
-    one = next(States(calibration, "held-out").batches(1))
-    one = to_device(one, run.device)
+    one = to_device(next(States(calibration, "held-out").batches(1)), run.device)
     check_inferred(transformer, one, batch_size(one))
     stacks = {spec.name: list(run.adapter.blocks(transformer, spec)) for spec in run.adapter.stacks}
     with torch.no_grad():

@@ -1,17 +1,71 @@
 """Criteria: which neurons and heads of a block are worth keeping.
 
-A criterion is a file like ``magnitude.py`` and an entry here; ``fit.criterion`` names it.
+A criterion is a file like ``magnitude.py`` and an entry here, or a class in a file of yours; ``fit.criterion`` names
+it. What is known of single weights, and masks of them, is in :mod:`ppcl.criteria.masks`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
 from ppcl.criteria.activation import Activation
 from ppcl.criteria.base import Criterion, Site
+from ppcl.criteria.external import checked, load_external
+from ppcl.criteria.gblm import Gblm
 from ppcl.criteria.magnitude import Magnitude
+from ppcl.criteria.nirvana import Nirvana
+from ppcl.criteria.random import Random
 from ppcl.criteria.taylor import Taylor
+from ppcl.criteria.wanda import Wanda
 
-__all__ = ["CRITERIA", "Criterion", "Site"]
+__all__ = ["CRITERIA", "Criterion", "Site", "criterion_named", "unit_scores"]
 
 CRITERIA: dict[str, Criterion] = {
     "activation": Activation(),
+    "gblm": Gblm(),
     "magnitude": Magnitude(),
+    "nirvana": Nirvana(),
+    "random": Random(),
     "taylor": Taylor(),
+    "wanda": Wanda(),
 }
+
+
+def criterion_named(name: str) -> Criterion:
+    """The criterion of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    return CRITERIA[name] if name in CRITERIA else load_external(name)
+
+
+def unit_scores(
+    name: str,
+    transformer: nn.Module,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    batches: Sequence[dict[str, Any]],
+    seed: int,
+) -> list[Tensor]:
+    """Score units by a criterion's name, and check what comes out.
+
+    Args:
+        name: See :func:`criterion_named`.
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        sites: Whose units.
+        batches: Calibration states.
+        seed: Fixes what is drawn at random.
+
+    Returns:
+        For each site (units,) in float64, finite; more is worth more.
+
+    Raises:
+        ConfigError: The criterion cannot be loaded, or gives something else.
+    """
+    return checked(criterion_named(name).score(transformer, adapter, sites, batches, seed), sites, name)

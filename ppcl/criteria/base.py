@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
+from ppcl.capture import velocity
 from ppcl.slicing import Units
+from ppcl.training import step_generator
+from ppcl.trees import to_device
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,33 @@ class Site:
         found = {name: module.get_submodule(name) for name in self.units.columns}
         return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
 
+    def weights(self, transformer: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Linear, int]]:
+        """All linear layers that hold weights of the units, by path: those that make them (0), those that read (1)."""
+        module = self.module(transformer, adapter)
+        named = [(name, side) for side, names in enumerate((self.units.rows, self.units.columns)) for name in names]
+        found = {name: (module.get_submodule(name), side) for name, side in named}
+        return {name: (layer, side) for name, (layer, side) in found.items() if isinstance(layer, nn.Linear)}
+
     def by_unit(self, features: Tensor) -> Tensor:
         """Split the last axis of what a layer reads, (..., h), into units: (..., units, features of a unit)."""
         return features.reshape(*features.shape[:-1], self.units.count, -1)
+
+
+def unit_sums(values: Tensor, units: Units, side: int) -> Tensor:
+    """Sum what is known of each weight of a layer to its units.
+
+    Args:
+        values: (o, i), one for each weight.
+        units: Of the layer's module.
+        side: 0 for a layer that makes the units, 1 for one that reads them.
+
+    Returns:
+        (units,), each the sum over the unit's rows or columns.
+    """
+    features = values.sum(1 - side)
+    if units.kind == "heads":  # a head's features lie side by side, a gated network's in two halves
+        return features.reshape(units.count, -1).sum(1)
+    return features.reshape(-1, units.count).sum(0)
 
 
 class Criterion(Protocol):
@@ -96,3 +124,37 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def signed_output(transformer: nn.Module, arguments: dict[str, Any], seed: int, step: int) -> Tensor:
+    """The functional of the output that first-order criteria differentiate: <u, v(x)> with random signs u.
+
+    The distillation loss would not do: where student and teacher agree its gradient is zero.
+
+    Args:
+        transformer: Runs with gradients, if the caller lets it.
+        arguments: One batch of states.
+        seed: Fixes the signs, with ``step``.
+        step: Number of the batch.
+
+    Returns:
+        A scalar, the sum over the batch.
+    """
+    device = next(transformer.parameters()).device
+    output = velocity(transformer, to_device(arguments, device)).float()
+    signs = torch.randint(2, output.shape, generator=step_generator(seed, step, 61)).to(device) * 2.0 - 1
+    return (output * signs).sum()
+
+
+@contextmanager
+def checkpointed(transformer: Any) -> Iterator[None]:
+    """Diffusers' gradient checkpointing, where the class has it: activations of one block at a time."""
+    spare = getattr(transformer, "_supports_gradient_checkpointing", False)
+    spare = spare and not transformer.is_gradient_checkpointing
+    if spare:
+        transformer.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if spare:
+            transformer.disable_gradient_checkpointing()

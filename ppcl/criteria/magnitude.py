@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.criteria.base import Site
+from ppcl.criteria.base import Site, unit_sums
 
 
 class Magnitude:
@@ -27,14 +27,8 @@ class Magnitude:
         """See :class:`ppcl.criteria.base.Criterion`."""
         found = []
         for site in sites:
-            module, units = site.module(transformer, adapter), site.units
-            total = torch.zeros(units.count, dtype=torch.float64)
-            for names, side in ((units.rows, 0), (units.columns, 1)):
-                for name in names:
-                    weight = module.get_submodule(name).get_parameter("weight").double()
-                    squares = weight.pow(2).sum(1 - side).cpu()
-                    # a head's features lie side by side, a gated network's in two halves
-                    by_unit = squares.reshape(units.count, -1) if units.kind == "heads" else None
-                    total += squares.reshape(-1, units.count).sum(0) if by_unit is None else by_unit.sum(1)
+            total = torch.zeros(site.units.count, dtype=torch.float64)
+            for layer, side in site.weights(transformer, adapter).values():
+                total += unit_sums(layer.weight.double().pow(2), site.units, side).cpu()
             found.append(total.sqrt())
         return found

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.capture import velocity
-from ppcl.criteria.base import Site, hooked
-from ppcl.training import step_generator
-from ppcl.trees import to_device
+from ppcl.criteria.base import Site, checkpointed, hooked, signed_output
 
 
 class Taylor:
@@ -75,18 +72,7 @@ class Taylor:
 
             return hook
 
-        device = next(transformer.parameters()).device
-        spare = getattr(transformer, "_supports_gradient_checkpointing", False)
-        spare = spare and not transformer.is_gradient_checkpointing
-        if spare:
-            transformer.enable_gradient_checkpointing()
-        try:
-            with hooked(transformer, adapter, sites, watch), torch.enable_grad():
-                output = velocity(transformer, to_device(arguments, device)).float()
-                signs = torch.randint(2, output.shape, generator=step_generator(seed, step, 61)).to(device) * 2.0 - 1
-                inner = (output * signs).sum()
-                found = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
-        finally:
-            if spare:
-                transformer.disable_gradient_checkpointing()
+        with checkpointed(transformer), hooked(transformer, adapter, sites, watch), torch.enable_grad():
+            inner = signed_output(transformer, arguments, seed, step)
+            found = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
         return {n: g for n, g in zip(gates, found, strict=True) if g is not None}

@@ -1,0 +1,178 @@
+"""Allocations: how much of a budget each class of modules gives, before anything is known of single errors.
+
+Classes are the groups of width options (image networks, text networks, attentions). An allocation is a function from
+classes and an amount to a share for each class, and an entry in ``ALLOCATIONS``; ``plan.allocation`` names it for
+``plan.mode=allocation``, which cuts that share of every module of the class. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ppcl.artifacts import ModelInfo, Segment, WidthOption
+from ppcl.errors import BudgetError
+from ppcl.knapsack import Layout
+
+STEPS = 200  # amounts tried, from nothing to all that can go
+
+
+@dataclass(frozen=True)
+class Class:
+    """What an allocation knows of a class of modules.
+
+    Attributes:
+        size: Parameters of its modules.
+        cap: Share of them that can go, 0 to 1.
+        weight: gamma > 0, how hard it is cut beside the others.
+    """
+
+    size: float
+    cap: float = 1.0
+    weight: float = 1.0
+
+
+Allocation = Callable[[Mapping[str, Class], float], dict[str, float]]
+
+
+def uniform(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
+    """The same share of every class, as far as its cap lets it. See :func:`nirvana`."""
+    return nirvana({name: Class(c.size, c.cap) for name, c in classes.items()}, amount)
+
+
+def nirvana(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
+    """Shares in the ratio of gamma (NIRVANA, arXiv 2509.14230): f = amount / sum gamma_k P_k, min(gamma_k f, cap_k).
+
+    What the caps leave over is spread over the other classes by the same rule, until the amount is met.
+
+    Args:
+        classes: By name.
+        amount: Parameters that must go.
+
+    Returns:
+        Share of each class, 0 to its cap; the sum of share times size is the amount.
+
+    Raises:
+        BudgetError: All caps together do not give that much.
+    """
+    most = sum(c.cap * c.size for c in classes.values())
+    if amount > most * (1 + 1e-9):
+        raise BudgetError(f"{amount:g} parameters cannot go; the classes can give {most:g} at most: ask for less")
+    shares = dict.fromkeys(classes, 0.0)
+    free = {name: c for name, c in classes.items() if c.size > 0 and c.cap > 0}
+    left = amount
+    while free:
+        base = left / sum(c.weight * c.size for c in free.values())
+        full = {name: c for name, c in free.items() if c.weight * base >= c.cap}
+        for name, c in (full or free).items():
+            shares[name] = c.cap if full else c.weight * base
+            left -= shares[name] * c.size
+        free = {name: c for name, c in free.items() if name not in full} if full else {}
+    return shares
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "nirvana": nirvana}
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module that can lose units: its size in parameters and its options, from the smallest cut on."""
+
+    group: str
+    size: float
+    options: tuple[WidthOption, ...]
+
+
+def allotted_layouts(
+    model: ModelInfo, options: Sequence[WidthOption], allocation: str, gamma: float
+) -> list[list[WidthOption]]:
+    """Cut the share that an allocation gives each class from all modules of the class, for growing amounts.
+
+    Only so many sizes of a module were measured. What rounding to one of them leaves is carried over to the class's
+    next module, so that the class gives its share to within one step of one module.
+
+    Args:
+        model: The teacher, for the order of stacks.
+        options: What was measured; fewer neurons and fewer heads count, other kinds have no share.
+        allocation: Of ``ALLOCATIONS``.
+        gamma: How much harder neurons are cut than heads (``nirvana``).
+
+    Returns:
+        Options to put in, from none to as many as possible; empty if nothing can lose units.
+    """
+    modules = _modules(model, options)
+    by_class: dict[str, list[_Module]] = {}
+    for module in modules:
+        by_class.setdefault(module.group, []).append(module)
+    classes = {
+        group: Class(
+            size=sum(m.size for m in members),
+            cap=sum(m.options[-1].saved_params for m in members) / sum(m.size for m in members),
+            weight=gamma if group.startswith("ffn") else 1.0,
+        )
+        for group, members in by_class.items()
+    }
+    most = sum(c.cap * c.size for c in classes.values())
+    ladder: list[list[WidthOption]] = []
+    for step in range(STEPS + 1) if modules else ():
+        shares = ALLOCATIONS[allocation](classes, most * step / STEPS)
+        chosen = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
+        if not ladder or chosen != ladder[-1]:
+            ladder.append(chosen)
+    return ladder
+
+
+def _cut(members: Sequence[_Module], share: float) -> list[WidthOption]:
+    """For each module the size nearest to what is due; the remainder is due at the next one."""
+    due, chosen = 0.0, []
+    for module in members:
+        due += share * module.size
+        best = min((None, *module.options), key=lambda o: abs(due - (o.saved_params if o else 0)))
+        if best is not None:
+            chosen.append(best)
+            due -= best.saved_params
+    return chosen
+
+
+def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
+    """Modules that can lose units, in the order of the blocks."""
+    found: dict[tuple[int, int, str], list[WidthOption]] = {}
+    order = {stack.name: number for number, stack in enumerate(model.stacks)}
+    for option in options:
+        if all(part["kind"] in ("narrow", "heads") for part in option.parts.values()):
+            found.setdefault((order[option.stack], option.block, option.group), []).append(option)
+    made = []
+    for (_, _, group), members in sorted(found.items()):
+        sizes = sorted(members, key=lambda o: o.saved_params)
+        part = next(iter(sizes[-1].parts.values()))
+        whole = sizes[-1].saved_params * part["of"] / (part["of"] - part["size"])
+        made.append(_Module(group, whole, tuple(sizes)))
+    return made
+
+
+def layout_of(model: ModelInfo, chosen: Sequence[WidthOption]) -> tuple[Layout, float]:
+    """The segments that put options into the teacher's own blocks, and the sum of their squared errors."""
+    layout: Layout = {}
+    for stack in model.stacks:
+        segments = []
+        for index in range(stack.num_blocks):
+            inside = [o for o in chosen if (o.stack, o.block) == (stack.name, index)]
+            segments.append(_segment(index, inside))
+        layout[stack.name] = tuple(segments)
+    return layout, sum(o.error**2 for o in chosen)
+
+
+def _segment(index: int, chosen: Sequence[WidthOption]) -> Segment:
+    if not chosen:
+        return Segment(index, index)
+    timed = any(o.saved_time is not None for o in chosen)
+    return Segment(
+        index,
+        index,
+        width={path: dict(part) for option in chosen for path, part in option.parts.items()},
+        saved_params=sum(o.saved_params for o in chosen),
+        saved_flops=sum(o.saved_flops for o in chosen),
+        error=math.sqrt(sum(o.error**2 for o in chosen)),
+        saved_time=sum(o.saved_speed for o in chosen) if timed else None,
+    )

@@ -1,0 +1,108 @@
+"""Gradients of the weights of some layers, one layer at a time: none of them is kept.
+
+A linear layer's gradient is delta^T x, with x what it is given and delta the gradient of what it gives. Both are at
+hand for a moment in the backward pass: what a criterion needs of the gradient is taken there, and the matrix is freed
+before the next layer's is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
+from ppcl.criteria.base import Site, checkpointed, signed_output
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of one layer in the backward pass.
+
+    Attributes:
+        number: Of the site.
+        name: The layer's path inside the site's module.
+        layer: The layer.
+        side: 0 if its rows are the units', 1 if its columns are.
+        x: What it was given, (states, tokens, i) in float32; a layer that sees no batch axis has one state a call.
+        delta: Gradient of <u, v> by what it gave, (states, tokens, o) in float32.
+    """
+
+    number: int
+    name: str
+    layer: nn.Linear
+    side: int
+    x: Tensor
+    delta: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """Nothing in the forward pass; in the backward pass it shows x and the gradient.
+
+    x goes through ``save_for_backward``, so gradient checkpointing frees it and makes it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.see = see
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.see(x.detach(), gradients[0].detach())
+        return gradients[0], None, None, None
+
+
+def watch_gradients(
+    transformer: nn.Module,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    batches: Sequence[dict[str, Any]],
+    seed: int,
+    see: Callable[[Seen], None],
+) -> None:
+    """Show a criterion every layer that holds weights of the units, once a batch and call.
+
+    Args:
+        transformer: The teacher's transformer; no gradient is left in it.
+        adapter: Its family.
+        sites: Whose layers.
+        batches: Calibration states; one backward pass of :func:`ppcl.criteria.base.signed_output` each.
+        seed: For the signs.
+        see: Called inside the backward pass.
+    """
+    first = {spec.name: int(spec.tokens_first) for spec in adapter.stacks}
+    anchor = torch.zeros((), requires_grad=True)  # makes frozen weights' outputs part of the graph
+
+    def hook_of(number: int, site: Site, name: str, side: int) -> Callable[[Any, tuple[Any, ...], Tensor], Any]:
+        def states_first(values: Tensor) -> Tensor:
+            if values.ndim < 3:
+                return values.reshape(1, -1, values.shape[-1]).float()
+            return values.movedim(first[site.stack], 0).flatten(1, -2).float()
+
+        def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Any:
+            def seen(x: Tensor, delta: Tensor) -> None:
+                see(Seen(number, name, layer, side, states_first(x), states_first(delta)))
+
+            return _Tap.apply(output, args[0], anchor, seen)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(hook_of(number, site, name, side))
+        for number, site in enumerate(sites)
+        for name, (layer, side) in site.weights(transformer, adapter).items()
+    ]
+    try:
+        for step, arguments in enumerate(batches):
+            with checkpointed(transformer), torch.enable_grad():
+                inner = signed_output(transformer, arguments, seed, step)
+                torch.autograd.grad(inner, [anchor], allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()

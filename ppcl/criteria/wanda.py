@@ -1,0 +1,53 @@
+"""Wanda: a weight is worth |W_ij| times the root mean square of input feature j (Sun et al. 2023, arXiv 2306.11695).
+
+A unit is worth the sum over its columns in the layers that read it, as in Wanda-sp (An et al. 2023, arXiv 2312.11983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
+from ppcl.capture import velocity
+from ppcl.criteria.base import Site, hooked, unit_sums
+from ppcl.criteria.masks import wanda_scores
+from ppcl.trees import to_device
+
+
+class Wanda:
+    """Sum over a unit's columns of |W_ij| sqrt(mean x_j^2)."""
+
+    @torch.no_grad()
+    def score(
+        self,
+        transformer: nn.Module,
+        adapter: Adapter,
+        sites: Sequence[Site],
+        batches: Sequence[dict[str, Any]],
+        seed: int,
+    ) -> list[Tensor]:
+        """See :class:`ppcl.criteria.base.Criterion`."""
+        squares: dict[tuple[int, nn.Linear], Tensor] = {}
+        counts: dict[tuple[int, nn.Linear], int] = {}
+
+        def watch(number: int, _: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0].flatten(0, -2).float()
+                squares[number, layer] = squares.get((number, layer), 0) + x.pow(2).sum(0).double()
+                counts[number, layer] = counts.get((number, layer), 0) + len(x)
+
+            return hook
+
+        device = next(transformer.parameters()).device
+        with hooked(transformer, adapter, sites, watch):
+            for arguments in batches:
+                velocity(transformer, to_device(arguments, device))
+        totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
+        for (number, layer), total in squares.items():
+            scores = wanda_scores(layer.weight.double(), (total / counts[number, layer]).sqrt())
+            totals[number] += unit_sums(scores, sites[number].units, side=1).cpu()
+        return totals
