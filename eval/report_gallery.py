@@ -81,7 +81,7 @@ def lay_out(groups: Sequence[Sequence[Card]]) -> list[list[str]]:
 
 def _html(card: Card, uris: dict[Path, str]) -> str:
     images = "".join(
-        f'<img src="{uris[path]}" alt="{text(who)}: {text(card.prompt)}" data-who="{text(who)}" loading=lazy>'
+        f'<img src="{uris[path]}" alt="{text(who)}: {text(card.prompt)}" data-who="{text(who)}">'
         for who, path in card.shots
     )
     labels = "".join(f"<span>{text(who)}</span>" for who, _ in card.shots)

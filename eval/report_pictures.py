@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, read_json
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_PAIRS = 64
 PICTURE_BUDGET = 3_000_000  # bytes of all encoded pictures; base64 adds a third, the page stays under 5 MB
@@ -54,7 +55,7 @@ def prompts_of(folder: Path) -> list[str]:
     return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
 
-def spread(items: Sequence[Pair], limit: int) -> list[Pair]:
+def spread(items: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` items, evenly spaced, so that nobody picks them by hand."""
     if len(items) <= limit:
         return list(items)
