@@ -364,7 +364,13 @@ def quality_against(
                 value, low, high = point or (math.nan, math.nan, math.nan)
                 around = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 colour, marker = SERIES[index % len(SERIES)], MARKERS[index // len(SERIES) % len(MARKERS)]
-                style = {"color": colour, "marker": marker, "markersize": 5.5, "elinewidth": 1, "linestyle": ""}
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "marker": marker,
+                    "markersize": 5.5,
+                    "elinewidth": 1,
+                    "linestyle": "",
+                }
                 ax.errorbar([cost], [value], around, label=label, capsize=2.5, **style)
             ax.set_ylabel(name)
         axes[-1].set_xlabel(axis)

@@ -46,7 +46,7 @@ def pair_psnr(first: Path, second: Path) -> float | None:
 
 def pair_card(pair: Pair, names: tuple[str, str] = ("teacher", "student"), with_other: bool = False) -> Card:
     """A card of both pictures, and of the teacher's other seed if asked."""
-    shots = ((names[0], pair.teacher), (names[1], pair.student))
+    shots: tuple[tuple[str, Path], ...] = ((names[0], pair.teacher), (names[1], pair.student))
     if with_other and pair.other:
         shots = (*shots, (f"{names[0]}, other seed", pair.other))
     return Card(pair.prompt, shots)
