@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Runs = Sequence[tuple[int, int]]
+Point = tuple[float, float, float]  # value, low, high
 
 # Placeholder colour -> CSS variable of the page (report_style.CSS).
 COLOURS = {
@@ -319,3 +320,60 @@ def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors
         bottom.set_xlabel("parameters, % of the teacher's")
         bottom.invert_xaxis()
         return _svg(figure, "ladder")
+
+
+def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Velocity error by timestep, one line a model with its interval, in the order of sampling: noise on the left.
+
+    Args:
+        series: By model, rows with ``timestep_low``, ``timestep_high``, ``error``, ``low`` and ``high``.
+    """
+    with _styled():
+        figure, (ax,) = _figure(2.6)
+        for index, (name, rows) in enumerate(series.items()):
+            colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+            middles = [(row["timestep_low"] + row["timestep_high"]) / 2 for row in rows]
+            ax.fill_between(
+                middles, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, alpha=0.15, lw=0
+            )
+            ax.plot(middles, [row["error"] for row in rows], color=colour, marker=marker, label=name)
+        ax.set_ylim(bottom=0)
+        ax.invert_xaxis()
+        ax.set_xlabel("timestep")
+        ax.set_ylabel("velocity error")
+        if len(series) > 1:
+            figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        return _svg(figure, "velocity")
+
+
+def quality_against(
+    axis: str, labels: Sequence[str], costs: Sequence[float], measures: Mapping[str, Sequence[Point | None]]
+) -> str:
+    """Every measure of every model against one cost, a row of axes a measure.
+
+    Args:
+        axis: Name and unit of the cost.
+        labels: The models.
+        costs: One for each model.
+        measures: By name, (value, low, high) for each model, or None where it is not known.
+    """
+    with _styled():
+        figure, axes = _figure(0.5 + 1.5 * len(measures), rows=len(measures))
+        for ax, (name, values) in zip(axes, measures.items(), strict=True):
+            for index, (label, cost, point) in enumerate(zip(labels, costs, values, strict=True)):
+                value, low, high = point or (math.nan, math.nan, math.nan)
+                around = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                colour, marker = SERIES[index % len(SERIES)], MARKERS[index // len(SERIES) % len(MARKERS)]
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "marker": marker,
+                    "markersize": 5.5,
+                    "elinewidth": 1,
+                    "linestyle": "",
+                }
+                ax.errorbar([cost], [value], around, label=label, capsize=2.5, **style)
+            ax.set_ylabel(name)
+        axes[-1].set_xlabel(axis)
+        axes[-1].set_xlim(left=0, right=1.06 * max(costs))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        return _svg(figure, f"quality-{axis}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ppcl.eval.report_blocks import redundancy
 from ppcl.eval.report_data import read_run
+from ppcl.eval.report_gallery import MAX_MEASURED
 from ppcl.eval.report_html import page, text
 from ppcl.eval.report_ladder import ladder_section
 from ppcl.eval.report_pictures import find_pairs, readme_picture
@@ -50,7 +51,7 @@ def write_report(run: Path) -> Path:
         [
             headline(data),
             f"<nav>{contents}</nav>",
-            pictures(data, find_pairs(data.folder)),
+            pictures(data, find_pairs(data.folder), find_pairs(data.folder, MAX_MEASURED)),
             metrics_section(data),
             sizes,
             redundancy(data),

@@ -155,6 +155,16 @@ def pick(data: object, *keys: str) -> float | None:
     return float(data)
 
 
+def limits(data: object, *keys: str) -> tuple[float, float] | None:
+    """The interval (low, high) that ``keys`` lead to; None where it is absent or not two finite numbers."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    found = [pick({"limit": value}, "limit") for value in data] if isinstance(data, list | tuple) else []
+    if len(found) != 2 or found[0] is None or found[1] is None:
+        return None
+    return found[0], found[1]
+
+
 def differences(stack: StackAnalysis, first: int) -> list[tuple[int, float]]:
     """D(u,k) = -(cka(u,k) - cka(u,k-1)) for u = ``first`` (eq. 4).
 

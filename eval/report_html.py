@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
-from ppcl.eval.report_style import CSS, SCRIPT
+from ppcl.eval.report_script import SCRIPT, VIEWER
+from ppcl.eval.report_style import CSS
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -24,6 +26,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}".replace("-", MINUS)
     decimals = max(0, digits - len(str(int(abs(value)))) + (abs(value) < 1))
+    if 0 < abs(value) < 0.01:  # no significant digit would be left of a small difference
+        decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
@@ -62,6 +66,11 @@ def signed(value: float | None, shown: str) -> str:
     return f"+{shown}" if value is not None and value > 0 else shown
 
 
+def ranged(shown: str, limits: tuple[float, float] | None, show: Callable[[float], str] = number) -> str:
+    """A number as shown with its interval (low, high) underneath, where there is one."""
+    return f"{shown} <small>{show(limits[0])} to {show(limits[1])}</small>" if limits else shown
+
+
 def paragraph(content: str, css: str = "") -> str:
     """A paragraph of ready HTML."""
     return f'<p class="{css}">{content}</p>' if css else f"<p>{content}</p>"
@@ -92,9 +101,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], explanations: Se
     return "".join(parts)
 
 
-def figure(title: str, svg: str, guide: str) -> str:
+def figure(title: str, svg: str, guide: str, css: str = "") -> str:
     """A chart with its title and the sentence that says how to read it (both plain text)."""
-    return f"<figure><h3>{text(title)}</h3>{svg}<figcaption>{text(guide)}</figcaption></figure>"
+    classes = f' class="{css}"' if css else ""
+    return f"<figure{classes}><h3>{text(title)}</h3>{svg}<figcaption>{text(guide)}</figcaption></figure>"
 
 
 def section(anchor: str, title: str, *content: str) -> str:
@@ -108,5 +118,5 @@ def page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n</main>"
-        f'<dialog id="viewer"><img alt=""><p></p></dialog><script>{SCRIPT}</script></body></html>\n'
+        f"{VIEWER}<script>{SCRIPT}</script></body></html>\n"
     )

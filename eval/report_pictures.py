@@ -8,10 +8,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ppcl.errors import ArtifactError
-from ppcl.eval.report_html import text
 from ppcl.files import atomic_path, read_json
 
 if TYPE_CHECKING:
@@ -19,10 +18,9 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_PAIRS = 64
-NUM_OPEN = 20  # pairs shown before a reader unfolds the rest
-NUM_TRIPLES = 6  # pairs that are shown again beside the teacher's other seed
 PICTURE_BUDGET = 3_000_000  # bytes of all encoded pictures; base64 adds a third, the page stays under 5 MB
 SIDES = (256, 192, 144, 112, 80, 56)  # longest side of a thumbnail in pixels, tried in turn
 LOSSLESS_SIDE = 96  # pictures up to this size are small enough to keep every pixel
@@ -46,7 +44,8 @@ def _seed_folders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("seed-*") if p.is_dir()), key=seed)
 
 
-def _prompts(folder: Path) -> list[str]:
+def prompts_of(folder: Path) -> list[str]:
+    """The prompts of a folder of drawn pictures; empty if they are not recorded."""
     try:
         data = read_json(folder / "prompts.json")
     except ArtifactError as error:
@@ -56,7 +55,7 @@ def _prompts(folder: Path) -> list[str]:
     return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
 
-def spread(items: Sequence[Pair], limit: int) -> list[Pair]:
+def spread(items: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` items, evenly spaced, so that nobody picks them by hand."""
     if len(items) <= limit:
         return list(items)
@@ -75,7 +74,7 @@ def find_pairs(run: Path, limit: int = MAX_PAIRS) -> list[Pair]:
         return []
     student, teacher = shared[0], teachers[shared[0].name]
     other = next((path for name, path in teachers.items() if name != student.name), None)
-    prompts = _prompts(teacher)
+    prompts = prompts_of(teacher)
     pairs = []
     for path in sorted(student.glob("[0-9]*.png")):
         twin, index = teacher / path.name, int(path.stem) if path.stem.isdecimal() else -1
@@ -86,8 +85,8 @@ def find_pairs(run: Path, limit: int = MAX_PAIRS) -> list[Pair]:
     return spread(pairs, limit)
 
 
-def _open(path: Path, side: int) -> Image.Image | None:
-    """The picture in RGB on white, its longest side at most ``side`` pixels; None if unreadable."""
+def open_picture(path: Path, side: int) -> Image.Image | None:
+    """Read a picture as RGB on white, its longest side at most ``side`` pixels; None if unreadable."""
     from PIL import Image
 
     try:
@@ -119,56 +118,13 @@ def thumbnails(paths: Sequence[Path], budget: int = PICTURE_BUDGET) -> dict[Path
         paths: Picture files.
         budget: Bytes that all of them may take before base64.
     """
-    pictures = {path: picture for path in dict.fromkeys(paths) if (picture := _open(path, SIDES[0])) is not None}
+    pictures = {path: picture for path in dict.fromkeys(paths) if (picture := open_picture(path, SIDES[0])) is not None}
     encoded: dict[Path, bytes] = {}
     for side in SIDES:
         encoded = {path: _encode(picture, side) for path, picture in pictures.items()}
         if sum(map(len, encoded.values())) <= budget:
             break
     return {path: "data:image/webp;base64," + base64.b64encode(data).decode() for path, data in encoded.items()}
-
-
-def _card(prompt: str, shots: Sequence[tuple[str, str]]) -> str:
-    images = "".join(f'<img src="{uri}" alt="{text(who)}: {text(prompt)}" loading=lazy>' for who, uri in shots)
-    labels = "".join(f"<span>{text(who)}</span>" for who, _ in shots)
-    return (
-        f'<li class=pair><button type=button aria-label="enlarge: {text(prompt)}">{images}</button>'
-        f"<div class=who>{labels}</div><p>{text(prompt)}</p></li>"
-    )
-
-
-def picture_grids(pairs: Sequence[Pair]) -> tuple[str, str, int]:
-    """HTML of the side-by-side grid and of the grid with the teacher's other seed.
-
-    Returns:
-        The grid, the grid of triples (empty without another seed), and the number of unreadable pairs.
-    """
-    extra = [pair for pair in pairs if pair.other][:NUM_TRIPLES]
-    paths = [path for pair in pairs for path in (pair.teacher, pair.student)]
-    uris = thumbnails(paths + [pair.other for pair in extra if pair.other])
-    whole = [pair for pair in pairs if pair.teacher in uris and pair.student in uris]
-    cards = [_card(p.prompt, [("teacher", uris[p.teacher]), ("student", uris[p.student])]) for p in whole]
-    triples = [
-        _card(
-            p.prompt,
-            [("teacher", uris[p.teacher]), ("student", uris[p.student]), ("teacher, other seed", uris[p.other])],
-        )
-        for p in extra
-        if p in whole and p.other in uris
-    ]
-    more = '<ul class="pairs triples">' + "".join(triples) + "</ul>" if triples else ""
-    return _folded(cards), more, len(pairs) - len(whole)
-
-
-def _folded(cards: Sequence[str]) -> str:
-    """The grid; what goes beyond the first screens is folded away."""
-    if not cards:
-        return ""
-    grid = '<ul class="pairs">' + "".join(cards[:NUM_OPEN]) + "</ul>"
-    if rest := cards[NUM_OPEN:]:
-        grid += f'<details><summary>Show the other {len(rest)} pairs</summary><ul class="pairs">'
-        grid += "".join(rest) + "</ul></details>"
-    return grid
 
 
 def readme_picture(run: Path, out: Path, columns: int = 8) -> None:
@@ -187,7 +143,8 @@ def readme_picture(run: Path, out: Path, columns: int = 8) -> None:
     from PIL import Image, ImageDraw
 
     cell, gap, side, line = 144, 8, 92, 19  # pixels
-    opened = [(p.prompt, _open(p.teacher, cell), _open(p.student, cell)) for p in find_pairs(Path(run), columns)]
+    pairs = find_pairs(Path(run), columns)
+    opened = [(p.prompt, open_picture(p.teacher, cell), open_picture(p.student, cell)) for p in pairs]
     rows = [(prompt, teacher, student) for prompt, teacher, student in opened if teacher and student]
     if not rows:
         raise ArtifactError(f"{run} holds no pictures of teacher and student; run its evaluate stage first")

@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ppcl.eval.report_data import RunData, pick
-from ppcl.eval.report_html import missing, note, number, paragraph, percent, section, signed, table, text
+from ppcl.eval import figures
+from ppcl.eval.report_data import RunData, limits, pick
+from ppcl.eval.report_html import (
+    figure,
+    missing,
+    note,
+    number,
+    paragraph,
+    percent,
+    ranged,
+    section,
+    signed,
+    table,
+    text,
+)
 
 # Name, lower is better, shown as a percentage, what it means.
 SCORES: dict[str, tuple[str, bool, bool, str]] = {
@@ -23,6 +36,21 @@ SCORES: dict[str, tuple[str, bool, bool, str]] = {
         False,
         "The same question as FID by another statistic, which is not biased by the number of pictures.",
     ),
+    "cmmd": (
+        "CMMD",
+        True,
+        False,
+        "The same question again, asked of the embedding that judges prompts: a distance between means, not biased.",
+    ),
+    "precision": ("Precision", False, True, "How many of these pictures lie near reference pictures: plausible ones."),
+    "recall": ("Recall", False, True, "How many reference pictures lie near these pictures: the variety is kept."),
+    "density": (
+        "Density",
+        False,
+        False,
+        "How many reference pictures lie near each of these, by what is usual among them; 1 or more is good.",
+    ),
+    "coverage": ("Coverage", False, True, "How many reference pictures have one of these as a near neighbour."),
     "clip_score": (
         "CLIP score",
         False,
@@ -42,6 +70,8 @@ SCORES: dict[str, tuple[str, bool, bool, str]] = {
         "How often the picture's own prompt is among the first five.",
     ),
 }
+
+OPTIONAL = ("kid", "cmmd", "precision", "recall", "density", "coverage")  # no row where neither model has it
 
 # Name, digits as percentage or not, what it means; the student's pictures against the teacher's, pair by pair.
 FIDELITY: dict[str, tuple[str, str]] = {
@@ -82,7 +112,7 @@ def _score_rows(metrics: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]
     rows, explanations = [], []
     for key, (name, lower, as_share, meaning) in SCORES.items():
         teacher, student = pick(metrics, "teacher", key), pick(metrics, "student", key)
-        if key == "kid" and teacher is None and student is None:
+        if key in OPTIONAL and teacher is None and student is None:
             continue
         show = percent if as_share else number
         change = student - teacher if teacher is not None and student is not None else None
@@ -91,9 +121,14 @@ def _score_rows(metrics: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]
         around = show(deviation) if as_share else number(deviation, 2)
         if deviation is not None:
             around = f"\N{PLUS-MINUS SIGN}{around}"
-        rows.append([name, show(teacher), show(student), signed(change, points), around])
+        cells = [
+            ranged(show(value), limits(metrics, "intervals", side, key), show)
+            for side, value in (("teacher", teacher), ("student", student))
+        ]
+        rows.append([name, *cells, signed(change, points), around])
         better = "Lower is better." if lower else "Higher is better."
-        judged = verdict(teacher, student, _spread_values(metrics, key), lower)
+        values = _spread_values(metrics, key)
+        judged = "" if key in OPTIONAL and not values else verdict(teacher, student, values, lower)
         explanations.append(f"{text(meaning)} {better} <span class=verdict>{text(judged)}</span>")
     return rows, explanations
 
@@ -108,7 +143,8 @@ def _fidelity_table(metrics: Mapping[str, Any]) -> str:
     rows, explanations = [], []
     for key, (name, meaning) in FIDELITY.items():
         value = pick(metrics, "fidelity", key)
-        rows.append([name, number(value), number(pick(metrics, "fidelity", SCALE_OF.get(key, "-")))])
+        shown = ranged(number(value), limits(metrics, "intervals", "fidelity", key))
+        rows.append([name, shown, number(pick(metrics, "fidelity", SCALE_OF.get(key, "-")))])
         explanations.append(text(meaning))
     return table(["", "student against teacher", "for scale"], rows, explanations)
 
@@ -148,20 +184,53 @@ def metrics_section(run: RunData) -> str:
     sizes += [f"features: {metrics['features']}"] if metrics.get("features") else []
     how = ", ".join(sizes) or "settings that were not recorded"
     rows, explanations = _score_rows(metrics)
-    drop = pick(metrics, "average_drop")
     parts = [paragraph(text(f"Measured with {how}."), "soft"), *(note(line) for line in cautions(metrics))]
     parts.append("<h3>Scores</h3>")
     parts.append(table(["", "teacher", "student", "change", "teacher's spread"], rows, explanations))
-    if drop is not None:
-        each = metrics.get("average_drop_per_metric") or {}
-        drops = {name: pick(each, key) for key, (name, *_) in SCORES.items()}
-        names = [f"{name} {number(value, 2)}%" for name, value in drops.items() if value is not None]
-        detail = f" ({'; '.join(names)})" if names else ""
-        parts.append(
-            paragraph(
-                f"<b>Average drop {text(number(drop, 2))}%</b>, the mean relative loss of the scores where higher is "
-                f"better{text(detail)}. A negative drop is a gain."
-            )
-        )
-    parts += ["<h3>Closeness to the teacher, pair by pair</h3>", _fidelity_table(metrics)]
+    if level := pick(metrics, "intervals", "level"):
+        drawn = pick(metrics, "intervals", "resamples")
+        times = f" ({drawn:,.0f} resamples)" if drawn else ""
+        parts.append(paragraph(f"Under a number: its {percent(level, 0)} bootstrap interval{times}.", "soft small"))
+    parts += [_drop(metrics), "<h3>Closeness to the teacher, pair by pair</h3>", _fidelity_table(metrics)]
+    parts.append(_velocity_figure(metrics))
     return section("numbers", "How good is it", *parts)
+
+
+def _drop(metrics: Mapping[str, Any]) -> str:
+    """The average drop in words, with its interval and its parts."""
+    drop = pick(metrics, "average_drop")
+    if drop is None:
+        return ""
+    each = metrics.get("average_drop_per_metric") or {}
+    drops = {name: pick(each, key) for key, (name, *_) in SCORES.items()}
+    names = [f"{name} {number(value, 2)}%" for name, value in drops.items() if value is not None]
+    detail = f" ({'; '.join(names)})" if names else ""
+    around = limits(metrics, "intervals", "average_drop")
+    interval = f", interval {number(around[0], 2)}% to {number(around[1], 2)}%" if around else ""
+    return paragraph(
+        f"<b>Average drop {text(number(drop, 2))}%</b>{text(interval)}, the mean relative loss of the scores where "
+        f"higher is better{text(detail)}. A negative drop is a gain."
+    )
+
+
+VELOCITY_GUIDE = (
+    "How to read: relative error of the transformer's output at the teacher's own denoising states, by range of "
+    "timesteps, from pure noise on the left to the finished picture on the right; shaded: the interval. Lower is "
+    "closer to the teacher."
+)
+
+
+def velocity_steps(rows: object) -> list[dict[str, float]]:
+    """The rows of ``velocity_error_by_timestep`` that hold every number; empty where there are none."""
+    keys = ("timestep_low", "timestep_high", "error", "low", "high")
+    found = [{key: pick(row, key) for key in keys} for row in rows] if isinstance(rows, list) else []
+    whole = [{key: value for key, value in row.items() if value is not None} for row in found]
+    return [row for row in whole if len(row) == len(keys)]
+
+
+def _velocity_figure(metrics: Mapping[str, Any]) -> str:
+    fidelity = metrics.get("fidelity")
+    steps = velocity_steps(fidelity.get("velocity_error_by_timestep") if isinstance(fidelity, Mapping) else None)
+    if not steps:
+        return ""
+    return figure("Velocity error by timestep", figures.velocity_curves({"student": steps}), VELOCITY_GUIDE, "single")

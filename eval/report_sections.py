@@ -9,6 +9,7 @@ import yaml
 
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData, pick
+from ppcl.eval.report_gallery import NUM_TRIPLES, extremes, extremes_html, gallery, grid, lay_out, pair_card
 from ppcl.eval.report_html import (
     TIMES,
     count,
@@ -24,7 +25,7 @@ from ppcl.eval.report_html import (
     table,
     text,
 )
-from ppcl.eval.report_pictures import Pair, picture_grids
+from ppcl.eval.report_pictures import Pair
 from ppcl.files import weights_variant
 
 
@@ -117,27 +118,36 @@ def headline(run: RunData) -> str:
     )
 
 
-def pictures(run: RunData, pairs: Sequence[Pair]) -> str:
-    """Teacher beside student, and the teacher's other seed for scale."""
-    grid, triples, unreadable = picture_grids(pairs)
-    if not grid:
+def pictures(run: RunData, pairs: Sequence[Pair], measured: Sequence[Pair]) -> str:
+    """Teacher beside student, the least and most alike pairs, and the teacher's other seed for scale.
+
+    Args:
+        run: The run.
+        pairs: What the gallery shows.
+        measured: What the least and most alike pairs are looked for in.
+    """
+    extra = [pair_card(pair, with_other=True) for pair in pairs if pair.other][:NUM_TRIPLES]
+    worst, best = extremes(measured)
+    cards, triples, least, most = lay_out([[pair_card(pair) for pair in pairs], extra, worst, best])
+    if not cards:
         return section("pictures", "Side by side", missing(run.missing("eval")))
     parts = [
         paragraph(
             "Left the teacher, right the compressed student: same prompt, same initial noise. "
-            "The prompts are those of the evaluation in order, not chosen. Click a pair to enlarge and flip it."
+            "The prompts are those of the evaluation in order, not chosen. Open a pair to compare it with a divider."
         ),
-        grid,
+        gallery(cards),
     ]
-    if unreadable:
+    if unreadable := len(pairs) - len(cards):
         pairs_are = "1 pair is" if unreadable == 1 else f"{unreadable} pairs are"
         parts.append(note(f"{pairs_are} left out because a picture cannot be read; evaluate again."))
+    parts.append(extremes_html(least, most, ("teacher", "student"), len(measured)))
     if triples:
         parts.append("<h3>For scale: the teacher with another seed</h3>")
         parts.append(
             paragraph("How much a picture changes when only the noise changes. A good student stays well inside that.")
         )
-        parts.append(triples)
+        parts.append(grid(triples, "triples"))
     return section("pictures", "Side by side", *parts)
 
 

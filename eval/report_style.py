@@ -1,4 +1,4 @@
-"""The look of the report: one style sheet (light, dark, phone) and the picture viewer's script."""
+"""The look of the report: one style sheet for light, dark, phone and paper."""
 
 CSS = """
 :root{color-scheme:light dark;
@@ -59,6 +59,7 @@ tr.explain td>*{max-width:48em}
 align-items:start}
 figure{margin:0 0 16px;break-inside:avoid;background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:14px 16px;min-width:0}
+figure.single{max-width:640px}
 figure h3{margin:0 0 .2rem}
 figure svg{display:block;width:100%;height:auto;font-family:inherit}
 figcaption{font-size:.86rem;color:var(--soft);margin-top:.5rem;line-height:1.45}
@@ -80,26 +81,40 @@ max-width:46em}
 .bars span:nth-child(3n){text-align:right;font-variant-numeric:tabular-nums}
 dialog{border:0;border-radius:12px;background:var(--card);color:var(--ink);padding:14px;max-width:min(94vw,640px)}
 dialog::backdrop{background:rgba(0,0,0,.65)}
-dialog img{display:block;width:min(86vw,560px);max-height:74vh;object-fit:contain;cursor:pointer;background:#fff;
-border-radius:6px}
-dialog p{margin:.5em 0 0;font-size:.9rem}
+dialog p{margin:.5em 0 0;font-size:.9rem;overflow-wrap:anywhere;max-height:4.2em;overflow-y:auto}
+.stage{display:grid;position:relative;width:min(86vw,560px);max-height:60vh;aspect-ratio:1;background:#fff;
+border-radius:6px;overflow:hidden;cursor:ew-resize;touch-action:pan-y;margin:0 auto}
+.stage img{grid-area:1/1;width:100%;height:100%;min-height:0;object-fit:contain;background:#fff;pointer-events:none}
+.stage i{position:absolute;top:0;bottom:0;width:2px;margin-left:-1px;background:#10141a;box-shadow:0 0 0 1px #fff}
+dialog input[type=range]{display:block;width:100%;margin:10px 0 6px;accent-color:var(--c1)}
+.sides,.tools{display:flex;flex-wrap:wrap;gap:6px 12px;justify-content:space-between;font-size:.85rem}
+.sides label{display:flex;gap:6px;align-items:center;min-width:0}
+.tools{margin-top:10px;justify-content:flex-start;gap:8px}
+.tools button,.sides select,.filter input{font:inherit;color:var(--ink);background:var(--paper);
+border:1px solid var(--faint);border-radius:6px;padding:5px 11px;max-width:100%}
+.sides select{padding:3px 5px;max-width:34vw}
+.tools button{cursor:pointer;font-size:.88rem}
+.tools button[name=close]{margin-left:auto}
+.filter{display:flex;flex-wrap:wrap;gap:4px 12px;align-items:center;font-size:.9rem;margin:.8rem 0 0}
+.filter input{width:min(100%,18em)}
+[hidden]{display:none!important}
+td small{display:block;font-size:.76rem;color:var(--soft);white-space:nowrap}
+.sortable th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-align:inherit;
+border-bottom:1px dotted var(--soft)}
+.sortable th[aria-sort]{color:var(--ink)}
+.sortable th[aria-sort=ascending] button::after{content:" \\2191"}
+.sortable th[aria-sort=descending] button::after{content:" \\2193"}
+.sortable td,.sortable td small{white-space:nowrap}
+.facts td{text-align:left}
+.sortable{max-width:none;width:auto}
+.sortable th:first-child{position:sticky;left:0;background:var(--paper);padding-right:14px;z-index:1}
+.sortable tbody th{white-space:normal;overflow-wrap:anywhere;min-width:6.5em;max-width:14em}
+button:focus-visible,input:focus-visible,select:focus-visible{outline:3px solid var(--c1);outline-offset:2px}
 @media (max-width:560px){main{padding:18px 14px 48px}h2{margin-top:2.4rem}
 .pairs{grid-template-columns:repeat(2,minmax(0,1fr))}.triples{grid-template-columns:1fr}
 .tiles{grid-template-columns:1fr 1fr}.tile b{font-size:1.25rem}
-.strip{gap:2px 1px}.strip div{font-size:9px}th,td{padding:6px 5px}table{font-size:.86rem}figure{padding:12px 10px}}
-@media print{.pair button{cursor:auto}figure,.pair,.tile{break-inside:avoid}}
-"""
-
-# Enlarges a pair and flips between its pictures in place; without scripts the page loses nothing else.
-SCRIPT = """
-(function(){var d=document.getElementById('viewer');if(!d||!d.showModal)return;
-var img=d.querySelector('img'),text=d.querySelector('p'),shots=[],at=0;
-function show(){img.src=shots[at].src;img.alt=shots[at].alt;
-text.textContent=shots[at].alt+' (click to flip, Esc to close)';}
-document.querySelectorAll('.pair button').forEach(function(b){b.addEventListener('click',function(){
-shots=Array.prototype.slice.call(b.querySelectorAll('img'));at=0;show();d.showModal();});});
-img.addEventListener('click',function(){at=(at+1)%shots.length;show();});
-d.addEventListener('keydown',function(e){if(e.key==='ArrowLeft'||e.key==='ArrowRight'||e.key===' '){
-at=(at+1)%shots.length;show();e.preventDefault();}});
-d.addEventListener('click',function(e){if(e.target===d)d.close();});})();
+.strip{gap:2px 1px}.strip div{font-size:9px}th,td{padding:6px 5px}tr.explain td>*{max-width:calc(100vw - 28px)}
+td small{white-space:normal}.sortable td small{white-space:nowrap}
+table{font-size:.86rem}figure{padding:12px 10px}}
+@media print{.filter{display:none}.pair button{cursor:auto}figure,.pair,.tile{break-inside:avoid}}
 """

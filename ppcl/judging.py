@@ -36,6 +36,7 @@ from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.fidelity import LPIPS_MIN_SIDE, SSIM_MIN_SIDE, lpips, lpips_weights, psnr, ssim
 from ppcl.eval.generate import accepted_kwargs, draw, generate, picture_generator, quiet, read_picture
 from ppcl.eval.pictures import compare_pairs, describe, load_statistics, picture_files
+from ppcl.eval.report_models import write_models_report
 from ppcl.eval.results import Comparison, Evaluation, ModelResult, Step, of_interval, of_measured, report, write_schema
 from ppcl.eval.scoring import SCORES, Measured, Reference, differences, drop, measure, paired, reference_of
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
@@ -313,7 +314,7 @@ def judge_models(
     reference: Path | None = None,
     embedded: bool = False,
 ) -> Evaluation:
-    """Evaluate models and write ``metrics.json``, its schema, and ``report.md``.
+    """Evaluate models and write ``metrics.json``, its schema, ``report.md`` and ``report.html``.
 
     Args:
         models: ``emoji``, pipeline folders, hub ids, runs or bundles; the first is what the others are compared
@@ -341,6 +342,7 @@ def judge_models(
     write_json(out / "metrics.json", finite(result.model_dump(mode="json")))
     write_schema(out / "metrics.schema.json")
     write_text(out / "report.md", report(result))
+    write_models_report(out)
     return result
 
 

@@ -124,4 +124,4 @@ def print_evaluation(result: Evaluation, out: Path) -> None:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     for comparison in result.comparisons:
         console.print(comparison.verdict, soft_wrap=True, markup=False)
-    console.print(f"report:  {out / 'report.md'}", soft_wrap=True, markup=False)
+    console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -100,6 +100,9 @@ def test_files_and_numbers(judged: tuple[Path, str]) -> None:
     assert text == report(result)
     assert made.verdict in text
     assert number(first.numbers["fid"].value) in text
+    page = (out / "report.html").read_text()
+    assert made.verdict.replace("%", "") in page.replace("%", "")
+    assert page.count("data-who=") == 2 * 5 + 2 * 2 * 2  # every prompt, the two least and the two most alike
 
 
 def test_what_is_missing_is_said(judged: tuple[Path, str]) -> None:

@@ -262,7 +262,7 @@ def test_complete_run(run: Path) -> None:
     assert "predicted 67.4%" in words
     assert "predicted 1.49\N{MULTIPLICATION SIGN}" in words
     assert f'DiffusionPipeline.from_pretrained("{run.as_posix()}/pipeline")' in words
-    assert content.count("<li class=pair>") == 12 + 6
+    assert content.count("<li class=pair>") == 12 + 6 + 8  # gallery, other seed, least and most alike
     assert content.count("<svg") == 5 + 3  # map, differences, scores, linearity, candidates; three loss curves
     assert content.count("How to read:") == 8
     assert "Of 24 blocks 16 are left: 4 runs" in words
@@ -381,7 +381,7 @@ def test_size_limit_with_64_large_pairs(run: Path) -> None:
     write_pictures(run, ["x" * 300] * 70, side=256, noise=True)
     path = write_report(run)
     parse(path)
-    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 64 + 6
+    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 64 + 6 + 8
 
 
 def test_small_pictures_keep_every_pixel(run: Path) -> None:
@@ -398,7 +398,7 @@ def test_unreadable_picture_is_left_out_and_said(run: Path) -> None:
     source = run / "eval" / "student" / "seed-0" / "0003.png"
     source.write_bytes(source.read_bytes()[:60])
     path = write_report(run)
-    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 11 + 5
+    assert path.read_text(encoding="utf-8").count("<li class=pair>") == 11 + 5 + 8
     assert "1 pair is left out" in body_text(path)
 
 
@@ -413,7 +413,7 @@ def test_pairs_share_prompt_and_seed(run: Path) -> None:
 
 
 def test_spread_is_even_and_in_order() -> None:
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7]  # type: ignore[arg-type,comparison-overlap]
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
     assert spread([], 4) == []
 
 
@@ -492,6 +492,7 @@ def test_loss_points_skip_what_a_log_axis_cannot_show() -> None:
         (number(1.449), "1.45"),
         (number(28.31), "28.3"),
         (number(412.3), "412"),
+        (number(-0.00312, 2), "\N{MINUS SIGN}0.0031"),
         (number(-0.6), "\N{MINUS SIGN}0.600"),
         (count(14_400_000), "14.4 M"),
         (count(20_300_000_000), "20.3 B"),
