@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,6 +301,14 @@ def study(
     typer.echo(run_study(run, table, draws, chosen))
 
 
+def _skip_peft() -> None:
+    """Keep diffusers from importing peft, which takes three seconds and has nothing to do with a model's shapes."""
+    from diffusers.utils import import_utils
+
+    if hasattr(import_utils, "_peft_available"):
+        import_utils._peft_available = False
+
+
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="'emoji', a pipeline folder, a hub id, or a transformer's config.json")],
@@ -316,6 +325,8 @@ def inspect(
     """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""
     settings = resolve(model, config, set_, keep, speedup, None, None)
     quiet_libraries()
+    if "torch" not in sys.modules:  # a process that only looks at configs
+        _skip_peft()
     import json
 
     from ppcl.artifacts import to_jsonable
