@@ -79,7 +79,7 @@ def test_flux_dev(tmp_path):
 
 @pytest.mark.parametrize(("config", "params"), [(QWEN_IMAGE, 20_430_401_088), (FLUX_DEV, 11_901_408_320)])
 def test_the_command_is_quick_and_small(tmp_path, config, params):
-    """Under 3 seconds of processor time beside the libraries' imports, and 2 GB of memory with them."""
+    """Under 6 seconds of processor time beside the libraries' imports, and 2 GB of memory with them."""
     pytest.importorskip("resource")
     write_config(tmp_path, config)
     code = (
@@ -99,7 +99,7 @@ def test_the_command_is_quick_and_small(tmp_path, config, params):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     used = json.loads(result.stderr.splitlines()[-1])
-    assert used["seconds"] < 3
+    assert used["seconds"] < 6
     assert used["peak"] < 2e9
     found = json.loads(result.stdout)
     assert found["model"]["params"] == params
