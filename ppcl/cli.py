@@ -319,7 +319,7 @@ def inspect(
     height: Annotated[int | None, typer.Option("--height", min=1, help="of the picture, pixels")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="of the picture, pixels")] = None,
     text_tokens: Annotated[int | None, typer.Option("--text-tokens", min=1, help="of the prompt")] = None,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="that modulation layers are assumed to need")] = 64,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="of modulation: what width could give")] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""

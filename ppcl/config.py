@@ -180,6 +180,9 @@ class DistillConfig(Section):
     shard: bool = Field(
         False, description="FSDP2: the output stage of train=all splits the student over the processes: less memory"
     )
+    keep_start: bool = Field(
+        True, description="keep the start where training ends further from the teacher on held-out states"
+    )
     max_bad_steps: int = Field(
         10, ge=0, description="steps with NaN or a spike that a stage may leave out, a tenth of it at most"
     )

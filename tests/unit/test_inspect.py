@@ -212,7 +212,7 @@ def test_budget_as_speed(tmp_path):
 def test_half_of_qwen_image_by_smaller_modules(tmp_path):
     """The count is that of the compressed class built from the config entry, at full size, without weights."""
     write_config(tmp_path, QWEN_IMAGE)
-    found = inspect_model(str(tmp_path), PlanConfig(keep=0.5)).wider
+    found = inspect_model(str(tmp_path), PlanConfig(keep=0.5), rank=64).wider
     assert found.networks == {"text": "one affine map"}
     config = blueprint.read_config(str(tmp_path))[0]
     teacher = blueprint.build_on_meta(config)
@@ -228,7 +228,7 @@ def test_half_of_qwen_image_by_smaller_modules(tmp_path):
 
 def test_smaller_modules_alone_may_not_do(tmp_path):
     write_config(tmp_path, FLUX_DEV)
-    assert inspect_model(str(tmp_path), PlanConfig(keep=0.5)).wider is None
+    assert inspect_model(str(tmp_path), PlanConfig(keep=0.5), rank=64).wider is None
 
 
 def test_without_a_budget_there_is_no_choice(tmp_path):

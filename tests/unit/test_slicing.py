@@ -255,7 +255,9 @@ def test_distilling_all_of_them_at_once(tmp_path: Path) -> None:
         for key in by_block
     ]
     wanted = with_options(transformer, [], options, analysis)
-    settings = DistillConfig(local_steps=3, output_steps=2, batch_size=4, from_fit=False, train="substitutes")
+    settings = DistillConfig(
+        local_steps=3, output_steps=2, batch_size=4, from_fit=False, train="substitutes", keep_start=False
+    )
     rows: list[dict[str, Any]] = []
     distiller = Distiller(
         transformer, adapter, wanted, folder / "calibration", tmp_path, settings, 0, "fp32", rows.append,
