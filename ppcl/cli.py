@@ -21,8 +21,10 @@ from ppcl.cli_options import (
     Processes,
     Prompts,
     PushTo,
+    Seeds,
     Sets,
     Speedup,
+    Table,
     open_run,
     quiet_libraries,
     resolve,
@@ -219,10 +221,8 @@ def compare(
     set_: Sets = None,
     prompts: Prompts = None,
     keep: Keep = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/compare.md")
-    ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0",
+    table: Table = None,
+    seeds: Seeds = "0",
 ) -> None:
     """Compare plans under one budget and the same training steps; one table."""
     chosen = parse_seeds(seeds)
@@ -240,10 +240,8 @@ def ablate(
     set_: Sets = None,
     prompts: Prompts = None,
     keep: Keep = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/ablation.md")
-    ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0",
+    table: Table = None,
+    seeds: Seeds = "0",
 ) -> None:
     """Add the paper's ingredients one by one, with the same training steps; one table."""
     chosen = parse_seeds(seeds)
@@ -262,9 +260,7 @@ def ladder(
     prompts: Prompts = None,
     keep: Keep = None,
     keeps: Annotated[str, typer.Option("--keeps", help="shares of the parameters")] = "0.8,0.7,0.6,0.5",
-    table: Annotated[
-        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/ladder.md")
-    ] = None,
+    table: Table = None,
 ) -> None:
     """Score one bundle at several sizes, without training again; one table."""
     try:
@@ -287,11 +283,9 @@ def study(
     set_: Sets = None,
     prompts: Prompts = None,
     keep: Keep = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="also write the tables here, e.g. docs/study.md")
-    ] = None,
+    table: Table = None,
     draws: Annotated[int, typer.Option("--draws", min=2, help="random removals of each size and kind")] = 12,
-    seeds: Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")] = "0,1",
+    seeds: Seeds = "0,1",
 ) -> None:
     """Test the paper's observations on this teacher: contiguity, non-sequential training, predictions."""
     chosen = parse_seeds(seeds)
@@ -339,9 +333,7 @@ def inspect(
 
 @app.command()
 def families(
-    table: Annotated[
-        Path | None, typer.Option("--table", help="also write the table here, e.g. docs/families.md")
-    ] = None,
+    table: Table = None,
 ) -> None:
     """List the transformer classes of the installed diffusers: supported, inferred, refused (why)."""
     quiet_libraries()

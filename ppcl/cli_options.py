@@ -27,6 +27,8 @@ Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g.
 PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
+Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
+Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Mode = Annotated[
     str | None, typer.Option("--mode", help="optimal or paper (baselines: uniform, influence, allocation)")
 ]

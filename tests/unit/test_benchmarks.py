@@ -1,0 +1,56 @@
+"""The benchmarks' own mains, as little as possible of each, on the tiny pipeline."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tiny_model, prompts_file, small_config, tmp_path):
+    """Run a benchmark's main on the tiny pipeline; returns the table that it wrote."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+
+    def run(name, *extra):
+        table = tmp_path / f"{name}.md"
+        where = ["--model", str(tiny_model), "--prompts", str(prompts_file), "--config", str(small_config)]
+        importlib.import_module(name).main([*where, "--quick", "--threads", "1", "--table", str(table), *extra])
+        return table.read_text()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def cells(text, start):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_full_size(benchmark):
+    text = benchmark("full_size", "--repeats", "1")
+    assert "SCALED DOWN" in text  # there is no GPU, or it was not asked for
+    for start in ("Qwen-Image, depth", "Qwen-Image, width", "FLUX.1, depth"):
+        row = cells(text, start)
+        assert float(row[2]) > 1  # predicted to be faster, and smaller than the teacher
+        assert float(row[5]) < float(cells(text, f"{start.split(',')[0]}: teacher")[5])
+        assert abs(float(row[7].rstrip("%"))) < 10  # the peak is counted, so it does not depend on the machine
+
+
+def test_analysis_cost(benchmark):
+    text = benchmark("analysis_cost")
+    assert cells(text, "bare teacher passes")[2] == "1.00"
+    assert float(cells(text, "analyze stage")[1]) > 0
+    assert float(cells(text, "sums and tokens")[3]) < 1.5  # while there are several times as many states
+    assert "Device:" in text and "Versions:" in text and "--quick" in text
+
+
+def test_distill_step_holds_one_graph(benchmark):
+    text = benchmark("distill_step")
+    assert cells(text, "ideal")[2] == "1.00"
+    memory = text[text.index("Activation memory") :]
+    assert float(cells(memory, "one local step")[2]) == pytest.approx(1, abs=0.05)
+    assert float(cells(memory, "ordinary way")[2]) > 1.5
