@@ -146,7 +146,7 @@ def test_controlnet_errors() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A depth-compressed pipeline folder."""
-    from conftest import tiny_qwen_pipeline
+    from tiny_pipeline import tiny_qwen_pipeline
 
     pipe = tiny_qwen_pipeline(num_layers=4)
     pipe.register_modules(transformer=student_of(pipe.transformer, [(DUAL, 1, 2)]))
@@ -166,10 +166,10 @@ def run_example(name: str, folder: Path, out: Path, *more: str) -> None:
 
 
 def test_examples(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from conftest import tiny_qwen_pipeline
     from diffusers import QwenImageControlNetModel
     from PIL import Image
     from safetensors.torch import save_file
+    from tiny_pipeline import tiny_qwen_pipeline
 
     teacher = tiny_qwen_pipeline(num_layers=4).transformer
     save_file(lora_for(teacher, ("attn.to_q",)), tmp_path / "lora.safetensors")

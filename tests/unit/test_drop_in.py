@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_qwen_pipeline
 from diffusers import DiffusionPipeline, TorchAoConfig
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -23,6 +22,7 @@ from test_controlnet_bridge import by_hand, qwen_controlnet, residuals
 from test_lora_bridge import add_by_hand, lora_for, named
 from tiny_compressed import CALLS, QWEN, bundle_for, compressed, teacher_for, velocity_of
 from tiny_models import DUAL, SINGLE
+from tiny_pipeline import tiny_qwen_pipeline
 from torch import nn
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers

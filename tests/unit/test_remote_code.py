@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_qwen_pipeline
 from tiny_compressed import QWEN, bundle_for, compressed, teacher_for, velocity_of
 from tiny_models import DUAL
+from tiny_pipeline import tiny_qwen_pipeline
 
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import CompressionPlan

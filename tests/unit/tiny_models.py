@@ -146,7 +146,7 @@ def random_substitutes(
 @lru_cache(maxsize=1)
 def shared_pipeline() -> Any:
     """A pipeline of four blocks that all unit tests share; leave it as it is."""
-    from conftest import tiny_qwen_pipeline
+    from tiny_pipeline import tiny_qwen_pipeline
 
     pipeline = tiny_qwen_pipeline(num_layers=4)
     for component in pipeline.components.values():
