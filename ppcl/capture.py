@@ -105,6 +105,27 @@ def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list
     return [a + min(int((b - a) * o), b - a - 1) for a, b, o in zip(edges[:-1], edges[1:], offsets, strict=True)]
 
 
+def choose_rows(num_calls: int, count: int, size: int, generator: torch.Generator) -> dict[int, list[int]]:
+    """Draw ``count`` of ``num_calls`` calls for each of ``size`` samples, one from each equal stretch.
+
+    Within a stretch every call gets as many samples as any other (one more or less), so that no timestep and neither
+    branch of classifier-free guidance is left out by chance, as it is where a whole batch shares one draw. The same
+    samples stay together from stretch to stretch: what they share, the text above all, is then stored once.
+
+    Returns:
+        The rows of each call that has any, in order.
+    """
+    count = min(count, num_calls)
+    edges = [i * num_calls // count for i in range(count + 1)]  # whole numbers, so that no call is drawn twice
+    order = torch.randperm(size, generator=generator).tolist()
+    rows: dict[int, list[int]] = {}
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        for part, call in enumerate(torch.randperm(end - first, generator=generator).tolist()):
+            if chosen := order[part :: end - first]:
+                rows[first + call] = sorted(chosen)
+    return dict(sorted(rows.items()))
+
+
 def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
     """Shuffle prompts by seed and split them into train and held-out, neither of them empty."""
     order = torch.randperm(len(prompts), generator=step_generator(seed, 0, 17)).tolist()
@@ -144,10 +165,14 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
             path = folder / f"{split}-{index:04d}.safetensors"
             if not path.is_file():
                 calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
-                picked = choose_calls(len(calls), settings.states_per_prompt, step_generator(seed, number, 18))
+                sizes = [trees.batch_size(call.arguments) for call in calls]
+                drawn = step_generator(seed, number, 18)
+                picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
                 tensors: dict[str, Tensor] = {}
-                rows = [trees.flatten(calls[i].arguments, f"{n:02d}", tensors) for n, i in enumerate(picked)]
-                tensors |= {f"velocity.{n:02d}": calls[i].velocity for n, i in enumerate(picked)}
+                rows = []
+                for n, (i, chosen) in enumerate(picked.items()):
+                    rows.append(trees.flatten(trees.take(calls[i].arguments, chosen, sizes[i]), f"{n:02d}", tensors))
+                    tensors[f"velocity.{n:02d}"] = calls[i].velocity[chosen]
                 # A tensor that several calls share is stored once: a clone each would repeat the text.
                 tensors, alias = _share(tensors)
                 write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})
