@@ -67,16 +67,27 @@ def plans_of_equal_size(
 
 
 def with_width(
-    analysis: Analysis, candidates: Candidates, settings: PlanConfig, depth: CompressionPlan
+    analysis: Analysis, candidates: Candidates, settings: PlanConfig, budget: str, depth: CompressionPlan
 ) -> CompressionPlan | None:
-    """The optimal plan over depth and smaller modules at the size of a plan of depth alone; None if none was measured.
+    """The optimal plan over depth and smaller modules that is as small, or as fast, as a plan of depth alone.
+
+    Args:
+        analysis: The teacher.
+        candidates: What the fit stage measured.
+        settings: Protected blocks and so on.
+        budget: ``keep`` or ``speedup``: what it shares with the other plan, as predicted.
+        depth: The other plan.
+
+    Returns:
+        The plan; None if no smaller module was measured.
 
     Raises:
-        BudgetError: No such plan is that small.
+        BudgetError: No such plan is that small or fast.
     """
     if not candidates.width:
         return None
-    same = {"mode": OURS, "keep": depth.predicted.param_ratio, "speedup": None, "fit_gb": None}
+    budgets = {"keep": depth.predicted.param_ratio, "speedup": depth.predicted.speedup}
+    same = {"mode": OURS, "keep": None, "speedup": None, "fit_gb": None, budget: budgets[budget]}
     return plan(analysis, candidates, settings.model_copy(update=same))
 
 

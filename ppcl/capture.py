@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def choose_rows(num_calls: int, count: int, size: int, generator: torch.Generato
     edges = [i * num_calls // count for i in range(count + 1)]  # whole numbers, so that no call is drawn twice
     order = torch.randperm(size, generator=generator).tolist()
     rows: dict[int, list[int]] = {}
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         for part, call in enumerate(torch.randperm(end - first, generator=generator).tolist()):
             if chosen := order[part :: end - first]:
                 rows[first + call] = sorted(chosen)

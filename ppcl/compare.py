@@ -1,9 +1,11 @@
 """Several plans under one budget and the same training, in one table.
 
-Every row removes as many blocks as the optimal plan (where its criterion offers that
-number), chooses the starts of its substitutes by the same rule, and is trained with the
-same steps, batches and seeds. The teacher stands in the same table with the spread of its
-own seeds; scores that differ by less than twice that spread are not ranked.
+Every row of depth alone removes as many blocks as the optimal plan of depth alone (where its
+criterion offers that number) and chooses the starts of its substitutes by the same rule. Where
+smaller modules were measured, the first row is what ``ppcl compress`` makes of them: the optimal
+plan over depth and width that is predicted to be as fast. All are trained with the same steps,
+batches and seeds. The teacher stands in the same table with the spread of its own seeds; scores
+that differ by less than twice that spread are not ranked.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from ppcl.baselines import (
     OURS,
     plans_of_equal_size,
     removed_outright,
-    run_keys,
     with_starts,
     with_width,
 )
@@ -51,12 +52,33 @@ def plan_rows(run: Run) -> tuple[list[Row], list[str]]:
     plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
     plans = {mode: with_starts(run, chosen) for mode, chosen in plans.items()}
     same = run.config.distill.model_copy(update={"from_fit": False})
-    none = same.model_copy(update={"local_steps": 0, "alternating_steps": 0, "output_steps": 0})
-    ours = plans[OURS]
-    rows = [Row("ours", "ours (optimal)", ours, same), Row("ours-undistilled", "ours, undistilled", ours, none)]
+    rows = [*_rows_of_ours(run, analysis, candidates, plans[OURS], same)]
     rows += [Row(mode, BASELINES[mode], plans[mode], same, notes.get(mode)) for mode in BASELINES if mode in plans]
     left_out = [note for mode, note in notes.items() if mode not in plans]
-    return [*rows, *_removal_rows(plans, same), *_more_of_ours(run, analysis, candidates, ours, same)], left_out
+    return [*rows, *_removal_rows(plans, same)], left_out
+
+
+def _rows_of_ours(
+    run: Run, analysis: Analysis, candidates: Candidates, depth: CompressionPlan, settings: DistillConfig
+) -> list[Row]:
+    """What the method offers: with smaller modules, where any were measured, and of depth alone."""
+    none = settings.model_copy(update={"local_steps": 0, "alternating_steps": 0, "output_steps": 0})
+    fast = with_width(analysis, candidates, run.config.plan, "speedup", depth)
+    small = with_width(analysis, candidates, run.config.plan, "keep", depth)
+    if fast is None or small is None:
+        return [Row("ours", "ours", depth, settings), Row("ours-undistilled", "ours, undistilled", depth, none)]
+    fast, small = with_starts(run, fast), with_starts(run, small)
+    note = (
+        "ours may use smaller modules, as `ppcl compress` does, and is predicted to be as fast as the rows of depth "
+        "alone; ours, of equal size is allowed their parameters instead"
+    )
+    return [
+        Row("ours", "ours", fast, settings, note),
+        Row("ours-undistilled", "ours, undistilled", fast, none),
+        Row("ours-size", "ours, of equal size", small, settings),
+        Row("ours-depth", "ours, depth alone", depth, settings),
+        Row("ours-depth-undistilled", "ours, depth alone, undistilled", depth, none),
+    ]
 
 
 def _removal_rows(plans: Mapping[str, CompressionPlan], settings: DistillConfig) -> list[Row]:
@@ -69,24 +91,6 @@ def _removal_rows(plans: Mapping[str, CompressionPlan], settings: DistillConfig)
         for mode in ("uniform", "influence")
         if mode in plans
     ]
-
-
-def _more_of_ours(
-    run: Run, analysis: Analysis, candidates: Candidates, ours: CompressionPlan, settings: DistillConfig
-) -> list[Row]:
-    """What the method offers beside a plan of depth alone from a cold start."""
-    fitted = {(c.stack, c.first, c.last) for c in candidates.candidates if c.fitted_error is not None}
-    note = (
-        f"ours + fit start goes on from the fit stage's candidates, which had {candidates.steps} steps more, in "
-        f"{sum(key in fitted for key in run_keys(ours))} of {len(ours.runs)} runs"
-    )
-    warm = settings.model_copy(update={"from_fit": True})
-    rows = [Row("ours-fit-start", "ours + fit start", ours, warm, note)]
-    wider = with_width(analysis, candidates, run.config.plan, ours)
-    if wider is not None:
-        note = "ours + width has smaller modules, too, at the same share of the parameters"
-        rows.append(Row("ours-width", "ours + width", with_starts(run, wider), settings, note))
-    return rows
 
 
 class Judge:

@@ -99,7 +99,7 @@ def write_up(
         f"{len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
         f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
-        "`~`: differs from ours (optimal) by at most twice the teacher's standard deviation; no ranking follows. "
+        "`~`: differs from ours by at most twice the teacher's standard deviation; no ranking follows. "
         "Velocity errors are relative, on held-out states."
     )
     return (
@@ -118,16 +118,18 @@ def write_up(
 
 
 def conclusion(results: Results) -> str:
-    """What comes out, in words computed from the velocity errors after training."""
-    after = {row.name: statistics.fmean(m["velocity_error"] for m in metrics) for row, metrics in results}
-    others = {row.name: row.label for row, _ in results if row.is_trained and not row.name.startswith("ours")}
-    parts = [f"{after[name] / after['ours'] - 1:+.1%} for {label}" for name, label in others.items()]
-    best = min(after, key=lambda name: after[name])
-    label = next(row.label for row, _ in results if row.name == best)
-    return (
-        f"Velocity error after training, against ours (optimal) at {number(after['ours'])}: "
-        f"{'; '.join(parts) or 'no other plan'}. Least of all rows: {label} ({number(after[best])})."
-    )
+    """What comes out, in words computed from velocity errors and drops after training."""
+    lines = []
+    for measure, what, unit in (("velocity_error", "Velocity error", ""), ("average_drop", "Average drop", "%")):
+        known = {row.name: [m[measure] for m in metrics if m[measure] is not None] for row, metrics in results}
+        after = {name: statistics.fmean(values) for name, values in known.items() if values}
+        others = [row for row, _ in results if row.is_trained and not row.name.startswith("ours") and row.name in after]
+        if "ours" in after:
+            parts = [f"{number(after[row.name])}{unit} for {row.label}" for row in others]
+            lines.append(
+                f"{what} after training: {number(after['ours'])}{unit} for ours; {'; '.join(parts) or 'no other plan'}."
+            )
+    return " ".join(lines)
 
 
 def _measures(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from ppcl.artifacts import Analysis, Candidates
 from ppcl.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
 from ppcl.capture import States, velocity
 from ppcl.cli import app, parse_seeds
-from ppcl.compare import Judge, claim, compare_plans, with_transformer
+from ppcl.compare import Judge, claim, compare_plans, plan_rows, with_transformer
 from ppcl.compare_text import mean_scores
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
@@ -141,7 +141,7 @@ def test_rows_are_trained_alike(compared):
     data = json.loads((run.out / "compare" / "table.json").read_text())
     rows = data["rows"]
     removed = {"uniform-removed", "influence-removed"}
-    assert {"ours", "ours-undistilled", "uniform", "influence", "ours-fit-start", *removed} <= set(rows)
+    assert {"ours", "ours-undistilled", "uniform", "influence", *removed} <= set(rows)
     logs = {
         path.parent.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in (run.out / "compare").glob("*/seed-0/log.jsonl")
@@ -158,10 +158,26 @@ def test_rows_are_trained_alike(compared):
     assert len(plain) == 1  # a training seed makes no difference to it
     assert plain[0]["velocity_error"] == pytest.approx(plain[0]["velocity_error_before"], rel=1e-6)
     assert plain[0]["velocity_error_before"] == rows["ours"]["seeds"][0]["velocity_error_before"]
-    assert rows["ours-fit-start"]["seeds"][0]["velocity_error_before"] != plain[0]["velocity_error_before"]
     first, second = rows["ours"]["seeds"]
     assert first["velocity_error"] != second["velocity_error"]
-    assert "| ours (optimal) |" in text
+    assert "| ours |" in text
+    assert "Average drop after training" in text
+
+
+def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(open_run, compared, tmp_path):
+    run = open_run("fit.width=[modulation,ffn]", "plan.keep=0.8")
+    run.out = tmp_path / "run"
+    shutil.copytree(compared[0].out, run.out)
+    run.run("fit")
+    rows = {row.name: row for row in plan_rows(run)[0]}
+    depth, ours, size = (rows[name].plan for name in ("ours-depth", "ours", "ours-size"))
+    assert depth.has_width is False
+    assert ours.has_width
+    assert ours.predicted.speedup >= depth.predicted.speedup
+    assert size.predicted.param_ratio <= depth.predicted.param_ratio
+    assert rows["ours-undistilled"].plan == ours
+    assert not rows["ours-depth-undistilled"].is_trained
+    assert {rows[name].settings for name in ("ours", "ours-size", "ours-depth", "uniform")} == {rows["ours"].settings}
 
 
 def test_the_teacher_has_a_spread(compared):
