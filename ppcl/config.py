@@ -10,9 +10,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ppcl.errors import ConfigError, nearest
+from ppcl.external import source_of, valid_name
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
+# keys of ppcl.searches.SEARCHES; the first five are the planner's own
+SEARCH_NAMES = (
+    *("optimal", "paper", "uniform", "influence", "allocation"),
+    *("random", "position", "path", "learned", "rarts"),
+)
 
 
 class Section(BaseModel):
@@ -81,16 +87,7 @@ class FitConfig(Section):
     @classmethod
     def _known_criterion(cls, name: str) -> str:
         """Name the nearest criterion; of one from outside the class is looked for when it is loaded."""
-        place, _, attribute = name.rpartition(":")
-        if place and attribute.isidentifier():
-            if place.endswith(".py") and not Path(place).expanduser().is_file():
-                raise ValueError(f"there is no file {place}")
-            return name
-        if ":" in name or name.endswith(".py"):
-            raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
-        if name not in CRITERION_NAMES:
-            raise ValueError(f"unknown criterion{nearest(name, CRITERION_NAMES)}; valid: {', '.join(CRITERION_NAMES)}")
-        return name
+        return valid_name(name, CRITERION_NAMES, "criterion")
 
     @field_validator("width_shares")
     @classmethod
@@ -102,15 +99,17 @@ class FitConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """With the content of a criterion's file: another criterion under the same name is another result."""
-        path = Path(self.criterion.rpartition(":")[0]).expanduser()
-        source = path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+        source = source_of(self.criterion)
         return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
+
+
+_OF_GATES = {"search_steps", "search_batch"}
 
 
 class PlanConfig(Section):
     """Choosing the runs under a budget; exactly one budget is used."""
 
-    mode: Literal["optimal", "paper", "uniform", "influence", "allocation"] = "optimal"
+    mode: str = Field("optimal", description=f"the search: {', '.join(SEARCH_NAMES)}, or your file.py:ClassName")
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
@@ -124,10 +123,24 @@ class PlanConfig(Section):
     )
     gamma: float = Field(3.0, gt=0, description="of allocation=nirvana: how much harder neurons are cut than heads")
 
+    search_states: int = Field(32, ge=1, description="of mode=path: held-out states behind each error")
+    search_steps: int = Field(100, ge=1, description="of mode=learned, rarts: steps of training gates")
+    search_batch: int = Field(8, ge=1, description="of the same: states a step")
+
+    @field_validator("mode")
+    @classmethod
+    def _known_search(cls, name: str) -> str:
+        """Name the nearest search; of one from outside the class is looked for when it is loaded."""
+        return valid_name(name, SEARCH_NAMES, "search")
+
     def identity(self) -> dict[str, Any]:
-        """Without what another mode does not read."""
+        """Without what another mode does not read; with the content of a search's file."""
         unread = set() if self.mode == "allocation" else {"allocation", "gamma"}
-        return self.model_dump(exclude=unread)
+        if self.mode in SEARCH_NAMES:
+            own = {"path": {"search_states"}, "learned": _OF_GATES, "rarts": _OF_GATES}.get(self.mode, set())
+            unread |= {"search_states", *_OF_GATES} - own
+        source = source_of(self.mode)
+        return {**self.model_dump(exclude=unread), **({"mode_source": source} if source is not None else {})}
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:
