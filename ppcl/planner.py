@@ -69,7 +69,7 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
         ladder = influence_ladder(analysis, settings)
     else:
         ladder = uniform_ladder(model, settings)
-    return from_ladder(model, ladder, costs, settings)
+    return from_ladder(model, ladder, costs, settings, by_error=settings.mode == "optimal")
 
 
 def from_ladder(
@@ -78,8 +78,9 @@ def from_ladder(
     costs: Mapping[tuple[str, int, int], Candidate],
     settings: PlanConfig,
     start: str | None = None,
+    by_error: bool = False,
 ) -> CompressionPlan:
-    """Of sets of runs take the first that meets the budget (of the optimal mode: the one of least error).
+    """Of sets of runs take the first that meets the budget.
 
     Args:
         model: The teacher.
@@ -87,6 +88,7 @@ def from_ladder(
         costs: What is known of runs; one that is not there has no known error.
         settings: Mode and budget.
         start: What all substitutes start from; None is the best known start of each.
+        by_error: Take the one of least error that meets it.
 
     Raises:
         BudgetError: None of them meets it; the message names the nearest feasible budget.
@@ -96,7 +98,7 @@ def from_ladder(
     fitting = [(runs, prediction) for runs, prediction in found if meets(prediction, kind, value)]
     if not fitting:
         raise BudgetError(infeasible([prediction for _, prediction in found], kind, value, settings))
-    chosen, prediction = min(fitting, key=lambda pair: _rank(pair[1], settings.mode))
+    chosen, prediction = min(fitting, key=lambda pair: _rank(pair[1], by_error))
     stacks = {s.name: segments(s, [r for r in chosen if r[0] == s.name], costs, start) for s in model.stacks}
     return CompressionPlan(model, settings.mode, {kind: value}, stacks, prediction)
 
@@ -246,20 +248,20 @@ def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
     limits = [max(0, high - low - 1) for low, high in free]  # one block of each stack stays
     for removed in range(1, sum(limits) + 1):
         runs: list[tuple[str, int, int]] = []
-        for stack, (low, high), count in zip(model.stacks, free, _shares(removed, limits), strict=True):
+        for stack, (low, high), count in zip(model.stacks, free, shares(removed, limits), strict=True):
             runs += even_runs(stack.name, low, high, count)
         ladder.append(tuple(runs))
     return ladder
 
 
-def _shares(total: int, limits: Sequence[int]) -> list[int]:
+def shares(total: int, limits: Sequence[int]) -> list[int]:
     """Split ``total`` in proportion to ``limits``; the largest remainders take what rounding leaves."""
     exact = [total * limit / sum(limits) for limit in limits]
-    shares = [math.floor(value) for value in exact]
-    order = sorted(range(len(limits)), key=lambda i: shares[i] - exact[i])
-    for index in order[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
+    found = [math.floor(value) for value in exact]
+    order = sorted(range(len(limits)), key=lambda i: found[i] - exact[i])
+    for index in order[: total - sum(found)]:
+        found[index] += 1
+    return found
 
 
 def free_blocks(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
@@ -337,9 +339,9 @@ def meets(prediction: Prediction, kind: str, value: float) -> bool:
     return prediction.bytes <= value * 1e9
 
 
-def _rank(prediction: Prediction, mode: str) -> tuple[float, float]:
-    """Order of preference: least error for ``optimal``; for the others the first rung that fits."""
-    error = prediction.error if mode == "optimal" and prediction.error is not None else 0.0
+def _rank(prediction: Prediction, by_error: bool) -> tuple[float, float]:
+    """Order of preference: least error, or the first rung that fits."""
+    error = prediction.error if by_error and prediction.error is not None else 0.0
     return (error, -prediction.params)
 
 

@@ -133,7 +133,7 @@ def plan_of_run(run: Run) -> CompressionPlan:
     def open_teacher() -> Any:
         from ppcl.searches.teacher import Teacher
 
-        return Teacher(run.teacher.transformer, run.adapter, run.out)
+        return Teacher(run.teacher.transformer, run.adapter, run.out, run.config.precision)
 
     context = Context(
         run.read(Analysis, "analysis.json"),

@@ -53,6 +53,16 @@ class Context:
             )
         return self.open_teacher()
 
+    @property
+    def needed_savings(self) -> float:
+        """What a plan must save: parameters, or FLOPs for a speed-up; 0 or less if the teacher meets the budget."""
+        model, (kind, value) = self.model, self.settings.budget
+        if kind == "keep":
+            return model.params * (1 - value - 1e-9)
+        if kind == "speedup":
+            return model.flops * (1 - 1 / (value - 1e-9)) if value > 1 else 0.0
+        return model.params - (value * 1e9 - model.other_bytes) / model.bytes_per_param
+
     def removable(self) -> list[tuple[str, int]]:
         """(stack, block) of all blocks that can go while the block before them stays, in execution order.
 

@@ -73,16 +73,6 @@ def _states(context: Context) -> tuple[int, int]:
     return max(1, many // 4), many
 
 
-def needed_savings(context: Context) -> float:
-    """What a plan must save, in parameters, or in FLOPs for a speed-up."""
-    model, (kind, value) = context.model, context.settings.budget
-    if kind == "keep":
-        return model.params * (1 - value - 1e-9)
-    if kind == "speedup":
-        return model.flops * (1 - 1 / (value - 1e-9)) if value > 1 else 0.0
-    return model.params - (value * 1e9 - model.other_bytes) / model.bytes_per_param
-
-
 def build_graph(context: Context) -> tuple[Graph, list[bool]]:
     """The layer graph of what was measured, and for each edge whether only its chained probes were.
 
@@ -96,7 +86,6 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
     kind, value = settings.budget
     runs = [c for c in context.candidates.candidates if is_allowed(model, c, settings) and math.isfinite(cost_of(c))]
     options = [o for o in context.candidates.width if settings.width is None or o.group.split(".")[0] in settings.width]
-    needed = needed_savings(context)
     for usable in ([c for c in runs if c.fitted_error is not None], runs):
         pieces = pieces_of(model, [(c, cost_of(c)) for c in usable], options, by_flops=kind == "speedup")
         fitted = {(c.stack, c.first, c.last) for c in usable if c.fitted_error is not None}
@@ -108,7 +97,7 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
                     edges.append(Edge(offset + s.first, offset + s.last, piece.saved, piece.cost, stack.name, s))
                     linear.append(s.is_run and (stack.name, s.first, s.last) not in fitted)
             offset += stack.num_blocks
-        graph = Graph(offset, edges, needed)
+        graph = Graph(offset, edges, context.needed_savings)
         most = predict(model, layout_of(context, graph, graph.most()))
         if meets(most, kind, value):
             return graph, linear

@@ -34,11 +34,13 @@ class Teacher:
         transformer: The teacher's transformer; searches leave it as it is.
         adapter: Its family.
         folder: The run directory.
+        precision: Autocast of passes with gradients.
     """
 
     transformer: nn.Module
     adapter: Adapter
     folder: Path
+    precision: str = "auto"
 
     @cached_property
     def train(self) -> States:
