@@ -11,14 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import source_of, valid_name
+from ppcl.search_config import SearchConfig
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
-CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
-# keys of ppcl.searches.SEARCHES; the first five are the planner's own
-SEARCH_NAMES = (
-    *("optimal", "paper", "uniform", "influence", "allocation"),
-    *("random", "position", "path", "learned", "rarts"),
-)
+CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
 class Section(BaseModel):
@@ -103,13 +99,9 @@ class FitConfig(Section):
         return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
 
 
-_OF_GATES = {"search_steps", "search_batch"}
-
-
-class PlanConfig(Section):
+class PlanConfig(SearchConfig, Section):
     """Choosing the runs under a budget; exactly one budget is used."""
 
-    mode: str = Field("optimal", description=f"the search: {', '.join(SEARCH_NAMES)}, or your file.py:ClassName")
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
@@ -118,29 +110,6 @@ class PlanConfig(Section):
     )
     protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
     protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
-    allocation: Literal["uniform", "nirvana"] = Field(
-        "uniform", description="of mode=allocation: how the cut is shared out among neurons and heads"
-    )
-    gamma: float = Field(3.0, gt=0, description="of allocation=nirvana: how much harder neurons are cut than heads")
-
-    search_states: int = Field(32, ge=1, description="of mode=path: held-out states behind each error")
-    search_steps: int = Field(100, ge=1, description="of mode=learned, rarts: steps of training gates")
-    search_batch: int = Field(8, ge=1, description="of the same: states a step")
-
-    @field_validator("mode")
-    @classmethod
-    def _known_search(cls, name: str) -> str:
-        """Name the nearest search; of one from outside the class is looked for when it is loaded."""
-        return valid_name(name, SEARCH_NAMES, "search")
-
-    def identity(self) -> dict[str, Any]:
-        """Without what another mode does not read; with the content of a search's file."""
-        unread = set() if self.mode == "allocation" else {"allocation", "gamma"}
-        if self.mode in SEARCH_NAMES:
-            own = {"path": {"search_states"}, "learned": _OF_GATES, "rarts": _OF_GATES}.get(self.mode, set())
-            unread |= {"search_states", *_OF_GATES} - own
-        source = source_of(self.mode)
-        return {**self.model_dump(exclude=unread), **({"mode_source": source} if source is not None else {})}
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:

@@ -14,8 +14,9 @@ from test_planner import MODEL, analysis_of, random_candidates
 
 from ppcl import planner, searches
 from ppcl.artifacts import CompressionPlan, load_artifact
-from ppcl.config import SEARCH_NAMES, PlanConfig, load_config
+from ppcl.config import PlanConfig, load_config
 from ppcl.errors import BudgetError, ConfigError
+from ppcl.search_config import SEARCH_NAMES
 from ppcl.searches import SEARCHES, Context, choose
 
 PLANNED = ("optimal", "paper", "uniform", "influence")
