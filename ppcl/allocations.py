@@ -2,7 +2,8 @@
 
 Classes are the groups of width options (image networks, text networks, attentions). An allocation is a function from
 classes and an amount to a share for each class, and an entry in ``ALLOCATIONS``; ``plan.allocation`` names it for
-``plan.mode=allocation``, which cuts that share of every module of the class. No torch here.
+``plan.mode=allocation``, which cuts that share of every module of the class; ``FILE.py:function`` is one of yours. No
+torch here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppcl.artifacts import ModelInfo, Segment, WidthOption
-from ppcl.errors import BudgetError
+from ppcl.errors import BudgetError, ConfigError
+from ppcl.external import load_object
 from ppcl.knapsack import Layout
 
 STEPS = 200  # amounts tried, from nothing to all that can go
@@ -75,6 +77,32 @@ def nirvana(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "nirvana": nirvana}
 
 
+def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[str, float]:
+    """Spread an amount by an allocation's name, and check what comes out.
+
+    Args:
+        name: Of ``ALLOCATIONS``, or ``file.py:function`` or ``module:function``.
+        classes: By name.
+        amount: Parameters that must go.
+
+    Returns:
+        Share of each class, 0 to its cap.
+
+    Raises:
+        ConfigError: The allocation cannot be loaded, or gives something else.
+    """
+    allocation = ALLOCATIONS[name] if name in ALLOCATIONS else load_object(name, "plan.allocation", {"__call__": ()})
+    found = allocation(classes, amount)
+    if not isinstance(found, Mapping) or set(found) != set(classes):
+        raise ConfigError(f"plan.allocation={name}: got {found!r}, expected a share for each of {', '.join(classes)}")
+    for group, share in found.items():
+        if not -1e-9 <= share <= classes[group].cap + 1e-9:  # NaN is none, either
+            raise ConfigError(
+                f"plan.allocation={name}: got a share of {share!r} of {group}, expected 0 to {classes[group].cap:.3g}"
+            )
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class _Module:
     """A module that can lose units: its size in parameters and its options, from the smallest cut on."""
@@ -95,7 +123,7 @@ def allotted_layouts(
     Args:
         model: The teacher, for the order of stacks.
         options: What was measured; fewer neurons and fewer heads count, other kinds have no share.
-        allocation: Of ``ALLOCATIONS``.
+        allocation: See :func:`shares_by`.
         gamma: How much harder neurons are cut than heads (``nirvana``).
 
     Returns:
@@ -116,7 +144,7 @@ def allotted_layouts(
     most = sum(c.cap * c.size for c in classes.values())
     ladder: list[list[WidthOption]] = []
     for step in range(STEPS + 1) if modules else ():
-        shares = ALLOCATIONS[allocation](classes, most * step / STEPS)
+        shares = shares_by(allocation, classes, most * step / STEPS)
         chosen = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
         if not ladder or chosen != ladder[-1]:
             ladder.append(chosen)

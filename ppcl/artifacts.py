@@ -240,13 +240,22 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """Which blocks stay and which runs become one block, for every stack of the teacher."""
+    """Which blocks stay and which runs become one block, for every stack of the teacher.
+
+    Attributes:
+        mode: The search that chose it (:mod:`ppcl.searches`).
+        budget: Kind and value.
+        stacks: Segments of each stack.
+        predicted: What it should give.
+        teacher_forwards: What the search said it would cost: runs of the transformer on one state.
+    """
 
     model: ModelInfo
     mode: str
     budget: dict[str, float]
     stacks: dict[str, tuple[Segment, ...]]
     predicted: Prediction
+    teacher_forwards: float = 0.0
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -8,6 +8,7 @@ of one batch of prompts; the files are split into train and held-out by prompt.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -215,6 +216,7 @@ class States:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
         self.calls: list[Call] = []
         groups: dict[str, list[tuple[int, int]]] = {}
+        self.prompts: dict[tuple[int, int], tuple[Path, int]] = {}  # of each state: told apart, not read
         for path in paths:
             tensors, meta = read_tensors(path)
             if meta is None:
@@ -227,11 +229,29 @@ class States:
                 size = trees.batch_size(arguments)
                 members = groups.setdefault(trees.signature(arguments, size), [])
                 members.extend((len(self.calls), i) for i in range(size))
+                together = len(meta.get("prompts", ())) or size  # guidance may double the samples of a call
+                self.prompts |= {(len(self.calls), i): (path, i % together) for i in range(size)}
                 self.calls.append(Call(arguments, target))
         self.groups = [groups[key] for key in sorted(groups)]
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups)
+
+    def halves(self) -> tuple[States, States]:
+        """Split the states into two sets of disjoint prompts.
+
+        Raises:
+            ArtifactError: They are of one prompt.
+        """
+        found = sorted(set(self.prompts.values()))
+        if len(found) < 2:
+            raise ArtifactError("the recorded states are of one prompt and cannot be split; capture.num_prompts is low")
+        halves = copy.copy(self), copy.copy(self)
+        for number, half in enumerate(halves):
+            own = set(found[number::2])
+            groups = ([row for row in group if self.prompts[row] in own] for group in self.groups)
+            half.groups = [group for group in groups if group]
+        return halves
 
     def _assemble(self, rows: Sequence[tuple[int, int]]) -> Call:
         by_call: dict[int, list[int]] = {}

@@ -30,7 +30,8 @@ Private = Annotated[bool, typer.Option("--private", help="create that repository
 Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Mode = Annotated[
-    str | None, typer.Option("--mode", help="optimal or paper (baselines: uniform, influence, allocation)")
+    str | None,
+    typer.Option("--mode", help="the search: optimal, paper, others (docs/extending.md), or FILE.py:Class"),
 ]
 
 

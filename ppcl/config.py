@@ -10,9 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ppcl.errors import ConfigError, nearest
+from ppcl.external import source_of, valid_name
+from ppcl.search_config import SearchConfig
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
-CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
+CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
 class Section(BaseModel):
@@ -81,16 +83,7 @@ class FitConfig(Section):
     @classmethod
     def _known_criterion(cls, name: str) -> str:
         """Name the nearest criterion; of one from outside the class is looked for when it is loaded."""
-        place, _, attribute = name.rpartition(":")
-        if place and attribute.isidentifier():
-            if place.endswith(".py") and not Path(place).expanduser().is_file():
-                raise ValueError(f"there is no file {place}")
-            return name
-        if ":" in name or name.endswith(".py"):
-            raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
-        if name not in CRITERION_NAMES:
-            raise ValueError(f"unknown criterion{nearest(name, CRITERION_NAMES)}; valid: {', '.join(CRITERION_NAMES)}")
-        return name
+        return valid_name(name, CRITERION_NAMES, "criterion")
 
     @field_validator("width_shares")
     @classmethod
@@ -102,15 +95,13 @@ class FitConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """With the content of a criterion's file: another criterion under the same name is another result."""
-        path = Path(self.criterion.rpartition(":")[0]).expanduser()
-        source = path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+        source = source_of(self.criterion)
         return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
 
 
-class PlanConfig(Section):
+class PlanConfig(SearchConfig, Section):
     """Choosing the runs under a budget; exactly one budget is used."""
 
-    mode: Literal["optimal", "paper", "uniform", "influence", "allocation"] = "optimal"
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
@@ -119,15 +110,6 @@ class PlanConfig(Section):
     )
     protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
     protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
-    allocation: Literal["uniform", "nirvana"] = Field(
-        "uniform", description="of mode=allocation: how the cut is shared out among neurons and heads"
-    )
-    gamma: float = Field(3.0, gt=0, description="of allocation=nirvana: how much harder neurons are cut than heads")
-
-    def identity(self) -> dict[str, Any]:
-        """Without what another mode does not read."""
-        unread = set() if self.mode == "allocation" else {"allocation", "gamma"}
-        return self.model_dump(exclude=unread)
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:

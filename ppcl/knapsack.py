@@ -55,7 +55,18 @@ def best_layouts(
     Returns:
         Layouts with their summed squared errors, from nothing saved to as much as possible.
     """
-    pieces = {
+    pieces = pieces_of(model, runs, options, by_flops)
+    return fill(model, pieces, by_flops)
+
+
+def pieces_of(
+    model: ModelInfo,
+    runs: Sequence[tuple[Candidate, float]],
+    options: Sequence[WidthOption],
+    by_flops: bool,
+) -> dict[str, dict[int, list[Piece]]]:
+    """All ways to fill blocks, by stack and first block. The arguments are those of :func:`best_layouts`."""
+    return {
         stack.name: _pieces(
             stack,
             [(c, cost) for c, cost in runs if c.stack == stack.name],
@@ -64,7 +75,6 @@ def best_layouts(
         )
         for stack in model.stacks
     }
-    return fill(model, pieces, by_flops)
 
 
 def best_subsets(model: ModelInfo, plan: Layout, by_flops: bool) -> list[tuple[Layout, float]]:

@@ -4,7 +4,8 @@
 velocity error under the budget; where smaller modules were measured also over those
 (:mod:`ppcl.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
 damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute. ``allocation``
-removes no block: it cuts neurons and heads by class (:mod:`ppcl.allocations`).
+removes no block: it cuts neurons and heads by class (:mod:`ppcl.allocations`). :mod:`ppcl.searches` has these modes
+and others, which look at the teacher itself, behind one interface.
 """
 
 from __future__ import annotations
@@ -68,13 +69,38 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
         ladder = influence_ladder(analysis, settings)
     else:
         ladder = uniform_ladder(model, settings)
+    return from_ladder(model, ladder, costs, settings, by_error=settings.mode == "optimal")
+
+
+def from_ladder(
+    model: ModelInfo,
+    ladder: Sequence[Runs],
+    costs: Mapping[tuple[str, int, int], Candidate],
+    settings: PlanConfig,
+    start: str | None = None,
+    by_error: bool = False,
+) -> CompressionPlan:
+    """Of sets of runs take the first that meets the budget.
+
+    Args:
+        model: The teacher.
+        ladder: Sets of runs, from none removed to many.
+        costs: What is known of runs; one that is not there has no known error.
+        settings: Mode and budget.
+        start: What all substitutes start from; None is the best known start of each.
+        by_error: Take the one of least error that meets it.
+
+    Raises:
+        BudgetError: None of them meets it; the message names the nearest feasible budget.
+    """
     kind, value = settings.budget
-    fitting = [runs for runs in ladder if meets(build_prediction(model, runs, costs), kind, value)]
+    found = [(runs, build_prediction(model, runs, costs, start)) for runs in ladder]
+    fitting = [(runs, prediction) for runs, prediction in found if meets(prediction, kind, value)]
     if not fitting:
-        raise BudgetError(_infeasible([build_prediction(model, r, costs) for r in ladder], kind, value, settings))
-    chosen = min(fitting, key=lambda runs: _rank(build_prediction(model, runs, costs), settings.mode))
-    stacks = {s.name: segments(s, [r for r in chosen if r[0] == s.name], costs) for s in model.stacks}
-    return CompressionPlan(model, settings.mode, {kind: value}, stacks, build_prediction(model, chosen, costs))
+        raise BudgetError(infeasible([prediction for _, prediction in found], kind, value, settings))
+    chosen, prediction = min(fitting, key=lambda pair: _rank(pair[1], by_error))
+    stacks = {s.name: segments(s, [r for r in chosen if r[0] == s.name], costs, start) for s in model.stacks}
+    return CompressionPlan(model, settings.mode, {kind: value}, stacks, prediction)
 
 
 def _plan_with_width(
@@ -93,7 +119,7 @@ def _plan_with_width(
         if fitting:
             layout, prediction = predictions[min(fitting)[-1]]
             return CompressionPlan(model, settings.mode, {kind: value}, layout, prediction)
-    raise BudgetError(_infeasible([p for _, p in predictions], kind, value, settings))
+    raise BudgetError(infeasible([p for _, p in predictions], kind, value, settings))
 
 
 def _plan_by_allocation(model: ModelInfo, options: Sequence[WidthOption], settings: PlanConfig) -> CompressionPlan:
@@ -109,7 +135,7 @@ def _plan_by_allocation(model: ModelInfo, options: Sequence[WidthOption], settin
     predictions = [predict(model, layout, math.sqrt(cost)) for layout, cost in found]
     fitting = [(-p.params, i) for i, p in enumerate(predictions) if meets(p, kind, value)]
     if not fitting:
-        raise BudgetError(_infeasible(predictions, kind, value, settings))
+        raise BudgetError(infeasible(predictions, kind, value, settings))
     index = min(fitting)[-1]
     return CompressionPlan(model, settings.mode, {kind: value}, found[index][0], predictions[index])
 
@@ -141,10 +167,15 @@ def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
 
 def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
     """Whether a run leaves the protected first and last blocks alone."""
-    first, last = model.stacks[0], model.stacks[-1]
-    if candidate.stack == first.name and candidate.first < settings.protect_first:
+    return is_allowed_segment(model, candidate.stack, candidate.first, candidate.last, settings)
+
+
+def is_allowed_segment(model: ModelInfo, stack: str, first: int, last: int, settings: PlanConfig) -> bool:
+    """Whether blocks first..last of a stack leave the protected first and last blocks alone."""
+    front, end = model.stacks[0], model.stacks[-1]
+    if stack == front.name and first < settings.protect_first:
         return False
-    return not (candidate.stack == last.name and candidate.last >= last.num_blocks - settings.protect_last)
+    return not (stack == end.name and last >= end.num_blocks - settings.protect_last)
 
 
 def cost_of(candidate: Candidate | None) -> float:
@@ -217,20 +248,20 @@ def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
     limits = [max(0, high - low - 1) for low, high in free]  # one block of each stack stays
     for removed in range(1, sum(limits) + 1):
         runs: list[tuple[str, int, int]] = []
-        for stack, (low, high), count in zip(model.stacks, free, _shares(removed, limits), strict=True):
+        for stack, (low, high), count in zip(model.stacks, free, shares(removed, limits), strict=True):
             runs += even_runs(stack.name, low, high, count)
         ladder.append(tuple(runs))
     return ladder
 
 
-def _shares(total: int, limits: Sequence[int]) -> list[int]:
+def shares(total: int, limits: Sequence[int]) -> list[int]:
     """Split ``total`` in proportion to ``limits``; the largest remainders take what rounding leaves."""
     exact = [total * limit / sum(limits) for limit in limits]
-    shares = [math.floor(value) for value in exact]
-    order = sorted(range(len(limits)), key=lambda i: shares[i] - exact[i])
-    for index in order[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
+    found = [math.floor(value) for value in exact]
+    order = sorted(range(len(limits)), key=lambda i: found[i] - exact[i])
+    for index in order[: total - sum(found)]:
+        found[index] += 1
+    return found
 
 
 def free_blocks(model: ModelInfo, stack: Stack, settings: PlanConfig) -> tuple[int, int]:
@@ -255,41 +286,47 @@ def influence_ladder(analysis: Analysis, settings: PlanConfig) -> list[Runs]:
         stack = next(s for s in analysis.model.stacks if s.name == found.name)
         low, high = free_blocks(analysis.model, stack, settings)
         scored += [(found.influence[i], found.name, i) for i in range(max(1, low + 1), high)]
-    scored.sort()
+    return removal_ladder([(name, index) for _, name, index in sorted(scored)])
+
+
+def removal_ladder(order: Sequence[tuple[str, int]]) -> list[Runs]:
+    """Remove (stack, block) in this order, each merged into the kept block before it; no first block of a stack."""
     ladder: list[Runs] = []
-    for count in range(len(scored) + 1):
-        removed = {(name, index) for _, name, index in scored[:count]}
+    for count in range(len(order) + 1):
         runs: list[tuple[str, int, int]] = []
-        for name in {stack.name for stack in analysis.model.stacks}:
-            blocks = sorted(index for stack, index in removed if stack == name)
-            for index in blocks:
-                if runs and runs[-1][0] == name and runs[-1][2] == index - 1:
-                    runs[-1] = (name, runs[-1][1], index)
-                else:
-                    runs.append((name, index - 1, index))
-        ladder.append(tuple(sorted(runs)))
+        for name, index in sorted(order[:count]):
+            if runs and runs[-1][0] == name and runs[-1][2] == index - 1:
+                runs[-1] = (name, runs[-1][1], index)
+            else:
+                runs.append((name, index - 1, index))
+        ladder.append(tuple(runs))
     return ladder
 
 
 def segments(
-    stack: Stack, runs: Sequence[tuple[str, int, int]], costs: Mapping[tuple[str, int, int], Candidate]
+    stack: Stack,
+    runs: Sequence[tuple[str, int, int]],
+    costs: Mapping[tuple[str, int, int], Candidate],
+    start: str | None = None,
 ) -> tuple[Segment, ...]:
-    """Turn runs of one stack into its segments; the start of a substitute is the best known one."""
+    """Turn runs of one stack into its segments; the start of a substitute is the given or the best known one."""
     pieces, position = [], 0
     for name, first, last in sorted(runs):
         pieces += [Segment(i, i) for i in range(position, first)]
         known = costs.get((name, first, last))
         error = math.sqrt(cost_of(known)) if known else None
-        pieces.append(Segment(first, last, (known.start if known else None) or "middle", error=error))
+        pieces.append(Segment(first, last, start or (known.start if known else None) or "middle", error=error))
         position = last + 1
     return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
 
 
-def build_prediction(model: ModelInfo, runs: Runs, costs: Mapping[tuple[str, int, int], Candidate]) -> Prediction:
-    """Predict a set of runs."""
+def build_prediction(
+    model: ModelInfo, runs: Runs, costs: Mapping[tuple[str, int, int], Candidate], start: str | None = None
+) -> Prediction:
+    """Predict a set of runs, whose substitutes have the given or the best known start."""
     squares = [cost_of(costs.get(run)) for run in runs]
     error = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else None
-    stacks = {s.name: segments(s, [r for r in runs if r[0] == s.name], costs) for s in model.stacks}
+    stacks = {s.name: segments(s, [r for r in runs if r[0] == s.name], costs, start) for s in model.stacks}
     return predict(model, stacks, error)
 
 
@@ -302,9 +339,9 @@ def meets(prediction: Prediction, kind: str, value: float) -> bool:
     return prediction.bytes <= value * 1e9
 
 
-def _rank(prediction: Prediction, mode: str) -> tuple[float, float]:
-    """Order of preference: least error for ``optimal``; for the others the first rung that fits."""
-    error = prediction.error if mode == "optimal" and prediction.error is not None else 0.0
+def _rank(prediction: Prediction, by_error: bool) -> tuple[float, float]:
+    """Order of preference: least error, or the first rung that fits."""
+    error = prediction.error if by_error and prediction.error is not None else 0.0
     return (error, -prediction.params)
 
 
@@ -318,7 +355,8 @@ def _nearest(predictions: Sequence[Prediction], kind: str) -> str:
     return f"--fit {math.ceil(least / 1e8) / 10}GB" if least > 1e9 else f"--fit {math.ceil(least / 1e4) / 100}MB"
 
 
-def _infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
+def infeasible(predictions: Sequence[Prediction], kind: str, value: float, settings: PlanConfig) -> str:
+    """What to say where no plan of a mode meets the budget, with the nearest that one does."""
     by_width = settings.mode == "allocation"
     remedy = "smaller fit.width_shares" if by_width else "longer runs with --set fit.max_run"
     return (

@@ -1,10 +1,9 @@
 """The stages of a run, and how a run is resumed.
 
-One stage is one function, one command and one place in the run directory. A stage that is
-done is recorded in ``stages.json`` with a digest of everything it depended on (its config
-section, the seed, the digests of the stages before it); it is skipped while that digest
-stays the same and its files are there. A changed config runs the stage and all that follow
-again; what a user can have got wrong is checked before anything older is removed.
+One stage is one function, one command and one place in the run directory. A stage that is done is recorded in
+``stages.json`` with a digest of everything it depended on (its config section, the seed, the digests of the stages
+before it); it is skipped while that digest stays the same and its files are there. A changed config runs the stage
+and all that follow again; what a user can have got wrong is checked before anything older is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, load_artifact, save_artifact
+from ppcl.artifacts import Analysis, CompressionPlan, load_artifact, save_artifact
 from ppcl.config import RunConfig
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import (
@@ -133,7 +132,6 @@ class Run:
         self.stages = self._claim()
 
     # What stages share, loaded when first needed.
-
     @cached_property
     def device(self) -> Any:
         """The device of the run."""
@@ -171,6 +169,13 @@ class Run:
         from ppcl.evaluation import choose_extractor
 
         return choose_extractor(self.model, self.config.evaluate.features, str(self.device))
+
+    @cached_property
+    def planned(self) -> CompressionPlan:
+        """The plan, looked for before anything older is removed; a search may take long to find it."""
+        from ppcl.searches import plan_of_run
+
+        return plan_of_run(self)
 
     def read(self, kind: Any, name: str) -> Any:
         """Read a JSON artifact of this run."""
@@ -266,7 +271,7 @@ class Run:
 
             criterion_named(self.config.fit.criterion)
         elif stage == "plan":
-            _make_plan(self)
+            _ = self.planned
         elif stage == "evaluate":
             _ = self.extractor
 
@@ -336,13 +341,8 @@ def fit_stage(run: Run) -> None:
 
 def plan_stage(run: Run) -> None:
     """Choose the runs under the budget."""
-    save_artifact(_make_plan(run), run.out / "plan.json")
-
-
-def _make_plan(run: Run) -> CompressionPlan:
-    from ppcl.planner import plan
-
-    return plan(run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json"), run.config.plan)
+    save_artifact(run.planned, run.out / "plan.json")
+    del run.planned  # a later plan is another one
 
 
 def distill_stage(run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter
 from ppcl.criteria.activation import Activation
 from ppcl.criteria.base import Criterion, Site
+from ppcl.criteria.bip import Bip
 from ppcl.criteria.external import checked, load_external
 from ppcl.criteria.gblm import Gblm
 from ppcl.criteria.magnitude import Magnitude
@@ -26,6 +27,7 @@ __all__ = ["CRITERIA", "Criterion", "Site", "criterion_named", "unit_scores"]
 
 CRITERIA: dict[str, Criterion] = {
     "activation": Activation(),
+    "bip": Bip(),
     "gblm": Gblm(),
     "magnitude": Magnitude(),
     "nirvana": Nirvana(),

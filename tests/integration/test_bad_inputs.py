@@ -100,7 +100,7 @@ def test_config_that_does_not_fit_the_weights(refuses, tmp_path, tiny_model, pro
         (("--set", "distill.local_stepz=3"), ("unknown key", "did you mean 'local_steps'?")),
         (("--set", "distill"), ("--set 'distill' is not of the form section.key=value",)),
         (("--set", "capture.held_out_share=2"), ("capture.held_out_share = 2", "less than 1")),
-        (("--mode", "best"), ("plan.mode = 'best'", "'optimal', 'paper', 'uniform', 'influence' or 'allocation'")),
+        (("--mode", "best"), ("plan.mode = 'best'", "valid: optimal, paper, uniform, influence, allocation")),
         (("--keep", "0.5", "--speedup", "2"), ("give one budget",)),
         (("--fit", "24TB"), ("--fit '24TB' is not a size", "24GB")),
         (("--set", "evaluate.features=emojis"), ("unknown features (did you mean 'emoji'?)", "valid: ")),

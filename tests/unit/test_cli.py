@@ -79,7 +79,7 @@ def test_two_budgets():
         ("distill.local_steps=many", "distill.local_steps = 'many'"),
         ("plan.keep=1.5", "plan.keep = 1.5"),
         ("plan.keep=.nan", "plan.keep = nan"),
-        ("plan.mode=optimum", "'optimal', 'paper', 'uniform', 'influence' or 'allocation'"),
+        ("plan.mode=optimum", "did you mean 'optimal'?"),
         ("fit.starts=[first, best]", "'first', 'middle', 'last' or 'mean'"),
         ("precision=fp8", "'auto', 'fp32' or 'bf16'"),
         ("evaluate.features=incepton", "unknown features (did you mean 'inception'?)"),

@@ -1,0 +1,34 @@
+"""The modes of :mod:`ppcl.planner`, as searches: they look at measured costs alone and cost no teacher forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppcl.artifacts import CompressionPlan
+from ppcl.planner import plan
+from ppcl.searches.base import Context
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A mode of the planner.
+
+    Attributes:
+        mode: Its name.
+    """
+
+    mode: str
+
+    def cost(self, context: Context) -> float:
+        """Nothing: what it reads was measured before."""
+        return 0
+
+    def choose(self, context: Context) -> CompressionPlan:
+        """See :func:`ppcl.planner.plan`."""
+        settings = context.settings.model_copy(update={"mode": self.mode})
+        return plan(context.analysis, context.candidates, settings)
+
+
+optimal, paper, uniform, influence, allocation = map(
+    Planned, ("optimal", "paper", "uniform", "influence", "allocation")
+)
