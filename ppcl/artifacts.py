@@ -192,6 +192,7 @@ class Segment:
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
         saved_time: See :class:`WidthOption`.
+        sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.sparsity`).
     """
 
     first: int
@@ -202,6 +203,7 @@ class Segment:
     saved_flops: int = 0
     error: float | None = None
     saved_time: int | None = None
+    sparsity: float = 0.0
 
     @property
     def saved_speed(self) -> int:
@@ -215,8 +217,13 @@ class Segment:
 
     @property
     def is_substitute(self) -> bool:
-        """Whether anything is replaced: a run by one block, or modules inside a block."""
-        return self.is_run or bool(self.width)
+        """Whether anything is replaced: a run by one block, modules inside a block, or weights by zeros."""
+        return self.is_run or bool(self.width) or bool(self.sparsity)
+
+    @property
+    def is_sparse_only(self) -> bool:
+        """Whether it is a kept block with zeros and nothing else: as many parameters, and as fast."""
+        return bool(self.sparsity) and not self.is_run and not self.width
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,8 @@ class CompressionPlan:
     stacks: dict[str, tuple[Segment, ...]]
     predicted: Prediction
     schema_version: int = SCHEMA_VERSION
+    # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[tuple[str, Segment]]:

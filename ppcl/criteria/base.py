@@ -16,6 +16,8 @@ from ppcl.slicing import Units
 from ppcl.training import step_generator
 from ppcl.trees import to_device
 
+BACKWARD = 4.0  # a forward and a backward pass with gradient checkpointing, in forward passes
+
 
 @dataclass(frozen=True)
 class Site:

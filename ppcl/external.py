@@ -1,0 +1,106 @@
+"""Names that stand for code: one of a table, or ``path/to/file.py:ClassName`` or ``module:ClassName``. No torch here.
+
+A file that is named so is run as any Python module is, so only name files that you would run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ppcl.errors import ConfigError, nearest
+
+
+def valid_name(name: str, table: Collection[str], noun: str) -> str:
+    """Return a name if it can stand for code; the code itself is looked for when it is loaded.
+
+    Args:
+        name: Of the table, or a place and a class.
+        table: Names that need no place.
+        noun: What they are names of, for the message.
+
+    Raises:
+        ValueError: It cannot; the message names the nearest one of the table.
+    """
+    place, _, attribute = name.rpartition(":")
+    if place and attribute.isidentifier():
+        if place.endswith(".py") and not Path(place).expanduser().is_file():
+            raise ValueError(f"there is no file {place}")
+        return name
+    if ":" in name or name.endswith(".py"):
+        raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
+    if name not in table:
+        raise ValueError(f"unknown {noun}{nearest(name, table)}; valid: {', '.join(table)}")
+    return name
+
+
+def source_of(name: str) -> str | None:
+    """The text of the file that a name points into, which is part of what a result depends on; None without one."""
+    path = Path(name.rpartition(":")[0]).expanduser()
+    return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+
+
+def load_object(name: str, setting: str, methods: Mapping[str, tuple[str, ...]]) -> Any:
+    """Load what a name stands for; of a class, an instance.
+
+    Args:
+        name: A place and a class (or anything else that has the methods); paths are relative to the working directory.
+        setting: The config key that it stands in, for messages.
+        methods: Methods that it must have, with the names of their arguments.
+
+    Raises:
+        ConfigError: The file or module, the class, or a method is not there, or takes other arguments.
+    """
+    place, _, attribute = name.rpartition(":")
+    module = _module(place, f"{setting}={name}")
+    found = getattr(module, attribute, None)
+    if found is None:
+        defined = [n for n, value in vars(module).items() if all(hasattr(value, method) for method in methods)]
+        known = f"; with {' and '.join(methods)}: {', '.join(defined)}" if defined else ""
+        raise ConfigError(f"{setting}={name}: {place} has no '{attribute}'{nearest(attribute, defined)}{known}")
+    try:
+        made = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(f"{setting}={name}: {error}; expected a class that is made without arguments") from error
+    for method, arguments in methods.items():
+        _check_signature(made, method, arguments, f"{setting}={name}")
+    return made
+
+
+def _module(place: str, what: str) -> ModuleType:
+    """Import a file or a module."""
+    path = Path(place).expanduser()
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(f"ppcl_external_{path.stem}", path)
+        assert spec is not None  # it is a file of Python source by its name
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: there is no file {error.filename or path}") from error
+    except Exception as error:  # whatever the user's code raises is the user's to mend
+        problem = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ConfigError(f"{what}: {place} cannot be imported: {problem}") from error
+
+
+def _check_signature(made: Any, method: str, arguments: tuple[str, ...], what: str) -> None:
+    wanted = f"{method}({', '.join(arguments)})"
+    function = getattr(made, method, None)
+    if not callable(function):
+        raise ConfigError(f"{what} has no method {wanted}")
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        got = ", ".join(signature.parameters)
+        raise ConfigError(f"{what}: got {method}({got}), expected {wanted} after self") from None
