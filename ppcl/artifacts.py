@@ -163,12 +163,23 @@ class WidthOption:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The result of the fit stage."""
+    """The result of the fit stage.
+
+    Attributes:
+        candidates: Runs that one block might replace.
+        steps: Of the short joint fit.
+        seconds: Of the whole stage.
+        width: Smaller modules.
+        criterion: What scored neurons and heads; empty where none were.
+        criterion_forwards: What it said it would cost: runs of the transformer on one state; None if it did not say.
+    """
 
     candidates: tuple[Candidate, ...]
     steps: int
     seconds: float
     width: tuple[WidthOption, ...] = ()
+    criterion: str = ""
+    criterion_forwards: float | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppcl.adapters import adapter_for
 from ppcl.allocations import COUNTS, ecoflap_counts
 from ppcl.capture import velocity
-from ppcl.criteria import CRITERIA, WEIGHT_CRITERIA
+from ppcl.criteria import CRITERIA
 from ppcl.criteria.base import BACKWARD, signed_output
 from ppcl.criteria.masks import n_of_m_mask, row_mask
-from ppcl.criteria.weights import Gblm, Layer, Seen, weight_cost, weight_criterion_named, weight_scores
+from ppcl.criteria.weights import WEIGHT_CRITERIA, Gblm, Layer, Seen, weight_cost, weight_criterion_named, weight_scores
 from ppcl.criteria.zeroth_order import gradient_norm
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.sparsity import block_importance, make_masks
