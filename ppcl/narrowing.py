@@ -21,6 +21,7 @@ from ppcl.analysis.statistics import Moments
 from ppcl.config import FitConfig
 from ppcl.criteria import Site, unit_cost, unit_scores
 from ppcl.criteria.draws import best_draw, cut_error
+from ppcl.progress import announce
 from ppcl.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.text_stream import plain_norm, text_replacement
 from ppcl.trace import BlockCall
@@ -109,7 +110,7 @@ def sizes_of(units: Units, shares: Sequence[float]) -> list[int]:
 def criterion_cost(
     settings: FitConfig, sets: Sequence[Sequence[dict[str, Any]]], held_out: Sequence[dict[str, Any]]
 ) -> float | None:
-    """What choosing units costs, in runs of the teacher on one state; it is logged before anything starts.
+    """What choosing units costs, in runs of the teacher on one state; it is said before anything starts.
 
     Args:
         settings: ``criterion``.
@@ -124,7 +125,7 @@ def criterion_cost(
     if cost is not None and len(sets) > 1:
         cost += 2 * len(sets) * sum(map(batch_size, held_out))
     says = "it does not say what it costs" if cost is None else f"{cost:,.0f} runs of the teacher on one state"
-    logger.info("criterion %s, %d draw(s) of %d states: %s", settings.criterion, len(sets), states[0], says)
+    announce(f"criterion {settings.criterion}, {len(sets)} draw(s) of {states[0]} states: {says}")
     return cost
 
 

@@ -7,6 +7,11 @@ import time
 from types import TracebackType
 
 
+def announce(text: str) -> None:
+    """Say something to the person who waits, where progress is shown."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A progress bar that becomes an occasional line of text outside a terminal.
 

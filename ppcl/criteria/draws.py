@@ -6,7 +6,6 @@ a diffusion transformer has no distribution over tokens, so here nearest is by v
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter
 from ppcl.capture import States, velocity
 from ppcl.criteria.base import Site, hooked
+from ppcl.progress import announce
 from ppcl.training import step_generator
 from ppcl.trees import batch_size, to_device
 
-logger = logging.getLogger(__name__)
 Batches = Sequence[dict[str, Any]]
 
 
@@ -108,6 +107,6 @@ def best_draw(
     for number, batches in enumerate(sets):
         scores = score(batches)
         value = error(scores)
-        logger.info("calibration draw %d of %d: velocity error %.4f", number + 1, len(sets), value)
+        announce(f"calibration draw {number + 1} of {len(sets)}: velocity error {value:.4f}")
         found.append((math.inf if math.isnan(value) else value, number, scores))
     return min(found, key=lambda one: one[:2])[2]

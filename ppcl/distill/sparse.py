@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from ppcl.artifacts import CompressionPlan, to_jsonable
 from ppcl.capture import States
 from ppcl.distributed import SINGLE, Group
 from ppcl.files import digest, read_tensors, write_tensors
+from ppcl.progress import announce
 from ppcl.sparsity import Masks, make_masks, pack_masks, sparse_layers, sparsity_cost, unpack_masks
 from ppcl.sparsity_config import SparsityConfig
 from ppcl.student import RunKey
-
-logger = logging.getLogger(__name__)
 
 
 def masks_for(
@@ -65,9 +63,9 @@ def masks_for(
         batches = list(states.batches(settings.batch_size, settings.states))
         count = min(len(states), settings.states)
         cost = sparsity_cost(settings, count, len({layer.block for layer in layers}))
-        logger.info(
-            "sparsity %s, criterion %s, allocation %s: %d layers, %d states, %.0f runs of the transformer on one state",
-            *(settings.pattern, settings.criterion, settings.allocation, len(layers), count, cost),
+        announce(
+            f"sparsity {settings.pattern}, criterion {settings.criterion}, allocation {settings.allocation}: "
+            f"{len(layers)} layers, {count} states, {cost:,.0f} runs of the transformer on one state"
         )
         masks = make_masks(student, layers, batches, settings, seed)
         write_tensors(path, pack_masks(masks), {"fingerprint": fingerprint, "teacher_forwards": cost})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def test_units_are_chosen_by_the_best_draw() -> None:
     assert found[0][0]["kept"] == alone[0][0]["kept"]
 
 
-def test_each_says_what_it_costs_before_it_starts(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_each_says_what_it_costs_before_it_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     costs = {name: criterion.cost for name, criterion in CRITERIA.items()}
     assert costs == {
         **dict.fromkeys(("magnitude", "random"), 0),
@@ -100,16 +99,14 @@ def test_each_says_what_it_costs_before_it_starts(caplog: pytest.LogCaptureFixtu
         **dict.fromkeys(("gblm", "nirvana", "taylor"), BACKWARD),
     }
     sets = [[qwen_call(4)], [qwen_call(4)]]
-    with caplog.at_level(logging.INFO):
-        assert criterion_cost(FitConfig(criterion="wanda"), sets[:1], [qwen_call(3)]) == 4
-        assert criterion_cost(FitConfig(criterion="wanda"), sets, [qwen_call(3)]) == 2 * 4 + 2 * 2 * 3
-    assert "criterion wanda, 2 draw(s) of 4 states: 20 runs of the teacher" in caplog.text
+    assert criterion_cost(FitConfig(criterion="wanda"), sets[:1], [qwen_call(3)]) == 4
+    assert criterion_cost(FitConfig(criterion="wanda"), sets, [qwen_call(3)]) == 2 * 4 + 2 * 2 * 3
+    assert "criterion wanda, 2 draw(s) of 4 states: 20 runs of the teacher" in capsys.readouterr().err
     path = tmp_path / "own.py"
     path.write_text("class Own:\n    def score(self, transformer, adapter, sites, batches, seed): ...\n")
     assert unit_cost(f"{path}:Own", 4) is None
-    with caplog.at_level(logging.INFO):
-        assert criterion_cost(FitConfig(criterion=f"{path}:Own"), sets, []) is None
-    assert "it does not say what it costs" in caplog.text
+    assert criterion_cost(FitConfig(criterion=f"{path}:Own"), sets, []) is None
+    assert "it does not say what it costs" in capsys.readouterr().err
 
 
 def test_forward_passes_are_as_many_as_were_said() -> None:
