@@ -89,7 +89,7 @@ def _odd(layer: Layer, settings: SparsityConfig) -> str:
 def sparsity_cost(settings: SparsityConfig, states: int, blocks: int) -> float:
     """What masks cost, in runs of the transformer on one state."""
     own = 2.0 * blocks * states if settings.allocation == "ecoflap" else 0.0
-    return own + weight_cost(weight_criterion_named(settings.criterion), states, blocks)
+    return own + weight_cost(weight_criterion_named(settings.criterion), states, -(-blocks // settings.blocks_at_once))
 
 
 def make_masks(
@@ -118,7 +118,8 @@ def make_masks(
     masks: Tensors = {}
     with frozen(student):
         shares = _shares(student, members, batches, settings, seed)
-        for layer, score in weight_scores(student, layers, batches, criterion, settings.criterion, seed):
+        scores = weight_scores(student, layers, batches, criterion, settings.criterion, seed, settings.blocks_at_once)
+        for layer, score in scores:
             nm = settings.n_of_m
             mask = row_mask(score, shares[layer.block]) if nm is None else n_of_m_mask(score, *nm)
             masks[layer.name] = mask.cpu()

@@ -33,6 +33,9 @@ class SparsityConfig(BaseModel):
     modulation: bool = Field(False, description="modulation layers, too, which act on all tokens at once")
     states: int = Field(128, ge=1, description="training states behind the criterion and the allocation")
     batch_size: int = Field(16, ge=1)
+    blocks_at_once: int = Field(
+        1, ge=1, description="of first-order criteria: blocks whose gradients are in memory; more is faster"
+    )
     epsilon: float = Field(1e-3, gt=0, description="of allocation=ecoflap: how far weights are moved")
     slack: float = Field(0.1, ge=0, le=1, description="of allocation=ecoflap: a block may lose so much more than share")
 
@@ -86,5 +89,6 @@ class SparsityConfig(BaseModel):
         return self.share if self.n_of_m is None else 1 - self.n_of_m[0] / self.n_of_m[1]
 
     def identity(self) -> dict[str, Any]:
-        """Nothing while it is off; with the content of a criterion's file."""
-        return {**self.model_dump(), "criterion_source": source_of(self.criterion)} if self.zeros else {}
+        """Nothing while it is off; with the content of a criterion's file, without what costs memory alone."""
+        found = self.model_dump(exclude={"blocks_at_once"})
+        return {**found, "criterion_source": source_of(self.criterion)} if self.zeros else {}

@@ -5,13 +5,15 @@ in ``WEIGHT_CRITERIA``, or a class in a file of yours; ``sparsity.criterion`` na
 output row (:mod:`ppcl.criteria.masks`), so only the order inside a row counts.
 
 First-order criteria differentiate <u, v(x)> with random signs u, as those of units do. A gradient is a matrix as large
-as its weight; only those of one block are ever there, so a first-order criterion takes one backward pass a block.
+as its weight; only those of one block (or of a few) are ever there, so a first-order criterion takes one backward pass
+a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -159,10 +161,10 @@ def weight_criterion_named(name: str) -> WeightCriterion:
     return cast(WeightCriterion, made)
 
 
-def weight_cost(criterion: WeightCriterion, states: int, blocks: int) -> float:
-    """What a criterion costs, in runs of the transformer on one state."""
+def weight_cost(criterion: WeightCriterion, states: int, passes: int) -> float:
+    """What a criterion costs, in runs of the transformer on one state; first-order ones take several passes."""
     needs = getattr(criterion, "needs", "gradients")
-    return {"weights": 0.0, "inputs": 1.0}.get(needs, blocks * BACKWARD) * states
+    return {"weights": 0.0, "inputs": 1.0}.get(needs, passes * BACKWARD) * states
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ def weight_scores(
     criterion: WeightCriterion,
     name: str,
     seed: int,
+    blocks_at_once: int = 1,
 ) -> Iterator[tuple[Layer, Tensor]]:
     """Score the weights of layers, one block's at a time: what was yielded is no longer held here.
 
@@ -234,6 +237,7 @@ def weight_scores(
         criterion: See :func:`weight_criterion_named`.
         name: Of the criterion, for messages.
         seed: Fixes what is drawn at random.
+        blocks_at_once: Blocks whose gradients are summed in one pass.
 
     Yields:
         Each layer with (o, i) scores, finite.
@@ -245,11 +249,10 @@ def weight_scores(
     sums = {layer.name: _Sums(layer, needs == "batch_gradients") for layer in layers}
     if needs == "inputs":
         _watch_inputs(transformer, {sums[layer.name].see_inputs: layer.module for layer in layers}, batches)
-    blocks: dict[str, list[Layer]] = {}
-    for layer in layers:
-        blocks.setdefault(layer.block, []).append(layer)
+    order = {block: i // blocks_at_once for i, block in enumerate(dict.fromkeys(layer.block for layer in layers))}
     number = 0
-    for members in blocks.values():
+    for _, group in groupby(sorted(layers, key=lambda layer: order[layer.block]), key=lambda one: order[one.block]):
+        members = list(group)
         if "gradients" in needs:
             taps = [Tap(layer.module, layer.tokens_first, sums[layer.name].see) for layer in members]
             tap_gradients(transformer, taps, batches, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ppcl.criteria.masks import n_of_m_mask, row_mask
 from ppcl.criteria.weights import WEIGHT_CRITERIA, Gblm, Layer, Seen, weight_cost, weight_criterion_named, weight_scores
 from ppcl.criteria.zeroth_order import gradient_norm
 from ppcl.errors import BudgetError, ConfigError
-from ppcl.sparsity import block_importance, make_masks
+from ppcl.sparsity import block_importance, make_masks, sparsity_cost
 from ppcl.sparsity_config import WEIGHT_CRITERION_NAMES, SparsityConfig
 from ppcl.training import step_generator
 
@@ -221,6 +222,20 @@ def test_the_same_states_and_signs_go_both_ways() -> None:
 def test_each_says_what_it_costs() -> None:
     wanted = {"magnitude": 0, "random": 0, "wanda": 8, "gblm": 8 * 3 * BACKWARD, "nirvana": 8 * 3 * BACKWARD}
     assert {name: weight_cost(WEIGHT_CRITERIA[name], 8, 3) for name in wanted} == wanted
+    chosen = SparsityConfig(share=0.5, criterion="gblm", allocation="ecoflap", blocks_at_once=4)
+    assert sparsity_cost(chosen, 8, 9) == 8 * 3 * BACKWARD + 2 * 8 * 9
+    assert chosen.identity() == chosen.model_copy(update={"blocks_at_once": 1}).identity()
+
+
+def test_blocks_at_once_are_the_same_masks() -> None:
+    transformer, call = tiny_qwen(3), qwen_call()
+    layers = layers_of(transformer)
+    one, two = (
+        make_masks(transformer, layers, [call], SparsityConfig(share=0.5, criterion="gblm", blocks_at_once=n), 0)
+        for n in (1, 2)
+    )
+    assert list(one) == [layer.name for layer in layers]
+    assert all(torch.equal(one[name], mask) for name, mask in two.items())
 
 
 HEAD = "import torch\nclass Own:\n    needs = 'weights'\n    def score(self, seen):\n        return "
@@ -250,3 +265,14 @@ def test_a_criterion_from_outside_and_equal_scores(tmp_path: Path) -> None:
     transformer = tiny_qwen(1)
     masks = make_masks(transformer, layers_of(transformer, "attn.to_q"), [], chosen, 0)
     assert masks["0/attn.to_q"].int().tolist() == [[1] * 24 + [0] * 8] * 32  # of equals the first stay
+
+
+def test_the_toy_criterion_of_the_readme_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    source = re.search(r"```python\n(# my_weights\.py\n.*?)```", text, re.DOTALL)
+    assert source is not None
+    (tmp_path / "my_weights.py").write_text(source[1])
+    transformer, call = tiny_qwen(1), qwen_call()
+    chosen = SparsityConfig(share=0.5, criterion=f"{tmp_path / 'my_weights.py'}:Smooth")
+    masks = make_masks(transformer, layers_of(transformer), [call], chosen, 0)
+    assert {int(mask.sum()) * 2 - mask.numel() for mask in masks.values()} == {0}
