@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
@@ -27,6 +27,7 @@ from ppcl.eval.report_html import (
 )
 from ppcl.eval.report_pictures import Pair
 from ppcl.files import weights_variant
+from ppcl.tables import zeros_meaning
 
 
 def share_of_params(run: RunData) -> float | None:
@@ -212,9 +213,15 @@ def cost(run: RunData) -> str:
     row("Transformer call, ms", "latency_ms", number, faster)
     row("End to end, ms", "latency_end_to_end_ms", number)
     row("Peak memory", "peak_memory_bytes", size_bytes)
+    sparsity = metrics.get("sparsity") if metrics else None
+    if isinstance(sparsity, Mapping) and pick(sparsity, "zeros") is not None:
+        shown = f"{percent(pick(sparsity, 'zeros'))} ({sparsity.get('pattern')})"
+        rows.append(["Weights that are zero", number(None), shown, number(None), number(None)])
     parts = []
     if rows:
         parts.append(table(["", "teacher", "student", "student / teacher", "predicted"], rows))
+        if isinstance(sparsity, Mapping):
+            parts.append(paragraph(text(zeros_meaning(str(sparsity.get("pattern")))), "soft small"))
         parts.append(
             paragraph(
                 "Parameters are counted before anything is built. The predicted time counts FLOPs only; "

@@ -18,6 +18,7 @@ from ppcl.pipelines.bundle import load_bundle
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
 from ppcl.pipelines.lora import convert_lora, load_lora, remap_lora
 from ppcl.pipelines.lora_report import MappingReport
+from ppcl.pipelines.semi_structured import to_semi_structured
 
 __all__ = [
     "MappingReport",
@@ -28,6 +29,7 @@ __all__ = [
     "load_bundle",
     "load_lora",
     "remap_lora",
+    "to_semi_structured",
 ]
 
 register()

@@ -103,6 +103,61 @@ def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[st
     return dict(found)
 
 
+def uniform_counts(sizes: Sequence[int], importance: Sequence[float], share: float, slack: float) -> list[int]:
+    """The same share of every block stays. See :func:`ecoflap_counts`."""
+    return _whole([(1 - share) * size for size in sizes], sizes, round((1 - share) * sum(sizes)))
+
+
+def ecoflap_counts(sizes: Sequence[int], importance: Sequence[float], share: float, slack: float) -> list[int]:
+    """Weights that stay in each block, by importance (ECoFLaP, arXiv 2310.02998).
+
+    Every block keeps 1 - p_max of its weights, p_max = share + slack; what else stays is spread in the ratio of the
+    importances, and what a block is too small for goes to the others (the public code adds that excess once more
+    where it should take it away).
+
+    Args:
+        sizes: Weights of each block.
+        importance: Of each block, at least 0 (:func:`ppcl.criteria.zeroth_order.gradient_norm`).
+        share: Of all weights, that goes.
+        slack: A block may lose so much more than the share.
+
+    Returns:
+        Whole numbers from 0 to the block's size that add up to (1 - share) of all weights, rounded.
+
+    Raises:
+        BudgetError: An importance is NaN, infinite or below 0.
+    """
+    if not all(math.isfinite(value) and value >= 0 for value in importance):
+        raise BudgetError("importances of blocks must be finite and at least 0; lower sparsity.epsilon")
+    total = round((1 - share) * sum(sizes))
+    floors = [max(0.0, 1 - share - slack) * size for size in sizes]
+    least = max(importance, default=0.0) * 1e-9 or 1.0  # a block of no importance takes what nobody else can
+    classes = {
+        str(i): Class(1.0, size - floor, max(value, least))
+        for i, (size, floor, value) in enumerate(zip(sizes, floors, importance, strict=True))
+    }
+    extra = nirvana(classes, max(0.0, total - sum(floors)))
+    return _whole([floor + extra[str(i)] for i, floor in enumerate(floors)], sizes, total)
+
+
+def _whole(counts: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Round to whole numbers that add up: those with the largest remainders are rounded up."""
+    rounded = [min(size, int(count + 1e-9)) for count, size in zip(counts, sizes, strict=True)]
+    order = sorted(range(len(counts)), key=lambda i: (rounded[i] - counts[i], i))
+    for i in (i for _ in range(2) for i in order if rounded[i] < sizes[i]):
+        if sum(rounded) == total:
+            break
+        rounded[i] += 1
+    return rounded
+
+
+# how many weights of each block stay, for sparsity.allocation
+COUNTS: dict[str, Callable[[Sequence[int], Sequence[float], float, float], list[int]]] = {
+    "uniform": uniform_counts,
+    "ecoflap": ecoflap_counts,
+}
+
+
 @dataclass(frozen=True)
 class _Module:
     """A module that can lose units: its size in parameters and its options, from the smallest cut on."""

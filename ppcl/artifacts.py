@@ -163,12 +163,23 @@ class WidthOption:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The result of the fit stage."""
+    """The result of the fit stage.
+
+    Attributes:
+        candidates: Runs that one block might replace.
+        steps: Of the short joint fit.
+        seconds: Of the whole stage.
+        width: Smaller modules.
+        criterion: What scored neurons and heads; empty where none were.
+        criterion_forwards: What it said it would cost: runs of the transformer on one state; None if it did not say.
+    """
 
     candidates: tuple[Candidate, ...]
     steps: int
     seconds: float
     width: tuple[WidthOption, ...] = ()
+    criterion: str = ""
+    criterion_forwards: float | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -192,6 +203,7 @@ class Segment:
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
         saved_time: See :class:`WidthOption`.
+        sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.sparsity`).
     """
 
     first: int
@@ -202,6 +214,7 @@ class Segment:
     saved_flops: int = 0
     error: float | None = None
     saved_time: int | None = None
+    sparsity: float = 0.0
 
     @property
     def saved_speed(self) -> int:
@@ -215,8 +228,13 @@ class Segment:
 
     @property
     def is_substitute(self) -> bool:
-        """Whether anything is replaced: a run by one block, or modules inside a block."""
-        return self.is_run or bool(self.width)
+        """Whether anything is replaced: a run by one block, modules inside a block, or weights by zeros."""
+        return self.is_run or bool(self.width) or bool(self.sparsity)
+
+    @property
+    def is_sparse_only(self) -> bool:
+        """Whether it is a kept block with zeros and nothing else: as many parameters, and as fast."""
+        return bool(self.sparsity) and not self.is_run and not self.width
 
 
 @dataclass(frozen=True)
@@ -257,6 +275,8 @@ class CompressionPlan:
     predicted: Prediction
     teacher_forwards: float = 0.0
     schema_version: int = SCHEMA_VERSION
+    # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[tuple[str, Segment]]:

@@ -4,13 +4,14 @@ bundle/plan.json                 the plan
 bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
 bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
 bundle/lora.safetensors          LoRA of kept blocks, by their path in the student (if the output stage trained one)
+bundle/masks.safetensors         where substitutes' weights are zero, a bit each (if the run is sparse)
 bundle/bundle.json               how it was trained, and hashes of the above
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, Segment, load_artifa
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
 from ppcl.planner import select
+from ppcl.sparsity import Masks, pack_masks, unpack_masks, zero_shares
 from ppcl.student import (
     RunKey,
     assemble_student,
@@ -43,12 +45,14 @@ class Bundle:
         tuned: Student parameters by name that differ from the teacher's, substitutes excluded.
         lora: ``<layer>.lora_A.weight`` and ``lora_B.weight`` of kept blocks: to their weight belongs B A. The factors
             and not their sums are kept, so that the bundle of a large model stays small.
+        masks: Of substitutes with zeros, by ``stack/first-last/path.weight``: true where a weight stays.
     """
 
     plan: CompressionPlan
     substitutes: Mapping[RunKey, nn.Module]
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
     lora: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def members(self) -> list[tuple[RunKey, Segment]]:
         """The plan's segments that have a substitute."""
@@ -72,7 +76,7 @@ def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
             for name in own_names(segment, list(state))
         }
         write_tensors(temporary / "substitutes.safetensors", tensors)
-        for name, extra in (("tuned", bundle.tuned), ("lora", bundle.lora)):
+        for name, extra in (("tuned", bundle.tuned), ("lora", bundle.lora), ("masks", pack_masks(bundle.masks))):
             if extra:
                 write_tensors(temporary / f"{name}.safetensors", extra)
         hashes = {p.name: file_digest(p) for p in sorted(temporary.iterdir())}
@@ -108,8 +112,11 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
                     raise ArtifactError(f"{folder} has other weights than its plan; delete it and run again")
                 block.load_state_dict(state, strict=False)
                 substitutes[key] = block
-    extra = [folder / f"{name}.safetensors" for name in ("tuned", "lora")]
-    return Bundle(plan, substitutes, *(read_tensors(path)[0] if path.is_file() else {} for path in extra))
+    extra = [folder / f"{name}.safetensors" for name in ("tuned", "lora", "masks")]
+    tuned, lora, packed = (read_tensors(path)[0] if path.is_file() else {} for path in extra)
+    masks = unpack_masks(packed, substitutes)
+    Masks(masks, substitutes).hold_weights()
+    return Bundle(plan, substitutes, tuned, lora, masks)
 
 
 def check_pluggable(bundle: Bundle) -> None:
@@ -128,6 +135,8 @@ def check_pluggable(bundle: Bundle) -> None:
 def select_bundle(bundle: Bundle, kind: str, value: float) -> Bundle:
     """Take out substitutes until a smaller saving is left: the teacher's blocks go back in their places.
 
+    Kept blocks with zeros save no parameters and stay; blocks that go back are the teacher's own, without zeros.
+
     Args:
         bundle: A bundle with all substitutes.
         kind: ``keep``, ``speedup`` or ``fit_gb``.
@@ -138,9 +147,23 @@ def select_bundle(bundle: Bundle, kind: str, value: float) -> Bundle:
         ArtifactError: Weights of kept blocks were tuned for all substitutes together.
     """
     check_pluggable(bundle)
-    plan = select(bundle.plan, kind, value)
-    chosen = Bundle(plan, {})
-    return Bundle(plan, {key: bundle.substitutes[key] for key, _ in chosen.members()})
+    dense = {name: tuple(_dense(s) for s in pieces) for name, pieces in bundle.plan.stacks.items()}
+    plan = select(replace(bundle.plan, stacks=dense), kind, value)
+    sparse = {(n, s.first): s for n, pieces in bundle.plan.stacks.items() for s in pieces if s.is_sparse_only}
+    stacks = {
+        name: tuple(s if s.is_substitute else sparse.get((name, s.first), s) for s in pieces)
+        for name, pieces in plan.stacks.items()
+    }
+    plan = replace(plan, stacks=stacks, sparsity=bundle.plan.sparsity)
+    members = [key for key, _ in Bundle(plan, {}).members()]
+    names = tuple(f"{run_name(key)}/" for key in members)
+    masks = {name: mask for name, mask in bundle.masks.items() if name.startswith(names)}
+    plan = zero_shares(plan, masks, plan.predicted.params)
+    return Bundle(plan, {key: bundle.substitutes[key] for key in members}, masks=masks)
+
+
+def _dense(segment: Segment) -> Segment:
+    return replace(segment, sparsity=0.0) if segment.is_sparse_only else segment
 
 
 @torch.no_grad()

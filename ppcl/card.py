@@ -13,7 +13,7 @@ import yaml
 
 from ppcl.artifacts import CompressionPlan, Segment, load_artifact
 from ppcl.files import read_json
-from ppcl.tables import device_name, markdown_table, number, versions
+from ppcl.tables import device_name, markdown_table, number, versions, zeros_meaning
 from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         "Block numbers are the teacher's; those in brackets were replaced by one block, distilled against the "
         f"teacher's activations. Plan: {plan.mode}, {kind} {value:g}.",
         f"```\n{draw_plan(plan)}\n```",
+        *_sparse(plan),
         "## Measured",
         measured_table(facts.metrics) if facts.metrics else "Nothing yet: `ppcl evaluate` writes the numbers here.",
         *_made(facts.making),
@@ -263,6 +264,17 @@ def _made(making: Making | None) -> list[str]:
     commands = "\n".join(making.commands)
     text = f"Seed {making.seed}, {making.device}. Versions: {making.versions}."
     return ["## How it was made", f"```bash\n{commands}\n```", text]
+
+
+def _sparse(plan: CompressionPlan) -> list[str]:
+    if not plan.sparsity:
+        return []
+    p = plan.sparsity
+    text = (
+        f"{p['zeros']:.1%} of all weights are zero: {p['zeros_in_layers']:.1%} of the masked linear layers inside the "
+        f"blocks, pattern {p['pattern']}, criterion {p['criterion']}, allocation {p['allocation']}. "
+    )
+    return ["## Sparsity", text + zeros_meaning(p["pattern"])]
 
 
 def _licence(licence: Mapping[str, str], name: str) -> str:

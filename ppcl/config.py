@@ -9,9 +9,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ppcl.aliases import resolve_aliases
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import source_of, valid_name
 from ppcl.search_config import SearchConfig
+from ppcl.sparsity_config import SparsityConfig
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
@@ -72,6 +74,9 @@ class FitConfig(Section):
     criterion: str = Field(
         "activation",
         description=f"what neurons and heads are kept by: {', '.join(CRITERION_NAMES)}, or your file.py:ClassName",
+    )
+    criterion_draws: int = Field(
+        1, ge=1, description="draws of states to score with; kept: that of least velocity error on held-out states"
     )
     width_shares: tuple[float, ...] = Field(
         (0.25, 0.5, 0.75), description="shares of a network's neurons and of an attention's heads that may stay"
@@ -172,15 +177,20 @@ class DistillConfig(Section):
         0, ge=0, description="a loss of so many times its running average is a spike; 0: gradients are clipped, no more"
     )
 
+    sparsity: SparsityConfig = SparsityConfig()  # type: ignore[call-arg]
+
     @model_validator(mode="after")
     def _shard_needs_all(self) -> DistillConfig:
+        if self.sparsity.zeros and self.train == "lora":
+            raise ValueError("sparsity does not fit distill.train=lora, which adds no zeros; use all or substitutes")
         if self.shard and self.train != "all":
             raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
         return self
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
-        return self.model_dump(exclude=_HOW_NOT_WHAT)
+        zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
+        return {**self.model_dump(exclude={*_HOW_NOT_WHAT, "sparsity"}), **zeros}
 
 
 _HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
@@ -328,13 +338,13 @@ def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any
             raise ConfigError(f"config file {path} cannot be read as YAML: {reason}") from None
         if not isinstance(loaded, dict):
             raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(loaded).__name__}")
-        data = merge(data, loaded)
+        data = merge(data, resolve_aliases(loaded))
     for text in overrides:
         keys, value = parse_override(text)
         change: Any = value
         for key in reversed(keys):
             change = {key: change}
-        data = merge(data, change)
+        data = merge(data, resolve_aliases(change))
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

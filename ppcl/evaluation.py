@@ -18,7 +18,8 @@ from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
 from ppcl.eval.velocity import state_errors
-from ppcl.files import file_digest, weights_variant, write_text
+from ppcl.files import file_digest, weights_variant, write_json, write_text
+from ppcl.sparsity import zeros_of
 from ppcl.student import assemble_student
 from ppcl.teacher import load_pipeline, weights_digest
 from ppcl.trees import to_device
@@ -86,6 +87,9 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         params=(count_params(teacher.transformer), count_params(student.transformer)),
         models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
     )
+    if sparsity := zeros_of(student.transformer):
+        metrics["sparsity"] = sparsity
+        write_json(run.out / "eval" / "metrics.json", metrics)
     write_text(run.out / "pipeline" / "README.md", run_card(run, run.out / "pipeline"))
     return metrics
 

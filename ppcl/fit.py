@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
-from ppcl.artifacts import Analysis, Candidate, Candidates, WidthOption, save_artifact
+from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
 from ppcl.capture import States
 from ppcl.config import FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.files import digest, write_tensors
-from ppcl.options import width_options
+from ppcl.options import WidthResult, width_options
 from ppcl.sensitivity import Job, output_errors
 from ppcl.student import LinearRun, RunKey, run_name, start_block
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
@@ -182,19 +183,21 @@ def fit(
     _train(transformer, adapter, train, substitutes, out, settings, seed, log, group)
     fitted = errors(_jobs(chosen, substitutes.__getitem__), "fit: costs")
 
-    def measure_width() -> tuple[WidthOption, ...]:
+    def measure_width() -> WidthResult:
         width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed)
         write_tensors(out / "width.safetensors", width.tensors)
-        return width.options
+        return replace(width, tensors={})
 
-    options = group.on_main(measure_width)
+    measured = group.on_main(measure_width)
     result = Candidates(
         candidates=tuple(
             Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
         ),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
-        width=options,
+        width=measured.options,
+        criterion=measured.criterion,
+        criterion_forwards=measured.criterion_forwards,
     )
     tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
     if group.is_main:

@@ -19,10 +19,13 @@ from ppcl.adapters import Adapter, StackSpec
 from ppcl.analysis.hidden import Signal, moments_of
 from ppcl.analysis.statistics import Moments
 from ppcl.config import FitConfig
-from ppcl.criteria import Site, unit_scores
+from ppcl.criteria import Site, unit_cost, unit_scores
+from ppcl.criteria.draws import best_draw, cut_error
+from ppcl.progress import announce
 from ppcl.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.text_stream import plain_norm, text_replacement
 from ppcl.trace import BlockCall
+from ppcl.trees import batch_size
 from ppcl.width import set_module
 
 logger = logging.getLogger(__name__)
@@ -104,6 +107,28 @@ def sizes_of(units: Units, shares: Sequence[float]) -> list[int]:
     return sorted(size for size in sizes if size < units.count)
 
 
+def criterion_cost(
+    settings: FitConfig, sets: Sequence[Sequence[dict[str, Any]]], held_out: Sequence[dict[str, Any]]
+) -> float | None:
+    """What choosing units costs, in runs of the teacher on one state; it is said before anything starts.
+
+    Args:
+        settings: ``criterion``.
+        sets: Calibration sets; of several each is tried on the held-out states.
+        held_out: Those states.
+
+    Returns:
+        The number; None where a criterion from outside does not say.
+    """
+    states = [sum(map(batch_size, batches)) for batches in sets]
+    cost = unit_cost(settings.criterion, sum(states))
+    if cost is not None and len(sets) > 1:
+        cost += 2 * len(sets) * sum(map(batch_size, held_out))
+    says = "it does not say what it costs" if cost is None else f"{cost:,.0f} runs of the teacher on one state"
+    announce(f"criterion {settings.criterion}, {len(sets)} draw(s) of {states[0]} states: {says}")
+    return cost
+
+
 def cut_options(
     transformer: nn.Module,
     adapter: Adapter,
@@ -111,6 +136,8 @@ def cut_options(
     batches: Sequence[dict[str, Any]],
     settings: FitConfig,
     seed: int,
+    other_draws: Sequence[Sequence[dict[str, Any]]] = (),
+    held_out: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[list[dict[str, Any]]], Tensors]:
     """Choose the units that stay, by the criterion, and correct the columns that read them.
 
@@ -121,11 +148,19 @@ def cut_options(
         batches: Training states.
         settings: ``criterion`` and ``width_shares``.
         seed: For the criterion.
+        other_draws: Further sets of training states that the criterion may use instead
+            (:mod:`ppcl.criteria.draws`).
+        held_out: States that say which of the sets is best.
 
     Returns:
         The replacements of each site, one a size; and ``stack/block/path/kind-size/layer.weight|bias``.
     """
-    scores = unit_scores(settings.criterion, transformer, adapter, [s for _, s, _ in sites], batches, seed)
+    own, shares = [site for _, site, _ in sites], sorted(settings.width_shares)
+    scores = best_draw(
+        lambda states: unit_scores(settings.criterion, transformer, adapter, own, states, seed),
+        lambda found: cut_error(transformer, adapter, own, found, shares[len(shares) // 2], held_out),
+        [batches, *other_draws],
+    )
     parts: list[list[dict[str, Any]]] = []
     for (_, site, _), score in zip(sites, scores, strict=True):
         order = torch.argsort(score, descending=True, stable=True).tolist()  # of equals the first stays

@@ -23,7 +23,8 @@ from ppcl.artifacts import Analysis, StackAnalysis, WidthOption
 from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
 from ppcl.cost import count_params
-from ppcl.narrowing import cut_options, find_sites, text_options
+from ppcl.criteria.draws import draw_states
+from ppcl.narrowing import criterion_cost, cut_options, find_sites, text_options
 from ppcl.sensitivity import Job, output_errors
 from ppcl.student import fill_width, with_blocks
 from ppcl.trace import BlockCall, record_boundaries
@@ -50,10 +51,14 @@ class WidthResult:
     Attributes:
         options: All options, with what each saves and costs.
         tensors: Closed forms that the analyze stage did not know (see :func:`ppcl.student.fill_width`).
+        criterion: What scored units; empty where there are none.
+        criterion_forwards: See :class:`ppcl.artifacts.Candidates`.
     """
 
     options: tuple[WidthOption, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    criterion: str = ""
+    criterion_forwards: float | None = None
 
 
 def width_options(
@@ -84,10 +89,15 @@ def width_options(
     calls, _ = record_boundaries(transformer, adapter, batches[0], first)
     proposals = list(_closed_forms(transformer, adapter, analysis, settings))
     made: dict[str, Tensor] = {}
+    scored: tuple[str, float | None] = ("", None)
     if train is not None:
-        states = list(train.batches(settings.batch_size, settings.width_states))
+        sets = draw_states(train, settings.criterion_draws, settings.batch_size, settings.width_states, seed)
+        states = sets[0]
         sites = find_sites(transformer, adapter, calls, settings.width)
-        parts, made = cut_options(transformer, adapter, sites, states, settings, seed) if sites else ([], {})
+        parts: list[list[dict[str, Any]]] = []
+        if sites:
+            scored = settings.criterion, criterion_cost(settings, sets, batches)
+            parts, made = cut_options(transformer, adapter, sites, states, settings, seed, sets[1:], batches)
         specs = {spec.name: spec for spec in adapter.stacks}
         for (group, site, _), sizes in zip(sites, parts, strict=True):
             proposals += [Proposal(specs[site.stack], site.block, group, {site.path: part}) for part in sizes]
@@ -99,7 +109,7 @@ def width_options(
     single = to_device(next(train.batches(1)), device) if train is not None else None
     meter = _Meter(transformer, adapter, calls, batch_size(batches[0]), single, analysis.model.flops)
     options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter)
-    return WidthResult(options, made)
+    return WidthResult(options, made, *scored)
 
 
 def _measured(

@@ -50,7 +50,7 @@ PRODUCTS = {
 # Training states: kept while a stage is interrupted, useless once what it depends on has changed.
 CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
-    "distill": ("checkpoints/distill-local", "checkpoints/distill-alternating", "checkpoints/distill-output"),
+    "distill": tuple(f"checkpoints/distill-{part}" for part in ("masks", "local", "alternating", "output")),
 }
 # Stages that all processes work on; of the others the first one does them while the rest wait.
 SHARED = ("fit", "distill")
@@ -266,10 +266,10 @@ class Run:
                     read_tensor_header(file)
         if stage == "capture":
             _ = self.teacher
-        elif stage == "fit":
-            from ppcl.criteria import criterion_named
+        elif stage in ("fit", "distill"):
+            from ppcl.criteria import check_criterion
 
-            criterion_named(self.config.fit.criterion)
+            check_criterion(self.config, stage)
         elif stage == "plan":
             _ = self.planned
         elif stage == "evaluate":

@@ -97,11 +97,11 @@ def fill_width(
 def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
     """Return the block of a plan's segment: a copy of its start with the segment's smaller modules, untrained.
 
-    What stands for a run is trainable throughout, of a kept block only what is new in it.
+    What stands for a run is trainable throughout, and so is a block with zeros; of another only what is new in it.
     """
     block = start_block(blocks, segment.first, segment.last, segment.start or "middle")
     apply_width(block, segment.width)
-    if not segment.is_run:
+    if not segment.is_run and not segment.sparsity:
         block.requires_grad_(False)
         for path in segment.width:
             block.get_submodule(path).requires_grad_(True)
@@ -110,7 +110,8 @@ def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
 
 def own_names(segment: Segment, names: Sequence[str]) -> list[str]:
     """Of a substitute's weight names, those that are not simply the teacher's block's."""
-    return [n for n in names if segment.is_run or any(n.startswith(f"{path}.") for path in segment.width)]
+    whole = segment.is_run or segment.sparsity
+    return [n for n in names if whole or any(n.startswith(f"{path}.") for path in segment.width)]
 
 
 def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:
@@ -188,10 +189,11 @@ def register_plan(student: Any, adapter: Adapter, plan: CompressionPlan) -> None
                 for path, part in segment.width.items()
             },
         )
+    sparsity = {"sparsity": dict(plan.sparsity)} if plan.sparsity else {}
     # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
     student.register_to_config(
         **adapter.depth_config(student),
-        _ppcl={"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget)},
+        _ppcl={"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget), **sparsity},
     )
 
 

@@ -136,6 +136,7 @@ class TrainingLoop:
         label: Name shown beside the progress bar.
         group: The processes that train.
         adjust: Called when the gradients of all processes are added up, before they are clipped.
+        project: Called after each step of the optimizers, before the moving average sees the weights.
     """
 
     def __init__(
@@ -149,10 +150,11 @@ class TrainingLoop:
         label: str = "train",
         group: Group = SINGLE,
         adjust: Callable[[], None] | None = None,
+        project: Callable[[], None] | None = None,
     ) -> None:
         self.backward, self.settings, self.folder = backward, settings, Path(folder)
         self.fingerprint, self.log, self.label = fingerprint, log, label
-        self.group, self.adjust = group, adjust
+        self.group, self.adjust, self.project = group, adjust, project
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
@@ -231,6 +233,8 @@ class TrainingLoop:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if not problem:
+            if self.project:
+                self.project()
             self._update_ema(step)
         seconds = time.perf_counter() - began
         row: dict[str, Any] = {"step": step, **scalars, "gradient_norm": norm, "learning_rate": rate}

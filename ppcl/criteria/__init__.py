@@ -22,8 +22,18 @@ from ppcl.criteria.nirvana import Nirvana
 from ppcl.criteria.random import Random
 from ppcl.criteria.taylor import Taylor
 from ppcl.criteria.wanda import Wanda
+from ppcl.criteria.weights import weight_criterion_named
 
-__all__ = ["CRITERIA", "Criterion", "Site", "criterion_named", "unit_scores"]
+__all__ = [
+    "CRITERIA",
+    "WEIGHT_CRITERIA",
+    "Criterion",
+    "Site",
+    "check_criterion",
+    "criterion_named",
+    "unit_cost",
+    "unit_scores",
+]
 
 CRITERIA: dict[str, Criterion] = {
     "activation": Activation(),
@@ -44,6 +54,28 @@ def criterion_named(name: str) -> Criterion:
         ConfigError: It cannot be loaded.
     """
     return CRITERIA[name] if name in CRITERIA else load_external(name)
+
+
+def unit_cost(name: str, states: int) -> float | None:
+    """What a criterion costs, in runs of the transformer on one state; None where one from outside does not say."""
+    cost = getattr(criterion_named(name), "cost", None)
+    return None if cost is None else float(cost) * states
+
+
+def check_criterion(config: Any, stage: str) -> None:
+    """Load what a stage scores with, to find what is wrong with it before anything of an earlier attempt is removed.
+
+    Args:
+        config: A :class:`ppcl.config.RunConfig`.
+        stage: ``fit`` (units) or ``distill`` (weights, if it is sparse).
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    if stage == "fit":
+        criterion_named(config.fit.criterion)
+    elif config.distill.sparsity.zeros:
+        weight_criterion_named(config.distill.sparsity.criterion)
 
 
 def unit_scores(

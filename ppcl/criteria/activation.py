@@ -7,20 +7,20 @@ features, taken as independent. What a unit adds on average costs nothing: a bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.capture import velocity
-from ppcl.criteria.base import Site, hooked
-from ppcl.trees import to_device
+from ppcl.criteria.base import Site, watch_inputs
 
 
 class Activation:
     """sqrt(sum over a unit's features of var(h) ||column||^2), summed over the layers that read it."""
+
+    cost = 1.0
 
     @torch.no_grad()
     def score(
@@ -34,20 +34,13 @@ class Activation:
         """See :class:`ppcl.criteria.base.Criterion`."""
         sums: dict[tuple[int, nn.Linear], list[Any]] = {}
 
-        def watch(number: int, site: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                h = args[0].detach().flatten(0, -2).float()
-                entry = sums.setdefault((number, layer), [0, 0.0, 0.0])
-                entry[0] += len(h)
-                entry[1] = entry[1] + h.sum(0).double()
-                entry[2] = entry[2] + h.pow(2).sum(0).double()
+        def see(number: int, layer: nn.Linear, h: Tensor) -> None:
+            entry = sums.setdefault((number, layer), [0, 0.0, 0.0])
+            entry[0] += len(h)
+            entry[1] = entry[1] + h.sum(0).double()
+            entry[2] = entry[2] + h.pow(2).sum(0).double()
 
-            return hook
-
-        device = next(transformer.parameters()).device
-        with hooked(transformer, adapter, sites, watch):
-            for arguments in batches:
-                velocity(transformer, to_device(arguments, device))
+        watch_inputs(transformer, adapter, sites, batches, see)
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
         for (number, layer), (count, first, second) in sums.items():
             variance = (second / count - (first / count).pow(2)).clamp_min(0)

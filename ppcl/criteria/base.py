@@ -16,6 +16,8 @@ from ppcl.slicing import Units
 from ppcl.training import step_generator
 from ppcl.trees import to_device
 
+BACKWARD = 4.0  # a forward and a backward pass with gradient checkpointing, in forward passes
+
 
 @dataclass(frozen=True)
 class Site:
@@ -74,7 +76,16 @@ def unit_sums(values: Tensor, units: Units, side: int) -> Tensor:
 
 
 class Criterion(Protocol):
-    """Scores units; only their order inside one module counts."""
+    """Scores units; only their order inside one module counts.
+
+    Attributes:
+        cost: Runs of the transformer on one state, for each state; a forward and a backward pass are ``BACKWARD``.
+    """
+
+    @property
+    def cost(self) -> float:
+        """See above."""
+        ...
 
     def score(
         self,
@@ -97,6 +108,33 @@ class Criterion(Protocol):
             For each site one float of at least 0 a unit, (units,) in float64; more is worth more.
         """
         ...
+
+
+@torch.no_grad()
+def watch_inputs(
+    transformer: nn.Module,
+    adapter: Adapter,
+    sites: Sequence[Site],
+    batches: Sequence[dict[str, Any]],
+    see: Callable[[int, nn.Linear, Tensor], None],
+) -> None:
+    """Show a criterion what every layer that reads units is given, in one forward pass a batch.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        sites: Whose layers.
+        batches: Calibration states.
+        see: Called with the number of the site, the layer, and (tokens of all states, h) in float32.
+    """
+
+    def watch(number: int, _: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: see(number, layer, args[0].flatten(0, -2).float())
+
+    device = next(transformer.parameters()).device
+    with hooked(transformer, adapter, sites, watch):
+        for arguments in batches:
+            velocity(transformer, to_device(arguments, device))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.criteria.base import Site, unit_sums
+from ppcl.criteria.base import BACKWARD, Site, unit_sums
 from ppcl.criteria.gradients import Seen, watch_gradients
 from ppcl.criteria.masks import at_same_median
 
@@ -26,6 +26,8 @@ class Gblm:
     Args:
         alpha: Weight of the gradient's term, once both have the same median.
     """
+
+    cost = BACKWARD
 
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = alpha

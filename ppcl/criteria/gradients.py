@@ -76,28 +76,61 @@ def watch_gradients(
         seed: For the signs.
         see: Called inside the backward pass.
     """
-    first = {spec.name: int(spec.tokens_first) for spec in adapter.stacks}
+    first = {spec.name: spec.tokens_first for spec in adapter.stacks}
+    taps = []
+    for number, site in enumerate(sites):
+        for name, (layer, side) in site.weights(transformer, adapter).items():
+
+            def show(
+                x: Tensor, delta: Tensor, at: tuple[int, str, nn.Linear, int] = (number, name, layer, side)
+            ) -> None:
+                see(Seen(*at, x, delta))
+
+            taps.append(Tap(layer, first[site.stack], show))
+    tap_gradients(transformer, taps, batches, seed)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A layer that is looked at in backward passes.
+
+    Attributes:
+        layer: The layer.
+        tokens_first: It is given (tokens, states, i).
+        see: Called with x and delta as in :class:`Seen`, once a batch and call.
+    """
+
+    layer: nn.Linear
+    tokens_first: bool
+    see: Callable[[Tensor, Tensor], None]
+
+
+def tap_gradients(transformer: nn.Module, taps: Sequence[Tap], batches: Sequence[dict[str, Any]], seed: int) -> None:
+    """Run one backward pass of :func:`ppcl.criteria.base.signed_output` a batch, with some layers tapped.
+
+    Args:
+        transformer: No gradient is left in it.
+        taps: Whose gradients are looked at; nothing before the first of them takes part in the backward pass.
+        batches: Calibration states.
+        seed: For the signs.
+    """
     anchor = torch.zeros((), requires_grad=True)  # makes frozen weights' outputs part of the graph
 
-    def hook_of(number: int, site: Site, name: str, side: int) -> Callable[[Any, tuple[Any, ...], Tensor], Any]:
+    def hook_of(tap: Tap) -> Callable[[Any, tuple[Any, ...], Tensor], Any]:
         def states_first(values: Tensor) -> Tensor:
             if values.ndim < 3:
                 return values.reshape(1, -1, values.shape[-1]).float()
-            return values.movedim(first[site.stack], 0).flatten(1, -2).float()
+            return values.movedim(int(tap.tokens_first), 0).flatten(1, -2).float()
 
-        def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> Any:
             def seen(x: Tensor, delta: Tensor) -> None:
-                see(Seen(number, name, layer, side, states_first(x), states_first(delta)))
+                tap.see(states_first(x), states_first(delta))
 
             return _Tap.apply(output, args[0], anchor, seen)  # type: ignore[no-untyped-call]
 
         return hook
 
-    handles = [
-        layer.register_forward_hook(hook_of(number, site, name, side))
-        for number, site in enumerate(sites)
-        for name, (layer, side) in site.weights(transformer, adapter).items()
-    ]
+    handles = [tap.layer.register_forward_hook(hook_of(tap)) for tap in taps]
     try:
         for step, arguments in enumerate(batches):
             with checkpointed(transformer), torch.enable_grad():

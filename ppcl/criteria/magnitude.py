@@ -15,6 +15,8 @@ from ppcl.criteria.base import Site, unit_sums
 class Magnitude:
     """The norm of a unit's rows and columns, biases left out."""
 
+    cost = 0.0
+
     @torch.no_grad()
     def score(
         self,

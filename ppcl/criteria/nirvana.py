@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.criteria.base import Site, unit_sums
+from ppcl.criteria.base import BACKWARD, Site, unit_sums
 from ppcl.criteria.gradients import Seen, watch_gradients
 
 
 class Nirvana:
     """Plain sum over a unit's rows and columns of |g W|, averaged over batches."""
+
+    cost = BACKWARD
 
     def score(
         self,

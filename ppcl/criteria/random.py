@@ -16,6 +16,8 @@ from ppcl.training import step_generator
 class Random:
     """Scores drawn evenly from 0 to 1; the seed and a site's place among the others fix them."""
 
+    cost = 0.0
+
     def score(
         self,
         transformer: nn.Module,

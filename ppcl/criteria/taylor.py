@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.criteria.base import Site, checkpointed, hooked, signed_output
+from ppcl.criteria.base import BACKWARD, Site, checkpointed, hooked, signed_output
 
 
 class Taylor:
@@ -26,6 +26,8 @@ class Taylor:
     ride on one backward pass a batch; diffusers' gradient checkpointing, where the class has it, keeps its memory
     to one block.
     """
+
+    cost = BACKWARD
 
     def score(
         self,

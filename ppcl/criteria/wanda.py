@@ -5,21 +5,21 @@ A unit is worth the sum over its columns in the layers that read it, as in Wanda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.capture import velocity
-from ppcl.criteria.base import Site, hooked, unit_sums
+from ppcl.criteria.base import Site, unit_sums, watch_inputs
 from ppcl.criteria.masks import wanda_scores
-from ppcl.trees import to_device
 
 
 class Wanda:
     """Sum over a unit's columns of |W_ij| sqrt(mean x_j^2)."""
+
+    cost = 1.0
 
     @torch.no_grad()
     def score(
@@ -34,18 +34,11 @@ class Wanda:
         squares: dict[tuple[int, nn.Linear], Tensor] = {}
         counts: dict[tuple[int, nn.Linear], int] = {}
 
-        def watch(number: int, _: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0].flatten(0, -2).float()
-                squares[number, layer] = squares.get((number, layer), 0) + x.pow(2).sum(0).double()
-                counts[number, layer] = counts.get((number, layer), 0) + len(x)
+        def see(number: int, layer: nn.Linear, x: Tensor) -> None:
+            squares[number, layer] = squares.get((number, layer), 0) + x.pow(2).sum(0).double()
+            counts[number, layer] = counts.get((number, layer), 0) + len(x)
 
-            return hook
-
-        device = next(transformer.parameters()).device
-        with hooked(transformer, adapter, sites, watch):
-            for arguments in batches:
-                velocity(transformer, to_device(arguments, device))
+        watch_inputs(transformer, adapter, sites, batches, see)
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
         for (number, layer), total in squares.items():
             scores = wanda_scores(layer.weight.double(), (total / counts[number, layer]).sqrt())

@@ -17,14 +17,17 @@ from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
 from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
+from ppcl.cost import count_params
 from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
+from ppcl.distill.sparse import masks_for
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, read_tensors
 from ppcl.sharding import shard, unshard
+from ppcl.sparsity import Masks, sparse_plan, zero_shares
 from ppcl.student import (
     RunKey,
     assemble_student,
@@ -110,6 +113,10 @@ class Distiller:
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
         closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
         group: The processes that train; the first one writes.
+
+    Raises:
+        ModelError: ``settings.sparsity`` does not fit the model.
+        ConfigError: Its criterion cannot be used.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class Distiller:
         closed_forms: Path | None = None,
         group: Group = SINGLE,
     ) -> None:
+        plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group = group
@@ -137,6 +145,11 @@ class Distiller:
         closed_forms = closed_forms or out / "analysis.safetensors"
         self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
+        self.masks = Masks({}, {})
+        if settings.sparsity.zeros:
+            common = (self.student, adapter, plan, self.substitutes, self.states, settings.sparsity, seed)
+            self.masks = masks_for(*common, out / "checkpoints" / "distill-masks", group)
+            self.plan = zero_shares(plan, self.masks.masks, count_params(self.student))
 
     def run(self) -> Bundle:
         """Train all stages and write ``out/bundle``.
@@ -152,7 +165,7 @@ class Distiller:
             self._alternating()
         if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
             self._output()
-        bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()))
+        bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()), self.masks.masks)
         after = self._held_out_error()
         if after > before:
             logger.warning(
@@ -162,7 +175,7 @@ class Distiller:
             )
             for key, block in self.substitutes.items():
                 block.load_state_dict(start[key])
-            bundle = Bundle(self.plan, self.substitutes)
+            bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
         how = {"distill": to_jsonable(self.settings.model_dump())}
         self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
         return bundle
@@ -211,7 +224,8 @@ class Distiller:
 
         folder = self.out / "checkpoints" / f"distill-{stage}"
         label = f"distill: {stage}"
-        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
+        held = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else ()
+        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group, *held)
         loop.run()
         loop.load_ema()
 

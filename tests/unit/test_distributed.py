@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from train_worker import main as worker
-from train_worker import new_distiller, train_all, weights, write_all_states
+from train_worker import new_distiller, train_all, train_sparse, weights, write_all_states
 
 import ppcl
 from ppcl.distributed import SINGLE, Group, Share, add_up, connect
@@ -69,6 +69,20 @@ def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch
     untrained = weights(new_distiller(tmp_path, "all", SINGLE))
     moved = [k for k, v in untrained.items() if not torch.allclose(v, alone[f"all/{k}"], 1e-5, 1e-5)]
     assert len(moved) > 50  # the comparison is of something
+
+
+def test_zeros_stay_where_weights_are_split_over_processes(tmp_path: Path) -> None:
+    alone = train_sparse(tmp_path / "alone", SINGLE)
+    done = start(TORCHRUN, "sparse", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = read_tensors(tmp_path / "two" / "result.safetensors")[0]
+    assert_close({k: v.float() for k, v in together.items()}, {k: v.float() for k, v in alone.items()})
+    masks = {k.removeprefix("mask/"): v for k, v in together.items() if k.startswith("mask/")}
+    assert len(masks) == 36  # 3 blocks
+    for name, mask in masks.items():
+        stack, run, path = name.split("/")
+        first, last = map(int, run.split("-"))
+        assert (together[f"{(stack, first, last)}/{path}"][~mask] == 0).all()
 
 
 def test_accumulating_changes_nothing(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

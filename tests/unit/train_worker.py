@@ -22,6 +22,7 @@ from ppcl.files import write_tensors
 from ppcl.fit import _train
 from ppcl.launch import guarded
 from ppcl.sharding import is_part
+from ppcl.sparsity_config import SparsityConfig
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same
@@ -87,6 +88,15 @@ def train_split(folder: Path, group: Group) -> dict[str, torch.Tensor]:
     return weights(distiller)
 
 
+def train_sparse(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """Train half of the weights, in local and output steps, the latter split over the processes."""
+    write_all_states(folder)
+    sparsity = SparsityConfig(share=0.5, criterion="gblm", allocation="ecoflap", states=8)
+    distiller = new_distiller(folder, "all", group, local_steps=1, shard=True, sparsity=sparsity, keep_start=False)
+    bundle = distiller.run()
+    return {**weights(distiller), **{f"mask/{name}": mask for name, mask in bundle.masks.items()}}
+
+
 def write_all_states(folder: Path) -> None:
     """Padded states of two shapes, the second so few that a part of a batch stays empty."""
     calls = [qwen_call(batch=7, seed=3, padded=True), qwen_call(batch=1, text=4, seed=5)]
@@ -102,6 +112,12 @@ def main(task: str, folder: Path) -> None:
         result |= {f"split/{key}": value for key, value in train_split(folder / "split", group).items()}
         if group.is_main:
             write_tensors(folder / "result.safetensors", result, {"processes": group.size})
+        group.close()
+        return
+    if task == "sparse":
+        result = train_sparse(folder, group)
+        if group.is_main:
+            write_tensors(folder / "result.safetensors", result)
         group.close()
         return
 
