@@ -18,6 +18,7 @@ from ppcl.eval.report_ladder import ladder_section
 from ppcl.eval.report_pictures import find_pairs, readme_picture
 from ppcl.eval.report_scores import metrics_section
 from ppcl.eval.report_sections import cost, headline, pictures, reproduce, training
+from ppcl.eval.run_metrics import write_run_report
 from ppcl.files import write_text
 
 __all__ = ["readme_picture", "write_report"]
@@ -34,10 +35,10 @@ CONTENTS = {
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into a run directory from whatever artifacts it holds.
+    """Write ``report.html`` into a run directory from whatever artifacts it holds, and ``report.md`` of its numbers.
 
     Returns:
-        The path of the report.
+        The path of the page.
 
     Raises:
         ArtifactError: ``run`` is not a directory.
@@ -60,6 +61,7 @@ def write_report(run: Path) -> Path:
             reproduce(data),
         ]
     )
+    write_run_report(data.folder)
     path = data.folder / "report.html"
     model = data.config.get("model")
     write_text(path, page(f"ppcl report: {model or data.folder.name}", body))

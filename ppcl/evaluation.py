@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_FEATURES = "ViT-B-32/openai"
+
 
 def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
     """Load the feature extractor: the embedded one for the embedded model, ViT-B-32 otherwise."""
@@ -44,7 +46,7 @@ def extractor_with_note(model: str, features: str, device: str) -> tuple[Feature
     if model == "emoji":
         return load_extractor("emoji", device), None
     try:
-        return load_extractor("ViT-B-32/openai", device), None
+        return load_extractor(DEFAULT_FEATURES, device), None
     except UserError as error:
         note = f"{error}; the embedded emoji evaluator is used instead, which knows emoji alone"
         return load_extractor("emoji", device), note
@@ -85,9 +87,20 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         seed=run.config.seed,
         params=(count_params(teacher.transformer), count_params(student.transformer)),
         models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
+        notes=_feature_notes(run),
     )
     write_text(run.out / "pipeline" / "README.md", run_card(run, run.out / "pipeline"))
     return metrics
+
+
+def _feature_notes(run: Run) -> list[str]:
+    """Say so in the numbers, too, if another network than the usual one had to do."""
+    if run.config.evaluate.features == "auto" and run.model != "emoji" and run.extractor.name == "emoji":
+        return [
+            f"the weights of {DEFAULT_FEATURES} can be neither found nor downloaded: the embedded emoji evaluator is "
+            "used instead, which knows emoji alone"
+        ]
+    return []
 
 
 def undistilled_error(run: Run, held_out: States) -> float:

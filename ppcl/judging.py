@@ -11,7 +11,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ppcl.capture import choose_calls, guidance_arguments, record_calls
 from ppcl.config import CaptureConfig, RunConfig
 from ppcl.contestants import (
     Contestant,
+    blocks_of,
     contestants,
     denoiser,
     evaluation_prompts,
@@ -31,13 +32,24 @@ from ppcl.contestants import (
 )
 from ppcl.cost import count_params
 from ppcl.errors import UserError
-from ppcl.eval.evaluate import Costs, costs, finite
+from ppcl.eval.costs import Costs, Timing, costs, transformer_call
+from ppcl.eval.evaluate import finite
 from ppcl.eval.fid import FeatureStatistics
-from ppcl.eval.fidelity import LPIPS_MIN_SIDE, SSIM_MIN_SIDE, lpips, lpips_weights, psnr, ssim
-from ppcl.eval.generate import accepted_kwargs, draw, generate, picture_generator, quiet, read_picture
+from ppcl.eval.fidelity import pair_measures
+from ppcl.eval.generate import accepted_kwargs, generate, read_picture
 from ppcl.eval.pictures import compare_pairs, describe, load_statistics, picture_files
 from ppcl.eval.report_models import write_models_report
-from ppcl.eval.results import Comparison, Evaluation, ModelResult, Step, of_interval, of_measured, report, write_schema
+from ppcl.eval.results import (
+    Comparison,
+    Evaluation,
+    ModelResult,
+    Speed,
+    Step,
+    of_interval,
+    of_measured,
+    report,
+    write_schema,
+)
 from ppcl.eval.scoring import SCORES, Measured, Reference, differences, drop, measure, paired, reference_of
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
@@ -186,15 +198,9 @@ class Judge:
 
     def fidelity(self, first: Side, second: Side) -> dict[str, Measured]:
         """Paired measures: pictures of one prompt, drawn from one noise."""
-        side = min(read_picture(first.paths[0]).shape[:2])
-        measures: dict[str, Callable[[Tensor, Tensor], Sequence[float]]] = {"psnr": lambda a, b: psnr(a, b).values}
-        if side >= SSIM_MIN_SIDE:
-            measures["ssim"] = lambda a, b: ssim(a, b).values
-        weights, are_there = lpips_weights()
-        if are_there and side >= LPIPS_MIN_SIDE:
-            measures["lpips"] = lambda a, b: lpips(a, b).values
-        elif not are_there:
-            self.note(f"LPIPS is left out: its AlexNet ({weights.name}) is not in torch's hub folder; put it there")
+        measures, notes = pair_measures(min(read_picture(first.paths[0]).shape[:2]))
+        for line in notes:
+            self.note(line)
         found = compare_pairs(first.paths, second.paths, measures)
         if not found:
             self.note(
@@ -231,15 +237,14 @@ class Judge:
 
     def costs(self, first: Side, second: Side) -> Costs:
         """Time two models alternately."""
-        calls = [_one_call(side, self.prompts[0], self.config.seed) for side in (first, second)]
-        return costs(
-            (first.pipeline, second.pipeline),
-            self.prompts[0],
-            self.settings,
-            (first.kwargs, second.kwargs),
-            (calls[0], calls[1]),
-            self.config.seed,
-        )
+        kwargs = (first.kwargs, second.kwargs)
+        pipelines = (first.pipeline, second.pipeline)
+        calls = [
+            transformer_call(pipeline, self.prompts[:1], own, self.config.seed)
+            for pipeline, own in zip(pipelines, kwargs, strict=True)
+        ]
+        assert calls[0] is not None and calls[1] is not None  # loading refuses pipelines without a denoiser
+        return costs(pipelines, self.prompts, self.settings, kwargs, (calls[0], calls[1]), self.config.seed)
 
     def compare(self, first: Side, second: Side) -> tuple[Comparison, Costs]:
         """A model against the first one."""
@@ -282,27 +287,15 @@ def _latents(pipeline: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _one_call(side: Side, prompt: str, seed: int) -> Callable[[], object]:
-    """The transformer's (or U-Net's) first call of drawing one picture, to be repeated."""
-    model = denoiser(side.pipeline)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
-        with torch.no_grad(), quiet(side.pipeline):
-            draw(side.pipeline, [prompt], [picture_generator(seed, 0)], 2, side.kwargs)
-    finally:
-        handle.remove()
-    args, kwargs = calls[0]
-    return lambda: model(*args, **kwargs)
-
-
-def _result(side: Side, costs: dict[str, float | None]) -> ModelResult:
+def _result(side: Side, costs: dict[str, float | None], speed: Sequence[Timing]) -> ModelResult:
     return ModelResult(
         label=side.one.label,
         model=side.one.shown,
         params=side.params,
         numbers={name: of_measured(one) for name, one in side.measures.items()},
         costs=costs,
+        speed=[Speed(**asdict(row)) for row in speed],
+        blocks=blocks_of(side.pipeline),
     )
 
 
@@ -349,19 +342,20 @@ def judge_models(
 def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:
     first = judge.side(entries[0], is_first=True)
     results, comparisons = [], []
-    own: dict[str, float | None] | None = None
+    own: tuple[dict[str, float | None], Sequence[Timing]] | None = None
     for entry in entries[1:]:
         second = judge.side(entry, is_first=False)
         made, cost = judge.compare(first, second)
         comparisons.append(made)
-        results.append(_result(second, cost.student))
-        own = own or cost.teacher
+        results.append(_result(second, cost.student, cost.speed[1]))
+        own = own or (cost.teacher, cost.speed[0])
         del second
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if own is None:
-        own = judge.costs(first, first).teacher
+        alone = judge.costs(first, first)
+        own = (alone.teacher, alone.speed[0])
     known = judge.reference
     return Evaluation(
         features=judge.extractor.name,
@@ -371,7 +365,7 @@ def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:
         reference=judge.reference_name,
         reference_count=known.count if known else None,
         notes=judge.notes,
-        models=[_result(first, own), *results],
+        models=[_result(first, *own), *results],
         comparisons=comparisons,
     )
 

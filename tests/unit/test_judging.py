@@ -118,7 +118,7 @@ def test_the_schema_describes_the_file(judged: tuple[Path, str]) -> None:
     schema = json.loads((judged[0] / "metrics.schema.json").read_text())
     found = json.loads((judged[0] / "metrics.json").read_text())
     assert set(schema["required"]) <= set(found) == set(schema["properties"])
-    assert set(schema["$defs"]) == {"Comparison", "ModelResult", "Number", "Step"}
+    assert set(schema["$defs"]) == {"Block", "Comparison", "ModelResult", "Number", "Speed", "Step"}
 
 
 def test_an_interrupted_evaluation_ends_up_the_same(
