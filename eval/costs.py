@@ -148,9 +148,7 @@ def flops_of(pipeline: Any, call: Call | None) -> int | None:
     return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
 
 
-def _timing(
-    part: Part, size: int, steps: int | None, found: LatencyResult, runs: int, peak: int | None
-) -> Timing:
+def _timing(part: Part, size: int, steps: int | None, found: LatencyResult, runs: int, peak: int | None) -> Timing:
     return Timing(part, size, steps, found.median_ms, found.p10_ms, found.p90_ms, runs, WARMUP, peak)
 
 
@@ -186,9 +184,7 @@ def sweep(
         if one is not None and two is not None:
             rows.append(_timed(pipelines, (one, two), "transformer", size, None, settings.latency_runs))
         for steps in step_counts(settings):
-            first, second = (
-                picture_call(p, some, steps, own, seed) for p, own in zip(pipelines, kwargs, strict=True)
-            )
+            first, second = (picture_call(p, some, steps, own, seed) for p, own in zip(pipelines, kwargs, strict=True))
             runs = min(PICTURE_RUNS, settings.latency_runs)
             rows.append(_timed(pipelines, (first, second), "picture", size, steps, runs))
     return [row[0] for row in rows], [row[1] for row in rows]

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppcl.artifacts import Segment
 from ppcl.errors import ArtifactError
 from ppcl.eval import figures
+from ppcl.eval.report_blocks import strip
 from ppcl.eval.report_data import pick
 from ppcl.eval.report_gallery import (
     MAX_MEASURED,
@@ -39,6 +41,7 @@ from ppcl.eval.report_html import (
 )
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, spread
 from ppcl.eval.report_scores import FIDELITY, SCORES, VELOCITY_GUIDE, velocity_steps
+from ppcl.eval.report_speed import speed_table
 from ppcl.files import read_json, write_text
 
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
@@ -59,8 +62,9 @@ COSTS = {
     "latency_ms": "Transformer call, ms",
     "latency_end_to_end_ms": "One picture, ms",
     "peak_memory_bytes": "Peak memory",
+    "flops": "FLOPs of a call",
 }
-SHOW: dict[str, Callable[[float | None], str]] = {"params": count, "peak_memory_bytes": size_bytes}
+SHOW: dict[str, Callable[[float | None], str]] = {"params": count, "peak_memory_bytes": size_bytes, "flops": count}
 
 
 def write_models_report(folder: Path) -> Path:
@@ -82,13 +86,18 @@ def write_models_report(folder: Path) -> Path:
     labels = [str(one["label"]) for one in result["models"]]
     others = result.get("comparisons") or []
     title = f"{', '.join(labels[1:])} against {labels[0]}" if others else labels[0]
-    contents = {"numbers": "Numbers", "plots": "Against size and time", "pictures": "Pictures", "method": "Method"}
+    contents = {"numbers": "Numbers", "plots": "Against size and time"}
+    contents |= {"speed": "Speed and memory"} if _speed(result) else {}
+    contents |= {"blocks": "Blocks"} if _blocks(result) else {}
+    contents |= {"pictures": "Pictures", "method": "Method"}
     body = [
         f"<header><p class=kicker>ppcl evaluation</p><h1>{text(title)}</h1></header>",
         *(paragraph(f"<b>{text(one['verdict'])}.</b>") for one in others),
         "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in contents.items()) + "</nav>",
         _numbers(result),
         _plots(result),
+        _speed(result),
+        _blocks(result),
         _pictures(folder, result),
         _method(result),
     ]
@@ -185,6 +194,24 @@ def _plots(result: Mapping[str, Any]) -> str:
         cards.append(figure("Velocity error by timestep", figures.velocity_curves(curves), VELOCITY_GUIDE))
     content = f'<div class="figures">{"".join(cards)}</div>' if cards else missing("Nothing was measured to plot.")
     return section("plots", "Quality against size and time", content)
+
+
+def _speed(result: Mapping[str, Any]) -> str:
+    """Times at several step counts and batch sizes; empty if there are none."""
+    shown = speed_table([str(one["label"]) for one in result["models"]], [one.get("speed") for one in result["models"]])
+    return section("speed", "Speed and memory", shown) if shown else ""
+
+
+def _blocks(result: Mapping[str, Any]) -> str:
+    """What became of the teacher's blocks in each model that ppcl made; empty if there is none."""
+    parts = []
+    for one in result["models"]:
+        for name, blocks in (one.get("blocks") or {}).items():
+            segments = [
+                Segment(int(b["first"]), int(b["last"]), width={str(m): {} for m in b.get("width") or ()}) for b in blocks
+            ]
+            parts += [f"<h3>{text(one['label'])}</h3>", strip(str(name), segments)]
+    return section("blocks", "What became of the blocks", *parts) if parts else ""
 
 
 def drawn(folder: Path, label: str, seed: int) -> dict[str, Path]:

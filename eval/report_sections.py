@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
@@ -26,6 +26,7 @@ from ppcl.eval.report_html import (
     text,
 )
 from ppcl.eval.report_pictures import Pair
+from ppcl.eval.report_speed import speed_table
 from ppcl.files import weights_variant
 
 
@@ -198,7 +199,8 @@ def cost(run: RunData) -> str:
             rows.append([name, show(before), show(after), _ratio(before, after), predicted])
 
     row("Parameters of the transformer", "params", count, percent(plan.predicted.param_ratio) if plan else number(None))
-    if plan and plan.model.flops:
+    row("FLOPs of a call for one prompt", "flops", count, percent(1 / plan.predicted.speedup) if plan else number(None))
+    if plan and plan.model.flops and pick(metrics, "student", "flops") is None:
         student = plan.model.flops / plan.predicted.speedup
         share = percent(1 / plan.predicted.speedup)
         rows.append(["FLOPs a transformer call", count(plan.model.flops), number(None), number(None), share])
@@ -225,6 +227,10 @@ def cost(run: RunData) -> str:
         )
     if not metrics:
         parts.append(missing(run.missing("eval/metrics.json")))
+    speed = metrics.get("speed")
+    if isinstance(speed, Mapping):
+        shown = speed_table(["teacher", "student"], [speed.get("teacher"), speed.get("student")])
+        parts += ["<h3>At several step counts and batch sizes</h3>", shown] if shown else []
     return section("cost", "What it costs", *parts, "<h3>Time spent by stage</h3>", _stage_bars(run))
 
 

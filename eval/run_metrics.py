@@ -199,7 +199,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 
 
 def write_run_report(run: Path) -> Path | None:
-    """Write ``RUN/report.md``; None, and no file, where ``eval/metrics.json`` is missing, damaged or of another version.
+    """Write ``RUN/report.md``; None, and no file, where the metrics are missing, damaged or of another version.
 
     Raises:
         UserError: The report cannot be written.

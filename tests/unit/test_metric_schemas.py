@@ -86,7 +86,9 @@ def test_report_md_of_a_run(tmp_path: Path) -> None:
     write_report(run)
     text = (run / "report.md").read_text()
     assert text == run_report(complete()) + text[text.index("\n## Plan") :]
-    assert "**67.4% of the parameters, 1.45 times as fast (1.38 end to end), average drop 2.12 (1.50 to 3.00) %.**" in text
+    assert (
+        "**67.4% of the parameters, 1.45 times as fast (1.38 end to end), average drop 2.12 (1.50 to 3.00) %.**" in text
+    )
     assert "| FID ↓ | 31.0 (30.0 to 33.0) | 36.4 (30.0 to 33.0) | ± 0.85 |" in text
     assert "| pictures, 20 steps | 4 | 20.5 (20.0 to 23.0) | 10.2 (20.0 to 23.0) | 5.00 | - |" in text
     assert "> LPIPS is left out" in text
