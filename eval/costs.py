@@ -7,7 +7,7 @@ device that the pipelines are on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ class Timing:
         runs: Counted runs.
         warmup_runs: Runs before them.
         peak_memory_bytes: Weights on the device plus the growth while it works; None where that is unknown.
+        times_as_fast: The other model's median over this one's, timed in turn; None for the model that
+            others are compared with. Medians of two evaluations do not say this: a machine's load changes.
     """
 
     part: Part
@@ -49,6 +51,7 @@ class Timing:
     runs: int
     warmup_runs: int
     peak_memory_bytes: int | None
+    times_as_fast: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ def _timed(
         module = denoiser_of(pipeline)
         alone = [module] if part == "transformer" and module is not None else None
         rows.append(_timing(part, size, steps, latency, runs, peak_memory(pipeline, call, alone)[0]))
-    return rows[0], rows[1]
+    ratio = rows[0].latency_ms / rows[1].latency_ms if rows[1].latency_ms else None
+    return rows[0], replace(rows[1], times_as_fast=ratio)
 
 
 def sweep(

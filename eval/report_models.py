@@ -59,6 +59,7 @@ NAMES = {
 }
 COSTS = {
     "params": "Parameters",
+    "speedup": "Times as fast",
     "latency_ms": "Transformer call, ms",
     "latency_end_to_end_ms": "One picture, ms",
     "peak_memory_bytes": "Peak memory",
@@ -129,7 +130,8 @@ def _cell(value: float | None, shown: str) -> str:
 def _numbers(result: Mapping[str, Any]) -> str:
     """One row a model; a click on a column's name sorts by it."""
     rows = measured(result)
-    costs = [_costs(one) for one in result["models"]]
+    faster = {one["label"]: pick(one, "speedup") for one in result.get("comparisons") or []}
+    costs = [_costs(one) | {"speedup": faster.get(one["label"], 1.0 if faster else None)} for one in result["models"]]
     cost_keys = [key for key in COSTS if any(one[key] is not None for one in costs)]
     keys = [key for key in NAMES if any(key in row for row in rows)]
     heads = ["Model", *(COSTS[key] for key in cost_keys), *(NAMES[key] for key in keys)]
@@ -151,7 +153,8 @@ def _numbers(result: Mapping[str, Any]) -> str:
     }
     explained = "".join(f"<p><b>{text(NAMES[key])}</b> {text(words)}</p>" for key, words in meanings.items())
     guide = (
-        f"Click a name to sort. Small: {percent(pick(result, 'level'), 0)} bootstrap intervals. {NONE}: not measured."
+        f"Click a name to sort. Small: {percent(pick(result, 'level'), 0)} bootstrap intervals. {NONE}: not measured. "
+        "Times as fast: timed in turn with the first model; the milliseconds also hold what else the machine did."
     )
     more = f"<details><summary>What the numbers mean</summary>{explained}</details>" if explained else ""
     notes = [note(str(line)) for line in result.get("notes") or []]
@@ -167,6 +170,13 @@ def _point(found: Mapping[str, Any] | None, is_first: bool, key: str) -> figures
     return value, value if low is None else low, value if high is None else high
 
 
+def _relative_times(result: Mapping[str, Any]) -> list[float | None]:
+    """Time of a transformer call in percent of the first model's: each was timed in turn with it, so load cancels."""
+    against = {one["label"]: pick(one, "speedup") for one in result.get("comparisons") or []}
+    faster = [against.get(one["label"]) for one in result["models"][1:]]
+    return [100.0, *(100 / ratio if ratio else None for ratio in faster)] if faster else [None]
+
+
 def _plots(result: Mapping[str, Any]) -> str:
     """Quality against parameters and against time, and the velocity error by timestep."""
     rows, labels = measured(result), [str(one["label"]) for one in result["models"]]
@@ -175,9 +185,9 @@ def _plots(result: Mapping[str, Any]) -> str:
     cards = []
     for key, title, axis, unit in (
         ("params", "Quality against size", "parameters, millions", 1e-6),
-        ("latency_ms", "Quality against time", "one transformer call, ms", 1.0),
+        ("time", "Quality against time", f"time of a transformer call, % of {labels[0]}", 1.0),
     ):
-        costs = [_costs(one)[key] for one in result["models"]]
+        costs = _relative_times(result) if key == "time" else [_costs(one)[key] for one in result["models"]]
         known = [cost * unit for cost in costs if cost is not None]
         if measures and len(known) == len(labels):
             guide = (
@@ -191,8 +201,10 @@ def _plots(result: Mapping[str, Any]) -> str:
         if (steps := velocity_steps(one.get("velocity_error_by_timestep")))
     }
     if curves:
-        cards.append(figure("Velocity error by timestep", figures.velocity_curves(curves), VELOCITY_GUIDE))
-    content = f'<div class="figures">{"".join(cards)}</div>' if cards else missing("Nothing was measured to plot.")
+        cards.append(
+            figure("Velocity error by timestep", figures.velocity_curves(curves, first_colour=1), VELOCITY_GUIDE)
+        )
+    content = f'<div class="even">{"".join(cards)}</div>' if cards else missing("Nothing was measured to plot.")
     return section("plots", "Quality against size and time", content)
 
 
@@ -208,7 +220,8 @@ def _blocks(result: Mapping[str, Any]) -> str:
     for one in result["models"]:
         for name, blocks in (one.get("blocks") or {}).items():
             segments = [
-                Segment(int(b["first"]), int(b["last"]), width={str(m): {} for m in b.get("width") or ()}) for b in blocks
+                Segment(int(b["first"]), int(b["last"]), width={str(m): {} for m in b.get("width") or ()})
+                for b in blocks
             ]
             parts += [f"<h3>{text(one['label'])}</h3>", strip(str(name), segments)]
     return section("blocks", "What became of the blocks", *parts) if parts else ""

@@ -29,6 +29,8 @@ from ppcl.eval.report_pictures import Pair
 from ppcl.eval.report_speed import speed_table
 from ppcl.files import weights_variant
 
+STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
+
 
 def share_of_params(run: RunData) -> float | None:
     """Student parameters / teacher parameters: measured, or else the plan's (exact) prediction."""
@@ -234,6 +236,10 @@ def cost(run: RunData) -> str:
     return section("cost", "What it costs", *parts, "<h3>Time spent by stage</h3>", _stage_bars(run))
 
 
+def _place(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
 def _stage_bars(run: RunData) -> str:
     if not run.seconds:
         return missing(run.missing("stages.json"))
@@ -242,7 +248,7 @@ def _stage_bars(run: RunData) -> str:
         f"<span>{text(stage)}</span>"
         f'<i style="width:{100 * seconds / longest:.1f}%"></i>'
         f"<span>{duration(seconds)}</span>"
-        for stage, seconds in run.seconds.items()
+        for stage, seconds in sorted(run.seconds.items(), key=lambda item: _place(item[0]))
     ]
     total = f"<p class=soft>{duration(sum(run.seconds.values()))} in all.</p>"
     return '<div class="bars">' + "".join(lines) + "</div>" + total

@@ -32,14 +32,14 @@ def speed_table(labels: Sequence[str], speed: Sequence[object]) -> str:
     for same in zip(*models, strict=True):
         part, steps, size = _work(same[0])
         name = "transformer call" if part == "transformer" else f"pictures, {steps} steps"
-        base = pick(same[0], "latency_ms")
         cells = []
         for position, row in enumerate(same):
             median, low, high = (pick(row, key) for key in ("latency_ms", "latency_p10_ms", "latency_p90_ms"))
             around = (low, high) if low is not None and high is not None else None
             cells.append(ranged(number(median), around))
             if position:
-                cells.append(f"{number(base / median)}{TIMES}" if base is not None and median else number(None))
+                faster = pick(row, "times_as_fast")
+                cells.append(f"{number(faster)}{TIMES}" if faster is not None else number(None))
         lines.append([text(name), text(size), *cells, *(size_bytes(pick(row, "peak_memory_bytes")) for row in same)])
     labels = [text(label) for label in labels]
     header = ["", "prompts at once", f"{labels[0]}, ms"]
@@ -48,7 +48,8 @@ def speed_table(labels: Sequence[str], speed: Sequence[object]) -> str:
     header += [f"{label}, peak memory" for label in labels]
     counted = sorted({f"{pick(r, 'runs'):.0f}" for rows in models for r in rows if pick(r, "runs") is not None})
     guide = (
-        f"Median of {' or '.join(counted) or 'several'} runs after a warm-up, the models in turn; small: 10th to 90th "
-        "percentile. Pictures are from prompt to pixels; peak memory is weights plus what the work adds."
+        f"Median of {' or '.join(counted) or 'several'} runs after a warm-up; small: 10th to 90th percentile. As fast: "
+        "timed in turn with the first model, whatever else the machine did. Pictures are from prompt to pixels; peak "
+        "memory is weights plus what the work adds."
     )
-    return table(header, lines) + paragraph(text(guide), "soft small")
+    return f'<div class="times">{table(header, lines)}</div>' + paragraph(text(guide), "soft small")

@@ -85,6 +85,9 @@ class Speed(_Frozen):
     runs: int
     warmup_runs: int
     peak_memory_bytes: int | None
+    times_as_fast: float | None = Field(
+        default=None, description="against the first model, timed in turn with it; medians alone vary with the load"
+    )
 
 
 class Block(_Frozen):
@@ -105,7 +108,7 @@ class ModelResult(_Frozen):
     costs: dict[str, float | None] = Field(
         description="times in milliseconds, bytes, FLOPs of a transformer call for one prompt; times and bytes vary"
     )
-    speed: list[Speed] = Field(default=[], description="several step counts and batch sizes, timed in turn")
+    speed: list[Speed] = Field(default=[], description="several step counts and batch sizes")
     blocks: dict[str, list[Block]] = Field(default={}, description="by stack; empty for models not made by ppcl")
 
 
@@ -170,6 +173,9 @@ def cost_rows(result: Evaluation) -> list[list[str]]:
         values = [one.costs.get(key) for one in result.models]
         if any(value is not None for value in values):
             rows.append([name, *(number(value * unit if value is not None else None) for value in values)])
+    for key, name in (("speedup", "times as fast, transformer"), ("speedup_end_to_end", "times as fast, one picture")):
+        if result.comparisons:
+            rows.append([name, "1", *(number(getattr(one, key)) for one in result.comparisons)])
     return rows
 
 
@@ -187,13 +193,18 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
         first = same[0]
         what = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
         cells = [
-            f"{number(one.latency_ms)} ({number(one.latency_p10_ms)} to {number(one.latency_p90_ms)})" for one in same
+            f"{number(one.latency_ms)} ({number(one.latency_p10_ms)} to {number(one.latency_p90_ms)})"
+            + (f", {one.times_as_fast:.2f}x" if one.times_as_fast is not None else "")
+            for one in same
         ]
         memory = [number(one.peak_memory_bytes / 1e6 if one.peak_memory_bytes is not None else None) for one in same]
         lines.append([what, str(first.batch_size), *cells, *memory])
     header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
     counted = sorted({f"{one.runs} runs after {one.warmup_runs}" for own in rows for one in own})
-    guide = f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up, the models in turn."
+    guide = (
+        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, timed "
+        "in turn with it, whatever else the machine did."
+    )
     return f"{markdown_table(header, lines)}\n\n{guide}"
 
 
