@@ -112,9 +112,9 @@ def main() -> None:
     header = ["pictures a set", "peak before, MB", "peak after, MB", "grown by, MB", "all pixels would be, MB"]
     table = markdown_table([*header, "features, MB", "seconds"], rows)
     text = (
-        f"# Memory of the metric part\n\nThree sets of generated pictures ({args.side} pixels): drawn, drawn by a second "
-        f"model, real. Features ({args.features}), FID, KID, CMMD, precision, recall, density, coverage, caption scores, "
-        "PSNR, SSIM, the average drop, and all their bootstrap intervals. Before: the same done "
+        f"# Memory of the metric part\n\nThree sets of generated pictures ({args.side} pixels): drawn, drawn by a "
+        f"second model, real. Features ({args.features}), FID, KID, CMMD, precision, recall, density, coverage, caption "
+        "scores, PSNR, SSIM, the average drop, and all their bootstrap intervals. Before: the same done "
         f"with {WARM} pictures a set.\n\n{table}\n\n"
         f"{provenance('python benchmarks/metric_memory.py ' + shlex.join(sys.argv[1:]), 'cpu')}\n"
     )

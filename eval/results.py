@@ -202,8 +202,8 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
     header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
     counted = sorted({f"{one.runs} runs after {one.warmup_runs}" for own in rows for one in own})
     guide = (
-        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, timed "
-        "in turn with it, whatever else the machine did."
+        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, "
+        "timed in turn with it, whatever else the machine did."
     )
     return f"{markdown_table(header, lines)}\n\n{guide}"
 
@@ -222,6 +222,19 @@ def score_rows(result: Evaluation) -> list[list[str]]:
         if any(value is not None for value in found):
             rows.append([name, "", *(str(value) if value is not None else "-" for value in found)])
     return rows
+
+
+def flat_numbers(result: Evaluation) -> dict[str, float | None]:
+    """Every number of every model by ``label/name``, for who plots them over evaluations."""
+    found: dict[str, float | None] = {}
+    for one in result.models:
+        found |= {f"{one.label}/{name}": value.value for name, value in one.numbers.items()}
+        found |= {f"{one.label}/{name}": value for name, value in one.costs.items()}
+    for made in result.comparisons:
+        found |= {f"{made.label}/{name}": value.value for name, value in made.fidelity.items()}
+        found[f"{made.label}/average_drop"] = made.average_drop.value if made.average_drop else None
+        found[f"{made.label}/speedup"] = made.speedup
+    return found
 
 
 def report(result: Evaluation) -> str:

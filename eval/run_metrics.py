@@ -15,6 +15,7 @@ from ppcl.files import read_json, write_json, write_text
 from ppcl.tables import markdown_table, number
 
 Limits = tuple[float | None, float | None] | None
+HEADER = ("", "teacher", "student", "teacher's spread over seeds")
 COSTS = (
     ("params", "parameters (M)", 1e-6),
     ("latency_ms", "one transformer call (ms)", 1.0),
@@ -155,6 +156,15 @@ def _score_lines(metrics: Mapping[str, Any]) -> list[list[str]]:
     return [*lines, [NAMES["average_drop"], "", drop, ""]]
 
 
+def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """All numbers: name, teacher, student, the teacher's spread over seeds."""
+    rows = []
+    for key, name, unit in COSTS:
+        values = [metrics[side].get(key) for side in ("teacher", "student")]
+        rows.append([name, *(number(value * unit if value is not None else None, 4) for value in values), ""])
+    return [*_score_lines(metrics), *rows]
+
+
 def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) -> str:
     """Lay the numbers of a run out as Markdown.
 
@@ -167,10 +177,6 @@ def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) 
     samples, found = metrics["samples"], metrics["intervals"]
     references = {"real": f"{samples['references']} real pictures", "teacher": "the teacher's second seed"}
     against = references.get(str(metrics["fid_reference"]), "nothing")
-    rows = []
-    for key, name, unit in COSTS:
-        values = [metrics[side].get(key) for side in ("teacher", "student")]
-        rows.append([name, *(number(value * unit if value is not None else None, 4) for value in values), ""])
     speed = [[Speed(**row) for row in metrics["speed"][side]] for side in ("teacher", "student")]
     table = speed_table(["teacher", "student"], speed)
     parts = [
@@ -180,7 +186,7 @@ def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) 
         f"{samples['teacher_seeds']} teacher seed(s). Features: {metrics['features']}. FID and the like compare with: "
         f"{against}. In brackets: {found['level']:.0%} bootstrap intervals ({found['resamples']:,} resamples).",
         *(f"> {note}" for note in metrics["notes"]),
-        markdown_table(["", "teacher", "student", "teacher's spread over seeds"], [*_score_lines(metrics), *rows]),
+        markdown_table(HEADER, table_rows(metrics)),
         *(["## Speed and memory", table] if table else []),
         *(["## Plan", draw_plan(plan)] if plan else []),
     ]

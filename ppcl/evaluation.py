@@ -17,6 +17,7 @@ from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.eval.run_metrics import HEADER, table_rows
 from ppcl.eval.velocity import state_errors
 from ppcl.files import file_digest, weights_variant, write_text
 from ppcl.student import assemble_student
@@ -90,7 +91,23 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         notes=_feature_notes(run),
     )
     write_text(run.out / "pipeline" / "README.md", run_card(run, run.out / "pipeline"))
+    _mirror(run, metrics)
     return metrics
+
+
+def _mirror(run: Run, metrics: dict[str, Any]) -> None:
+    """Send table, pictures and the main numbers to wandb, if asked."""
+    folder = f"seed-{run.config.seed}"
+    pictures = {
+        side: list(
+            zip(run.evaluation_prompts, sorted((run.out / "eval" / side / folder).glob("[0-9]*.png")), strict=False)
+        )
+        for side in ("teacher", "student")
+    }
+    names = ("average_drop", "fid_ratio", "param_ratio", "speedup", "speedup_end_to_end")
+    numbers = {name: metrics[name] for name in names} | {f"student/{k}": v for k, v in metrics["student"].items()}
+    numbers["velocity_error"] = metrics["fidelity"]["velocity_error"]
+    run.tracker.evaluation(HEADER, table_rows(metrics), numbers, pictures)
 
 
 def _feature_notes(run: Run) -> list[str]:

@@ -8,7 +8,6 @@ on where it was, and another one with the same models draws nothing anew.
 from __future__ import annotations
 
 import gc
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl.capture import choose_calls, guidance_arguments, record_calls
-from ppcl.config import CaptureConfig, RunConfig
+from ppcl.capture import choose_calls, record_calls
+from ppcl.config import RunConfig
 from ppcl.contestants import (
     Contestant,
     blocks_of,
+    call_arguments,
     contestants,
     denoiser,
     evaluation_prompts,
     is_embedded,
+    latents_of,
     load,
     settings_for,
 )
@@ -45,17 +46,21 @@ from ppcl.eval.results import (
     ModelResult,
     Speed,
     Step,
+    cost_rows,
+    flat_numbers,
     of_interval,
     of_measured,
     report,
+    score_rows,
     write_schema,
 )
 from ppcl.eval.scoring import SCORES, Measured, Reference, differences, drop, measure, paired, reference_of
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.evaluation import extractor_with_note, references_for
-from ppcl.files import lock_folder, remove_leftovers, write_json, write_text
+from ppcl.files import digest, lock_folder, remove_leftovers, write_json, write_text
 from ppcl.teacher import resolve_device
+from ppcl.tracking import Tracker
 from ppcl.training import step_generator
 
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
@@ -82,15 +87,6 @@ class Side:
     features: Tensor
     params: int
     measures: dict[str, Measured]
-
-
-def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
-    """Size and guidance as this pipeline wants them; U-Net pipelines take the plain names."""
-    if getattr(pipeline, "transformer", None) is not None:
-        return guidance_arguments(pipeline, settings)
-    accepted = inspect.signature(pipeline.__call__).parameters
-    wanted = {name: getattr(settings, name) for name in ("height", "width", "guidance_scale", "negative_prompt")}
-    return {name: value for name, value in wanted.items() if value is not None and name in accepted}
 
 
 class Judge:
@@ -216,7 +212,7 @@ class Judge:
         why = None
         if teacher is None or student is None:
             why = "it needs two transformers"
-        elif _latents(first.pipeline) != _latents(second.pipeline):
+        elif latents_of(first.pipeline) != latents_of(second.pipeline):
             why = "the two have different VAEs"
         else:
             try:
@@ -281,12 +277,6 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
 
 
-def _latents(pipeline: Any) -> dict[str, Any]:
-    """What must agree for two models' latents to mean the same."""
-    config = dict(getattr(getattr(pipeline, "vae", None), "config", {}))
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
 def _result(side: Side, costs: dict[str, float | None], speed: Sequence[Timing]) -> ModelResult:
     return ModelResult(
         label=side.one.label,
@@ -336,7 +326,21 @@ def judge_models(
     write_schema(out / "metrics.schema.json")
     write_text(out / "report.md", report(result))
     write_models_report(out)
+    _mirror(out, config, prompts, result)
     return result
+
+
+def _mirror(out: Path, config: RunConfig, prompts: Sequence[str], result: Evaluation) -> None:
+    """Send table, pictures and numbers to wandb, if asked."""
+    labels = [one.label for one in result.models]
+    folders = {label: out / "pictures" / label / f"seed-{config.seed}" for label in labels}
+    pictures = {
+        label: list(zip(prompts, sorted(folder.glob("[0-9]*.png")), strict=False)) for label, folder in folders.items()
+    }
+    identity = digest(labels, list(prompts), config.seed)
+    tracker = Tracker(config.wandb, out, {"identity": identity, **config.model_dump(mode="json")})
+    tracker.evaluation(["", *labels], [*score_rows(result), *cost_rows(result)], flat_numbers(result), pictures)
+    tracker.finish()
 
 
 def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_tracking import install
 from typer.testing import CliRunner
 
 from ppcl.cli import app
@@ -178,14 +179,21 @@ def test_an_interrupted_evaluation_ends_up_the_same(
 ) -> None:
     """Pictures lost in one folder are drawn again, the others kept; statistics stand in for the reference folder."""
     out, _ = judged
+    fake = install(patched := pytest.MonkeyPatch())
     before = json.loads((out / "metrics.json").read_text())
     pictures = sorted((out / "pictures" / "model-2").rglob("*.png"))
     assert [path.name for path in pictures] == [f"{index:04d}.png" for index in range(5)]
     kept = {path: path.read_bytes() for path in pictures}
     stamps = {path: path.stat().st_mtime_ns for path in pictures}
     pictures[1].unlink()
-    config = load_config([], SETTINGS)
+    config = load_config([], [*SETTINGS, "wandb=offline"])
     again = judge_models([str(model) for model in models], out, config, PROMPTS, out / "reference.npz")
+    patched.undo()
+    (sent,) = fake.rows  # the same table, numbers and pictures in wandb
+    assert sent["evaluate/table"]["columns"] == ["", "model", "model-2"]
+    assert [caption for _, caption in sent["evaluate/pictures/model-2"]] == PROMPTS
+    assert sent["evaluate/model-2/fid"] == again.models[1].numbers["fid"].value
+    assert fake.finished == 1
     assert {path: path.read_bytes() for path in pictures} == kept
     assert pictures[4].stat().st_mtime_ns == stamps[pictures[4]]  # of the other batch
     for one, old in zip(again.models, before["models"], strict=True):
