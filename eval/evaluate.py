@@ -11,23 +11,25 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppcl.config import EvaluateConfig
 from ppcl.errors import UserError
 from ppcl.eval.clip import clip_score, retrieval_at
+from ppcl.eval.costs import Costs, Timing, costs
 from ppcl.eval.details import details
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.fid import fid, kid
-from ppcl.eval.fidelity import feature_cosine, psnr, ssim
-from ppcl.eval.generate import accepted_kwargs, draw, generate, load_images, picture_generator, quiet
+from ppcl.eval.fidelity import feature_cosine, pair_measures
+from ppcl.eval.generate import accepted_kwargs, generate, read_picture
+from ppcl.eval.pictures import compare_pairs, describe
+from ppcl.eval.run_metrics import write_run_schema
 from ppcl.eval.scoring import SCORES
-from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
 from ppcl.eval.velocity import StateErrors
 from ppcl.files import write_json
 
@@ -35,20 +37,19 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 DISTANCES = ("fid", "kid")
-END_TO_END_RUNS = 3  # a picture takes long next to one transformer call, and varies less
 Scores = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's pictures for one seed.
+    """One model's pictures for one seed; they stay on disk.
 
     Attributes:
-        images: (N, 3, H, W) uint8.
+        paths: N picture files.
         features: (N, D) float32.
     """
 
-    images: Tensor
+    paths: list[Path]
     features: Tensor
 
 
@@ -63,6 +64,7 @@ class Quality:
         fidelity: Paired measures of the first seed.
         against: (M, D) features that FID and KID compare with, if any.
         pairs: The paired measures picture by picture.
+        notes: What could not be measured, and why.
     """
 
     fid_reference: str | None
@@ -71,6 +73,7 @@ class Quality:
     fidelity: Scores
     against: Tensor | None
     pairs: dict[str, tuple[float, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def score(features: Tensor, reference: Tensor | None, text: Tensor | None) -> Scores:
@@ -127,13 +130,22 @@ def average_drop(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> tupl
     return (statistics.fmean(known) if known else None), drops
 
 
-def paired_values(teacher: Drawn, student: Drawn) -> dict[str, tuple[float, ...]]:
-    """Paired measures, one value a picture."""
-    return {
-        "psnr": psnr(teacher.images, student.images).values,
-        "ssim": ssim(teacher.images, student.images).values,
-        "feature_cosine": feature_cosine(teacher.features, student.features).values,
-    }
+def paired_values(teacher: Drawn, student: Drawn) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+    """Paired measures, one value a picture, a pair in memory at a time; and notes on what is left out."""
+    side = min(read_picture(teacher.paths[0]).shape[:2])
+    measures, notes = pair_measures(side)
+    found = compare_pairs(teacher.paths, student.paths, measures)
+    if not found:
+        notes = ["teacher and student draw pictures of different sizes: PSNR, SSIM and LPIPS are left out"]
+    pairs = {name: tuple(values) for name, values in found.items()}
+    return {**pairs, "feature_cosine": feature_cosine(teacher.features, student.features).values}, notes
+
+
+def _psnr_of(first: Drawn, second: Drawn | None) -> float | None:
+    """Mean PSNR of two sets of pictures, if there is a second one of the same size."""
+    psnr_alone = {"psnr": pair_measures(0)[0]["psnr"]}
+    values = compare_pairs(first.paths, second.paths, psnr_alone).get("psnr") if second else None
+    return statistics.fmean(values) if values else None
 
 
 def judge(teachers: Sequence[Drawn], student: Drawn, reference: Tensor | None, text: Tensor | None) -> Quality:
@@ -148,17 +160,19 @@ def judge(teachers: Sequence[Drawn], student: Drawn, reference: Tensor | None, t
     """
     other = teachers[1] if len(teachers) > 1 else None
     kind = "real" if reference is not None else "teacher" if other else None
+    left_out = "no real pictures and one teacher seed: FID is left out; set evaluate.teacher_seeds=2"
     if kind is None:
-        logger.warning("no real pictures and one teacher seed: FID is left out; set evaluate.teacher_seeds=2")
+        logger.warning(left_out)
     against = other.features if kind == "teacher" and other else reference
     scores = [
         score(drawn.features, None if kind == "teacher" and drawn is other else against, text) for drawn in teachers
     ]
-    pairs = paired_values(teachers[0], student)
+    pairs, notes = paired_values(teachers[0], student)
     fidelity: Scores = {name: statistics.fmean(values) for name, values in pairs.items()}
     # what unrelated noise gives, to judge PSNR by
-    fidelity["teacher_psnr_other_seed"] = psnr(teachers[0].images, other.images).mean if other else None
-    return Quality(kind, scores, score(student.features, against, text), fidelity, against, pairs)
+    fidelity["teacher_psnr_other_seed"] = _psnr_of(teachers[0], other)
+    notes = [*notes, *([left_out] if kind is None else [])]
+    return Quality(kind, scores, score(student.features, against, text), fidelity, against, pairs, tuple(notes))
 
 
 def finite(value: Any) -> Any:
@@ -194,83 +208,8 @@ def _draw_all(
             label=f"{folder.name}, seed {seed}",
             model=model,
         )
-        images = load_images(paths)
-        drawn.append(Drawn(images, extractor.image_features(images)))
+        drawn.append(Drawn(paths, describe(paths, extractor, label=f"{folder.name}, seed {seed}: features")))
     return drawn
-
-
-def picture_call(
-    pipeline: Any, prompt: str, settings: EvaluateConfig, kwargs: dict[str, Any], seed: int
-) -> Callable[[], object]:
-    """A call that draws one picture from prompt to pixels."""
-
-    def call() -> object:
-        with quiet(pipeline):
-            return draw(pipeline, [prompt], [picture_generator(seed, 0)], settings.num_inference_steps, kwargs)
-
-    return call
-
-
-def peak_memory(pipeline: Any, call: Callable[[], object]) -> tuple[int | None, str]:
-    """Bytes that this pipeline alone takes: its weights on the device plus the growth while it draws.
-
-    The two pipelines are loaded together and may share parts, so a plain peak would hold both.
-    """
-    device = getattr(pipeline, "_execution_device", None) or getattr(pipeline, "device", None) or "cpu"
-    components = getattr(pipeline, "components", {}).values()
-    weights = sum(weight_bytes(part, device) for part in components if isinstance(part, nn.Module))
-    memory = measure_memory(call, device)
-    return (weights + memory.growth_bytes if memory.growth_bytes is not None else None), memory.measure
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What drawing costs.
-
-    Attributes:
-        teacher: ``latency_ms`` of the transformer (with percentiles), ``latency_end_to_end_ms`` of one
-            picture, and its ``peak_memory_bytes``.
-        student: The same of the student.
-        memory_measure: ``cuda`` or ``resident``.
-    """
-
-    teacher: dict[str, float | None]
-    student: dict[str, float | None]
-    memory_measure: str
-
-
-@torch.no_grad()
-def costs(
-    pipelines: tuple[Any, Any],
-    prompt: str,
-    settings: EvaluateConfig,
-    kwargs: tuple[dict[str, Any], dict[str, Any]],
-    transformer_calls: tuple[Callable[[], object], Callable[[], object]],
-    seed: int,
-) -> Costs:
-    """Time the two models alternately, and measure the memory of drawing one picture.
-
-    ``kwargs`` are the arguments that the teacher's and the student's call take.
-    """
-    draws = [
-        picture_call(pipeline, prompt, settings, own, seed) for pipeline, own in zip(pipelines, kwargs, strict=True)
-    ]
-    transformer = measure_pair(*transformer_calls, runs=settings.latency_runs)
-    end_to_end = measure_pair(draws[0], draws[1], runs=min(END_TO_END_RUNS, settings.latency_runs))
-    rows: list[dict[str, float | None]] = []
-    measure = ""
-    for index, pipeline in enumerate(pipelines):
-        peak, measure = peak_memory(pipeline, draws[index])
-        rows.append(
-            {
-                "latency_ms": transformer[index].median_ms,
-                "latency_p10_ms": transformer[index].p10_ms,
-                "latency_p90_ms": transformer[index].p90_ms,
-                "latency_end_to_end_ms": end_to_end[index].median_ms,
-                "peak_memory_bytes": peak,
-            }
-        )
-    return Costs(rows[0], rows[1], measure)
 
 
 def _check_references(references: Tensor | None) -> None:
@@ -298,8 +237,9 @@ def evaluate(
     models: tuple[str, str] = ("", ""),
     velocity_error_undistilled: float | None = None,
     state_errors: StateErrors | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Draw, score, time; write ``folder/metrics.json``. Running it again keeps the pictures.
+    """Draw, score, time; write ``folder/metrics.json`` and its schema. Running it again keeps the pictures.
 
     Everything but times and memory is the same, bit for bit, when repeated.
 
@@ -319,6 +259,7 @@ def evaluate(
         models: Identify the weights; pictures of other weights in ``folder`` are refused.
         velocity_error_undistilled: The same error before any training, passed through.
         state_errors: The error state by state, for its interval and its course over the timesteps.
+        notes: What a reader must know beside what is found out here.
 
     Raises:
         UserError: The folder holds pictures of other settings, or the inputs cannot be scored.
@@ -333,17 +274,19 @@ def evaluate(
     reference = extractor.image_features(references) if references is not None else None
     text = extractor.text_features(prompts)
     quality = judge(teachers, students[0], reference, text)
-    cost = costs((teacher_pipe, student_pipe), prompts[0], settings, kwargs, transformer_calls, seed)
+    cost = costs((teacher_pipe, student_pipe), prompts, settings, kwargs, transformer_calls, seed)
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "features": extractor.name,
         "num_inference_steps": settings.num_inference_steps,
         "seed": seed,
         "samples": _samples(prompts, references, seeds),
+        "notes": [*notes, *quality.notes],
         **summary(quality, cost, params, velocity_error, velocity_error_undistilled),
     }
     drawn = (teachers[0].features, students[0].features)
     metrics |= finite(details(*drawn, quality.against, text, quality.pairs, state_errors, metrics))
+    write_run_schema(folder / "metrics.schema.json")
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -367,6 +310,7 @@ def summary(
         {
             "fid_reference": quality.fid_reference,
             "memory_measure": cost.memory_measure,
+            "speed": {"teacher": _rows(cost.speed[0]), "student": _rows(cost.speed[1])},
             "teacher": teacher,
             "student": student,
             "teacher_spread": spread(quality.teacher),
@@ -379,6 +323,10 @@ def summary(
         }
     )
     return result
+
+
+def _rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    return [asdict(timing) for timing in timings]
 
 
 def comparison(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:

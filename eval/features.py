@@ -147,7 +147,7 @@ class InceptionExtractor:
 
 def _load_inception(device: str) -> InceptionExtractor:
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError:
         raise ModelError(
             "features 'inception' need the package torch-fidelity, which is not installed; "
@@ -157,8 +157,9 @@ def _load_inception(device: str) -> InceptionExtractor:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError, EOFError) as error:
         raise ModelError(
-            f"the Inception weights can be neither downloaded nor read from {torch.hub.get_dir()}/checkpoints "
-            f"({_one_line(error)}); connect once, or use evaluate.features=emoji or local-dir:FOLDER"
+            f"the Inception weights can be neither downloaded nor read ({_one_line(error)}); connect once, put "
+            f"{URL_INCEPTION_V3.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints, or use "
+            "evaluate.features=emoji or local-dir:FOLDER"
         ) from error
     return InceptionExtractor(network, device)
 

@@ -135,6 +135,31 @@ def lpips(images1: Tensor, images2: Tensor) -> Paired:
     return _compare(measure, images1, images2)
 
 
+def pair_measures(side: int) -> tuple[dict[str, Callable[[Tensor, Tensor], tuple[float, ...]]], list[str]]:
+    """What can be measured of pairs of pictures here, and notes on what cannot.
+
+    Args:
+        side: Shorter side of the pictures in pixels.
+
+    Returns:
+        Measures by name, each of two (N, 3, H, W) uint8, N numbers; and one line for each that is left out.
+    """
+    measures: dict[str, Callable[[Tensor, Tensor], tuple[float, ...]]] = {"psnr": lambda a, b: psnr(a, b).values}
+    notes = []
+    if side >= SSIM_MIN_SIDE:
+        measures["ssim"] = lambda a, b: ssim(a, b).values
+    else:
+        notes.append(f"SSIM is left out: it needs pictures of at least {SSIM_MIN_SIDE} pixels, these have {side}")
+    weights, are_there = lpips_weights()
+    if not are_there:
+        notes.append(f"LPIPS is left out: its AlexNet ({weights.name}) is not in torch's hub folder; put it there")
+    elif side < LPIPS_MIN_SIDE:
+        notes.append(f"LPIPS is left out: it needs pictures of at least {LPIPS_MIN_SIDE} pixels, these have {side}")
+    else:
+        measures["lpips"] = lambda a, b: lpips(a, b).values
+    return measures, notes
+
+
 def feature_cosine(features1: Tensor, features2: Tensor) -> Paired:
     """Cosine of paired picture features, 1 for equal directions.
 

@@ -322,15 +322,16 @@ def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors
         return _svg(figure, "ladder")
 
 
-def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]], first_colour: int = 0) -> str:
     """Velocity error by timestep, one line a model with its interval, in the order of sampling: noise on the left.
 
     Args:
         series: By model, rows with ``timestep_low``, ``timestep_high``, ``error``, ``low`` and ``high``.
+        first_colour: Place of the first model's colour; 1 where the plots beside show what it is compared with, too.
     """
     with _styled():
         figure, (ax,) = _figure(2.6)
-        for index, (name, rows) in enumerate(series.items()):
+        for index, (name, rows) in enumerate(series.items(), first_colour):
             colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
             middles = [(row["timestep_low"] + row["timestep_high"]) / 2 for row in rows]
             ax.fill_between(

@@ -242,7 +242,7 @@ def read_picture(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise ArtifactError(f"picture {path} does not exist; draw it again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"picture {path} is damaged ({error}); delete it and draw it again") from None
+        raise ArtifactError(f"picture {path} is damaged ({error}); replace or delete it") from None
 
 
 def load_images(paths: Sequence[Path]) -> Tensor:

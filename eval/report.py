@@ -10,17 +10,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from ppcl.errors import ArtifactError
 from ppcl.eval.report_blocks import redundancy
 from ppcl.eval.report_data import read_run
 from ppcl.eval.report_gallery import MAX_MEASURED
 from ppcl.eval.report_html import page, text
 from ppcl.eval.report_ladder import ladder_section
+from ppcl.eval.report_models import write_models_report
 from ppcl.eval.report_pictures import find_pairs, readme_picture
 from ppcl.eval.report_scores import metrics_section
 from ppcl.eval.report_sections import cost, headline, pictures, reproduce, training
-from ppcl.files import write_text
+from ppcl.eval.results import Evaluation
+from ppcl.eval.results import report as report_of_models
+from ppcl.eval.run_metrics import write_run_report
+from ppcl.files import read_json, write_text
 
-__all__ = ["readme_picture", "write_report"]
+__all__ = ["readme_picture", "rewrite", "write_report"]
 
 CONTENTS = {
     "pictures": "Side by side",
@@ -34,10 +41,10 @@ CONTENTS = {
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into a run directory from whatever artifacts it holds.
+    """Write ``report.html`` into a run directory from whatever artifacts it holds, and ``report.md`` of its numbers.
 
     Returns:
-        The path of the report.
+        The path of the page.
 
     Raises:
         ArtifactError: ``run`` is not a directory.
@@ -60,7 +67,36 @@ def write_report(run: Path) -> Path:
             reproduce(data),
         ]
     )
+    write_run_report(data.folder)
     path = data.folder / "report.html"
     model = data.config.get("model")
     write_text(path, page(f"ppcl report: {model or data.folder.name}", body))
+    return path
+
+
+def rewrite(folder: Path) -> Path:
+    """Write the reports of a finished folder again: of a run, or of ``ppcl evaluate A B --out DIR``.
+
+    Returns:
+        The path of the page; ``report.md`` lies beside it.
+
+    Raises:
+        ArtifactError: The folder is neither, or its ``metrics.json`` is damaged or of another version.
+    """
+    if (folder / "stages.json").is_file():
+        return write_report(folder)
+    if not (folder / "metrics.json").is_file():
+        raise ArtifactError(
+            f"{folder} is neither a run nor an evaluation: it has no stages.json and no metrics.json; "
+            "give what ppcl compress or ppcl evaluate got as --out"
+        )
+    path = write_models_report(folder)
+    try:
+        result = Evaluation.model_validate(read_json(folder / "metrics.json"))
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{folder / 'metrics.json'} is of another version ({error.error_count()} entries do not fit); "
+            "run ppcl evaluate again, it keeps the pictures"
+        ) from None
+    write_text(folder / "report.md", report_of_models(result))
     return path

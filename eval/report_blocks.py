@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
@@ -93,7 +93,17 @@ def _caption(label: str) -> str:
 
 def _strip(run: RunData, plan: CompressionPlan, name: str) -> str:
     """Three rows of one stack: the teacher's blocks, the paper's intervals, the student's blocks."""
-    segments = plan.stacks[name]
+    return strip(name, plan.stacks[name], _interval_row(run, name))
+
+
+def strip(name: str, segments: Sequence[Segment], between: Iterable[str] = ()) -> str:
+    """One stack as a strip: the teacher's blocks above, the student's below, both with what became of them.
+
+    Args:
+        name: Of the stack.
+        segments: The student's blocks, in order.
+        between: Cells of a row between the two.
+    """
     num_blocks = max((s.last for s in segments), default=-1) + 1
     hues = {s.first: f"r{i % NUM_HUES + 1}" for i, s in enumerate([s for s in segments if s.is_run])}  # by first block
     parts = [_caption(f"{name}: the teacher's {num_blocks} blocks; those that became one share a colour")]
@@ -101,7 +111,7 @@ def _strip(run: RunData, plan: CompressionPlan, name: str) -> str:
         for block in range(segment.first, segment.last + 1):
             hint = f"block {block}: {'part of run ' + span(segment.first, segment.last) if segment.is_run else 'kept'}"
             parts.append(_cell(str(block), hues.get(segment.first, ""), block, block, hint))
-    parts += _interval_row(run, name)
+    parts += between
     parts.append(_caption(f"the student's {len(segments)} blocks; a wide one stands for the whole run above it"))
     parts += [_student_cell(segment, hues) for segment in segments]
     if any(s.width for s in segments):

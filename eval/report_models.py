@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppcl.artifacts import Segment
 from ppcl.errors import ArtifactError
 from ppcl.eval import figures
+from ppcl.eval.report_blocks import strip
 from ppcl.eval.report_data import pick
 from ppcl.eval.report_gallery import (
     MAX_MEASURED,
@@ -39,6 +41,7 @@ from ppcl.eval.report_html import (
 )
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, spread
 from ppcl.eval.report_scores import FIDELITY, SCORES, VELOCITY_GUIDE, velocity_steps
+from ppcl.eval.report_speed import speed_table
 from ppcl.files import read_json, write_text
 
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
@@ -56,11 +59,13 @@ NAMES = {
 }
 COSTS = {
     "params": "Parameters",
+    "speedup": "Times as fast",
     "latency_ms": "Transformer call, ms",
     "latency_end_to_end_ms": "One picture, ms",
     "peak_memory_bytes": "Peak memory",
+    "flops": "FLOPs of a call",
 }
-SHOW: dict[str, Callable[[float | None], str]] = {"params": count, "peak_memory_bytes": size_bytes}
+SHOW: dict[str, Callable[[float | None], str]] = {"params": count, "peak_memory_bytes": size_bytes, "flops": count}
 
 
 def write_models_report(folder: Path) -> Path:
@@ -82,13 +87,18 @@ def write_models_report(folder: Path) -> Path:
     labels = [str(one["label"]) for one in result["models"]]
     others = result.get("comparisons") or []
     title = f"{', '.join(labels[1:])} against {labels[0]}" if others else labels[0]
-    contents = {"numbers": "Numbers", "plots": "Against size and time", "pictures": "Pictures", "method": "Method"}
+    contents = {"numbers": "Numbers", "plots": "Against size and time"}
+    contents |= {"speed": "Speed and memory"} if _speed(result) else {}
+    contents |= {"blocks": "Blocks"} if _blocks(result) else {}
+    contents |= {"pictures": "Pictures", "method": "Method"}
     body = [
         f"<header><p class=kicker>ppcl evaluation</p><h1>{text(title)}</h1></header>",
         *(paragraph(f"<b>{text(one['verdict'])}.</b>") for one in others),
         "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in contents.items()) + "</nav>",
         _numbers(result),
         _plots(result),
+        _speed(result),
+        _blocks(result),
         _pictures(folder, result),
         _method(result),
     ]
@@ -120,7 +130,8 @@ def _cell(value: float | None, shown: str) -> str:
 def _numbers(result: Mapping[str, Any]) -> str:
     """One row a model; a click on a column's name sorts by it."""
     rows = measured(result)
-    costs = [_costs(one) for one in result["models"]]
+    faster = {one["label"]: pick(one, "speedup") for one in result.get("comparisons") or []}
+    costs = [_costs(one) | {"speedup": faster.get(one["label"], 1.0 if faster else None)} for one in result["models"]]
     cost_keys = [key for key in COSTS if any(one[key] is not None for one in costs)]
     keys = [key for key in NAMES if any(key in row for row in rows)]
     heads = ["Model", *(COSTS[key] for key in cost_keys), *(NAMES[key] for key in keys)]
@@ -142,7 +153,8 @@ def _numbers(result: Mapping[str, Any]) -> str:
     }
     explained = "".join(f"<p><b>{text(NAMES[key])}</b> {text(words)}</p>" for key, words in meanings.items())
     guide = (
-        f"Click a name to sort. Small: {percent(pick(result, 'level'), 0)} bootstrap intervals. {NONE}: not measured."
+        f"Click a name to sort. Small: {percent(pick(result, 'level'), 0)} bootstrap intervals. {NONE}: not measured. "
+        "Times as fast: timed in turn with the first model; the milliseconds also hold what else the machine did."
     )
     more = f"<details><summary>What the numbers mean</summary>{explained}</details>" if explained else ""
     notes = [note(str(line)) for line in result.get("notes") or []]
@@ -158,6 +170,13 @@ def _point(found: Mapping[str, Any] | None, is_first: bool, key: str) -> figures
     return value, value if low is None else low, value if high is None else high
 
 
+def _relative_times(result: Mapping[str, Any]) -> list[float | None]:
+    """Time of a transformer call in percent of the first model's: each was timed in turn with it, so load cancels."""
+    against = {one["label"]: pick(one, "speedup") for one in result.get("comparisons") or []}
+    faster = [against.get(one["label"]) for one in result["models"][1:]]
+    return [100.0, *(100 / ratio if ratio else None for ratio in faster)] if faster else [None]
+
+
 def _plots(result: Mapping[str, Any]) -> str:
     """Quality against parameters and against time, and the velocity error by timestep."""
     rows, labels = measured(result), [str(one["label"]) for one in result["models"]]
@@ -166,9 +185,9 @@ def _plots(result: Mapping[str, Any]) -> str:
     cards = []
     for key, title, axis, unit in (
         ("params", "Quality against size", "parameters, millions", 1e-6),
-        ("latency_ms", "Quality against time", "one transformer call, ms", 1.0),
+        ("time", "Quality against time", f"time of a transformer call, % of {labels[0]}", 1.0),
     ):
-        costs = [_costs(one)[key] for one in result["models"]]
+        costs = _relative_times(result) if key == "time" else [_costs(one)[key] for one in result["models"]]
         known = [cost * unit for cost in costs if cost is not None]
         if measures and len(known) == len(labels):
             guide = (
@@ -182,9 +201,30 @@ def _plots(result: Mapping[str, Any]) -> str:
         if (steps := velocity_steps(one.get("velocity_error_by_timestep")))
     }
     if curves:
-        cards.append(figure("Velocity error by timestep", figures.velocity_curves(curves), VELOCITY_GUIDE))
-    content = f'<div class="figures">{"".join(cards)}</div>' if cards else missing("Nothing was measured to plot.")
+        cards.append(
+            figure("Velocity error by timestep", figures.velocity_curves(curves, first_colour=1), VELOCITY_GUIDE)
+        )
+    content = f'<div class="even">{"".join(cards)}</div>' if cards else missing("Nothing was measured to plot.")
     return section("plots", "Quality against size and time", content)
+
+
+def _speed(result: Mapping[str, Any]) -> str:
+    """Times at several step counts and batch sizes; empty if there are none."""
+    shown = speed_table([str(one["label"]) for one in result["models"]], [one.get("speed") for one in result["models"]])
+    return section("speed", "Speed and memory", shown) if shown else ""
+
+
+def _blocks(result: Mapping[str, Any]) -> str:
+    """What became of the teacher's blocks in each model that ppcl made; empty if there is none."""
+    parts = []
+    for one in result["models"]:
+        for name, blocks in (one.get("blocks") or {}).items():
+            segments = [
+                Segment(int(b["first"]), int(b["last"]), width={str(m): {} for m in b.get("width") or ()})
+                for b in blocks
+            ]
+            parts += [f"<h3>{text(one['label'])}</h3>", strip(str(name), segments)]
+    return section("blocks", "What became of the blocks", *parts) if parts else ""
 
 
 def drawn(folder: Path, label: str, seed: int) -> dict[str, Path]:

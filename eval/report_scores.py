@@ -81,6 +81,7 @@ FIDELITY: dict[str, tuple[str, str]] = {
         "the same prompt with another seed.",
     ),
     "ssim": ("SSIM", "Likeness of local structure; 1 is identical."),
+    "lpips": ("LPIPS", "Learned perceptual distance; 0 is identical."),
     "feature_cosine": ("Feature cosine", "Likeness in the evaluator's embedding; 1 is identical."),
     "velocity_error": (
         "Velocity error",
@@ -143,6 +144,8 @@ def _fidelity_table(metrics: Mapping[str, Any]) -> str:
     rows, explanations = [], []
     for key, (name, meaning) in FIDELITY.items():
         value = pick(metrics, "fidelity", key)
+        if key == "lpips" and value is None:
+            continue  # a note says why
         shown = ranged(number(value), limits(metrics, "intervals", "fidelity", key))
         rows.append([name, shown, number(pick(metrics, "fidelity", SCALE_OF.get(key, "-")))])
         explanations.append(text(meaning))
@@ -152,7 +155,7 @@ def _fidelity_table(metrics: Mapping[str, Any]) -> str:
 def cautions(metrics: Mapping[str, Any]) -> list[str]:
     """What a reader should know before believing the scores."""
     prompts, seeds = pick(metrics, "samples", "prompts"), pick(metrics, "samples", "teacher_seeds")
-    found = []
+    found = [str(line) for line in metrics.get("notes") or ()]
     if prompts is not None and prompts < 1000:
         found.append(
             f"Small sample: {prompts:.0f} prompts. One picture more or less moves retrieval by "

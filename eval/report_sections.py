@@ -26,8 +26,11 @@ from ppcl.eval.report_html import (
     text,
 )
 from ppcl.eval.report_pictures import Pair
+from ppcl.eval.report_speed import speed_table
 from ppcl.files import weights_variant
 from ppcl.tables import zeros_meaning
+
+STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
 
 
 def share_of_params(run: RunData) -> float | None:
@@ -199,7 +202,8 @@ def cost(run: RunData) -> str:
             rows.append([name, show(before), show(after), _ratio(before, after), predicted])
 
     row("Parameters of the transformer", "params", count, percent(plan.predicted.param_ratio) if plan else number(None))
-    if plan and plan.model.flops:
+    row("FLOPs of a call for one prompt", "flops", count, percent(1 / plan.predicted.speedup) if plan else number(None))
+    if plan and plan.model.flops and pick(metrics, "student", "flops") is None:
         student = plan.model.flops / plan.predicted.speedup
         share = percent(1 / plan.predicted.speedup)
         rows.append(["FLOPs a transformer call", count(plan.model.flops), number(None), number(None), share])
@@ -232,7 +236,15 @@ def cost(run: RunData) -> str:
         )
     if not metrics:
         parts.append(missing(run.missing("eval/metrics.json")))
+    speed = metrics.get("speed")
+    if isinstance(speed, Mapping):
+        shown = speed_table(["teacher", "student"], [speed.get("teacher"), speed.get("student")])
+        parts += ["<h3>At several step counts and batch sizes</h3>", shown] if shown else []
     return section("cost", "What it costs", *parts, "<h3>Time spent by stage</h3>", _stage_bars(run))
+
+
+def _place(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def _stage_bars(run: RunData) -> str:
@@ -243,7 +255,7 @@ def _stage_bars(run: RunData) -> str:
         f"<span>{text(stage)}</span>"
         f'<i style="width:{100 * seconds / longest:.1f}%"></i>'
         f"<span>{duration(seconds)}</span>"
-        for stage, seconds in run.seconds.items()
+        for stage, seconds in sorted(run.seconds.items(), key=lambda item: _place(item[0]))
     ]
     total = f"<p class=soft>{duration(sum(run.seconds.values()))} in all.</p>"
     return '<div class="bars">' + "".join(lines) + "</div>" + total

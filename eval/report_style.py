@@ -106,6 +106,8 @@ border-bottom:1px dotted var(--soft)}
 .sortable th[aria-sort=descending] button::after{content:" \\2193"}
 .sortable td,.sortable td small{white-space:nowrap}
 .facts td{text-align:left}
+.times table{max-width:none;width:auto}
+.times td,.times td small,.times tbody th{white-space:nowrap}
 .sortable{max-width:none;width:auto}
 .sortable th:first-child{position:sticky;left:0;background:var(--paper);padding-right:14px;z-index:1}
 .sortable tbody th{white-space:normal;overflow-wrap:anywhere;min-width:6.5em;max-width:14em}
@@ -114,7 +116,7 @@ button:focus-visible,input:focus-visible,select:focus-visible{outline:3px solid 
 .pairs{grid-template-columns:repeat(2,minmax(0,1fr))}.triples{grid-template-columns:1fr}
 .tiles{grid-template-columns:1fr 1fr}.tile b{font-size:1.25rem}
 .strip{gap:2px 1px}.strip div{font-size:9px}th,td{padding:6px 5px}tr.explain td>*{max-width:calc(100vw - 28px)}
-td small{white-space:normal}.sortable td small{white-space:nowrap}
+td small{white-space:normal}.sortable td small,.times td small{white-space:nowrap}
 table{font-size:.86rem}figure{padding:12px 10px}}
 @media print{.filter{display:none}.pair button{cursor:auto}figure,.pair,.tile{break-inside:avoid}}
 """

@@ -1,21 +1,26 @@
 """What ``ppcl evaluate A B ...`` finds out, as typed data; ``metrics.json`` holds it.
 
-The JSON schema of the file follows from these classes: :func:`write_schema`.
+The JSON schema of the file follows from these classes: :func:`write_schema`. It lies beside every such file
+and, for who reads them without ppcl, in ``schemas``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppcl.eval.intervals import LEVEL, RESAMPLES, Interval
-from ppcl.eval.scoring import Measured
 from ppcl.files import write_json
 from ppcl.tables import markdown_table, number
 
+if TYPE_CHECKING:
+    from ppcl.eval.scoring import Measured
+
 SCHEMA_VERSION = 1
+DIALECT = "https://json-schema.org/draft/2020-12/schema"  # what pydantic writes
 NAMES = {
     "fid": "FID ↓",
     "kid": "KID ↓",
@@ -68,6 +73,31 @@ class Step(_Frozen):
     high: float
 
 
+class Speed(_Frozen):
+    """The time of one kind of work; median and percentiles of ``runs``, milliseconds."""
+
+    part: Literal["transformer", "picture"] = Field(description="one call, or from prompts to pixels")
+    batch_size: int
+    num_inference_steps: int | None = Field(description="null for one call of the transformer")
+    latency_ms: float
+    latency_p10_ms: float
+    latency_p90_ms: float
+    runs: int
+    warmup_runs: int
+    peak_memory_bytes: int | None
+    times_as_fast: float | None = Field(
+        default=None, description="against the first model, timed in turn with it; medians alone vary with the load"
+    )
+
+
+class Block(_Frozen):
+    """One block of a compressed model: the teacher's blocks ``first`` to ``last`` that it stands for."""
+
+    first: int
+    last: int
+    width: list[str] = Field(default=[], description="modules inside that are smaller")
+
+
 class ModelResult(_Frozen):
     """One model."""
 
@@ -75,7 +105,11 @@ class ModelResult(_Frozen):
     model: str = Field(description="as it was given, folders by their last name")
     params: int = Field(description="of the transformer or U-Net")
     numbers: dict[str, Number]
-    costs: dict[str, float | None] = Field(description="times in milliseconds and bytes; these alone vary between runs")
+    costs: dict[str, float | None] = Field(
+        description="times in milliseconds, bytes, FLOPs of a transformer call for one prompt; times and bytes vary"
+    )
+    speed: list[Speed] = Field(default=[], description="several step counts and batch sizes")
+    blocks: dict[str, list[Block]] = Field(default={}, description="by stack; empty for models not made by ppcl")
 
 
 class Comparison(_Frozen):
@@ -124,7 +158,7 @@ def of_measured(measured: Measured) -> Number:
 
 def write_schema(path: str | Path) -> None:
     """Write the JSON schema of :class:`Evaluation`."""
-    write_json(path, Evaluation.model_json_schema())
+    write_json(path, {"$schema": DIALECT, **Evaluation.model_json_schema()})
 
 
 def cost_rows(result: Evaluation) -> list[list[str]]:
@@ -134,11 +168,44 @@ def cost_rows(result: Evaluation) -> list[list[str]]:
         ("latency_ms", "one transformer call (ms)", 1.0),
         ("latency_end_to_end_ms", "one picture (ms)", 1.0),
         ("peak_memory_bytes", "peak memory (MB)", 1e-6),
+        ("flops", "transformer call for one prompt (GFLOPs)", 1e-9),
     ):
         values = [one.costs.get(key) for one in result.models]
         if any(value is not None for value in values):
             rows.append([name, *(number(value * unit if value is not None else None) for value in values)])
+    for key, name in (("speedup", "times as fast, transformer"), ("speedup_end_to_end", "times as fast, one picture")):
+        if result.comparisons:
+            rows.append([name, "1", *(number(getattr(one, key)) for one in result.comparisons)])
     return rows
+
+
+def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
+    """Times of several models at several step counts and batch sizes, as Markdown; empty if there are none.
+
+    Args:
+        labels: The models.
+        rows: The times of each, in one order.
+    """
+    if not rows or not all(rows) or len({len(own) for own in rows}) > 1:
+        return ""
+    lines = []
+    for same in zip(*rows, strict=True):
+        first = same[0]
+        what = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
+        cells = [
+            f"{number(one.latency_ms)} ({number(one.latency_p10_ms)} to {number(one.latency_p90_ms)})"
+            + (f", {one.times_as_fast:.2f}x" if one.times_as_fast is not None else "")
+            for one in same
+        ]
+        memory = [number(one.peak_memory_bytes / 1e6 if one.peak_memory_bytes is not None else None) for one in same]
+        lines.append([what, str(first.batch_size), *cells, *memory])
+    header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
+    counted = sorted({f"{one.runs} runs after {one.warmup_runs}" for own in rows for one in own})
+    guide = (
+        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, "
+        "timed in turn with it, whatever else the machine did."
+    )
+    return f"{markdown_table(header, lines)}\n\n{guide}"
 
 
 def score_rows(result: Evaluation) -> list[list[str]]:
@@ -157,6 +224,19 @@ def score_rows(result: Evaluation) -> list[list[str]]:
     return rows
 
 
+def flat_numbers(result: Evaluation) -> dict[str, float | None]:
+    """Every number of every model by ``label/name``, for who plots them over evaluations."""
+    found: dict[str, float | None] = {}
+    for one in result.models:
+        found |= {f"{one.label}/{name}": value.value for name, value in one.numbers.items()}
+        found |= {f"{one.label}/{name}": value for name, value in one.costs.items()}
+    for made in result.comparisons:
+        found |= {f"{made.label}/{name}": value.value for name, value in made.fidelity.items()}
+        found[f"{made.label}/average_drop"] = made.average_drop.value if made.average_drop else None
+        found[f"{made.label}/speedup"] = made.speedup
+    return found
+
+
 def report(result: Evaluation) -> str:
     """Lay the result out as Markdown: verdicts, notes, tables."""
     labels = [one.label for one in result.models]
@@ -171,6 +251,8 @@ def report(result: Evaluation) -> str:
         *(f"> {note}" for note in result.notes),
         markdown_table(["", *labels], [*score_rows(result), *cost_rows(result)]),
     ]
+    speed = speed_table(labels, [one.speed for one in result.models])
+    parts += ["## Speed and memory", speed] if speed else []
     for one in result.comparisons:
         if one.velocity_error_by_timestep:
             rows = [

@@ -172,6 +172,37 @@ def differences(first: Mapping[str, Measured], second: Mapping[str, Measured]) -
     return found
 
 
+def mean_over_seeds(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
+    """The mean of each number over several seeds, prompt by prompt.
+
+    Args:
+        seeds: For each seed the numbers, whose items are about the same prompts.
+    """
+    found = {}
+    for name, first in seeds[0].items():
+        columns = [one[name].items for one in seeds]
+        items = np.mean([column for column in columns if column is not None], axis=0)
+        found[name] = Measured(float(items.mean()), items, first.over)
+    return found
+
+
+def score_limits(
+    features: Tensor, reference: Reference, text: Tensor | None, teacher: Mapping[str, Measured]
+) -> dict[str, list[float] | None]:
+    """The intervals of FID, KID, the caption scores, and the average drop against a teacher, by name.
+
+    Args:
+        features: (N, D) of the pictures.
+        reference: What FID and KID compare with, pictures and all.
+        text: (N, D) of the captions, if there is a text tower.
+        teacher: Its caption scores on the same prompts.
+    """
+    distances = {name: one for name, one in set_measures(features, reference, False).items() if name in ("fid", "kid")}
+    captions = caption_measures(features, text) if text is not None else {}
+    lost = drop(teacher, captions)
+    return {**limits({**distances, **captions}), "average_drop": [lost.low, lost.high] if lost else None}
+
+
 def limits(measures: Mapping[str, Measured]) -> dict[str, list[float] | None]:
     """The intervals as ``metrics.json`` holds them: ``[low, high]`` by name, None where there is none."""
     found: dict[str, list[float] | None] = {}

@@ -30,7 +30,7 @@ from ppcl.files import write_json, write_text
 from ppcl.planner import Runs, free_blocks, paper_ladder, plan
 from ppcl.stages import Run
 from ppcl.summary import describe_plan
-from ppcl.tables import markdown_table, number, provenance, spread
+from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
 from ppcl.trace import BlockCall, run_traced
 
 CKA_STATES = 32
@@ -231,15 +231,16 @@ def write_up(run: Run, teacher: Mapping[str, Any], results: Results, seeds: Sequ
     for row, metrics in results:
         params = metrics[0]["params"]
         size = [f"{params:,}", f"{params / model.params:.1%}", f"{row.plan.predicted.speedup:.2f}"]
-        errors = [number(metrics[0]["velocity_error_before"]), spread([m["velocity_error"] for m in metrics])]
-        lines.append([row.label, *size, *errors, *(spread([m[name] for m in metrics]) for name in MEASURES)])
+        errors = [number(metrics[0]["velocity_error_before"]), measured(metrics, "velocity_error")]
+        lines.append([row.label, *size, *errors, *(measured(metrics, name) for name in MEASURES)])
     total = settings.local_steps + settings.alternating_steps + settings.output_steps
     reading = (
         f"Every row adds one ingredient to the row before it and has {total} training steps of {settings.batch_size} "
         f"states in all (training seeds {', '.join(map(str, seeds))}); where a row has several stages they share these "
         f"steps. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
-        "seeds of pictures, and the drop is against that mean. Velocity errors are relative, on held-out states."
+        "seeds of pictures, and the drop is against that mean. Velocity errors are relative, on held-out states. "
+        f"{INTERVALS}"
     )
     plans = "\n".join(f"* {row.label}: {describe_plan(row.plan)}" for row, _ in results)
     parts = ["# The paper's ablation", markdown_table(header, lines), reading, steps_taken(results), plans]

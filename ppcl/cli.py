@@ -185,6 +185,31 @@ def _evaluate_command(
     print_evaluation(judge_command(models, out, config or [], set_ or [], prompts, reference), out)
 
 
+def _report_command(
+    model: Annotated[str, typer.Argument(help="as the run was given, with --out; or a finished folder alone")],
+    out: Annotated[Path | None, typer.Option("--out", help="the run directory")] = None,
+    config: Files = None,
+    set_: Sets = None,
+    prompts: Prompts = None,
+    keep: Keep = None,
+    speedup: Speedup = None,
+    fit: Fit = None,
+    mode: Mode = None,
+) -> None:
+    """Stage: The report, as a page and as Markdown. Or of a finished folder: ppcl report DIR.
+
+    DIR is what ppcl compress or ppcl evaluate got as --out.
+    """
+    if out is not None:
+        _run_stage(open_run(model, out, config, set_, prompts, keep, speedup, fit, mode), "report")
+        return
+    if any(option is not None for option in (config, set_, prompts, keep, speedup, fit, mode)):
+        logger.warning("options of a run have no effect on the report of a finished folder")
+    from ppcl.eval.report import rewrite
+
+    typer.echo(f"report:  {rewrite(Path(model))}")
+
+
 def _stage_command(stage: str) -> None:
     def command(
         model: Model,
@@ -209,6 +234,8 @@ for _stage in STAGES:
         app.command(name=_stage)(_export_command)
     elif _stage == "evaluate":
         app.command(name=_stage)(_evaluate_command)
+    elif _stage == "report":
+        app.command(name=_stage)(_report_command)
     else:
         _stage_command(_stage)
 

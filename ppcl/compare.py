@@ -37,7 +37,10 @@ from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller, new_substitutes
 from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
-from ppcl.eval.generate import generate, load_images
+from ppcl.eval.generate import generate
+from ppcl.eval.pictures import describe
+from ppcl.eval.scoring import Measured, caption_measures, mean_over_seeds, reference_of, score_limits
+from ppcl.eval.velocity import state_errors
 from ppcl.evaluation import choose_extractor, references_for
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run
@@ -105,7 +108,7 @@ class Judge:
         self.folder = run.out / "compare" / "teacher"
         count = max(TEACHER_SEEDS, self.settings.teacher_seeds)
         self.seeds = [run.config.seed + offset for offset in range(count)]
-        section = self.settings.model_dump(exclude={"latency_runs", "batch_size"})
+        section = self.settings.model_dump(exclude={"latency_runs", "batch_size", "speed_batch_sizes", "speed_steps"})
         # the identity holds the weights, the prompts and the seed
         self.depends = digest(run.identity, section, run.config.capture.model_dump(), self.seeds)
 
@@ -138,7 +141,7 @@ class Judge:
             label=f"{folder.parent.parent.name}: pictures",
             model=model,
         )
-        return self.extractor.image_features(load_images(paths))
+        return describe(paths, self.extractor, label=f"{folder.parent.parent.name}: features")
 
     def teacher_features(self, seed: int) -> Tensor:
         """(N, D) features of the teacher's pictures of one seed."""
@@ -148,6 +151,13 @@ class Judge:
     def reference(self) -> Tensor:
         """What FID compares with: real pictures, or the teacher's second seed."""
         return self.real if self.real is not None else self.teacher_features(self.seeds[1])
+
+    @cached_property
+    def captions(self) -> dict[str, Measured]:
+        """The teacher's caption scores prompt by prompt, mean over its seeds."""
+        if self.text is None:
+            return {}
+        return mean_over_seeds([caption_measures(self.teacher_features(seed), self.text) for seed in self.seeds])
 
     def teacher(self) -> dict[str, Any]:
         """Scores of each of the teacher's seeds, drawn once and kept."""
@@ -167,11 +177,13 @@ class Judge:
         return metrics
 
     def student(self, student: Any, folder: Path, model: str, teacher: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores of a student, drawn with the teacher's first seed; the drop is against the teacher's mean."""
+        """Scores of a student, drawn with the teacher's first seed, and their intervals; drop: against its mean."""
         pipeline = with_transformer(self.run.teacher, student)
         features = self.draw(pipeline, folder / "pictures" / f"seed-{self.seeds[0]}", self.seeds[0], model)
         scores = score(features, self.reference, self.text)
-        return {**scores, "average_drop": average_drop(mean_scores(teacher["seeds"]), scores)[0]}
+        lost = average_drop(mean_scores(teacher["seeds"]), scores)[0]
+        intervals = score_limits(features, reference_of(self.reference), self.text, self.captions)
+        return {**scores, "average_drop": lost, "intervals": intervals}
 
 
 def with_transformer(pipeline: Any, transformer: Any) -> Any:
@@ -207,7 +219,8 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
 
     Returns:
         ``params``, ``velocity_error_before`` and ``velocity_error`` (relative, held-out states), ``fid``,
-        ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent).
+        ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent), and
+        ``intervals``: the limits of these by name.
     """
     folder = run.out / "compare" / row.name / f"seed-{seed}"
     trained = digest(run.depends("fit"), to_jsonable(row.plan.stacks), row.settings.model_dump(), seed)
@@ -226,13 +239,15 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
         start = assemble_student(transformer, adapter, row.plan, untrained)
         before = velocity_error(transformer, start, held_out.batches(count, count))
     student = build_student(transformer, adapter, train_row(run, row, seed, folder))
+    after = state_errors(transformer, student, held_out.batches(count, count)).error
     metrics = {
         "digest": evaluated,
         "params": count_params(student),
         "velocity_error_before": before,
-        "velocity_error": velocity_error(transformer, student, held_out.batches(count, count)),
+        "velocity_error": after.value,
         **judge.student(student, folder, trained, teacher),
     }
+    metrics["intervals"]["velocity_error"] = [after.low, after.high]
     write_json(path, metrics)
     return metrics
 

@@ -11,7 +11,7 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.baselines import removed_blocks, run_keys
 from ppcl.config import DistillConfig
 from ppcl.eval.scoring import SCORES
-from ppcl.tables import markdown_table, number, provenance, spread
+from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance
 
 if TYPE_CHECKING:
     from ppcl.stages import Run
@@ -77,17 +77,18 @@ def write_up(
         "average drop, %",
     ]
 
-    def cell(name: str, values: Sequence[float | None], compared: bool = True) -> str:
+    def cell(name: str, rows: Sequence[Mapping[str, Any]], compared: bool = True) -> str:
+        values: list[float | None] = [row[name] for row in rows]
         mean, mine, std = mean_scores([{name: v} for v in values])[name], ours[name], own_spread[name]
         alike = compared and mean is not None and mine is not None and std is not None and abs(mean - mine) <= 2 * std
-        return spread(values) + (" ~" if alike else "")
+        return measured(rows, name) + (" ~" if alike else "")
 
-    own_cells = [cell(n, [s[n] for s in teacher["seeds"]]) for n in MEASURES]
+    own_cells = [cell(n, teacher["seeds"]) for n in MEASURES]
     lines = [["teacher", "0", f"{model.params:,}", "100%", "1.00", "0", "0", *own_cells]]
     for position, (row, metrics) in enumerate(results):
         p = row.plan.predicted
-        errors = [number(metrics[0]["velocity_error_before"]), spread([m["velocity_error"] for m in metrics])]
-        scores = [cell(n, [m[n] for m in metrics], position > 0) for n in MEASURES]
+        errors = [number(metrics[0]["velocity_error_before"]), measured(metrics, "velocity_error")]
+        scores = [cell(n, metrics, position > 0) for n in MEASURES]
         share = f"{metrics[0]['params'] / model.params:.1%}"
         size = [str(removed_blocks(run_keys(row.plan))), f"{metrics[0]['params']:,}", share, f"{p.speedup:.2f}"]
         lines.append([row.label, *size, *errors, *scores])
@@ -100,7 +101,8 @@ def write_up(
         f"{teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
         f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
         "`~`: differs from ours by at most twice the teacher's standard deviation; no ranking follows. "
-        "Velocity errors are relative, on held-out states."
+        f"Velocity errors are relative, on held-out states. {INTERVALS} Over several training seeds: mean ± standard "
+        "deviation instead."
     )
     return (
         "\n\n".join(

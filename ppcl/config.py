@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -232,6 +232,10 @@ class EvaluateConfig(Section):
     velocity_states: int = Field(64, ge=1)
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
     latency_runs: int = Field(10, ge=1)
+    speed_batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1, description="prompts at once")
+    speed_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="step counts of whole pictures; all steps and half of them if empty"
+    )
 
     @field_validator("features")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ import torch
 import yaml
 from torch import nn
 
-from ppcl.config import RunConfig, load_config
+from ppcl.capture import guidance_arguments
+from ppcl.config import CaptureConfig, RunConfig, load_config
 from ppcl.errors import ConfigError, ModelError, UserError
+from ppcl.eval.results import Block
 from ppcl.files import digest, read_json, read_tensor_header, weights_variant
 from ppcl.prompts import prompts_for, read_prompts
 from ppcl.teacher import EMBEDDED, check_model, model_path, open_pipeline, source_name, weights_digest
@@ -148,6 +151,42 @@ def denoiser(pipeline: Any) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     raise ModelError(f"{type(pipeline).__name__} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
+
+
+def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
+    """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
+    from ppcl.pipelines.blocks import block_maps
+
+    config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
+    record = config.get("_ppcl")
+    if not record:
+        return {}
+    smaller: dict[tuple[str, str], list[str]] = {}
+    for path in config.get("pruning") or {}:
+        stack, position, module = str(path).split(".", 2)
+        smaller.setdefault((stack, position), []).append(module)
+    return {
+        stack: [
+            Block(first=first, last=last, width=sorted(smaller.get((stack, str(position)), [])))
+            for position, (first, last) in enumerate(found.spans)
+        ]
+        for stack, found in block_maps(record["kept_blocks"]).items()
+    }
+
+
+def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
+    """Size and guidance as this pipeline wants them; U-Net pipelines take the plain names."""
+    if getattr(pipeline, "transformer", None) is not None:
+        return guidance_arguments(pipeline, settings)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    wanted = {name: getattr(settings, name) for name in ("height", "width", "guidance_scale", "negative_prompt")}
+    return {name: value for name, value in wanted.items() if value is not None and name in accepted}
+
+
+def latents_of(pipeline: Any) -> dict[str, Any]:
+    """What must agree for two models' latents to mean the same."""
+    config = dict(getattr(getattr(pipeline, "vae", None), "config", {}))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def settings_for(arguments: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:

@@ -17,6 +17,7 @@ from ppcl.distill.trainer import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.eval.run_metrics import HEADER, table_rows
 from ppcl.eval.velocity import state_errors
 from ppcl.files import file_digest, weights_variant, write_json, write_text
 from ppcl.sparsity import zeros_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ppcl.stages import Run
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_FEATURES = "ViT-B-32/openai"
 
 
 def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
@@ -45,7 +48,7 @@ def extractor_with_note(model: str, features: str, device: str) -> tuple[Feature
     if model == "emoji":
         return load_extractor("emoji", device), None
     try:
-        return load_extractor("ViT-B-32/openai", device), None
+        return load_extractor(DEFAULT_FEATURES, device), None
     except UserError as error:
         note = f"{error}; the embedded emoji evaluator is used instead, which knows emoji alone"
         return load_extractor("emoji", device), note
@@ -86,12 +89,39 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         seed=run.config.seed,
         params=(count_params(teacher.transformer), count_params(student.transformer)),
         models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
+        notes=_feature_notes(run),
     )
     if sparsity := zeros_of(student.transformer):
         metrics["sparsity"] = sparsity
         write_json(run.out / "eval" / "metrics.json", metrics)
     write_text(run.out / "pipeline" / "README.md", run_card(run, run.out / "pipeline"))
+    _mirror(run, metrics)
     return metrics
+
+
+def _mirror(run: Run, metrics: dict[str, Any]) -> None:
+    """Send table, pictures and the main numbers to wandb, if asked."""
+    folder = f"seed-{run.config.seed}"
+    pictures = {
+        side: list(
+            zip(run.evaluation_prompts, sorted((run.out / "eval" / side / folder).glob("[0-9]*.png")), strict=False)
+        )
+        for side in ("teacher", "student")
+    }
+    names = ("average_drop", "fid_ratio", "param_ratio", "speedup", "speedup_end_to_end")
+    numbers = {name: metrics[name] for name in names} | {f"student/{k}": v for k, v in metrics["student"].items()}
+    numbers["velocity_error"] = metrics["fidelity"]["velocity_error"]
+    run.tracker.evaluation(HEADER, table_rows(metrics), numbers, pictures)
+
+
+def _feature_notes(run: Run) -> list[str]:
+    """Say so in the numbers, too, if another network than the usual one had to do."""
+    if run.config.evaluate.features == "auto" and run.model != "emoji" and run.extractor.name == "emoji":
+        return [
+            f"the weights of {DEFAULT_FEATURES} can be neither found nor downloaded: the embedded emoji evaluator is "
+            "used instead, which knows emoji alone"
+        ]
+    return []
 
 
 def undistilled_error(run: Run, held_out: States) -> float:

@@ -8,42 +8,59 @@ on where it was, and another one with the same models draws nothing anew.
 from __future__ import annotations
 
 import gc
-import inspect
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppcl.capture import choose_calls, guidance_arguments, record_calls
-from ppcl.config import CaptureConfig, RunConfig
+from ppcl.capture import choose_calls, record_calls
+from ppcl.config import RunConfig
 from ppcl.contestants import (
     Contestant,
+    blocks_of,
+    call_arguments,
     contestants,
     denoiser,
     evaluation_prompts,
     is_embedded,
+    latents_of,
     load,
     settings_for,
 )
 from ppcl.cost import count_params
 from ppcl.errors import UserError
-from ppcl.eval.evaluate import Costs, costs, finite
+from ppcl.eval.costs import Costs, Timing, costs, transformer_call
+from ppcl.eval.evaluate import finite
 from ppcl.eval.fid import FeatureStatistics
-from ppcl.eval.fidelity import LPIPS_MIN_SIDE, SSIM_MIN_SIDE, lpips, lpips_weights, psnr, ssim
-from ppcl.eval.generate import accepted_kwargs, draw, generate, picture_generator, quiet, read_picture
+from ppcl.eval.fidelity import pair_measures
+from ppcl.eval.generate import accepted_kwargs, generate, read_picture
 from ppcl.eval.pictures import compare_pairs, describe, load_statistics, picture_files
 from ppcl.eval.report_models import write_models_report
-from ppcl.eval.results import Comparison, Evaluation, ModelResult, Step, of_interval, of_measured, report, write_schema
+from ppcl.eval.results import (
+    Comparison,
+    Evaluation,
+    ModelResult,
+    Speed,
+    Step,
+    cost_rows,
+    flat_numbers,
+    of_interval,
+    of_measured,
+    report,
+    score_rows,
+    write_schema,
+)
 from ppcl.eval.scoring import SCORES, Measured, Reference, differences, drop, measure, paired, reference_of
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.evaluation import extractor_with_note, references_for
-from ppcl.files import lock_folder, remove_leftovers, write_json, write_text
+from ppcl.files import digest, lock_folder, remove_leftovers, write_json, write_text
 from ppcl.teacher import resolve_device
+from ppcl.tracking import Tracker
 from ppcl.training import step_generator
 
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
@@ -70,15 +87,6 @@ class Side:
     features: Tensor
     params: int
     measures: dict[str, Measured]
-
-
-def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
-    """Size and guidance as this pipeline wants them; U-Net pipelines take the plain names."""
-    if getattr(pipeline, "transformer", None) is not None:
-        return guidance_arguments(pipeline, settings)
-    accepted = inspect.signature(pipeline.__call__).parameters
-    wanted = {name: getattr(settings, name) for name in ("height", "width", "guidance_scale", "negative_prompt")}
-    return {name: value for name, value in wanted.items() if value is not None and name in accepted}
 
 
 class Judge:
@@ -186,15 +194,9 @@ class Judge:
 
     def fidelity(self, first: Side, second: Side) -> dict[str, Measured]:
         """Paired measures: pictures of one prompt, drawn from one noise."""
-        side = min(read_picture(first.paths[0]).shape[:2])
-        measures: dict[str, Callable[[Tensor, Tensor], Sequence[float]]] = {"psnr": lambda a, b: psnr(a, b).values}
-        if side >= SSIM_MIN_SIDE:
-            measures["ssim"] = lambda a, b: ssim(a, b).values
-        weights, are_there = lpips_weights()
-        if are_there and side >= LPIPS_MIN_SIDE:
-            measures["lpips"] = lambda a, b: lpips(a, b).values
-        elif not are_there:
-            self.note(f"LPIPS is left out: its AlexNet ({weights.name}) is not in torch's hub folder; put it there")
+        measures, notes = pair_measures(min(read_picture(first.paths[0]).shape[:2]))
+        for line in notes:
+            self.note(line)
         found = compare_pairs(first.paths, second.paths, measures)
         if not found:
             self.note(
@@ -210,7 +212,7 @@ class Judge:
         why = None
         if teacher is None or student is None:
             why = "it needs two transformers"
-        elif _latents(first.pipeline) != _latents(second.pipeline):
+        elif latents_of(first.pipeline) != latents_of(second.pipeline):
             why = "the two have different VAEs"
         else:
             try:
@@ -231,15 +233,14 @@ class Judge:
 
     def costs(self, first: Side, second: Side) -> Costs:
         """Time two models alternately."""
-        calls = [_one_call(side, self.prompts[0], self.config.seed) for side in (first, second)]
-        return costs(
-            (first.pipeline, second.pipeline),
-            self.prompts[0],
-            self.settings,
-            (first.kwargs, second.kwargs),
-            (calls[0], calls[1]),
-            self.config.seed,
-        )
+        kwargs = (first.kwargs, second.kwargs)
+        pipelines = (first.pipeline, second.pipeline)
+        calls = [
+            transformer_call(pipeline, self.prompts[:1], own, self.config.seed)
+            for pipeline, own in zip(pipelines, kwargs, strict=True)
+        ]
+        assert calls[0] is not None and calls[1] is not None  # loading refuses pipelines without a denoiser
+        return costs(pipelines, self.prompts, self.settings, kwargs, (calls[0], calls[1]), self.config.seed)
 
     def compare(self, first: Side, second: Side) -> tuple[Comparison, Costs]:
         """A model against the first one."""
@@ -276,33 +277,15 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
 
 
-def _latents(pipeline: Any) -> dict[str, Any]:
-    """What must agree for two models' latents to mean the same."""
-    config = dict(getattr(getattr(pipeline, "vae", None), "config", {}))
-    return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _one_call(side: Side, prompt: str, seed: int) -> Callable[[], object]:
-    """The transformer's (or U-Net's) first call of drawing one picture, to be repeated."""
-    model = denoiser(side.pipeline)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
-        with torch.no_grad(), quiet(side.pipeline):
-            draw(side.pipeline, [prompt], [picture_generator(seed, 0)], 2, side.kwargs)
-    finally:
-        handle.remove()
-    args, kwargs = calls[0]
-    return lambda: model(*args, **kwargs)
-
-
-def _result(side: Side, costs: dict[str, float | None]) -> ModelResult:
+def _result(side: Side, costs: dict[str, float | None], speed: Sequence[Timing]) -> ModelResult:
     return ModelResult(
         label=side.one.label,
         model=side.one.shown,
         params=side.params,
         numbers={name: of_measured(one) for name, one in side.measures.items()},
         costs=costs,
+        speed=[Speed(**asdict(row)) for row in speed],
+        blocks=blocks_of(side.pipeline),
     )
 
 
@@ -343,25 +326,40 @@ def judge_models(
     write_schema(out / "metrics.schema.json")
     write_text(out / "report.md", report(result))
     write_models_report(out)
+    _mirror(out, config, prompts, result)
     return result
+
+
+def _mirror(out: Path, config: RunConfig, prompts: Sequence[str], result: Evaluation) -> None:
+    """Send table, pictures and numbers to wandb, if asked."""
+    labels = [one.label for one in result.models]
+    folders = {label: out / "pictures" / label / f"seed-{config.seed}" for label in labels}
+    pictures = {
+        label: list(zip(prompts, sorted(folder.glob("[0-9]*.png")), strict=False)) for label, folder in folders.items()
+    }
+    identity = digest(labels, list(prompts), config.seed)
+    tracker = Tracker(config.wandb, out, {"identity": identity, **config.model_dump(mode="json")})
+    tracker.evaluation(["", *labels], [*score_rows(result), *cost_rows(result)], flat_numbers(result), pictures)
+    tracker.finish()
 
 
 def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:
     first = judge.side(entries[0], is_first=True)
     results, comparisons = [], []
-    own: dict[str, float | None] | None = None
+    own: tuple[dict[str, float | None], Sequence[Timing]] | None = None
     for entry in entries[1:]:
         second = judge.side(entry, is_first=False)
         made, cost = judge.compare(first, second)
         comparisons.append(made)
-        results.append(_result(second, cost.student))
-        own = own or cost.teacher
+        results.append(_result(second, cost.student, cost.speed[1]))
+        own = own or (cost.teacher, cost.speed[0])
         del second
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if own is None:
-        own = judge.costs(first, first).teacher
+        alone = judge.costs(first, first)
+        own = (alone.teacher, alone.speed[0])
     known = judge.reference
     return Evaluation(
         features=judge.extractor.name,
@@ -371,7 +369,7 @@ def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:
         reference=judge.reference_name,
         reference_count=known.count if known else None,
         notes=judge.notes,
-        models=[_result(first, own), *results],
+        models=[_result(first, *own), *results],
         comparisons=comparisons,
     )
 

@@ -12,18 +12,19 @@ import torch
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import to_jsonable
 from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
-from ppcl.capture import States, velocity_error
+from ppcl.capture import States
 from ppcl.compare import Judge, claim
 from ppcl.compare_text import MEASURES
 from ppcl.config import load_config
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
+from ppcl.eval.velocity import state_errors
 from ppcl.export import export
 from ppcl.files import digest, file_digest, read_json, write_json, write_text
 from ppcl.stages import STAGES, Run
 from ppcl.summary import describe_plan
-from ppcl.tables import markdown_table, number, provenance, spread
+from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
 from ppcl.teacher import load_pipeline, resolve_device
 
 
@@ -113,12 +114,14 @@ def _rung(run: Run, judge: Judge, rung: Bundle, keep: float, teacher: Mapping[st
     claim(folder, {"evaluated": evaluated}, {"evaluated": ("pictures", "metrics.json")})
     student = build_student(run.teacher.transformer, run.adapter, rung, torch.float32)
     held_out, count = States(run.out / "calibration", "held-out"), judge.settings.velocity_states
+    error = state_errors(run.teacher.transformer, student, held_out.batches(count, count)).error
     metrics = {
         "digest": evaluated,
         "params": count_params(student),
-        "velocity_error": velocity_error(run.teacher.transformer, student, held_out.batches(count, count)),
+        "velocity_error": error.value,
         **judge.student(student, folder, weights, teacher),
     }
+    metrics["intervals"]["velocity_error"] = [error.low, error.high]
     write_json(path, metrics)
     return metrics
 
@@ -132,9 +135,9 @@ def _write_up(run: Run, teacher: Mapping[str, Any], rows: Sequence[tuple[float, 
     lines = [["teacher", f"{model.params:,}", "100%", "1.00", "0", "0", *own]]
     for keep, rung, metrics in rows:
         p = rung.plan.predicted
-        scores = [number(metrics[name]) for name in MEASURES]
+        scores = [measured([metrics], name) for name in ("velocity_error", *MEASURES)]
         size = [f"{metrics['params']:,}", f"{metrics['params'] / model.params:.1%}", f"{p.speedup:.2f}"]
-        lines.append([f"keep {keep:g}", *size, number(p.error), number(metrics["velocity_error"]), *scores])
+        lines.append([f"keep {keep:g}", *size, number(p.error), *scores])
     drops = [s["average_drop"] for s in teacher["seeds"]]
     noise = statistics.stdev(drops) if len(drops) > 1 and None not in drops else None
     inside = f" The drop of one teacher seed against their mean varies by {number(noise)}." if noise else ""
@@ -144,7 +147,7 @@ def _write_up(run: Run, teacher: Mapping[str, Any], rows: Sequence[tuple[float, 
         f"{len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
         f"seeds of pictures.{inside} Velocity errors are relative, on held-out states; the predicted one is the root "
-        "of the summed squares of the single substitutes' errors before distillation."
+        f"of the summed squares of the single substitutes' errors before distillation. {INTERVALS}"
     )
     parts = ["# One bundle, many sizes", markdown_table(header, lines), reading, plans]
     return "\n\n".join([*parts, provenance(run.command, str(run.device))]) + "\n"

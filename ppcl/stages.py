@@ -45,7 +45,7 @@ PRODUCTS = {
     "distill": ("bundle",),
     "export": ("pipeline",),
     "evaluate": ("eval",),
-    "report": ("report.html",),
+    "report": ("report.html", "report.md"),
 }
 # Training states: kept while a stage is interrupted, useless once what it depends on has changed.
 CHECKPOINTS = {
@@ -381,7 +381,7 @@ def evaluate_stage(run: Run) -> None:
 
 
 def report_stage(run: Run) -> None:
-    """The HTML report."""
+    """The report, as a page and as Markdown."""
     from ppcl.eval.report import write_report
 
     write_report(run.out)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from ppcl.baselines import BASELINES, OURS, plan_from_runs, plans_of_equal_size,
 from ppcl.bundle import load_bundle
 from ppcl.capture import States, velocity
 from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.eval.intervals import Interval
+from ppcl.eval.velocity import StateErrors
 from ppcl.files import digest, read_json, read_tensors, write_json, write_text
 from ppcl.fit import chained_probe
 from ppcl.planner import cost_of, is_allowed, optimal_ladder
@@ -57,11 +60,21 @@ class Ruler:
             self.targets = [velocity(transformer, batch).double() for batch in self.batches]
 
     @torch.no_grad()
+    def _by_state(self, student: nn.Module) -> StateErrors:
+        pairs = list(zip(self.batches, self.targets, strict=True))
+        moved = [(velocity(student, batch).double() - target).pow(2).flatten(1).sum(1) for batch, target in pairs]
+        whole = [target.pow(2).flatten(1).sum(1) for target in self.targets]
+        columns = [torch.cat(parts).cpu().numpy() for parts in (moved, whole)]
+        return StateErrors(np.full(len(columns[0]), np.nan), columns[0], columns[1])
+
     def error(self, student: nn.Module) -> float:
         """Relative velocity error of a student."""
-        pairs = list(zip(self.batches, self.targets, strict=True))
-        moved = sum(float((velocity(student, batch).double() - target).pow(2).sum()) for batch, target in pairs)
-        return float((moved / sum(float(target.pow(2).sum()) for target in self.targets)) ** 0.5)
+        found = self._by_state(student)
+        return float((found.differences.sum() / found.totals.sum()) ** 0.5)
+
+    def interval(self, student: nn.Module) -> Interval:
+        """The same with its bootstrap interval over states."""
+        return self._by_state(student).error
 
 
 def removable(run: Run) -> list[list[Position]]:
@@ -198,7 +211,7 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
     return result
 
 
-def study_squares(run: Run, ruler: Ruler) -> list[dict[str, float]]:
+def study_squares(run: Run, ruler: Ruler) -> list[dict[str, Any]]:
     """(c) For every size of plan: predicted error by squares and by plain sum, against the measured one.
 
     The plans are the planner's own; every run holds its fitted candidate, nothing is trained further.
@@ -216,7 +229,7 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, float]]:
             continue
         plan = plan_from_runs(analysis.model, runs, OURS, candidates)
         errors = [cost_of(costs[key]) ** 0.5 for key in run_keys(plan)]
-        measured = ruler.error(fitted_student(run, plan))
+        measured = ruler.interval(fitted_student(run, plan))
         squares = sum(error**2 for error in errors) ** 0.5
         rows.append(
             {
@@ -224,7 +237,8 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, float]]:
                 "runs": len(runs),
                 "squares": squares,
                 "sum": sum(errors),
-                "measured": measured,
+                "measured": measured.value,
+                "intervals": {"measured": [measured.low, measured.high]},
             }
         )
     return sorted(rows, key=lambda row: row["removed"])
@@ -250,6 +264,7 @@ def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) 
             plan,
             new_substitutes(run.teacher.transformer, run.adapter, plan, None),
         )
+        fit_start, plain_start = ruler.interval(fitted_student(run, plan)), ruler.interval(plain)
         rows.append(
             {
                 "mode": BASELINES.get(mode, mode),
@@ -257,8 +272,12 @@ def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) 
                 "runs": len(keys),
                 "fitted": sum(key in fitted for key in keys),
                 "predicted": plan.predicted.error,
-                "measured": ruler.error(fitted_student(run, plan)),
-                "starts": ruler.error(plain),
+                "measured": fit_start.value,
+                "starts": plain_start.value,
+                "intervals": {
+                    "measured": [fit_start.low, fit_start.high],
+                    "starts": [plain_start.low, plain_start.high],
+                },
             }
         )
     return rows

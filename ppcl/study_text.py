@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppcl.tables import markdown_table, number, provenance, spread
+from ppcl.tables import markdown_table, measured, number, provenance, spread
 
 FORM_NAMES = {"skipped": "skipped", "probes": "replaced by chained linear probes"}
 
@@ -100,13 +100,14 @@ def sequence_section(result: Mapping[str, Any]) -> str:
     return "\n\n".join(["## Non-sequential or sequential", markdown_table(header, lines), reading, words])
 
 
-def squares_section(rows: Sequence[Mapping[str, float]]) -> str:
+def squares_section(rows: Sequence[Mapping[str, Any]]) -> str:
     """Section (c): predictions by squares and by plain sums."""
     lines = [
         [
             str(row["removed"]),
             str(row["runs"]),
-            *(number(row[k]) for k in ("measured", "squares", "sum")),
+            measured([row], "measured"),
+            *(number(row[k]) for k in ("squares", "sum")),
             number(row["measured"] / row["squares"]),
         ]
         for row in rows
@@ -125,7 +126,7 @@ def squares_section(rows: Sequence[Mapping[str, float]]) -> str:
     return "\n\n".join(["## Do squares of errors add?", markdown_table(header, lines), reading, words])
 
 
-def _gap(row: Mapping[str, float], key: str) -> float:
+def _gap(row: Mapping[str, Any], key: str) -> float:
     return abs(math.log(max(row[key], 1e-12) / max(row["measured"], 1e-12)))
 
 
@@ -136,7 +137,8 @@ def planner_section(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> 
             row["mode"],
             str(row["removed"]),
             f"{row['fitted']} of {row['runs']}",
-            *(number(row[k]) for k in ("predicted", "measured", "starts")),
+            number(row["predicted"]),
+            *(measured([row], k) for k in ("measured", "starts")),
         ]
         for row in rows
     ]
@@ -167,7 +169,7 @@ def write_up(results: Mapping[str, Any], info: Mapping[str, Any], command: str, 
     sections = [
         "# The paper's observations on this teacher",
         f"Teacher: {info['model']}. Errors are relative velocity errors on up to {info['states']} held-out states; "
-        f"training seeds: {', '.join(map(str, info['seeds']))}.",
+        f"training seeds: {', '.join(map(str, info['seeds']))}. In brackets: 95% bootstrap intervals over them.",
         contiguity_section([Comparison(**row) for row in results["contiguity"]]),
         sequence_section(results["sequence"]),
         squares_section(results["squares"]),

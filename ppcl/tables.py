@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ppcl import __version__
 
+INTERVALS = "In brackets: 95% bootstrap intervals over prompts (velocity errors: over states)."
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
 
 
@@ -44,6 +46,27 @@ def spread(values: Sequence[float | None], digits: int = 3) -> str:
         return "-"
     mean = number(statistics.fmean(known), digits)
     return f"{mean} ± {number(statistics.stdev(known), 2)}" if len(known) > 1 else mean
+
+
+def with_limits(value: float | None, limits: Sequence[float | None] | None, digits: int = 3) -> str:
+    """Write a number with its interval, as in ``31.4 (30.9 to 31.9)``; without one where it is not known."""
+    low, high = limits or (None, None)
+    if value is None or low is None or high is None:
+        return number(value, digits)
+    return f"{number(value, digits)} ({number(low, digits)} to {number(high, digits)})"
+
+
+def measured(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Write a number of a row of a comparison: over several seeds mean and spread, of one seed with its interval.
+
+    Args:
+        rows: For each seed the numbers, and under ``intervals`` their limits, where they are known.
+        name: Of the number.
+    """
+    values = [row[name] for row in rows]
+    if len(values) != 1:
+        return spread(values)
+    return with_limits(values[0], (rows[0].get("intervals") or {}).get(name))
 
 
 def processor() -> str:

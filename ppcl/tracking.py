@@ -1,11 +1,17 @@
-"""Mirror of ``log.jsonl`` in Weights & Biases, when asked (``--set wandb=offline`` or ``online``)."""
+"""Mirror in Weights & Biases, when asked (``--set wandb=offline`` or ``online``).
+
+What goes there: the rows of ``log.jsonl``, and an evaluation's table, numbers and pictures.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ppcl.errors import UserError
+
+MAX_PICTURES = 64  # of a model
 
 
 class Tracker:
@@ -29,10 +35,46 @@ class Tracker:
         """
         if self.mode == "off":
             return
-        if self._run is None:
-            self._run = self._start(self.mode)
         stage = row.get("stage", "run")
-        self._run.log({f"{stage}/{key}": value for key, value in row.items() if key != "stage"})
+        self._started(self.mode).log({f"{stage}/{key}": value for key, value in row.items() if key != "stage"})
+
+    def evaluation(
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numbers: Mapping[str, float | None],
+        pictures: Mapping[str, Sequence[tuple[str, Path]]],
+    ) -> None:
+        """Send what the report shows: the table as text, numbers to plot, and each model's pictures.
+
+        Args:
+            header: Names of the table's columns.
+            rows: One text a column each.
+            numbers: By name; those that are not known are left out.
+            pictures: By model, (prompt, file) pairs; the first 64 are sent.
+
+        Raises:
+            UserError: wandb cannot start (no network, no account).
+        """
+        if self.mode == "off":
+            return
+        run = self._started(self.mode)
+        import wandb
+
+        shown: dict[str, Any] = {
+            f"evaluate/pictures/{label}": [
+                wandb.Image(str(path), caption=prompt) for prompt, path in pairs[:MAX_PICTURES]
+            ]
+            for label, pairs in pictures.items()
+        }
+        shown["evaluate/table"] = wandb.Table(columns=list(header), data=[list(row) for row in rows])
+        shown |= {f"evaluate/{name}": value for name, value in numbers.items() if value is not None}
+        run.log(shown)
+
+    def _started(self, mode: Literal["online", "offline"]) -> Any:
+        if self._run is None:
+            self._run = self._start(mode)
+        return self._run
 
     def _start(self, mode: Literal["online", "offline"]) -> Any:
         import wandb

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
 VOLATILE = ("latency", "peak_memory", "speedup", "seconds", "samples_per_second")
 # the model card has the command and the times
-JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", ".lock", "pipeline/README.md")
+JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", "report.md", ".lock", "pipeline/README.md")
 
 
 # The part that runs as a script

@@ -6,6 +6,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from ppcl.stages import Run
 from ppcl.student import LinearRun, patched
 from ppcl.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
 from ppcl.study_text import Comparison, contiguity_section, squares_section
-from ppcl.tables import markdown_table, number, spread
+from ppcl.tables import markdown_table, measured, number, spread
 
 STACK = [("blocks", index) for index in range(1, 11)]
 
@@ -178,6 +179,31 @@ def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(ope
     assert rows["ours-undistilled"].plan == ours
     assert not rows["ours-depth-undistilled"].is_trained
     assert {rows[name].settings for name in ("ours", "ours-size", "ours-depth", "uniform")} == {rows["ours"].settings}
+
+
+def test_every_number_of_one_seed_has_an_interval(compared):
+    """In the row and in the table; the drop's is paired by prompt with the teacher's mean over seeds."""
+    run, text = compared
+    rows = json.loads((run.out / "compare" / "table.json").read_text())["rows"]
+    (plain,) = rows["ours-undistilled"]["seeds"]
+    assert set(plain["intervals"]) >= {"velocity_error", "fid", "kid", "clip_score", "retrieval_at_1", "average_drop"}
+    for name, (low, high) in ((n, lim) for n, lim in plain["intervals"].items() if lim):
+        assert low - 1e-9 <= plain[name] <= high + 1e-9, name
+    line = next(line for line in text.splitlines() if line.startswith("| ours, undistilled"))
+    assert measured([plain], "velocity_error") in line
+    assert measured([plain], "clip_score") in line
+    judge = Judge(run)
+    assert judge.captions["clip_score"].value == pytest.approx(
+        np.mean([seed["clip_score"] for seed in judge.teacher()["seeds"]])
+    )
+
+
+def test_measured_writes_intervals_or_spread():
+    one = {"a": 2.0, "intervals": {"a": [1.0, 3.0]}}
+    assert measured([one], "a") == "2.00 (1.00 to 3.00)"
+    assert measured([{"a": 2.0}], "a") == "2.00"
+    assert measured([{"a": None, "intervals": {"a": None}}], "a") == "-"
+    assert measured([one, {"a": 4.0}], "a") == "3.00 ± 1.4"
 
 
 def test_the_teacher_has_a_spread(compared):

@@ -192,6 +192,25 @@ def test_inception_runs_the_networks_layers(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.allclose(found.image_features(images), expected, atol=1e-5)
 
 
+def test_inception_weights_in_the_hub_folder_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights in the place of the published ones: the real loading code, no download."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path / "checkpoints" / module.URL_INCEPTION_V3.rpartition("/")[2]
+    path.parent.mkdir()
+    torch.save(network.state_dict(), path)
+    images = pictures(2, 40)
+    found = load_extractor("inception").image_features(images)
+    path.unlink()  # 100 MB
+    assert found.shape == (2, 2048)
+    assert torch.allclose(found, InceptionExtractor(network, "cpu").image_features(images), atol=1e-5)
+
+
 def test_float_pictures_are_refused(clip_folder: Path) -> None:
     with pytest.raises(ValueError, match="uint8"):
         load_extractor(f"local-dir:{clip_folder}").image_features(torch.zeros(1, 3, 8, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_tracking import install
 from typer.testing import CliRunner
 
 from ppcl.cli import app
@@ -118,7 +120,58 @@ def test_the_schema_describes_the_file(judged: tuple[Path, str]) -> None:
     schema = json.loads((judged[0] / "metrics.schema.json").read_text())
     found = json.loads((judged[0] / "metrics.json").read_text())
     assert set(schema["required"]) <= set(found) == set(schema["properties"])
-    assert set(schema["$defs"]) == {"Comparison", "ModelResult", "Number", "Step"}
+    assert set(schema["$defs"]) == {"Block", "Comparison", "ModelResult", "Number", "Speed", "Step"}
+
+
+def test_the_file_keeps_to_the_schema_that_ships(judged: tuple[Path, str]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    shipped = Path(__file__).resolve().parents[2] / "eval" / "schemas" / "evaluate.metrics.schema.json"
+    found = json.loads((judged[0] / "metrics.json").read_text())
+    jsonschema.validate(found, json.loads(shipped.read_text()))
+
+
+def test_speed_and_flops(judged: tuple[Path, str], models: tuple[Path, Path]) -> None:
+    """Transformer and pictures at two step counts and two batch sizes; FLOPs are those of torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ppcl.eval.costs import picture_call
+    from ppcl.teacher import load_pipeline
+
+    found = Evaluation.model_validate_json((judged[0] / "metrics.json").read_text())
+    for one, path in zip(found.models, models, strict=True):
+        parts = [(row.part, row.batch_size, row.num_inference_steps) for row in one.speed]
+        expected = [(p, size, s) for size in (1, 3) for p, s in (("transformer", None), ("picture", 1), ("picture", 2))]
+        assert parts == expected  # four at once are more than evaluate.batch_size
+        assert all(0 < row.latency_p10_ms <= row.latency_ms <= row.latency_p90_ms for row in one.speed)
+        pipeline = load_pipeline(str(path), torch.device("cpu"))
+        sizes = {"height": 16, "width": 16, "true_cfg_scale": 1.0}
+        with FlopCounterMode(display=False) as counter:
+            picture_call(pipeline, PROMPTS[:1], 2, sizes, 0)()
+        of_transformer = counter.get_flop_counts()[type(pipeline.transformer).__name__]
+        assert 2 * one.costs["flops"] == sum(of_transformer.values()) > 0  # two steps
+    text = (judged[0] / "report.md").read_text()
+    assert "| pictures, 2 steps | 3 |" in text
+    assert "transformer call for one prompt (GFLOPs)" in text
+
+
+def test_reports_can_be_written_again(judged: tuple[Path, str], finished_run: Path, tmp_path: Path) -> None:
+    """ppcl report DIR, for what evaluate wrote and for a run; anything else is one line."""
+    copies = [shutil.copytree(folder, tmp_path / name) for folder, name in ((judged[0], "a"), (finished_run, "b"))]
+    for copy in copies:
+        before = {name: (copy / name).read_text() for name in ("report.html", "report.md")}
+        for name in before:
+            (copy / name).unlink()
+        result = CliRunner().invoke(app, ["report", str(copy)])
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert (copy / "report.md").read_text() == before["report.md"]
+        assert len((copy / "report.html").read_text()) == pytest.approx(
+            len(before["report.html"]), abs=600
+        )  # names, seconds
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "empty")])
+    assert "neither a run nor an evaluation" in str(result.exception)
+    (copies[0] / "metrics.json").write_text(json.dumps({"models": []}))
+    assert CliRunner().invoke(app, ["report", str(copies[0])]).exit_code != 0
 
 
 def test_an_interrupted_evaluation_ends_up_the_same(
@@ -126,14 +179,21 @@ def test_an_interrupted_evaluation_ends_up_the_same(
 ) -> None:
     """Pictures lost in one folder are drawn again, the others kept; statistics stand in for the reference folder."""
     out, _ = judged
+    fake = install(patched := pytest.MonkeyPatch())
     before = json.loads((out / "metrics.json").read_text())
     pictures = sorted((out / "pictures" / "model-2").rglob("*.png"))
     assert [path.name for path in pictures] == [f"{index:04d}.png" for index in range(5)]
     kept = {path: path.read_bytes() for path in pictures}
     stamps = {path: path.stat().st_mtime_ns for path in pictures}
     pictures[1].unlink()
-    config = load_config([], SETTINGS)
+    config = load_config([], [*SETTINGS, "wandb=offline"])
     again = judge_models([str(model) for model in models], out, config, PROMPTS, out / "reference.npz")
+    patched.undo()
+    (sent,) = fake.rows  # the same table, numbers and pictures in wandb
+    assert sent["evaluate/table"]["columns"] == ["", "model", "model-2"]
+    assert [caption for _, caption in sent["evaluate/pictures/model-2"]] == PROMPTS
+    assert sent["evaluate/model-2/fid"] == again.models[1].numbers["fid"].value
+    assert fake.finished == 1
     assert {path: path.read_bytes() for path in pictures} == kept
     assert pictures[4].stat().st_mtime_ns == stamps[pictures[4]]  # of the other batch
     for one, old in zip(again.models, before["models"], strict=True):

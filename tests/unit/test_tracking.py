@@ -25,6 +25,12 @@ class FakeWandb:
         self.started.append(arguments)
         return SimpleNamespace(log=self.rows.append, finish=self._finish)
 
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+    def Image(self, path, caption):
+        return (path, caption)
+
     def _finish(self):
         self.finished += 1
 
@@ -58,3 +64,17 @@ def test_unreachable_is_one_line_with_a_remedy(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"unreachable\); use --set wandb=offline") as caught:
         Tracker("online", tmp_path, {"identity": "x"}).log({"stage": "fit"})
     assert "\n" not in str(caught.value)
+
+
+def test_an_evaluation_is_a_table_numbers_and_pictures(monkeypatch, tmp_path):
+    fake = install(monkeypatch)
+    pairs = [(f"prompt {i}", tmp_path / f"{i}.png") for i in range(70)]
+    for mode in ("off", "offline"):
+        tracker = Tracker(mode, tmp_path, {"identity": "x"})
+        tracker.evaluation(["", "B"], [["FID", "3 (2 to 4)"]], {"B/fid": 3.0, "B/kid": None}, {"B": pairs})
+    (row,) = fake.rows
+    assert row["evaluate/table"] == {"columns": ["", "B"], "data": [["FID", "3 (2 to 4)"]]}
+    assert row["evaluate/B/fid"] == 3.0
+    assert "evaluate/B/kid" not in row
+    assert row["evaluate/pictures/B"][0] == (str(tmp_path / "0.png"), "prompt 0")
+    assert len(row["evaluate/pictures/B"]) == 64

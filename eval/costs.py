@@ -1,0 +1,237 @@
+"""What drawing costs: transformer alone and whole pictures, several step counts and batch sizes, memory, FLOPs.
+
+Two models are timed alternately, after a warm-up that does not count. Everything is measured on the
+device that the pipelines are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ppcl.config import EvaluateConfig
+from ppcl.cost import count_flops
+from ppcl.eval.generate import draw, picture_generator, quiet
+from ppcl.eval.speed import LatencyResult, measure_memory, measure_pair, weight_bytes
+
+PICTURE_RUNS = 3  # a picture takes long next to one transformer call, and varies less
+WARMUP = 1
+Call = Callable[[], object]
+Part = Literal["transformer", "picture"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model's time for one kind of work.
+
+    Attributes:
+        part: ``transformer`` (one call) or ``picture`` (from prompts to pixels).
+        batch_size: Prompts at once.
+        num_inference_steps: Denoising steps; None for one call of the transformer.
+        latency_ms: Median.
+        latency_p10_ms: 10th percentile.
+        latency_p90_ms: 90th percentile.
+        runs: Counted runs.
+        warmup_runs: Runs before them.
+        peak_memory_bytes: Weights on the device plus the growth while it works; None where that is unknown.
+        times_as_fast: The other model's median over this one's, timed in turn; None for the model that
+            others are compared with. Medians of two evaluations do not say this: a machine's load changes.
+    """
+
+    part: Part
+    batch_size: int
+    num_inference_steps: int | None
+    latency_ms: float
+    latency_p10_ms: float
+    latency_p90_ms: float
+    runs: int
+    warmup_runs: int
+    peak_memory_bytes: int | None
+    times_as_fast: float | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What drawing costs.
+
+    Attributes:
+        teacher: ``latency_ms`` of the transformer (with percentiles), ``latency_end_to_end_ms`` of one
+            picture, its ``peak_memory_bytes``, and ``flops`` of a transformer call for one prompt.
+        student: The same of the student.
+        memory_measure: ``cuda`` or ``resident``.
+        speed: The times at several step counts and batch sizes of the teacher and of the student, row by row
+            the same work.
+    """
+
+    teacher: dict[str, float | None]
+    student: dict[str, float | None]
+    memory_measure: str
+    speed: tuple[list[Timing], list[Timing]] = field(default_factory=lambda: ([], []))
+
+
+def denoiser_of(pipeline: Any) -> nn.Module | None:
+    """The transformer or U-Net of a pipeline, if it has one."""
+    found = (getattr(pipeline, name, None) for name in ("transformer", "unet"))
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def picture_call(pipeline: Any, prompts: Sequence[str], steps: int, kwargs: dict[str, Any], seed: int) -> Call:
+    """A call that draws pictures from prompts to pixels, all at once."""
+
+    def call() -> object:
+        generators = [picture_generator(seed, index) for index in range(len(prompts))]
+        with quiet(pipeline):
+            return draw(pipeline, prompts, generators, steps, kwargs)
+
+    return call
+
+
+def transformer_call(pipeline: Any, prompts: Sequence[str], kwargs: dict[str, Any], seed: int) -> Call | None:
+    """The transformer's (or U-Net's) first call of drawing these prompts at once, to be repeated; None without one."""
+    module = denoiser_of(pipeline)
+    if module is None:
+        return None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep_first(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not calls:
+            calls.append((args, named))
+
+    handle = module.register_forward_pre_hook(keep_first, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            picture_call(pipeline, prompts, 2, kwargs, seed)()
+    finally:
+        handle.remove()
+    if not calls:
+        return None
+    args, named = calls[0]
+    return lambda: module(*args, **named)
+
+
+def _device(pipeline: Any) -> Any:
+    return getattr(pipeline, "_execution_device", None) or getattr(pipeline, "device", None) or "cpu"
+
+
+def peak_memory(pipeline: Any, call: Call, modules: Sequence[nn.Module] | None = None) -> tuple[int | None, str]:
+    """Bytes that this pipeline alone takes: its weights on the device plus the growth while it works.
+
+    The two pipelines are loaded together and may share parts, so a plain peak would hold both.
+
+    Args:
+        pipeline: Loaded on its device.
+        call: What it does.
+        modules: Whose weights count; all of the pipeline's if None.
+    """
+    device = _device(pipeline)
+    parts = getattr(pipeline, "components", {}).values() if modules is None else modules
+    weights = sum(weight_bytes(part, device) for part in parts if isinstance(part, nn.Module))
+    memory = measure_memory(call, device)
+    return (weights + memory.growth_bytes if memory.growth_bytes is not None else None), memory.measure
+
+
+def batch_sizes(settings: EvaluateConfig, num_prompts: int) -> list[int]:
+    """Batch sizes to time: those asked for, but none larger than what drawing uses, or than there are prompts."""
+    return sorted({min(size, settings.batch_size, num_prompts) for size in settings.speed_batch_sizes})
+
+
+def step_counts(settings: EvaluateConfig) -> list[int]:
+    """Step counts to time: those asked for, or all steps and half of them."""
+    steps = settings.num_inference_steps
+    return sorted(set(settings.speed_steps or (max(1, steps // 2), steps)))
+
+
+def flops_of(pipeline: Any, call: Call | None) -> int | None:
+    """FLOPs of a call of the transformer, counted by torch as :mod:`ppcl.cost` does; None without a call."""
+    module = denoiser_of(pipeline)
+    return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
+
+
+def _timing(part: Part, size: int, steps: int | None, found: LatencyResult, runs: int, peak: int | None) -> Timing:
+    return Timing(part, size, steps, found.median_ms, found.p10_ms, found.p90_ms, runs, WARMUP, peak)
+
+
+def _timed(
+    pipelines: tuple[Any, Any], calls: tuple[Call, Call], part: Part, size: int, steps: int | None, runs: int
+) -> tuple[Timing, Timing]:
+    """Time the two models' calls alternately, and measure the memory of each."""
+    found = measure_pair(*calls, runs=runs, warmup=WARMUP)
+    rows = []
+    for pipeline, call, latency in zip(pipelines, calls, found, strict=True):
+        module = denoiser_of(pipeline)
+        alone = [module] if part == "transformer" and module is not None else None
+        rows.append(_timing(part, size, steps, latency, runs, peak_memory(pipeline, call, alone)[0]))
+    ratio = rows[0].latency_ms / rows[1].latency_ms if rows[1].latency_ms else None
+    return rows[0], replace(rows[1], times_as_fast=ratio)
+
+
+def sweep(
+    pipelines: tuple[Any, Any],
+    prompts: Sequence[str],
+    settings: EvaluateConfig,
+    kwargs: tuple[dict[str, Any], dict[str, Any]],
+    seed: int,
+) -> tuple[list[Timing], list[Timing]]:
+    """Time both models at every batch size: one transformer call, and whole pictures at every step count.
+
+    Returns:
+        The rows of the first and of the second model, in the same order.
+    """
+    rows: list[tuple[Timing, Timing]] = []
+    for size in batch_sizes(settings, len(prompts)):
+        some = list(prompts[:size])
+        one, two = (transformer_call(p, some, own, seed) for p, own in zip(pipelines, kwargs, strict=True))
+        if one is not None and two is not None:
+            rows.append(_timed(pipelines, (one, two), "transformer", size, None, settings.latency_runs))
+        for steps in step_counts(settings):
+            first, second = (picture_call(p, some, steps, own, seed) for p, own in zip(pipelines, kwargs, strict=True))
+            runs = min(PICTURE_RUNS, settings.latency_runs)
+            rows.append(_timed(pipelines, (first, second), "picture", size, steps, runs))
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+@torch.no_grad()
+def costs(
+    pipelines: tuple[Any, Any],
+    prompts: Sequence[str],
+    settings: EvaluateConfig,
+    kwargs: tuple[dict[str, Any], dict[str, Any]],
+    transformer_calls: tuple[Call, Call],
+    seed: int,
+) -> Costs:
+    """Time the two models alternately, and measure the memory of drawing one picture.
+
+    Args:
+        pipelines: The teacher's and the student's.
+        prompts: What is drawn; the first of them, as many as a batch holds.
+        settings: Runs, steps, batch sizes.
+        kwargs: Arguments that the teacher's and the student's call take.
+        transformer_calls: Run each transformer once; behind ``latency_ms``.
+        seed: Of the noise.
+    """
+    one = list(prompts[:1])
+    draws = [
+        picture_call(pipeline, one, settings.num_inference_steps, own, seed)
+        for pipeline, own in zip(pipelines, kwargs, strict=True)
+    ]
+    transformer = measure_pair(*transformer_calls, runs=settings.latency_runs, warmup=WARMUP)
+    end_to_end = measure_pair(draws[0], draws[1], runs=min(PICTURE_RUNS, settings.latency_runs), warmup=WARMUP)
+    rows: list[dict[str, float | None]] = []
+    measure = ""
+    for index, pipeline in enumerate(pipelines):
+        peak, measure = peak_memory(pipeline, draws[index])
+        rows.append(
+            {
+                "latency_ms": transformer[index].median_ms,
+                "latency_p10_ms": transformer[index].p10_ms,
+                "latency_p90_ms": transformer[index].p90_ms,
+                "latency_end_to_end_ms": end_to_end[index].median_ms,
+                "peak_memory_bytes": peak,
+                "flops": flops_of(pipeline, transformer_call(pipeline, one, kwargs[index], seed)),
+            }
+        )
+    return Costs(rows[0], rows[1], measure, sweep(pipelines, prompts, settings, kwargs, seed))
