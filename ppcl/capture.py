@@ -172,9 +172,9 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
                 picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
                 tensors: dict[str, Tensor] = {}
                 rows = []
-                for n, (i, chosen) in enumerate(picked.items()):
-                    rows.append(trees.flatten(trees.take(calls[i].arguments, chosen, sizes[i]), f"{n:02d}", tensors))
-                    tensors[f"velocity.{n:02d}"] = calls[i].velocity[chosen]
+                for n, (i, own) in enumerate(picked.items()):
+                    rows.append(trees.flatten(trees.take(calls[i].arguments, own, sizes[i]), f"{n:02d}", tensors))
+                    tensors[f"velocity.{n:02d}"] = calls[i].velocity[own]
                 # A tensor that several calls share is stored once: a clone each would repeat the text.
                 tensors, alias = _share(tensors)
                 write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})

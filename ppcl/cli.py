@@ -11,9 +11,11 @@ import typer
 
 from ppcl import __version__
 from ppcl.cli_options import (
+    Budgets,
     Files,
     Fit,
     Keep,
+    Methods,
     Mode,
     Model,
     Out,
@@ -28,6 +30,7 @@ from ppcl.cli_options import (
     open_run,
     quiet_libraries,
     resolve,
+    skip_peft,
 )
 from ppcl.config import parse_seeds, parse_size
 from ppcl.errors import ConfigError
@@ -250,10 +253,17 @@ def compare(
     keep: Keep = None,
     table: Table = None,
     seeds: Seeds = "0",
+    methods: Methods = None,
+    budgets: Budgets = "keep=0.7,keep=0.5,speedup=1.5",
 ) -> None:
-    """Compare plans under one budget and the same training steps; one table."""
+    """Compare plans under one budget and the same training steps; or every method, with --methods. One table."""
     chosen = parse_seeds(seeds)
     run = open_run(model, out, config, set_, prompts, keep)
+    if methods is not None:
+        from ppcl.methods import budgets_named, compare_methods, methods_named
+
+        typer.echo(compare_methods(run, methods_named(methods), budgets_named(budgets), chosen, table))
+        return
     from ppcl.compare import compare_plans
 
     typer.echo(compare_plans(run, table, chosen))
@@ -322,14 +332,6 @@ def study(
     typer.echo(run_study(run, table, draws, chosen))
 
 
-def _skip_peft() -> None:
-    """Keep diffusers from importing peft, which takes three seconds and has nothing to do with a model's shapes."""
-    from diffusers.utils import import_utils
-
-    if hasattr(import_utils, "_peft_available"):
-        import_utils._peft_available = False
-
-
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="'emoji', a pipeline folder, a hub id, or a transformer's config.json")],
@@ -347,7 +349,7 @@ def inspect(
     settings = resolve(model, config, set_, keep, speedup, None, None)
     quiet_libraries()
     if "torch" not in sys.modules:  # a process that only looks at configs
-        _skip_peft()
+        skip_peft()
     import json
 
     from ppcl.artifacts import to_jsonable

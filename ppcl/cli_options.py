@@ -29,6 +29,8 @@ Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that 
 Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
 Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
+Methods = Annotated[str | None, typer.Option("--methods", help="all, or some, e.g. ours,path,units-wanda")]
+Budgets = Annotated[str, typer.Option("--budgets", help="of --methods, e.g. keep=0.7,speedup=1.5")]
 Mode = Annotated[
     str | None,
     typer.Option("--mode", help="the search: optimal, paper, others (docs/extending.md), or FILE.py:Class"),
@@ -94,3 +96,11 @@ def quiet_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
     warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers renames it; older versions need it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def skip_peft() -> None:
+    """Keep diffusers from importing peft, which takes three seconds and has nothing to do with a model's shapes."""
+    from diffusers.utils import import_utils
+
+    if hasattr(import_utils, "_peft_available"):
+        import_utils._peft_available = False

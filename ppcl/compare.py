@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
@@ -34,7 +33,7 @@ from ppcl.capture import States, guidance_arguments, velocity_error
 from ppcl.compare_text import Row, mean_scores, write_up
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
-from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate
@@ -44,7 +43,6 @@ from ppcl.eval.velocity import state_errors
 from ppcl.evaluation import choose_extractor, references_for
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run
-from ppcl.student import assemble_student
 
 TEACHER_SEEDS = 3  # fewer say nothing about a spread
 
@@ -218,12 +216,13 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     """Train, draw and score one row with one training seed; what is done is kept.
 
     Returns:
-        ``params``, ``velocity_error_before`` and ``velocity_error`` (relative, held-out states), ``fid``,
-        ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent), and
-        ``intervals``: the limits of these by name.
+        ``params``, ``zeros`` (share of them), ``velocity_error_before`` and ``velocity_error`` (relative, held-out
+        states), ``fid``, ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent),
+        and ``intervals``: the limits of these by name.
     """
     folder = run.out / "compare" / row.name / f"seed-{seed}"
-    trained = digest(run.depends("fit"), to_jsonable(row.plan.stacks), row.settings.model_dump(), seed)
+    base = row.fitted_by or run
+    trained = digest(base.depends("fit"), to_jsonable(row.plan.stacks), row.settings.model_dump(), seed)
     evaluated = digest(trained, judge.depends)
     path = folder / "metrics.json"
     if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
@@ -232,17 +231,15 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     claim(folder, {"trained": trained, "evaluated": evaluated}, products)
     transformer, adapter, count = run.teacher.transformer, run.adapter, judge.settings.velocity_states
     held_out = States(run.out / "calibration", "held-out")
-    fitted = run.out / "candidates.safetensors" if row.settings.from_fit else None
-    closed_forms = run.out / "analysis.safetensors"
-    untrained = new_substitutes(transformer, adapter, row.plan, fitted, closed_forms)
-    with torch.no_grad():
-        start = assemble_student(transformer, adapter, row.plan, untrained)
-        before = velocity_error(transformer, start, held_out.batches(count, count))
-    student = build_student(transformer, adapter, train_row(run, row, seed, folder))
+    distiller = _distiller(run, row, seed, folder)
+    before = velocity_error(transformer, distiller.student, held_out.batches(count, count))
+    bundle = _trained(run, row, folder, distiller)
+    student = build_student(transformer, adapter, bundle)
     after = state_errors(transformer, student, held_out.batches(count, count)).error
     metrics = {
         "digest": evaluated,
         "params": count_params(student),
+        "zeros": bundle.plan.sparsity.get("zeros", 0.0),
         "velocity_error_before": before,
         "velocity_error": after.value,
         **judge.student(student, folder, trained, teacher),
@@ -252,24 +249,17 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     return metrics
 
 
-def train_row(run: Run, row: Row, seed: int, folder: Path) -> Bundle:
-    """Train the substitutes of a row into ``folder/bundle``, or read what was trained before."""
-    transformer, adapter = run.teacher.transformer, run.adapter
-    if (folder / "bundle").is_dir():
-        return load_bundle(folder / "bundle", transformer, adapter)
-    if not row.is_trained:
-        untrained = new_substitutes(transformer, adapter, row.plan, None, run.out / "analysis.safetensors")
-        bundle = Bundle(row.plan, untrained)
-        save_bundle(bundle, folder / "bundle", {"distill": to_jsonable(row.settings.model_dump())})
-        return bundle
+def _distiller(run: Run, row: Row, seed: int, folder: Path) -> Distiller:
+    """What trains a row, with its student untrained."""
+    base = row.fitted_by or run
 
     def log(entry: dict[str, Any]) -> None:
         with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    bundle = Distiller(
-        transformer,
-        adapter,
+    return Distiller(
+        run.teacher.transformer,
+        run.adapter,
         row.plan,
         run.out / "calibration",
         folder,
@@ -277,9 +267,20 @@ def train_row(run: Run, row: Row, seed: int, folder: Path) -> Bundle:
         seed,
         run.config.precision,
         log,
-        fitted=run.out / "candidates.safetensors",
-        closed_forms=run.out / "analysis.safetensors",
-    ).run()
+        fitted=base.out / "candidates.safetensors",
+        closed_forms=base.out / "analysis.safetensors",
+    )
+
+
+def _trained(run: Run, row: Row, folder: Path, distiller: Distiller) -> Bundle:
+    """Train the substitutes of a row into ``folder/bundle``, or read what was trained before."""
+    if (folder / "bundle").is_dir():
+        return load_bundle(folder / "bundle", run.teacher.transformer, run.adapter)
+    if not row.is_trained:
+        bundle = Bundle(distiller.plan, distiller.substitutes, masks=distiller.masks.masks)
+        save_bundle(bundle, folder / "bundle", {"distill": to_jsonable(row.settings.model_dump())})
+        return bundle
+    bundle = distiller.run()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the optimizer's state of every row adds up
     return bundle
 

@@ -29,6 +29,7 @@ class Row:
         plan: Which blocks stay.
         settings: How the substitutes are trained; zero steps for none.
         note: What a reader must know about it, if anything.
+        fitted_by: The run whose fit stage it stands on; the compared one if None.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row:
     plan: CompressionPlan
     settings: DistillConfig
     note: str | None = None
+    fitted_by: Run | None = None
 
     @property
     def is_trained(self) -> bool:

@@ -82,7 +82,7 @@ class Run:
     def __init__(
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
-        self.model, self.out, self.config, self.command = model, out, config, command
+        self.model, self.out, self.config, self.prompts, self.command = model, out, config, prompts, command
         from ppcl.distributed import connect
         from ppcl.teacher import check_model, resolve_device, weights_digest
 

@@ -22,9 +22,10 @@ from ppcl.search_config import SEARCH_NAMES
 from ppcl.searches.base import Context, Search
 
 if TYPE_CHECKING:
+    from ppcl.config import PlanConfig
     from ppcl.stages import Run
 
-__all__ = ["SEARCHES", "Context", "Search", "choose", "plan_of_run", "search_named"]
+__all__ = ["SEARCHES", "Context", "Search", "choose", "context_of", "plan_of_run", "search_named"]
 
 logger = logging.getLogger(__name__)
 SEARCHES = {
@@ -120,14 +121,13 @@ def checked(found: Any, context: Context) -> CompressionPlan:
     return dataclasses.replace(found, budget={kind: value}, predicted=prediction)
 
 
-def plan_of_run(run: Run) -> CompressionPlan:
-    """The plan of a run, by its ``plan.mode``; the teacher is loaded if the search asks for it.
+def context_of(run: Run, settings: PlanConfig | None = None, seed: int | None = None) -> Context:
+    """What a run's search may look at; the teacher is loaded if the search asks for it.
 
     Args:
         run: Its analyze and fit stages are done.
-
-    Raises:
-        UserError: See :func:`choose`.
+        settings: Budget and search; the run's own if None.
+        seed: The run's own if None.
     """
 
     def open_teacher() -> Any:
@@ -135,14 +135,25 @@ def plan_of_run(run: Run) -> CompressionPlan:
 
         return Teacher(run.teacher.transformer, run.adapter, run.out, run.config.precision)
 
-    context = Context(
+    return Context(
         run.read(Analysis, "analysis.json"),
         run.read(Candidates, "candidates.json"),
-        run.config.plan,
-        run.config.seed,
+        settings or run.config.plan,
+        run.config.seed if seed is None else seed,
         open_teacher,
     )
-    return choose(run.config.plan.mode, context, announce)
+
+
+def plan_of_run(run: Run) -> CompressionPlan:
+    """The plan of a run, by its ``plan.mode``.
+
+    Args:
+        run: Its analyze and fit stages are done.
+
+    Raises:
+        UserError: See :func:`choose`.
+    """
+    return choose(run.config.plan.mode, context_of(run), announce)
 
 
 assert tuple(SEARCHES) == SEARCH_NAMES  # the config knows the names without importing the planner

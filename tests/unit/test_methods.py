@@ -1,0 +1,146 @@
+"""Every method under equal budgets, on the tiny pipeline."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from ppcl import methods as module
+from ppcl.cli import app
+from ppcl.compare import run_row
+from ppcl.config import load_config
+from ppcl.criteria import CRITERIA
+from ppcl.errors import ConfigError
+from ppcl.methods import METHODS, Method, budgets_named, compare_methods, methods_named, row_of
+from ppcl.methods_text import Entry, verdict
+from ppcl.searches import SEARCHES
+from ppcl.stages import Run
+
+CHOSEN = "ours,ours-depth,random,units-magnitude,zeros-wanda"
+BUDGETS = [{"keep": 0.9}, {"speedup": 1.0}]  # no more: times of a tiny model are noise
+
+
+@pytest.fixture(scope="module")
+def open_run(tiny_model, prompts_file, small_config, tmp_path_factory):
+    """A function that opens one run directory."""
+    out = tmp_path_factory.mktemp("methods") / "run"
+    settings = [
+        "fit.width=[modulation,ffn]",
+        "evaluate.teacher_seeds=1",
+        "distill.local_steps=1",
+        "distill.output_steps=2",
+    ]
+
+    def opened():
+        return Run(str(tiny_model), out, load_config([small_config], settings), prompts_file, "ppcl compare tiny")
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def compared(open_run, tmp_path_factory):
+    """A run, its text, and where the table was written to."""
+    run, table = open_run(), tmp_path_factory.mktemp("table") / "methods.md"
+    return run, compare_methods(run, methods_named(CHOSEN), BUDGETS, (0, 1), table), table
+
+
+def test_all_methods_stand_in_the_table_of_methods():
+    assert {method.criterion for method in METHODS.values()} - {None} == set(CRITERIA)
+    assert {method.plan["mode"] for method in METHODS.values() if method.plan} == set(SEARCHES)
+    assert list(methods_named("all")) == list(METHODS)
+
+
+@pytest.mark.parametrize(("text", "message"), [("wandas", "unknown method"), ("ours,units-wnda", "units-wanda")])
+def test_unknown_methods_name_the_nearest(text, message):
+    with pytest.raises(ConfigError, match=message):
+        methods_named(text)
+
+
+@pytest.mark.parametrize("text", ["", "keep", "keep=2", "keep=x", "fit_gb=1", "speedup=0.5", "keep=0.5,,"])
+def test_bad_budgets(text):
+    with pytest.raises(ConfigError, match=r"--budgets: got .*write them like keep=0.7"):
+        budgets_named(text)
+
+
+def test_on_the_command_line_before_anything_is_written(tmp_path, tiny_model):
+    arguments = ["compare", str(tiny_model), "--out", str(tmp_path / "run"), "--methods", "pth"]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "path" in str(result.exception)
+
+
+def test_every_method_meets_the_budget_or_says_why_not(compared):
+    run, text, table = compared
+    rows = json.loads((run.out / "compare" / "methods.json").read_text())["rows"]
+    model = run.read(module.Candidates, "candidates.json") and module.context_of(run).model
+    assert len(rows) == len(BUDGETS) * len(CHOSEN.split(","))
+    for row in rows:
+        if row["why_not"]:
+            assert row["why_not"] in text
+            continue
+        assert len(row["seeds"]) == 2
+        for metrics in row["seeds"]:
+            if row["budget"] == "keep-0.9":
+                assert metrics["params"] * (1 - metrics["zeros"]) <= 0.9 * model.params + 100
+    assert {row["method"] for row in rows if row["why_not"]} == {"zeros-wanda"}  # of the speed-up alone
+    zeros = next(row for row in rows if row["method"] == "zeros-wanda" and not row["why_not"])
+    assert all(metrics["zeros"] > 0.05 and metrics["params"] == model.params for metrics in zeros["seeds"])
+    assert zeros["teacher_forwards"] > 0
+    assert table.read_text() == text.replace("methods.png", table.with_suffix(".png").name)
+    assert table.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_criteria_have_a_fit_stage_of_their_own_beside_the_same_states(compared):
+    run, *_ = compared
+    own = run.out / "fits" / "magnitude"
+    first = next((run.out / "calibration").iterdir()).name
+    assert (own / "calibration" / first).samefile(run.out / "calibration" / first)
+    assert json.loads((own / "candidates.json").read_text())["criterion"] == "magnitude"
+    assert json.loads((run.out / "candidates.json").read_text())["criterion"] != "magnitude"
+
+
+def test_what_is_done_is_kept(open_run, compared, monkeypatch):
+    run, text, _ = compared
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(module, "choose", refuse)
+    monkeypatch.setattr("ppcl.compare.Distiller", refuse)
+    shutil.rmtree(run.out / "compare" / "keep-0.9" / "ours" / "seed-1" / "pictures")
+    assert compare_methods(open_run(), methods_named(CHOSEN), BUDGETS, (0, 1)) == text
+
+
+def test_other_calibration_states_replace_the_fit_of_a_criterion(open_run, compared, tmp_path):
+    run = open_run()
+    run.out = tmp_path / "run"
+    shutil.copytree(compared[0].out, run.out)
+    run.stages["analyze"] = {**run.stages["analyze"], "seconds": -1.0}
+    before = (run.out / "fits" / "magnitude" / "candidates.json").stat().st_mtime_ns
+    twin = module.forked(run, "magnitude")
+    assert twin.stages["analyze"]["seconds"] == -1.0
+    assert (twin.out / "candidates.json").stat().st_mtime_ns > before
+
+
+def test_searches_that_draw_use_the_seed(compared):
+    run, *_ = compared
+    plans = [row_of(run, "random", METHODS["random"], {"keep": 0.7}, seed)[0].plan for seed in range(6)]
+    assert len({tuple((s.first, s.last) for s in plan.stacks["transformer_blocks"]) for plan in plans}) > 1
+
+
+def test_more_zeros_than_weights_are_refused(compared):
+    run, *_ = compared
+    with pytest.raises(module.BudgetError, match="would have to be zero"):
+        row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.01}, 0)
+
+
+def test_the_verdict_is_computed():
+    def entry(name, drop):
+        return Entry("keep-0.5", name, name.upper(), "blocks", (), [{"average_drop": drop, "velocity_error": 1.0}])
+
+    assert verdict([entry("a", 1.0), entry("ours", 2.0)]) == "Least: A; the default is number 2 of 2."
+    assert sorted([entry("a", 3.0), entry("b", None), entry("c", -1.0)], key=lambda e: e.order)[0].name == "c"
+    assert verdict([Entry("keep-0.5", "a", "A", "blocks", why_not="no")]) == "No method has a plan."
+    assert Method("x", "blocks").zeros is None
+    assert run_row.__doc__
