@@ -17,9 +17,11 @@ suggests beforehand, and neighbours of the paths kept so far, which differ in on
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from ppcl.artifacts import Segment
 
@@ -60,6 +62,18 @@ class Widths:
     rounds: int = 3
 
 
+class _Ways(NamedTuple):
+    """Ways to a node, one an entry: cost, savings, the way before it at its edge's first node, the edge (-1: none)."""
+
+    cost: np.ndarray
+    saved: np.ndarray
+    before: np.ndarray
+    edge: np.ndarray
+
+
+_NONE = _Ways(*np.zeros((2, 0)), *np.zeros((2, 0), dtype=int))
+
+
 class Graph:
     """Edges over a line of blocks.
 
@@ -79,6 +93,10 @@ class Graph:
     def saved(self, route: Iterable[int]) -> float:
         """What a path saves."""
         return sum(self.edges[number].saved for number in route)
+
+    def saves_enough(self, route: Iterable[int]) -> bool:
+        """Whether a path meets the budget."""
+        return self.saved(route) >= self._enough
 
     def avoiding(self, blocks: Collection[int]) -> set[int]:
         """Edges that leave these blocks as they are."""
@@ -103,30 +121,53 @@ class Graph:
             usable = allowed is None or number in allowed
             if number in fixed or (usable and not taken.intersection(range(edge.first, edge.last + 1))):
                 starts[edge.first].append(number)
-        unit = max(self.needed, *(edge.saved for edge in self.edges), 1e-12) / _CELLS
-        rows: list[dict[int, list[tuple[float, float, Route]]]] = [{} for _ in range(self.num_blocks + 1)]
-        rows[0][0] = [(0.0, 0.0, ())]
-        for position in range(self.num_blocks):
-            for ways in rows[position].values():
-                best = heapq.nsmallest(count, ways)
-                if position not in taken:
-                    for way in best:
-                        rows[position + 1].setdefault(self._cell(way[1], unit), []).append(way)
-                for number in starts[position]:
-                    edge = self.edges[number]
-                    target = rows[edge.last + 1]
-                    for cost, saved, route in best:
-                        total = saved + edge.saved
-                        target.setdefault(self._cell(total, unit), []).append(
-                            (cost + edge.cost, total, (*route, number))
-                        )
-            rows[position] = {}
-        ends = [way for ways in rows[-1].values() for way in ways if way[1] >= self.needed * (1 - 1e-12)]
-        return [route for _, _, route in heapq.nsmallest(count, ends)]
+        arriving: list[list[_Ways]] = [[] for _ in range(self.num_blocks + 1)]
+        arriving[0].append(_Ways(*np.zeros((2, 1)), *np.full((2, 1), -1)))
+        at: list[_Ways] = []
+        for position in range(self.num_blocks + 1):
+            ways = _Ways(*map(np.concatenate, zip(*arriving[position], strict=True))) if arriving[position] else _NONE
+            arriving[position] = []
+            at.append(self._best(ways, count))
+            here = np.arange(len(at[-1].cost))
+            if position < self.num_blocks and position not in taken:
+                arriving[position + 1].append(_Ways(at[-1].cost, at[-1].saved, here, np.full(len(here), -1)))
+            for number in starts[position] if position < self.num_blocks else ():
+                edge = self.edges[number]
+                ways = _Ways(at[-1].cost + edge.cost, at[-1].saved + edge.saved, here, np.full(len(here), number))
+                arriving[edge.last + 1].append(ways)
+        enough = np.flatnonzero(at[-1].saved >= self._enough)
+        order = enough[np.lexsort((at[-1].saved[enough], at[-1].cost[enough]))][:count]
+        return [self._route(at, int(index)) for index in order]
 
-    def _cell(self, saved: float, unit: float) -> int:
-        """The class of a saving; what saves enough is never in one class with what does not."""
-        return math.floor((saved - self.needed * (1 - 1e-12)) / unit)
+    @property
+    def _enough(self) -> float:
+        """What a path must save, but for rounding."""
+        return self.needed - 1e-12 * abs(self.needed)
+
+    def _best(self, ways: _Ways, count: int) -> _Ways:
+        """Of the ways to a node the cheapest ``count`` of each class of savings.
+
+        What saves enough is never in one class with what does not.
+        """
+        unit = max(self.needed, *(edge.saved for edge in self.edges), 1e-12) / _CELLS
+        cells = np.floor((ways.saved - self._enough) / unit)
+        order = np.lexsort((ways.cost, cells))
+        first = np.flatnonzero(np.diff(cells[order], prepend=-np.inf))
+        sizes = np.diff(np.append(first, len(order)))
+        rank = np.arange(len(order)) - np.repeat(first, sizes)
+        kept = order[rank < count]
+        return _Ways(*(values[kept] for values in ways))
+
+    def _route(self, at: Sequence[_Ways], index: int) -> Route:
+        """Follow a way back to the first node."""
+        found: list[int] = []
+        position = len(at) - 1
+        while position:
+            number = int(at[position].edge[index])
+            index = int(at[position].before[index])
+            found += [number] if number >= 0 else []
+            position = self.edges[number].first if number >= 0 else position - 1
+        return tuple(reversed(found))
 
     def most(self) -> Route:
         """The path that saves most."""
@@ -181,7 +222,7 @@ class PathSearch:
             return min(self.known, key=self._order, default=None)
         self._three_steps(graph.cheapest(widths.fuzzy, graph.avoiding(must_keep)) or everything[: widths.fuzzy])
         suggested = {number for route in priors for number in route}
-        enough = [route for route in priors if graph.saved(route) >= graph.needed * (1 - 1e-12)]
+        enough = [route for route in priors if graph.saves_enough(route)]
         self._three_steps([*enough, *graph.cheapest(widths.fuzzy, suggested)])
         self._precise(enough)
         for _ in range(widths.rounds):

@@ -91,7 +91,7 @@ def quotas_of(context: Context, groups: Sequence[Sequence[Block]]) -> list[int]:
         BudgetError: Even all of them are not enough.
     """
     sizes = {
-        (stack.name, i): (stack.block_flops if by_flops else stack.block_params)[i]
+        (stack.name, i): ((by_flops and stack.block_flops) or stack.block_params)[i]
         for by_flops in [context.settings.budget[0] == "speedup"]
         for stack in context.model.stacks
         for i in range(stack.num_blocks)
