@@ -1,6 +1,6 @@
-"""How far the velocity moves when weights become zero, untrained, by criterion and allocation: docs/sparsity.md.
+"""How far the velocity moves when weights become zero, untrained, by criterion and allocation.
 
-    python benchmarks/sparsity.py --threads 1 --table docs/sparsity.md
+    python benchmarks/sparsity.py --threads 1
 
 About five minutes on one core. Every row is the embedded teacher with zeros in all blocks and nothing else changed;
 the error is on states of prompts that no score comes from.
