@@ -93,7 +93,12 @@ def sparsity_cost(settings: SparsityConfig, states: int, blocks: int) -> float:
 
 
 def make_masks(
-    student: nn.Module, layers: Sequence[Layer], batches: Sequence[dict[str, Any]], settings: SparsityConfig, seed: int
+    student: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[dict[str, Any]],
+    settings: SparsityConfig,
+    seed: int,
+    shares: Mapping[str, float] | None = None,
 ) -> Tensors:
     """Choose the weights that stay.
 
@@ -103,6 +108,7 @@ def make_masks(
         batches: Training states.
         settings: Criterion, allocation, pattern.
         seed: Fixes what is drawn at random.
+        shares: Of :func:`block_shares`, if they are known already.
 
     Returns:
         For each layer's name (o, i) on the CPU, true where a weight stays.
@@ -112,12 +118,9 @@ def make_masks(
         BudgetError: The allocation's importances are not finite.
     """
     criterion = weight_criterion_named(settings.criterion)
-    members: dict[str, list[Layer]] = {}
-    for layer in layers:
-        members.setdefault(layer.block, []).append(layer)
     masks: Tensors = {}
     with frozen(student):
-        shares = _shares(student, members, batches, settings, seed)
+        shares = shares or block_shares(student, layers, batches, settings, seed)
         scores = weight_scores(student, layers, batches, criterion, settings.criterion, seed, settings.blocks_at_once)
         for layer, score in scores:
             nm = settings.n_of_m
@@ -126,20 +129,19 @@ def make_masks(
     return masks
 
 
-def _shares(
-    student: nn.Module,
-    members: Mapping[str, Sequence[Layer]],
-    batches: Sequence[dict[str, Any]],
-    settings: SparsityConfig,
-    seed: int,
+def block_shares(
+    student: nn.Module, layers: Sequence[Layer], batches: Sequence[dict[str, Any]], settings: SparsityConfig, seed: int
 ) -> dict[str, float]:
-    """The share of each block's weights that goes."""
-    sizes = [sum(layer.module.weight.numel() for layer in layers) for layers in members.values()]
+    """The share of each block's weights that goes, by ``settings.allocation``; arguments as of :func:`make_masks`."""
+    members: dict[str, list[Layer]] = {}
+    for layer in layers:
+        members.setdefault(layer.block, []).append(layer)
+    sizes = [sum(layer.module.weight.numel() for layer in own) for own in members.values()]
     importance = [0.0] * len(sizes)
     if settings.allocation == "ecoflap":
         importance = [
-            block_importance(student, layers, batches, settings.epsilon, seed, number)
-            for number, layers in enumerate(members.values())
+            block_importance(student, own, batches, settings.epsilon, seed, number)
+            for number, own in enumerate(members.values())
         ]
     counts = COUNTS[settings.allocation](sizes, importance, settings.zeros, settings.slack)
     return {name: 1 - count / size for name, count, size in zip(members, counts, sizes, strict=True)}

@@ -148,7 +148,8 @@ class Distiller:
         self.masks = Masks({}, {})
         if settings.sparsity.zeros:
             common = (self.student, adapter, plan, self.substitutes, self.states, settings.sparsity, seed)
-            self.masks = masks_for(*common, out / "checkpoints" / "distill-masks", group)
+            with autocast(self.device, precision):
+                self.masks = masks_for(*common, out / "checkpoints" / "distill-masks", group)
             self.plan = zero_shares(plan, self.masks.masks, count_params(self.student))
 
     def run(self) -> Bundle:
@@ -187,7 +188,8 @@ class Distiller:
         judged = self.held_out if self.settings.keep_start else None
         for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
             target = call.velocity.double()
-            output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
+            with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
+                output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
             difference += float((output - target).pow(2).sum())
             total += float(target.pow(2).sum())
         return math.sqrt(difference / total) if total else 0.0

@@ -33,13 +33,20 @@ def settings(train: str = "all", steps: tuple[int, int, int] = (2, 2, 3), **spar
     )  # fmt: skip
 
 
-def distiller(out: Path, chosen: DistillConfig, transformer: Any = None, runs: Any = None, call: Any = None) -> Any:
+def distiller(
+    out: Path,
+    chosen: DistillConfig,
+    transformer: Any = None,
+    runs: Any = None,
+    call: Any = None,
+    precision: str = "fp32",
+) -> Any:
     transformer = transformer or tiny_qwen(4)
     call = call or qwen_call
     if not (out / "calibration").is_dir():
         write_states(out / "calibration", "train", [call(seed=s) for s in (1, 2)], transformer)
     plan = plan_for(transformer, QWEN_RUN if runs is None else runs)
-    return Distiller(transformer, adapter_for(transformer), plan, out / "calibration", out, chosen, 0, "fp32")
+    return Distiller(transformer, adapter_for(transformer), plan, out / "calibration", out, chosen, 0, precision)
 
 
 def zeros_in(student: Any, masks: dict[str, torch.Tensor], plan: Any) -> list[torch.Tensor]:
@@ -148,6 +155,18 @@ def test_both_lists_of_flux_and_smaller_modules_are_left_alone(tmp_path: Path) -
     assert {name.split("/")[0] for name in bundle.masks} == {DUAL, SINGLE}
     assert not any("norm" in name for name in bundle.masks)
     student = build_student(teacher, adapter_for(teacher), bundle)
+    assert all((part == 0).all() for part in zeros_in(student, bundle.masks, bundle.plan))
+
+
+def test_a_teacher_in_half_precision_is_scored_and_judged_under_autocast(tmp_path: Path) -> None:
+    write_states(tmp_path / "calibration", "train", [qwen_call(seed=1)], tiny_qwen(4))
+    write_states(tmp_path / "calibration", "held-out", [qwen_call(seed=2)], tiny_qwen(4))
+    chosen = settings(steps=(1, 0, 1), share=0.5, criterion="gblm", allocation="ecoflap")
+    chosen = chosen.model_copy(update={"keep_start": True})
+    made = distiller(tmp_path, chosen, tiny_qwen(4).bfloat16(), None, None, "bf16")
+    bundle = made.run()
+    student = build_student(made.transformer, adapter_for(made.transformer), bundle)
+    assert student.dtype == torch.bfloat16
     assert all((part == 0).all() for part in zeros_in(student, bundle.masks, bundle.plan))
 
 
