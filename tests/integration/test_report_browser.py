@@ -82,9 +82,11 @@ def models_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, (label, (params, fid)) in enumerate(labels.items()):
         draw(out / "pictures" / label / "seed-0", index)
         costs = {"latency_ms": params / 1e5, "peak_memory_bytes": None}
-        models.append(
-            {"label": label, "model": label, "params": params, "numbers": {"fid": number(fid)}, "costs": costs}
-        )
+        time = {"latency_ms": fid, "latency_p10_ms": 1.0, "latency_p90_ms": 20_000.0, "times_as_fast": 1.5 * index}
+        work = [{"part": "picture", "batch_size": 4, "num_inference_steps": steps, **time} for steps in (10, 20)]
+        blocks = [{"first": block, "last": block, "width": []} for block in range(60 * index)]
+        one = {"label": label, "model": label, "params": params, "numbers": {"fid": number(fid)}, "costs": costs}
+        models.append(one | {"speed": work, "blocks": {"transformer_blocks": blocks} if blocks else {}})
         steps = [{"timestep_low": 0.0, "timestep_high": 1.0, "error": 0.1, "low": 0.1, "high": 0.2}]
         made = {"label": label, "against": "A <b>", "average_drop": number(fid), "fidelity": {"psnr": number(30 + fid)}}
         made |= {"velocity_error_by_timestep": steps, "param_ratio": 0.5, "speedup": 1.5, "verdict": f"{label} keeps"}
@@ -196,6 +198,8 @@ def test_run(page: Any, run_page: Path, size: str, scheme: str) -> None:
 def test_models(page: Any, models_page: Path, size: str, scheme: str) -> None:
     visit(page, models_page, size, scheme)
     assert page.locator("svg").count() == 3
+    assert page.locator("#speed tbody tr").count() == 2
+    assert page.locator("#blocks .strip").count() == 2
     sort_table(page)
     use_filter(page)
     use_viewer(page, num_shots=3)
