@@ -2,12 +2,14 @@
 
 A *state* is one sample of one transformer call: latents, timestep, text embeddings and
 every other argument. States come from the teacher's own trajectories, so that no picture
-data is needed and the student is trained where the sampler goes. One file holds some calls
-of one batch of prompts; the files are split into train and held-out by prompt.
+data is needed and the student is trained where the sampler goes (:mod:`ppcl.picture_states`
+makes them from pictures). One file holds some calls of one batch of prompts; the files are
+split into train and held-out by prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -71,10 +73,11 @@ def call_pipeline(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> An
     return pipeline(prompt=list(prompts), **arguments)
 
 
-def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
-    """Denoise a batch of prompts; return every transformer call."""
+@contextlib.contextmanager
+def recording(transformer: nn.Module) -> Iterator[list[Call]]:
+    """Record every call of a transformer inside the block, on the CPU."""
     calls: list[Call] = []
-    parameters = inspect.signature(pipeline.transformer.forward)
+    parameters = inspect.signature(transformer.forward)
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = dict(parameters.bind(*args, **kwargs).arguments)
@@ -82,8 +85,16 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
         cpu = torch.device("cpu")
         calls.append(Call(trees.to_device(arguments, cpu), _velocity_of(output).to(cpu)))
 
-    handle = pipeline.transformer.register_forward_hook(record, with_kwargs=True)
+    handle = transformer.register_forward_hook(record, with_kwargs=True)
     try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
+    """Denoise a batch of prompts; return every transformer call."""
+    with recording(pipeline.transformer) as calls:
         call_pipeline(
             pipeline,
             prompts,
@@ -92,9 +103,26 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
             output_type="latent",
             **guidance_arguments(pipeline, settings),
         )
-    finally:
-        handle.remove()
     return calls
+
+
+def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
+    """Write calls as one file that :class:`States` reads.
+
+    Args:
+        path: The file.
+        calls: In the order that they get.
+        about: Recorded with them.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    rows = [trees.flatten(call.arguments, f"{n:02d}", tensors) for n, call in enumerate(calls)]
+    tensors |= {f"velocity.{n:02d}": call.velocity for n, call in enumerate(calls)}
+    # A tensor that several calls share is stored once: a clone each would repeat the text.
+    tensors, alias = _share(tensors)
+    write_tensors(path, tensors, {"calls": rows, "alias": alias, **about})
 
 
 def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list[int]:
@@ -136,7 +164,7 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
     jobs = []
     for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
         # Prompts of like length share a batch, so that few shapes of text embeddings arise.
-        chosen = sorted(chosen, key=lambda text: (_length(pipeline, text), text))
+        chosen = sorted(chosen, key=lambda text: (prompt_length(pipeline, text), text))
         for start in range(0, len(chosen), settings.batch_size):
             jobs.append((split, start // settings.batch_size, chosen[start : start + settings.batch_size]))
     with Progress("capture", total=len(jobs)) as progress:
@@ -145,16 +173,12 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
             if not path.is_file():
                 calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
                 picked = choose_calls(len(calls), settings.states_per_prompt, step_generator(seed, number, 18))
-                tensors: dict[str, Tensor] = {}
-                rows = [trees.flatten(calls[i].arguments, f"{n:02d}", tensors) for n, i in enumerate(picked)]
-                tensors |= {f"velocity.{n:02d}": calls[i].velocity for n, i in enumerate(picked)}
-                # A tensor that several calls share is stored once: a clone each would repeat the text.
-                tensors, alias = _share(tensors)
-                write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})
+                write_calls(path, [calls[i] for i in picked], prompts=batch, of=len(calls))
             progress.advance()
 
 
-def _length(pipeline: Any, text: str) -> int:
+def prompt_length(pipeline: Any, text: str) -> int:
+    """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
     tokenizer = getattr(pipeline, "tokenizer", None)
     return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
 

@@ -38,6 +38,33 @@ class CaptureConfig(Section):
     num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
     guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
     negative_prompt: str = " "
+    data: str = Field(
+        "prompts",
+        min_length=1,
+        description="prompts: states of the teacher's own trajectories; or captioned pictures that are noised: a "
+        "folder, shards like data-{000..012}.tar, *.parquet, hub:owner/name (docs/data.md); num_prompts counts them",
+    )
+    image_column: str = Field("image", description="of a Hugging Face data set")
+    caption_column: str = Field("text", description="of a data set, of metadata.jsonl and of a shard's .json")
+    data_split: str = Field("train", description="of a Hugging Face data set")
+    aspect_ratios: tuple[str, ...] = Field(
+        ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"),
+        description="width:height that pictures are cut to, the nearest one, all of about the area of height x width",
+    )
+
+    @field_validator("aspect_ratios")
+    @classmethod
+    def _real_ratios(cls, ratios: tuple[str, ...]) -> tuple[str, ...]:
+        """YAML 1.1 reads 4:3 without quotes as a number of seconds."""
+        for text in ratios:
+            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", text):
+                raise ValueError(f"got {text!r}, expected width:height in quotes, e.g. ['1:1', '4:3']")
+        return ratios
+
+    def identity(self) -> dict[str, Any]:
+        """Without what prompts alone do not read."""
+        of_pictures = {"data", "image_column", "caption_column", "data_split", "aspect_ratios"}
+        return self.model_dump(exclude=of_pictures if self.data == "prompts" else set())
 
 
 class AnalyzeConfig(Section):
@@ -183,6 +210,10 @@ class DistillConfig(Section):
     keep_start: bool = Field(
         True, description="keep the start where training ends further from the teacher on held-out states"
     )
+    sample_every: int = Field(
+        0, ge=0, description="output stage: steps between sheets of pictures in RUN/samples (and wandb); 0: none"
+    )
+    sample_prompts: int = Field(4, ge=1, description="of the evaluation, that sheets show")
     max_bad_steps: int = Field(
         10, ge=0, description="steps with NaN or a spike that a stage may leave out, a tenth of it at most"
     )
@@ -201,7 +232,10 @@ class DistillConfig(Section):
         return self.model_dump(exclude=_HOW_NOT_WHAT)
 
 
-_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
+_HOW_NOT_WHAT = {
+    *("keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
+    *("sample_every", "sample_prompts"),
+}
 
 
 class ExportConfig(Section):

@@ -261,6 +261,10 @@ class Run:
                     read_tensor_header(file)
         if stage == "capture":
             _ = self.teacher
+            if self.config.capture.data != "prompts":
+                from ppcl.picture_states import check_pictures
+
+                check_pictures(self.teacher, self.config.capture)
         elif stage == "fit":
             from ppcl.criteria import criterion_named
 
@@ -289,6 +293,12 @@ class Run:
 
 def capture_stage(run: Run) -> None:
     """Record the teacher's denoising states."""
+    if run.config.capture.data != "prompts":
+        from ppcl.picture_states import capture_pictures
+
+        folder, settings = run.out / "calibration", run.config.capture
+        capture_pictures(run.teacher, folder, settings, run.config.seed, run.evaluation_prompts)
+        return
     from ppcl.capture import capture
 
     capture(run.teacher, run.calibration_prompts, run.out / "calibration", run.config.capture, run.config.seed)
