@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,11 @@ class Call:
 
     arguments: dict[str, Any]
     velocity: Tensor
+
+    def rows(self, chosen: Sequence[int]) -> Call:
+        """The same call of some of its samples."""
+        picked = trees.take(self.arguments, list(chosen), trees.batch_size(self.arguments))
+        return Call(picked, self.velocity[list(chosen)])
 
 
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
@@ -133,6 +139,27 @@ def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list
     return [a + min(int((b - a) * o), b - a - 1) for a, b, o in zip(edges[:-1], edges[1:], offsets, strict=True)]
 
 
+def choose_rows(num_calls: int, count: int, size: int, generator: torch.Generator) -> dict[int, list[int]]:
+    """Draw ``count`` of ``num_calls`` calls for each of ``size`` samples, one from each equal stretch.
+
+    Within a stretch every call gets as many samples as any other (one more or less), so that no timestep and neither
+    branch of classifier-free guidance is left out by chance, as it is where a whole batch shares one draw. The same
+    samples stay together from stretch to stretch: what they share, the text above all, is then stored once.
+
+    Returns:
+        The rows of each call that has any, in order.
+    """
+    count = min(count, num_calls)
+    edges = [i * num_calls // count for i in range(count + 1)]  # whole numbers, so that no call is drawn twice
+    order = torch.randperm(size, generator=generator).tolist()
+    rows: dict[int, list[int]] = {}
+    for first, end in itertools.pairwise(edges):
+        for part, call in enumerate(torch.randperm(end - first, generator=generator).tolist()):
+            if chosen := order[part :: end - first]:
+                rows[first + call] = sorted(chosen)
+    return dict(sorted(rows.items()))
+
+
 def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
     """Shuffle prompts by seed and split them into train and held-out, neither of them empty."""
     order = torch.randperm(len(prompts), generator=step_generator(seed, 0, 17)).tolist()
@@ -172,8 +199,10 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
             path = folder / f"{split}-{index:04d}.safetensors"
             if not path.is_file():
                 calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
-                picked = choose_calls(len(calls), settings.states_per_prompt, step_generator(seed, number, 18))
-                write_calls(path, [calls[i] for i in picked], prompts=batch, of=len(calls))
+                sizes = [trees.batch_size(call.arguments) for call in calls]
+                drawn = step_generator(seed, number, 18)
+                picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
+                write_calls(path, [calls[i].rows(chosen) for i, chosen in picked.items()], prompts=batch, of=len(calls))
             progress.advance()
 
 

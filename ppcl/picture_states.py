@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ppcl import trees
 from ppcl.capture import (
     Call,
     call_pipeline,
-    choose_calls,
+    choose_rows,
     guidance_arguments,
     prompt_length,
     recording,
@@ -73,7 +74,12 @@ def picture_sizes(pipeline: Any, settings: CaptureConfig) -> list[tuple[int, int
 
 
 def record_noised(
-    sibling: Any, prompts: Sequence[str], pictures: Sequence[Image.Image], step: int, seed: int, settings: CaptureConfig
+    sibling: Any,
+    prompts: Sequence[str],
+    pictures: Sequence[Image.Image],
+    step: int,
+    generators: Sequence[torch.Generator],
+    settings: CaptureConfig,
 ) -> list[Call]:
     """Noise pictures to one step of the sampler; return the transformer's calls there (guidance may make it two).
 
@@ -82,7 +88,7 @@ def record_noised(
         prompts: A caption for each picture.
         pictures: All of one size.
         step: Of ``settings.num_inference_steps``; 0 is almost all noise.
-        seed: Of the noise; every picture has its own, whatever the batch.
+        generators: One for the noise of each picture.
         settings: Steps and guidance.
     """
     width, height = pictures[0].size
@@ -98,7 +104,7 @@ def record_noised(
             image=list(pictures),
             # the first step is int(steps - steps * strength); half a step more than that cannot be rounded off
             strength=1 - (step + 0.5) / settings.num_inference_steps,
-            generator=list(seeds(seed, len(prompts))),
+            generator=list(generators),
             num_inference_steps=settings.num_inference_steps,
             output_type="latent",
             callback_on_step_end=interrupt,
@@ -199,19 +205,24 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
             skipped.add(sample.entry.name, bad)
     if not ready:
         return
-    prompts, pictures = [sample.caption for sample, _ in ready], [picture for _, picture in ready]
     generator = step_generator(seed, job.number, 18)
+    steps = choose_rows(settings.num_inference_steps, settings.states_per_prompt, len(ready), generator)
+    noise = list(seeds(seed * 7919 + job.number, len(ready)))  # one a picture, which goes on from state to state
     calls: list[Call] = []
-    for place, step in enumerate(choose_calls(settings.num_inference_steps, settings.states_per_prompt, generator)):
-        noise = (seed * 7919 + job.number) * 1009 + place
+    for place, (step, rows) in enumerate(steps.items()):
+        prompts, pictures = [ready[i][0].caption for i in rows], [ready[i][1] for i in rows]
         try:
-            found = record_noised(sibling, prompts, pictures, step, noise, settings)
+            found = record_noised(sibling, prompts, pictures, step, [noise[i] for i in rows], settings)
         except ValueError as error:  # SD3 has positions for so many rows and columns, for one
             height, width = job.samples[0].size
             raise UserError(
                 f"{type(sibling).__name__} refuses pictures of {width}x{height} ({str(error).splitlines()[0][:200]}); "
                 "set capture.aspect_ratios, or capture.height and capture.width"
             ) from error
-        calls.append(found[int(torch.randint(len(found), (1,), generator=generator))])
-    names = [sample.entry.name for sample, _ in ready]
-    write_calls(job.path, calls, prompts=prompts, pictures=names, of=settings.num_inference_steps)
+        # With the prompt and without it, as two calls or one of twice the batch: each gets its share of the pictures.
+        branches = [(call, at) for call in found for at in range(0, trees.batch_size(call.arguments), len(rows))]
+        for number, (call, at) in enumerate(branches):
+            if own := [at + i for i in range((number + place) % len(branches), len(rows), len(branches))]:
+                calls.append(call.rows(own))
+    about = {"prompts": [sample.caption for sample, _ in ready], "pictures": [sample.entry.name for sample, _ in ready]}
+    write_calls(job.path, calls, **about, of=settings.num_inference_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from ppcl.capture import (
     States,
     capture,
     choose_calls,
+    choose_rows,
     guidance_arguments,
     record_calls,
     split_prompts,
@@ -91,6 +93,31 @@ def test_chosen_calls_are_stratified(total: int, count: int) -> None:
 def test_every_call_can_be_chosen() -> None:
     chosen = {c for seed in range(60) for c in choose_calls(10, 3, torch.Generator().manual_seed(seed))}
     assert chosen == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "size"), [(24, 6, 32), (24, 6, 30), (10, 3, 7), (7, 7, 3), (3, 8, 5), (24, 2, 1)]
+)
+def test_every_call_gets_its_share_of_the_samples(total: int, count: int, size: int) -> None:
+    rows = choose_rows(total, count, size, torch.Generator().manual_seed(3))
+    count = min(total, count)
+    of_sample = [[call for call, chosen in rows.items() if row in chosen] for row in range(size)]
+    for calls in of_sample:  # one call of each stretch for every sample
+        assert len(calls) == count
+        assert all(i * total // count <= call < (i + 1) * total // count for i, call in enumerate(calls))
+    for i in range(count):
+        stretch = range(i * total // count, (i + 1) * total // count)
+        sizes = [len(rows.get(call, [])) for call in stretch]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == size
+
+
+def test_both_branches_of_guidance_are_recorded_at_every_step(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"num_inference_steps": 4, "states_per_prompt": 2, "batch_size": 8})
+    capture(shared_pipeline(), PROMPTS, tmp_path, settings, seed=0)
+    calls = [call.arguments for call in States(tmp_path, "train").calls]
+    found = Counter(round(arguments["timestep"][0].item(), 4) for arguments in calls)
+    assert list(found.values()) == [2] * 4
 
 
 def test_split_is_by_prompt_and_repeatable() -> None:
