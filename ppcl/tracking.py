@@ -1,15 +1,23 @@
-"""Mirror of ``log.jsonl`` in Weights & Biases, when asked (``--set wandb=offline`` or ``online``)."""
+"""Mirror of ``log.jsonl`` in Weights & Biases, when asked (``--set wandb=offline`` or ``online``).
+
+The mirror is a convenience: whatever happens to it, the run goes on and ``log.jsonl`` has every row.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from ppcl.errors import UserError
+logger = logging.getLogger(__name__)
+PICTURE = "picture"  # the key of a row under which a file of pictures stands
 
 
 class Tracker:
     """Sends the rows of a run to wandb; does nothing in mode ``off``.
+
+    Where wandb is out of reach, rows are kept offline (``wandb sync`` sends them later); where that fails as well,
+    they are in ``log.jsonl`` alone. Each is said once.
 
     Args:
         mode: ``off``, ``offline`` or ``online``.
@@ -22,38 +30,64 @@ class Tracker:
         self._run: Any = None
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send one row under its stage's name; keys are those of ``log.jsonl``.
-
-        Raises:
-            UserError: wandb cannot start (no network, no account).
-        """
-        if self.mode == "off":
-            return
+        """Send one row under its stage's name; keys are those of ``log.jsonl``, pictures are sent themselves."""
+        if self.mode != "off" and self._run is None:
+            self._start()
         if self._run is None:
-            self._run = self._start(self.mode)
+            return
         stage = row.get("stage", "run")
-        self._run.log({f"{stage}/{key}": value for key, value in row.items() if key != "stage"})
+        try:
+            import wandb
 
-    def _start(self, mode: Literal["online", "offline"]) -> Any:
+            sent = {f"{stage}/{key}": value for key, value in row.items() if key != "stage"}
+            if PICTURE in row:
+                sent[f"{stage}/{PICTURE}"] = wandb.Image(str(self.out / row[PICTURE]))
+            self._run.log(sent)
+        except Exception as error:  # wandb's errors, its service's, the network's: none of them may end a training
+            self._give_up("stopped taking rows", error)
+
+    def _start(self) -> None:
+        """Start a wandb run, offline if it cannot be online."""
+        try:
+            self._run = self._init(self.mode)
+            return
+        except Exception as error:  # see log
+            if self.mode == "offline":
+                self._give_up("cannot start", error)
+                return
+            logger.warning(
+                "wandb is out of reach (%s); the run goes on and keeps its rows for `wandb sync`", _reason(error)
+            )
+        self.mode = "offline"
+        self._start()
+
+    def _init(self, mode: str) -> Any:
         import wandb
 
-        try:
-            # The same id for the same directory: a resumed run goes on in the same wandb run.
-            return wandb.init(
-                project="ppcl",
-                name=self.out.name,
-                id=self.config["identity"],
-                resume="allow",
-                dir=str(self.out),
-                mode=mode,
-                config=self.config,
-            )
-        except (wandb.Error, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"wandb cannot start ({reason}); use --set wandb=offline or off") from None
+        # The same id for the same directory: a resumed run goes on in the same wandb run.
+        return wandb.init(
+            project="ppcl",
+            name=self.out.name,
+            id=self.config["identity"],
+            resume="allow",
+            dir=str(self.out),
+            mode=mode,
+            config=self.config,
+        )
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        logger.warning("wandb %s (%s); the run goes on, with log.jsonl alone", what, _reason(error))
+        self.mode, self._run = "off", None
 
     def finish(self) -> None:
         """End the wandb run, if one was started."""
         if self._run is not None:
-            self._run.finish()
+            try:
+                self._run.finish()
+            except Exception as error:  # see log
+                self._give_up("did not end well", error)
             self._run = None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

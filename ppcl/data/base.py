@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ppcl.files import write_text
 from ppcl.training import step_generator
@@ -122,6 +122,8 @@ def decode(content: bytes) -> Image.Image:
                 white = Image.new("RGBA", image.size, (255, 255, 255, 255))
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
+    except UnidentifiedImageError:  # whose text names an address in memory
+        raise BadSample("corrupt picture", "it is in no format that Pillow knows") from None
     # the exceptions that Pillow's decoders let through on damaged files
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error) as e:
         raise BadSample("corrupt picture", str(e) or type(e).__name__) from None
