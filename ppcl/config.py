@@ -7,25 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ppcl.errors import ConfigError, nearest
+from ppcl.sections import PicturesConfig, Section
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that a stage's result depends on."""
-        return self.model_dump()
-
-
-class CaptureConfig(Section):
+class CaptureConfig(PicturesConfig):
     """Recording the teacher's denoising states."""
 
     num_prompts: int = Field(256, ge=2, description="prompts to sample from, at most")
@@ -38,33 +29,6 @@ class CaptureConfig(Section):
     num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
     guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
     negative_prompt: str = " "
-    data: str = Field(
-        "prompts",
-        min_length=1,
-        description="prompts: states of the teacher's own trajectories; or captioned pictures that are noised: a "
-        "folder, shards like data-{000..012}.tar, *.parquet, hub:owner/name (docs/data.md); num_prompts counts them",
-    )
-    image_column: str = Field("image", description="of a Hugging Face data set")
-    caption_column: str = Field("text", description="of a data set, of metadata.jsonl and of a shard's .json")
-    data_split: str = Field("train", description="of a Hugging Face data set")
-    aspect_ratios: tuple[str, ...] = Field(
-        ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"),
-        description="width:height that pictures are cut to, the nearest one, all of about the area of height x width",
-    )
-
-    @field_validator("aspect_ratios")
-    @classmethod
-    def _real_ratios(cls, ratios: tuple[str, ...]) -> tuple[str, ...]:
-        """YAML 1.1 reads 4:3 without quotes as a number of seconds."""
-        for text in ratios:
-            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", text):
-                raise ValueError(f"got {text!r}, expected width:height in quotes, e.g. ['1:1', '4:3']")
-        return ratios
-
-    def identity(self) -> dict[str, Any]:
-        """Without what prompts alone do not read."""
-        of_pictures = {"data", "image_column", "caption_column", "data_split", "aspect_ratios"}
-        return self.model_dump(exclude=of_pictures if self.data == "prompts" else set())
 
 
 class AnalyzeConfig(Section):

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from ppcl import trees
 from ppcl.capture import (
     Call,
     call_pipeline,
+    capture,
     choose_rows,
     guidance_arguments,
     prompt_length,
@@ -30,11 +31,15 @@ from ppcl.capture import (
     write_calls,
 )
 from ppcl.config import CaptureConfig
-from ppcl.data import BadSample, Sample, Skipped, Source, bucket_sizes, choose_samples, open_source
+from ppcl.data import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.errors import ModelError, UserError
 from ppcl.progress import Progress
+from ppcl.sections import PROMPTS
 from ppcl.teacher import seeds
 from ppcl.training import step_generator
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
@@ -113,6 +118,26 @@ def record_noised(
     return calls
 
 
+def check_data(pipeline: Any, settings: CaptureConfig) -> None:
+    """Find out what can be wrong with ``capture.data`` before anything is done.
+
+    Raises:
+        UserError: See :func:`image_to_image` and :func:`ppcl.data.open_source`.
+    """
+    if settings.data != PROMPTS:
+        image_to_image(pipeline)
+        open_source(settings)
+
+
+def capture_run(run: Run) -> None:
+    """The capture stage: states of trajectories or of pictures, as ``capture.data`` says."""
+    folder, settings, seed = run.out / "calibration", run.config.capture, run.config.seed
+    if settings.data == PROMPTS:
+        capture(run.teacher, run.calibration_prompts, folder, settings, seed)
+    else:
+        capture_pictures(run.teacher, folder, settings, seed, run.evaluation_prompts)
+
+
 @dataclass(frozen=True)
 class _Job:
     """One file of states."""
@@ -136,7 +161,7 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         ModelError: The family cannot noise pictures.
         UserError: There are fewer than two usable samples with different captions.
     """
-    sibling, source = check_pictures(pipeline, settings)
+    sibling, source = image_to_image(pipeline), open_source(settings)
     skipped = Skipped()
     sizes = picture_sizes(pipeline, settings)
     samples = choose_samples(source, settings.num_prompts, sizes, exclude, skipped, seed)
@@ -163,18 +188,6 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         skipped.save(folder / SKIPPED)
     if any(not list(folder.glob(f"{split}-*.safetensors")) for split in ("train", "held-out")):
         raise UserError(f"capture.data = {settings.data}: its pictures went away while they were used; run again")
-
-
-def check_pictures(pipeline: Any, settings: CaptureConfig) -> tuple[Any, Source]:
-    """Find out what can be wrong with ``capture.data`` before anything is done.
-
-    Returns:
-        The image-to-image sibling and the source.
-
-    Raises:
-        UserError: See :func:`image_to_image` and :func:`ppcl.data.open_source`.
-    """
-    return image_to_image(pipeline), open_source(settings)
 
 
 def _jobs(

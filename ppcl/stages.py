@@ -51,7 +51,7 @@ PRODUCTS = {
 # Training states: kept while a stage is interrupted, useless once what it depends on has changed.
 CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
-    "distill": ("checkpoints/distill-local", "checkpoints/distill-alternating", "checkpoints/distill-output"),
+    "distill": (*(f"checkpoints/distill-{name}" for name in ("local", "alternating", "output")), "samples"),
 }
 # Stages that all processes work on; of the others the first one does them while the rest wait.
 SHARED = ("fit", "distill")
@@ -260,11 +260,9 @@ class Run:
                 if file.suffix == ".safetensors":
                     read_tensor_header(file)
         if stage == "capture":
-            _ = self.teacher
-            if self.config.capture.data != "prompts":
-                from ppcl.picture_states import check_pictures
+            from ppcl.picture_states import check_data
 
-                check_pictures(self.teacher, self.config.capture)
+            check_data(self.teacher, self.config.capture)
         elif stage == "fit":
             from ppcl.criteria import criterion_named
 
@@ -293,15 +291,9 @@ class Run:
 
 def capture_stage(run: Run) -> None:
     """Record the teacher's denoising states."""
-    if run.config.capture.data != "prompts":
-        from ppcl.picture_states import capture_pictures
+    from ppcl.picture_states import capture_run
 
-        folder, settings = run.out / "calibration", run.config.capture
-        capture_pictures(run.teacher, folder, settings, run.config.seed, run.evaluation_prompts)
-        return
-    from ppcl.capture import capture
-
-    capture(run.teacher, run.calibration_prompts, run.out / "calibration", run.config.capture, run.config.seed)
+    capture_run(run)
 
 
 def analyze_stage(run: Run) -> None:
@@ -358,22 +350,14 @@ def _make_plan(run: Run) -> CompressionPlan:
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
     from ppcl.distill.trainer import Distiller, check_plan
+    from ppcl.samples import sheet_for
     from ppcl.teacher import config_digest
 
     plan = run.read(CompressionPlan, "plan.json")
     check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
-    Distiller(
-        run.teacher.transformer,
-        run.adapter,
-        plan,
-        run.out / "calibration",
-        run.out,
-        run.config.distill,
-        run.config.seed,
-        run.config.precision,
-        run.log,
-        group=run.group,
-    ).run()
+    settings, calibration = run.config, run.out / "calibration"
+    common = (run.teacher.transformer, run.adapter, plan, calibration, run.out, settings.distill)
+    Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sheet_for(run)).run()
 
 
 def export_stage(run: Run) -> None:

@@ -49,19 +49,22 @@ class Tracker:
     def _start(self) -> None:
         """Start a wandb run, offline if it cannot be online."""
         try:
-            self._run = self._init(self.mode)
-            return
-        except Exception as error:  # see log
-            if self.mode == "offline":
-                self._give_up("cannot start", error)
-                return
-            logger.warning(
-                "wandb is out of reach (%s); the run goes on and keeps its rows for `wandb sync`", _reason(error)
-            )
-        self.mode = "offline"
-        self._start()
+            if self.mode == "online":
+                try:
+                    self._run = self._init("online")
+                    return
+                except Exception as error:  # see log
+                    said = "wandb is out of reach (%s); the run goes on and keeps its rows for `wandb sync`"
+                    logger.warning(said, _reason(error))
+                self.mode = "offline"
+                import wandb
 
-    def _init(self, mode: str) -> Any:
+                wandb.teardown()  # its service still holds the id of the run that could not start
+            self._run = self._init("offline")
+        except Exception as error:  # see log
+            self._give_up("cannot start", error)
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         # The same id for the same directory: a resumed run goes on in the same wandb run.

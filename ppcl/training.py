@@ -136,6 +136,7 @@ class TrainingLoop:
         label: Name shown beside the progress bar.
         group: The processes that train.
         adjust: Called when the gradients of all processes are added up, before they are clipped.
+        after: Called with the number of steps done, in all processes, when a step is over and saved if it is to be.
     """
 
     def __init__(
@@ -149,10 +150,11 @@ class TrainingLoop:
         label: str = "train",
         group: Group = SINGLE,
         adjust: Callable[[], None] | None = None,
+        after: Callable[[int], None] | None = None,
     ) -> None:
         self.backward, self.settings, self.folder = backward, settings, Path(folder)
         self.fingerprint, self.log, self.label = fingerprint, log, label
-        self.group, self.adjust = group, adjust
+        self.group, self.adjust, self.after = group, adjust, after
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
@@ -191,6 +193,8 @@ class TrainingLoop:
                     self.save(step + 1)
                 if stop:
                     raise stopping.Stopped
+                if self.after:
+                    self.after(step + 1)
         return end
 
     def _report(self, row: dict[str, Any]) -> None:

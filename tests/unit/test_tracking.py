@@ -25,6 +25,9 @@ class FakeWandb:
     def Image(self, path):
         return f"picture of {path}"
 
+    def teardown(self):
+        self.started.append({"mode": "teardown"})
+
     def _log(self, row):
         if len(self.rows) == self.lasts:
             raise ConnectionResetError("the service is gone\nand more")
@@ -70,7 +73,7 @@ def test_unreachable_goes_on_offline(monkeypatch, tmp_path, caplog):
     for step in range(3):
         tracker.log({"stage": "fit", "step": step})
     assert fake.rows == [{"fit/step": step} for step in range(3)]
-    assert [arguments["mode"] for arguments in fake.started] == ["online", "offline"]
+    assert [arguments["mode"] for arguments in fake.started] == ["online", "teardown", "offline"]
     (said,) = caplog.messages
     assert "out of reach (api.wandb.ai is unreachable)" in said and "\n" not in said
 
@@ -81,7 +84,7 @@ def test_neither_online_nor_offline_goes_on_without(monkeypatch, tmp_path, caplo
     for step in range(3):
         tracker.log({"stage": "fit", "step": step})
     tracker.finish()
-    assert (len(fake.started), fake.rows, fake.finished) == (2, [], 0)
+    assert (len(fake.started), fake.rows, fake.finished) == (3, [], 0)
     assert len(caplog.messages) == 2 and "log.jsonl alone" in caplog.messages[-1]
 
 
