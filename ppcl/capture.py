@@ -309,11 +309,14 @@ class States:
             group: The processes that train.
             accumulate: Parts of each process.
 
-        Yields:
-            A part, with the teacher's answers, and what it counts. Every process gets as many parts; one without a
+        Returns:
+            Parts with the teacher's answers, and what each counts. Every process gets as many parts; one without a
             sample (the batch is smaller than the number of parts) is the first sample with a share of 0.
         """
-        rows = self.draw(size, generator)
+        return self.share_out(self.draw(size, generator), group, accumulate)
+
+    def share_out(self, rows: Sequence[tuple[int, int]], group: Group, accumulate: int) -> Iterator[tuple[Call, Share]]:
+        """Yield this process's parts of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         if count == 1:
             yield self._assemble(rows), WHOLE

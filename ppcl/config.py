@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ppcl.errors import ConfigError, nearest
-from ppcl.sections import PicturesConfig, Section
+from ppcl.sections import PROMPTS, PicturesConfig, Section
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
@@ -174,6 +174,11 @@ class DistillConfig(Section):
     keep_start: bool = Field(
         True, description="keep the start where training ends further from the teacher on held-out states"
     )
+    fresh: int = Field(
+        0,
+        ge=0,
+        description="pictures of capture.data that are noised anew for every step (docs/data.md); 0: recorded states",
+    )
     sample_every: int = Field(
         0, ge=0, description="output stage: steps between sheets of pictures in RUN/samples (and wandb); 0: none"
     )
@@ -193,7 +198,7 @@ class DistillConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
-        return self.model_dump(exclude=_HOW_NOT_WHAT)
+        return self.model_dump(exclude=_HOW_NOT_WHAT if self.fresh else {*_HOW_NOT_WHAT, "fresh"})
 
 
 _HOW_NOT_WHAT = {
@@ -268,6 +273,12 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()  # type: ignore[call-arg]
     export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fresh_needs_pictures(self) -> RunConfig:
+        if self.distill.fresh and self.capture.data == PROMPTS:
+            raise ValueError("distill.fresh noises pictures anew; set capture.data to some, or distill.fresh=0")
+        return self
 
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:

@@ -95,6 +95,9 @@ def record_noised(
         step: Of ``settings.num_inference_steps``; 0 is almost all noise.
         generators: One for the noise of each picture.
         settings: Steps and guidance.
+
+    Raises:
+        UserError: The pipeline refuses pictures of this size.
     """
     width, height = pictures[0].size
 
@@ -103,19 +106,38 @@ def record_noised(
         return {}
 
     with recording(sibling.transformer) as calls:
-        call_pipeline(
-            sibling,
-            prompts,
-            image=list(pictures),
-            # the first step is int(steps - steps * strength); half a step more than that cannot be rounded off
-            strength=1 - (step + 0.5) / settings.num_inference_steps,
-            generator=list(generators),
-            num_inference_steps=settings.num_inference_steps,
-            output_type="latent",
-            callback_on_step_end=interrupt,
-            **{**guidance_arguments(sibling, settings), "height": height, "width": width},
-        )
+        try:
+            call_pipeline(
+                sibling,
+                prompts,
+                image=list(pictures),
+                # the first step is int(steps - steps * strength); half a step more than that cannot be rounded off
+                strength=1 - (step + 0.5) / settings.num_inference_steps,
+                generator=list(generators),
+                num_inference_steps=settings.num_inference_steps,
+                output_type="latent",
+                callback_on_step_end=interrupt,
+                **{**guidance_arguments(sibling, settings), "height": height, "width": width},
+            )
+        except ValueError as error:  # SD3 has positions for so many rows and columns, for one
+            raise UserError(
+                f"{type(sibling).__name__} refuses pictures of {width}x{height} ({str(error).splitlines()[0][:200]}); "
+                "set capture.aspect_ratios, or capture.height and capture.width"
+            ) from error
     return calls
+
+
+def branches_of(calls: Sequence[Call], count: int) -> list[tuple[Call, int]]:
+    """Where guidance's answers with and without the prompt are: two calls, or one of twice the batch.
+
+    Args:
+        calls: See :func:`record_noised`.
+        count: Pictures.
+
+    Returns:
+        For each branch the call, and the row of the first picture in it.
+    """
+    return [(call, at) for call in calls for at in range(0, trees.batch_size(call.arguments), count)]
 
 
 def check_data(pipeline: Any, settings: CaptureConfig) -> None:
@@ -224,16 +246,8 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
     calls: list[Call] = []
     for place, (step, rows) in enumerate(steps.items()):
         prompts, pictures = [ready[i][0].caption for i in rows], [ready[i][1] for i in rows]
-        try:
-            found = record_noised(sibling, prompts, pictures, step, [noise[i] for i in rows], settings)
-        except ValueError as error:  # SD3 has positions for so many rows and columns, for one
-            height, width = job.samples[0].size
-            raise UserError(
-                f"{type(sibling).__name__} refuses pictures of {width}x{height} ({str(error).splitlines()[0][:200]}); "
-                "set capture.aspect_ratios, or capture.height and capture.width"
-            ) from error
-        # With the prompt and without it, as two calls or one of twice the batch: each gets its share of the pictures.
-        branches = [(call, at) for call in found for at in range(0, trees.batch_size(call.arguments), len(rows))]
+        found = record_noised(sibling, prompts, pictures, step, [noise[i] for i in rows], settings)
+        branches = branches_of(found, len(rows))  # each gets its share of the pictures
         for number, (call, at) in enumerate(branches):
             if own := [at + i for i in range((number + place) % len(branches), len(rows), len(branches))]:
                 calls.append(call.rows(own))

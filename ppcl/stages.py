@@ -350,6 +350,7 @@ def _make_plan(run: Run) -> CompressionPlan:
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
     from ppcl.distill.trainer import Distiller, check_plan
+    from ppcl.fresh_states import fresh_states
     from ppcl.samples import sheet_for
     from ppcl.teacher import config_digest
 
@@ -357,7 +358,8 @@ def distill_stage(run: Run) -> None:
     check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
     settings, calibration = run.config, run.out / "calibration"
     common = (run.teacher.transformer, run.adapter, plan, calibration, run.out, settings.distill)
-    Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sheet_for(run)).run()
+    states, sample = fresh_states(run), sheet_for(run)
+    Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sample, states=states).run()
 
 
 def export_stage(run: Run) -> None:

@@ -113,6 +113,7 @@ class Distiller:
         group: The processes that train; the first one writes.
         sample: Draws pictures with the student of the output stage, every ``sample_every`` steps, from (steps done,
             student); called in the first process, and in all of them where the student is split.
+        states: What is trained on; the recorded ones of ``calibration`` if None.
     """
 
     def __init__(
@@ -130,11 +131,12 @@ class Distiller:
         closed_forms: Path | None = None,
         group: Group = SINGLE,
         sample: Sample | None = None,
+        states: States | None = None,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group, self.sample = group, sample
-        self.states = States(calibration, "train")
+        self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None

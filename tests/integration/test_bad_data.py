@@ -46,7 +46,8 @@ def test_a_run_goes_on_past_bad_samples_and_wandb(
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, teardown=lambda: None))
     data = write_data(tmp_path / "data", broken=False)
-    changes = [f"capture.data={data}", "capture.num_prompts=20", "distill.output_steps=4", "wandb=online"]
+    changes = [f"capture.data={data}", "capture.num_prompts=20", "distill.output_steps=4", "distill.fresh=20"]
+    changes += ["wandb=online"]
     config = load_config([small_config], [*changes, "distill.sample_every=2", "distill.sample_prompts=2"])
     out = tmp_path / "run"
     run = Run(str(tiny_model), out, config, prompts_file, "test")
