@@ -234,13 +234,24 @@ def test_tables_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_parquet_file_and_a_saved_set(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = {"image": [{"bytes": picture(), "path": None}, {"bytes": b"junk", "path": None}], "text": ["red", "junk"]}
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    table = datasets.Dataset.from_dict(rows, features=features)
-    table.to_parquet(str(tmp_path / "part-0.parquet"))
-    table.save_to_disk(str(tmp_path / "saved"))
-    for data in (tmp_path / "part-{0..1}.parquet", tmp_path / "saved"):
+    pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = {"image": [{"bytes": picture(), "path": "a"}, {"bytes": b"junk", "path": "b"}], "text": ["red", "junk"]}
+    features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table(rows).replace_schema_metadata(about)
+    parquet.write_table(table, tmp_path / "part-0.parquet")
+    saved = tmp_path / "saved"  # what Dataset.save_to_disk writes
+    saved.mkdir()
+    with pyarrow.ipc.new_stream(str(saved / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (saved / "dataset_info.json").write_text(json.dumps({"features": features}))
+    state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "x", "_output_all_columns": False}
+    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_split": None}
+    (saved / "state.json").write_text(json.dumps(state))
+    for data in (tmp_path / "part-{0..1}.parquet", saved):
         used, reasons, _ = use(data)
         assert list(used.values()) == ["red"]
         assert "corrupt picture" in reasons.values()
