@@ -92,10 +92,14 @@ class FreshStates(States):
         return call.rows(range(at, at + len(captions)))
 
 
-def fresh_states(run: Run) -> FreshStates | None:
+def fresh_states(run: Run, pipeline: Any) -> FreshStates | None:
     """What the distill stage draws from, or None where it trains on recorded states.
 
     Captions of held-out states and of the evaluation are left out.
+
+    Args:
+        run: The run.
+        pipeline: The teacher's, text encoder and VAE on its device.
 
     Raises:
         UserError: No picture is usable.
@@ -105,11 +109,11 @@ def fresh_states(run: Run) -> FreshStates | None:
     if not count:
         return None
     held_out = {text for path in folder.glob("held-out-*.safetensors") for text in read_tensors(path)[1]["prompts"]}
-    skipped, sizes = Skipped(), picture_sizes(run.teacher, settings)
+    skipped, sizes = Skipped(), picture_sizes(pipeline, settings)
     exclude = {*held_out, *run.evaluation_prompts}
     samples = choose_samples(open_source(settings), count, sizes, exclude, skipped, run.config.seed)
     if not samples:
         raise UserError(f"distill.fresh: {settings.data} has no usable sample for training; left out: {skipped}")
     if run.group.is_main:
         logger.info("distill.fresh: %d pictures%s", len(samples), f"; left out: {skipped}" if skipped.rows else "")
-    return FreshStates(folder, run.teacher, samples, settings)
+    return FreshStates(folder, pipeline, samples, settings)

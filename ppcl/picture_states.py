@@ -33,6 +33,7 @@ from ppcl.capture import (
 from ppcl.config import CaptureConfig
 from ppcl.data import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.errors import ModelError, UserError
+from ppcl.files import digest, read_json, write_json
 from ppcl.progress import Progress
 from ppcl.sections import PROMPTS
 from ppcl.teacher import seeds
@@ -200,6 +201,7 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         logger.warning(
             "capture.data: %d samples are used; left out: %s; listed in %s", len(samples), skipped, folder / SKIPPED
         )
+    _forget_others(folder, samples)
     jobs = _jobs(pipeline, samples, captions, folder, settings, seed)
     with Progress("capture", total=len(jobs)) as progress:
         for job in jobs:
@@ -210,6 +212,16 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         skipped.save(folder / SKIPPED)
     if any(not list(folder.glob(f"{split}-*.safetensors")) for split in ("train", "held-out")):
         raise UserError(f"capture.data = {settings.data}: its pictures went away while they were used; run again")
+
+
+def _forget_others(folder: Path, samples: Sequence[Sample]) -> None:
+    """Remove the files of an attempt that found other samples: its split and its batches were other ones."""
+    chosen = digest([[sample.entry.name, sample.caption, sample.size] for sample in samples])
+    marker = folder / "samples.json"
+    if marker.is_file() and read_json(marker) != {"digest": chosen, "samples": len(samples)}:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    write_json(marker, {"digest": chosen, "samples": len(samples)})
 
 
 def _jobs(

@@ -115,17 +115,17 @@ class SampleSheet:
             sheet.save(temporary, "PNG")
 
 
-def sheet_for(run: Run) -> SampleSheet | None:
-    """What draws the sheets of a run, or None where it asks for none."""
+def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
+    """What draws the sheets of a run with the teacher's pipeline, or None where the run asks for none."""
     settings = run.config
     if not settings.distill.sample_every:
         return None
     return SampleSheet(
-        run.teacher,
+        pipeline,
         run.evaluation_prompts[: settings.distill.sample_prompts],
         run.out,
         settings.evaluate.num_inference_steps,
-        guidance_arguments(run.teacher, settings.capture),
+        guidance_arguments(pipeline, settings.capture),
         settings.seed,
         settings.precision,
         run.log if run.group.is_main else None,

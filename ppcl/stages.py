@@ -358,7 +358,7 @@ def distill_stage(run: Run) -> None:
     check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
     settings, calibration = run.config, run.out / "calibration"
     common = (run.teacher.transformer, run.adapter, plan, calibration, run.out, settings.distill)
-    states, sample = fresh_states(run), sheet_for(run)
+    states, sample = fresh_states(run, run.teacher), sheet_for(run, run.teacher)
     Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sample, states=states).run()
 
 

@@ -6,6 +6,7 @@ The mirror is a convenience: whatever happens to it, the run goes on and ``log.j
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,18 +32,26 @@ class Tracker:
 
     def log(self, row: dict[str, Any]) -> None:
         """Send one row under its stage's name; keys are those of ``log.jsonl``, pictures are sent themselves."""
+        stage = row.get("stage", "run")
+
+        def content(wandb: Any) -> dict[str, Any]:
+            sent = {f"{stage}/{key}": value for key, value in row.items() if key != "stage"}
+            if PICTURE in row:
+                sent[f"{stage}/{PICTURE}"] = wandb.Image(str(self.out / row[PICTURE]))
+            return sent
+
+        self._send(content)
+
+    def _send(self, content: Callable[[Any], dict[str, Any]]) -> None:
+        """Send what ``content`` makes with the wandb module; a failure is said, and ends the mirror alone."""
         if self.mode != "off" and self._run is None:
             self._start()
         if self._run is None:
             return
-        stage = row.get("stage", "run")
         try:
             import wandb
 
-            sent = {f"{stage}/{key}": value for key, value in row.items() if key != "stage"}
-            if PICTURE in row:
-                sent[f"{stage}/{PICTURE}"] = wandb.Image(str(self.out / row[PICTURE]))
-            self._run.log(sent)
+            self._run.log(content(wandb))
         except Exception as error:  # wandb's errors, its service's, the network's: none of them may end a training
             self._give_up("stopped taking rows", error)
 
@@ -53,7 +62,7 @@ class Tracker:
                 try:
                     self._run = self._init("online")
                     return
-                except Exception as error:  # see log
+                except Exception as error:  # see _send
                     said = "wandb is out of reach (%s); the run goes on and keeps its rows for `wandb sync`"
                     logger.warning(said, _reason(error))
                 self.mode = "offline"
@@ -61,7 +70,7 @@ class Tracker:
 
                 wandb.teardown()  # its service still holds the id of the run that could not start
             self._run = self._init("offline")
-        except Exception as error:  # see log
+        except Exception as error:  # see _send
             self._give_up("cannot start", error)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
@@ -87,7 +96,7 @@ class Tracker:
         if self._run is not None:
             try:
                 self._run.finish()
-            except Exception as error:  # see log
+            except Exception as error:  # see _send
                 self._give_up("did not end well", error)
             self._run = None
 

@@ -158,6 +158,19 @@ def test_capture_is_resumed_with_identical_bytes(calibration: Path, data: Path, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == original
 
 
+def test_files_of_an_attempt_with_other_samples_do_not_stay(calibration: Path, data: Path, tmp_path: Path) -> None:
+    for folder, source in ((tmp_path / "data", data), (tmp_path / "out", calibration)):
+        folder.mkdir()
+        for path in source.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data" / "5.png").unlink()
+    settings = CaptureConfig(**SETTINGS, data=str(tmp_path / "data"))
+    for out in (tmp_path / "out", tmp_path / "fresh"):
+        capture_pictures(shared_pipeline(), out, settings, 0, [])
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "fresh")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_both_branches_of_guidance_are_recorded(scale: float, tmp_path: Path) -> None:
     """SD3 joins them in one call of twice the batch, the ones without prompt first."""
