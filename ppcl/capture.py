@@ -2,19 +2,21 @@
 
 A *state* is one sample of one transformer call: latents, timestep, text embeddings and
 every other argument. States come from the teacher's own trajectories, so that no picture
-data is needed and the student is trained where the sampler goes. One file holds some calls
-of one batch of prompts; the files are split into train and held-out by prompt.
+data is needed and the student is trained where the sampler goes (:mod:`ppcl.picture_states`
+makes them from pictures). One file holds some calls of one batch of prompts; the files are
+split into train and held-out by prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ class Call:
     arguments: dict[str, Any]
     velocity: Tensor
 
+    def rows(self, chosen: Sequence[int]) -> Call:
+        """The same call of some of its samples."""
+        picked = trees.take(self.arguments, list(chosen), trees.batch_size(self.arguments))
+        return Call(picked, self.velocity[list(chosen)])
+
 
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
     """Name the guidance and size arguments as this pipeline wants them (frames too, if it draws videos).
@@ -73,10 +80,11 @@ def call_pipeline(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> An
     return pipeline(prompt=list(prompts), **arguments)
 
 
-def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
-    """Denoise a batch of prompts; return every transformer call."""
+@contextlib.contextmanager
+def recording(transformer: nn.Module) -> Iterator[list[Call]]:
+    """Record every call of a transformer inside the block, on the CPU."""
     calls: list[Call] = []
-    parameters = inspect.signature(pipeline.transformer.forward)
+    parameters = inspect.signature(transformer.forward)
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = dict(parameters.bind(*args, **kwargs).arguments)
@@ -84,8 +92,16 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
         cpu = torch.device("cpu")
         calls.append(Call(trees.to_device(arguments, cpu), _velocity_of(output).to(cpu)))
 
-    handle = pipeline.transformer.register_forward_hook(record, with_kwargs=True)
+    handle = transformer.register_forward_hook(record, with_kwargs=True)
     try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
+    """Denoise a batch of prompts; return every transformer call."""
+    with recording(pipeline.transformer) as calls:
         call_pipeline(
             pipeline,
             prompts,
@@ -94,9 +110,26 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
             output_type="latent",
             **guidance_arguments(pipeline, settings),
         )
-    finally:
-        handle.remove()
     return calls
+
+
+def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
+    """Write calls as one file that :class:`States` reads.
+
+    Args:
+        path: The file.
+        calls: In the order that they get.
+        about: Recorded with them.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    rows = [trees.flatten(call.arguments, f"{n:02d}", tensors) for n, call in enumerate(calls)]
+    tensors |= {f"velocity.{n:02d}": call.velocity for n, call in enumerate(calls)}
+    # A tensor that several calls share is stored once: a clone each would repeat the text.
+    tensors, alias = _share(tensors)
+    write_tensors(path, tensors, {"calls": rows, "alias": alias, **about})
 
 
 def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list[int]:
@@ -121,7 +154,7 @@ def choose_rows(num_calls: int, count: int, size: int, generator: torch.Generato
     edges = [i * num_calls // count for i in range(count + 1)]  # whole numbers, so that no call is drawn twice
     order = torch.randperm(size, generator=generator).tolist()
     rows: dict[int, list[int]] = {}
-    for first, end in pairwise(edges):
+    for first, end in itertools.pairwise(edges):
         for part, call in enumerate(torch.randperm(end - first, generator=generator).tolist()):
             if chosen := order[part :: end - first]:
                 rows[first + call] = sorted(chosen)
@@ -159,7 +192,7 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
     jobs = []
     for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
         # Prompts of like length share a batch, so that few shapes of text embeddings arise.
-        chosen = sorted(chosen, key=lambda text: (_length(pipeline, text), text))
+        chosen = sorted(chosen, key=lambda text: (prompt_length(pipeline, text), text))
         for start in range(0, len(chosen), settings.batch_size):
             jobs.append((split, start // settings.batch_size, chosen[start : start + settings.batch_size]))
     with Progress("capture", total=len(jobs)) as progress:
@@ -170,18 +203,12 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
                 sizes = [trees.batch_size(call.arguments) for call in calls]
                 drawn = step_generator(seed, number, 18)
                 picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
-                tensors: dict[str, Tensor] = {}
-                rows = []
-                for n, (i, own) in enumerate(picked.items()):
-                    rows.append(trees.flatten(trees.take(calls[i].arguments, own, sizes[i]), f"{n:02d}", tensors))
-                    tensors[f"velocity.{n:02d}"] = calls[i].velocity[own]
-                # A tensor that several calls share is stored once: a clone each would repeat the text.
-                tensors, alias = _share(tensors)
-                write_tensors(path, tensors, {"calls": rows, "alias": alias, "prompts": batch, "of": len(calls)})
+                write_calls(path, [calls[i].rows(chosen) for i, chosen in picked.items()], prompts=batch, of=len(calls))
             progress.advance()
 
 
-def _length(pipeline: Any, text: str) -> int:
+def prompt_length(pipeline: Any, text: str) -> int:
+    """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
     tokenizer = getattr(pipeline, "tokenizer", None)
     return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
 
@@ -302,11 +329,14 @@ class States:
             group: The processes that train.
             accumulate: Parts of each process.
 
-        Yields:
-            A part, with the teacher's answers, and what it counts. Every process gets as many parts; one without a
+        Returns:
+            Parts with the teacher's answers, and what each counts. Every process gets as many parts; one without a
             sample (the batch is smaller than the number of parts) is the first sample with a share of 0.
         """
-        rows = self.draw(size, generator)
+        return self.share_out(self.draw(size, generator), group, accumulate)
+
+    def share_out(self, rows: Sequence[tuple[int, int]], group: Group, accumulate: int) -> Iterator[tuple[Call, Share]]:
+        """Yield this process's parts of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         if count == 1:
             yield self._assemble(rows), WHOLE

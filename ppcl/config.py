@@ -7,29 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ppcl.aliases import resolve_aliases
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import source_of, valid_name
 from ppcl.search_config import SearchConfig
+from ppcl.sections import PROMPTS, PicturesConfig, Section
 from ppcl.sparsity_config import SparsityConfig
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that a stage's result depends on."""
-        return self.model_dump()
-
-
-class CaptureConfig(Section):
+class CaptureConfig(PicturesConfig):
     """Recording the teacher's denoising states."""
 
     num_prompts: int = Field(256, ge=2, description="prompts to sample from, at most")
@@ -170,6 +161,15 @@ class DistillConfig(Section):
     keep_start: bool = Field(
         True, description="keep the start where training ends further from the teacher on held-out states"
     )
+    fresh: int = Field(
+        0,
+        ge=0,
+        description="pictures of capture.data that are noised anew for every step (docs/data.md); 0: recorded states",
+    )
+    sample_every: int = Field(
+        0, ge=0, description="output stage: steps between sheets of pictures in RUN/samples (and wandb); 0: none"
+    )
+    sample_prompts: int = Field(4, ge=1, description="of the evaluation, that sheets show")
     max_bad_steps: int = Field(
         10, ge=0, description="steps with NaN or a spike that a stage may leave out, a tenth of it at most"
     )
@@ -190,10 +190,14 @@ class DistillConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
-        return {**self.model_dump(exclude={*_HOW_NOT_WHAT, "sparsity"}), **zeros}
+        unread = {*_HOW_NOT_WHAT, "sparsity", *(() if self.fresh else ("fresh",))}
+        return {**self.model_dump(exclude=unread), **zeros}
 
 
-_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
+_HOW_NOT_WHAT = {
+    *("keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
+    *("sample_every", "sample_prompts"),
+}
 
 
 class ExportConfig(Section):
@@ -266,6 +270,12 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()  # type: ignore[call-arg]
     export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fresh_needs_pictures(self) -> RunConfig:
+        if self.distill.fresh and self.capture.data == PROMPTS:
+            raise ValueError("distill.fresh noises pictures anew; set capture.data to some, or distill.fresh=0")
+        return self
 
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:

@@ -50,7 +50,10 @@ PRODUCTS = {
 # Training states: kept while a stage is interrupted, useless once what it depends on has changed.
 CHECKPOINTS = {
     "fit": ("checkpoints/fit",),
-    "distill": tuple(f"checkpoints/distill-{part}" for part in ("masks", "local", "alternating", "output")),
+    "distill": (
+        *(f"checkpoints/distill-{part}" for part in ("masks", "local", "alternating", "output")),
+        "samples",
+    ),
 }
 # Stages that all processes work on; of the others the first one does them while the rest wait.
 SHARED = ("fit", "distill")
@@ -265,7 +268,9 @@ class Run:
                 if file.suffix == ".safetensors":
                     read_tensor_header(file)
         if stage == "capture":
-            _ = self.teacher
+            from ppcl.picture_states import check_data
+
+            check_data(self.teacher, self.config.capture)
         elif stage in ("fit", "distill"):
             from ppcl.criteria import check_criterion
 
@@ -294,9 +299,9 @@ class Run:
 
 def capture_stage(run: Run) -> None:
     """Record the teacher's denoising states."""
-    from ppcl.capture import capture
+    from ppcl.picture_states import capture_run
 
-    capture(run.teacher, run.calibration_prompts, run.out / "calibration", run.config.capture, run.config.seed)
+    capture_run(run)
 
 
 def analyze_stage(run: Run) -> None:
@@ -348,22 +353,16 @@ def plan_stage(run: Run) -> None:
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
     from ppcl.distill.trainer import Distiller, check_plan
+    from ppcl.fresh_states import fresh_states
+    from ppcl.samples import sheet_for
     from ppcl.teacher import config_digest
 
     plan = run.read(CompressionPlan, "plan.json")
     check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
-    Distiller(
-        run.teacher.transformer,
-        run.adapter,
-        plan,
-        run.out / "calibration",
-        run.out,
-        run.config.distill,
-        run.config.seed,
-        run.config.precision,
-        run.log,
-        group=run.group,
-    ).run()
+    settings, calibration = run.config, run.out / "calibration"
+    common = (run.teacher.transformer, run.adapter, plan, calibration, run.out, settings.distill)
+    states, sample = fresh_states(run, run.teacher), sheet_for(run, run.teacher)
+    Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sample, states=states).run()
 
 
 def export_stage(run: Run) -> None:

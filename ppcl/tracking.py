@@ -1,21 +1,27 @@
 """Mirror in Weights & Biases, when asked (``--set wandb=offline`` or ``online``).
 
-What goes there: the rows of ``log.jsonl``, and an evaluation's table, numbers and pictures.
+What goes there: the rows of ``log.jsonl``, and an evaluation's table, numbers and pictures. The mirror is a
+convenience: whatever happens to it, the run goes on and ``log.jsonl`` has every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ppcl.errors import UserError
+logger = logging.getLogger(__name__)
+PICTURE = "picture"  # the key of a row under which a file of pictures stands
 
 MAX_PICTURES = 64  # of a model
 
 
 class Tracker:
     """Sends the rows of a run to wandb; does nothing in mode ``off``.
+
+    Where wandb is out of reach, rows are kept offline (``wandb sync`` sends them later); where that fails as well,
+    they are in ``log.jsonl`` alone. Each is said once.
 
     Args:
         mode: ``off``, ``offline`` or ``online``.
@@ -28,15 +34,16 @@ class Tracker:
         self._run: Any = None
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send one row under its stage's name; keys are those of ``log.jsonl``.
-
-        Raises:
-            UserError: wandb cannot start (no network, no account).
-        """
-        if self.mode == "off":
-            return
+        """Send one row under its stage's name; keys are those of ``log.jsonl``, pictures are sent themselves."""
         stage = row.get("stage", "run")
-        self._started(self.mode).log({f"{stage}/{key}": value for key, value in row.items() if key != "stage"})
+
+        def content(wandb: Any) -> dict[str, Any]:
+            sent = {f"{stage}/{key}": value for key, value in row.items() if key != "stage"}
+            if PICTURE in row:
+                sent[f"{stage}/{PICTURE}"] = wandb.Image(str(self.out / row[PICTURE]))
+            return sent
+
+        self._send(content)
 
     def evaluation(
         self,
@@ -52,50 +59,78 @@ class Tracker:
             rows: One text a column each.
             numbers: By name; those that are not known are left out.
             pictures: By model, (prompt, file) pairs; the first 64 are sent.
-
-        Raises:
-            UserError: wandb cannot start (no network, no account).
         """
-        if self.mode == "off":
-            return
-        run = self._started(self.mode)
-        import wandb
 
-        shown: dict[str, Any] = {
-            f"evaluate/pictures/{label}": [
-                wandb.Image(str(path), caption=prompt) for prompt, path in pairs[:MAX_PICTURES]
-            ]
-            for label, pairs in pictures.items()
-        }
-        shown["evaluate/table"] = wandb.Table(columns=list(header), data=[list(row) for row in rows])
-        shown |= {f"evaluate/{name}": value for name, value in numbers.items() if value is not None}
-        run.log(shown)
+        def content(wandb: Any) -> dict[str, Any]:
+            shown: dict[str, Any] = {
+                f"evaluate/pictures/{label}": [
+                    wandb.Image(str(path), caption=prompt) for prompt, path in pairs[:MAX_PICTURES]
+                ]
+                for label, pairs in pictures.items()
+            }
+            shown["evaluate/table"] = wandb.Table(columns=list(header), data=[list(row) for row in rows])
+            return shown | {f"evaluate/{name}": value for name, value in numbers.items() if value is not None}
 
-    def _started(self, mode: Literal["online", "offline"]) -> Any:
+        self._send(content)
+
+    def _send(self, content: Callable[[Any], dict[str, Any]]) -> None:
+        """Send what ``content`` makes with the wandb module; a failure is said, and ends the mirror alone."""
+        if self.mode != "off" and self._run is None:
+            self._start()
         if self._run is None:
-            self._run = self._start(mode)
-        return self._run
+            return
+        try:
+            import wandb
 
-    def _start(self, mode: Literal["online", "offline"]) -> Any:
+            self._run.log(content(wandb))
+        except Exception as error:  # wandb's errors, its service's, the network's: none of them may end a training
+            self._give_up("stopped taking rows", error)
+
+    def _start(self) -> None:
+        """Start a wandb run, offline if it cannot be online."""
+        try:
+            if self.mode == "online":
+                try:
+                    self._run = self._init("online")
+                    return
+                except Exception as error:  # see _send
+                    said = "wandb is out of reach (%s); the run goes on and keeps its rows for `wandb sync`"
+                    logger.warning(said, _reason(error))
+                self.mode = "offline"
+                import wandb
+
+                wandb.teardown()  # its service still holds the id of the run that could not start
+            self._run = self._init("offline")
+        except Exception as error:  # see _send
+            self._give_up("cannot start", error)
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
-        try:
-            # The same id for the same directory: a resumed run goes on in the same wandb run.
-            return wandb.init(
-                project="ppcl",
-                name=self.out.name,
-                id=self.config["identity"],
-                resume="allow",
-                dir=str(self.out),
-                mode=mode,
-                config=self.config,
-            )
-        except (wandb.Error, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"wandb cannot start ({reason}); use --set wandb=offline or off") from None
+        # The same id for the same directory: a resumed run goes on in the same wandb run.
+        return wandb.init(
+            project="ppcl",
+            name=self.out.name,
+            id=self.config["identity"],
+            resume="allow",
+            dir=str(self.out),
+            mode=mode,
+            config=self.config,
+        )
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        logger.warning("wandb %s (%s); the run goes on, with log.jsonl alone", what, _reason(error))
+        self.mode, self._run = "off", None
 
     def finish(self) -> None:
         """End the wandb run, if one was started."""
         if self._run is not None:
-            self._run.finish()
+            try:
+                self._run.finish()
+            except Exception as error:  # see _send
+                self._give_up("did not end well", error)
             self._run = None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

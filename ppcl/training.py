@@ -137,6 +137,7 @@ class TrainingLoop:
         group: The processes that train.
         adjust: Called when the gradients of all processes are added up, before they are clipped.
         project: Called after each step of the optimizers, before the moving average sees the weights.
+        after: Called with the number of steps done, in all processes, when a step is over and saved if it is to be.
     """
 
     def __init__(
@@ -151,10 +152,11 @@ class TrainingLoop:
         group: Group = SINGLE,
         adjust: Callable[[], None] | None = None,
         project: Callable[[], None] | None = None,
+        after: Callable[[int], None] | None = None,
     ) -> None:
         self.backward, self.settings, self.folder = backward, settings, Path(folder)
         self.fingerprint, self.log, self.label = fingerprint, log, label
-        self.group, self.adjust, self.project = group, adjust, project
+        self.group, self.adjust, self.project, self.after = group, adjust, project, after
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
@@ -193,6 +195,8 @@ class TrainingLoop:
                     self.save(step + 1)
                 if stop:
                     raise stopping.Stopped
+                if self.after:
+                    self.after(step + 1)
         return end
 
     def _report(self, row: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ from ppcl.trees import to_device
 logger = logging.getLogger(__name__)
 HELD_OUT = 64  # states that say whether training helped
 Log = Callable[[dict[str, Any]], None]
+Sample = Callable[[int, nn.Module], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
 
 
@@ -113,6 +114,9 @@ class Distiller:
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
         closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
         group: The processes that train; the first one writes.
+        sample: Draws pictures with the student of the output stage, every ``sample_every`` steps, from (steps done,
+            student); called in the first process, and in all of them where the student is split.
+        states: What is trained on; the recorded ones of ``calibration`` if None.
 
     Raises:
         ModelError: ``settings.sparsity`` does not fit the model.
@@ -133,12 +137,14 @@ class Distiller:
         fitted: Path | None = None,
         closed_forms: Path | None = None,
         group: Group = SINGLE,
+        sample: Sample | None = None,
+        states: States | None = None,
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
-        self.group = group
-        self.states = States(calibration, "train")
+        self.group, self.sample = group, sample
+        self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
@@ -201,6 +207,7 @@ class Distiller:
         backward: Callable[[int], dict[str, float]],
         steps: int,
         rate: float,
+        after: Callable[[int], None] | None = None,
     ) -> None:
         settings = self.settings
         loop_settings = LoopSettings(
@@ -226,8 +233,9 @@ class Distiller:
 
         folder = self.out / "checkpoints" / f"distill-{stage}"
         label = f"distill: {stage}"
-        held = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else ()
-        loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group, *held)
+        adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
+        common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
+        loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
         loop.run()
         loop.load_ema()
 
@@ -304,7 +312,13 @@ class Distiller:
         def backward(step: int) -> dict[str, float]:
             return self._in_parts(step, 37, part)
 
-        self._loop("output", modules, backward, self.settings.output_steps, self.settings.output_learning_rate)
+        def after(done: int) -> None:
+            every = self.settings.sample_every
+            if self.sample and every and done % every == 0 and (self.group.is_main or split):
+                self.sample(done, self.student)
+
+        steps, rate = self.settings.output_steps, self.settings.output_learning_rate
+        self._loop("output", modules, backward, steps, rate, after)
         if split:
             unshard(self.student)
 

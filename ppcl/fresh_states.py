@@ -1,0 +1,119 @@
+"""States on the fly: pictures that are noised anew for every step of the distillation.
+
+Recorded states are seen again and again; here each step draws pictures, noise, timestep and branch of guidance, and the
+teacher answers at once. Nothing is stored, and far more pictures can be used than recorded states fit on a disk. The
+price is a pass of the text encoder, the VAE and the teacher's transformer for each batch, in every process for the
+whole batch: so that padding, and with it the result, does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from ppcl.capture import Call, States
+from ppcl.config import CaptureConfig
+from ppcl.data import BadSample, Sample, Skipped, choose_samples, open_source
+from ppcl.distributed import SINGLE, Group, Share
+from ppcl.errors import UserError
+from ppcl.files import read_tensors
+from ppcl.picture_states import branches_of, image_to_image, picture_sizes, record_noised
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+logger = logging.getLogger(__name__)
+
+
+class FreshStates(States):
+    """The recorded states of the training split, whose :meth:`parts` are drawn anew from pictures.
+
+    Args:
+        folder: What the capture stage wrote.
+        pipeline: The teacher.
+        samples: Pictures to draw from.
+        settings: See :class:`CaptureConfig`.
+    """
+
+    def __init__(self, folder: Path, pipeline: Any, samples: Sequence[Sample], settings: CaptureConfig) -> None:
+        super().__init__(folder, "train")
+        self.sibling, self.settings = image_to_image(pipeline), settings
+        sizes = sorted({sample.size for sample in samples})
+        self.pictures = [[sample for sample in samples if sample.size == size] for size in sizes]
+
+    def parts(
+        self, size: int, generator: torch.Generator, group: Group = SINGLE, accumulate: int = 1
+    ) -> Iterator[tuple[Call, Share]]:
+        """Record a batch, and yield this process's parts of it; see :meth:`States.parts`."""
+        call = self.record(size, generator)
+        if call is None:
+            logger.warning("none of the pictures drawn for a step could be read; recorded states are used instead")
+            return super().parts(size, generator, group, accumulate)
+        self.calls.append(call)  # for as long as its parts are taken
+        rows = [(len(self.calls) - 1, row) for row in range(len(call.velocity))]
+        return self._and_forget(self.share_out(rows, group, accumulate))
+
+    def _and_forget(self, parts: Iterator[tuple[Call, Share]]) -> Iterator[tuple[Call, Share]]:
+        try:
+            yield from parts
+        finally:
+            self.calls.pop()
+
+    def record(self, size: int, generator: torch.Generator) -> Call | None:
+        """Noise a batch of pictures of one size to one step; everything comes from the generator.
+
+        Returns:
+            The teacher's call, of one branch of guidance; None if no picture could be read.
+        """
+        shares = torch.tensor([float(len(samples)) for samples in self.pictures])
+        samples = self.pictures[int(torch.multinomial(shares, 1, generator=generator))]
+        picks = torch.randint(len(samples), (min(size, len(samples)),), generator=generator).tolist()
+        step, coin = torch.rand(2, generator=generator).tolist()
+        seeds = torch.randint(2**62, (len(picks),), generator=generator).tolist()
+        ready: list[tuple[str, Image.Image, torch.Generator]] = []
+        for pick, seed in zip(picks, seeds, strict=True):
+            try:
+                ready.append((samples[pick].caption, samples[pick].picture(), torch.Generator().manual_seed(seed)))
+            except BadSample:  # it went away while the run trains
+                continue
+        if not ready:
+            return None
+        captions, pictures, noise = zip(*ready, strict=True)
+        place = int(step * self.settings.num_inference_steps)
+        branches = branches_of(
+            record_noised(self.sibling, captions, pictures, place, noise, self.settings), len(captions)
+        )
+        call, at = branches[int(coin * len(branches))]
+        return call.rows(range(at, at + len(captions)))
+
+
+def fresh_states(run: Run, pipeline: Any) -> FreshStates | None:
+    """What the distill stage draws from, or None where it trains on recorded states.
+
+    Captions of held-out states and of the evaluation are left out.
+
+    Args:
+        run: The run.
+        pipeline: The teacher's, text encoder and VAE on its device.
+
+    Raises:
+        UserError: No picture is usable.
+    """
+    settings, folder = run.config.capture, run.out / "calibration"
+    count = run.config.distill.fresh
+    if not count:
+        return None
+    held_out = {text for path in folder.glob("held-out-*.safetensors") for text in read_tensors(path)[1]["prompts"]}
+    skipped, sizes = Skipped(), picture_sizes(pipeline, settings)
+    exclude = {*held_out, *run.evaluation_prompts}
+    samples = choose_samples(open_source(settings), count, sizes, exclude, skipped, run.config.seed)
+    if not samples:
+        raise UserError(f"distill.fresh: {settings.data} has no usable sample for training; left out: {skipped}")
+    if run.group.is_main:
+        logger.info("distill.fresh: %d pictures%s", len(samples), f"; left out: {skipped}" if skipped.rows else "")
+    return FreshStates(folder, pipeline, samples, settings)

@@ -1,0 +1,149 @@
+"""Pictures of the student while it is trained: the same prompts and the same noise every time.
+
+They are there to look at, and change nothing: all noise has generators of its own, and whatever fails is said once and
+ends the drawing, not the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ppcl.capture import guidance_arguments
+from ppcl.errors import UserError
+from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
+from ppcl.files import atomic_path, read_json, write_json
+from ppcl.teacher import autocast
+from ppcl.tracking import PICTURE
+
+if TYPE_CHECKING:
+    from ppcl.stages import Run
+
+logger = logging.getLogger(__name__)
+Log = Callable[[dict[str, Any]], None]
+
+
+class SampleSheet:
+    """Draws a few prompts with the student, one row of pictures a sheet.
+
+    Writes ``samples/step-000200.png`` below ``out``, once ``teacher.png`` beside it, and ``prompts.json``.
+
+    Args:
+        pipeline: The teacher's; it is not changed.
+        prompts: One picture each.
+        out: The run directory.
+        num_inference_steps: Denoising steps of a picture.
+        call_kwargs: Size and guidance; see :func:`ppcl.capture.guidance_arguments`.
+        seed: Of the noise; that of the evaluation's first pictures, where it is the run's.
+        precision: Autocast of the transformer, as in training.
+        log: Receives ``{"stage": "samples", "step": ..., "picture": ...}`` with the path below ``out``; None in all
+            processes but the first, which draw (a student that is split needs all of them) and write nothing.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        out: Path,
+        num_inference_steps: int,
+        call_kwargs: dict[str, Any],
+        seed: int,
+        precision: str = "auto",
+        log: Log | None = None,
+    ) -> None:
+        self.pipeline, self.prompts, self.out, self.log = pipeline, list(prompts), out, log
+        self.num_inference_steps, self.call_kwargs = num_inference_steps, accepted_kwargs(pipeline, call_kwargs)
+        self.seed, self.precision = seed, precision
+        self._failed = False
+
+    def __call__(self, step: int, student: nn.Module) -> None:
+        """Draw a sheet with the student's weights after ``step`` steps."""
+        if self._failed:
+            return
+        folder = self.out / "samples"
+        try:
+            if self.log:
+                self._teacher_sheet(folder)
+            sheet = self._draw(student)
+            if self.log:
+                path = folder / f"step-{step:06d}.png"
+                self._write(path, sheet)
+                self.log({"stage": "samples", "step": step, PICTURE: str(path.relative_to(self.out))})
+        except (UserError, RuntimeError, ValueError, OSError) as error:
+            self._failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("samples of step %d could not be drawn (%s); training goes on without them", step, reason)
+
+    def _teacher_sheet(self, folder: Path) -> None:
+        """Draw the teacher's pictures, unless those of the same prompts are there."""
+        about, beside = {"prompts": self.prompts, "seed": self.seed}, folder / "prompts.json"
+        if (folder / "teacher.png").is_file() and beside.is_file() and read_json(beside) == about:
+            return
+        self._write(folder / "teacher.png", self._draw(self.pipeline.transformer))
+        write_json(beside, about)
+
+    def _draw(self, transformer: nn.Module) -> Image.Image:
+        """A row of pictures; they are drawn one by one, since training has filled the memory."""
+        pipeline = copy.copy(self.pipeline)
+        # past the pipeline's own __setattr__, which would write the class of a split student into its config
+        object.__setattr__(pipeline, "transformer", transformer)
+        device = next(transformer.parameters()).device
+        pictures = []
+        with _others_on(pipeline, device), autocast(device, self.precision):
+            for index, prompt in enumerate(self.prompts):
+                noise = [picture_generator(self.seed, index)]
+                pictures += draw(pipeline, [prompt], noise, self.num_inference_steps, self.call_kwargs)
+        height = max(picture.height for picture in pictures)
+        sheet = Image.new("RGB", (sum(picture.width for picture in pictures), height), (255, 255, 255))
+        left = 0
+        for picture in pictures:
+            sheet.paste(picture, (left, 0))
+            left += picture.width
+        return sheet
+
+    @staticmethod
+    def _write(path: Path, sheet: Image.Image) -> None:
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, "PNG")
+
+
+def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
+    """What draws the sheets of a run with the teacher's pipeline, or None where the run asks for none."""
+    settings = run.config
+    if not settings.distill.sample_every:
+        return None
+    return SampleSheet(
+        pipeline,
+        run.evaluation_prompts[: settings.distill.sample_prompts],
+        run.out,
+        settings.evaluate.num_inference_steps,
+        guidance_arguments(pipeline, settings.capture),
+        settings.seed,
+        settings.precision,
+        run.log if run.group.is_main else None,
+    )
+
+
+@contextlib.contextmanager
+def _others_on(pipeline: Any, device: torch.device) -> Iterator[None]:
+    """Bring text encoder and VAE to the device for the block, if training had them wait elsewhere."""
+    moved: list[tuple[nn.Module, torch.device]] = []
+    try:
+        for name, module in pipeline.components.items():
+            if name == "transformer" or not isinstance(module, nn.Module):
+                continue
+            here = next((p.device for p in module.parameters()), device)
+            if here != device:
+                moved.append((module.to(device), here))
+        yield
+    finally:
+        for module, place in moved:
+            module.to(place)

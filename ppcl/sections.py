@@ -1,0 +1,51 @@
+"""What all sections of a config have in common, and the part of capture that is about pictures."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+PROMPTS = "prompts"  # the calibration data that needs no pictures
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a stage's result depends on."""
+        return self.model_dump()
+
+
+class PicturesConfig(Section):
+    """Captioned pictures as calibration data."""
+
+    data: str = Field(
+        PROMPTS,
+        min_length=1,
+        description="prompts: states of the teacher's own trajectories; or captioned pictures that are noised: a "
+        "folder, shards like data-{000..012}.tar, *.parquet, hub:owner/name (docs/data.md); num_prompts counts them",
+    )
+    image_column: str = Field("image", description="of a Hugging Face data set")
+    caption_column: str = Field("text", description="of a data set, of metadata.jsonl and of a shard's .json")
+    data_split: str = Field("train", description="of a Hugging Face data set")
+    aspect_ratios: tuple[str, ...] = Field(
+        ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"),
+        description="width:height that pictures are cut to, the nearest one, all of about the area of height x width",
+    )
+
+    @field_validator("aspect_ratios")
+    @classmethod
+    def _real_ratios(cls, ratios: tuple[str, ...]) -> tuple[str, ...]:
+        """YAML 1.1 reads 4:3 without quotes as a number of seconds."""
+        for text in ratios:
+            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", text):
+                raise ValueError(f"got {text!r}, expected width:height in quotes, e.g. ['1:1', '4:3']")
+        return ratios
+
+    def identity(self) -> dict[str, Any]:
+        """Without what prompts alone do not read."""
+        return self.model_dump(exclude=set(PicturesConfig.model_fields) if self.data == PROMPTS else set())
