@@ -18,7 +18,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ import torch
 from common import capture_states, load, megabytes, parser, publish, synchronize
 from distill_step import Substitutes, choose_substitutes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.adapters import Adapter, StackSpec
@@ -36,6 +33,7 @@ from ppcl.adapters import States as BlockStates
 from ppcl.capture import States
 from ppcl.distill.local import local_backward, masks_of
 from ppcl.distill.losses import state_loss
+from ppcl.memory import LiveBytes
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries
 from ppcl.training import step_generator
@@ -87,37 +85,6 @@ def turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, 
             if turn:
                 times[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while they live, and their peak.
-
-    Args:
-        lasting: Tensors that are there anyway; views of them do not count.
-    """
-
-    def __init__(self, lasting: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in lasting}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, made)
-        return made
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 def peak_bytes(call: Callable[[], object], lasting: Iterable[Tensor]) -> int:

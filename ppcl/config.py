@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ppcl.config_memory import HOW_NOT_WHAT, MemorySettings
 from ppcl.errors import ConfigError, nearest
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
@@ -145,7 +146,7 @@ class PlanConfig(Section):
         return "keep", 0.6
 
 
-class DistillConfig(Section):
+class DistillConfig(MemorySettings, Section):
     """Training the substitutes against the teacher."""
 
     local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
@@ -201,7 +202,7 @@ class DistillConfig(Section):
         return self.model_dump(exclude=_HOW_NOT_WHAT)
 
 
-_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"}
+_HOW_NOT_WHAT = {"keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor", *HOW_NOT_WHAT}
 
 
 class ExportConfig(Section):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ppcl import stopping
 from ppcl.distributed import SINGLE, Group
+from ppcl.eight_bit import joined_states, new_adamw8bit, plain_states, set_rate
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
@@ -47,6 +48,7 @@ class LoopSettings:
         keep_checkpoints: How many of them stay.
         batch_size: Samples a step of all processes, for the throughput in the log; 0 where there are no samples.
         max_bad_steps: Steps that may be left out (NaN or a spike) before training stops.
+        optimizer: ``adamw``, or ``adamw8bit`` with states of 8 bits (torchao).
         spike_factor: A loss of so many times its running average is a spike; 0 turns the check off.
         muon_learning_rate: Peak for the weights of linear layers, which Muon then trains instead of AdamW
             (Jordan et al. 2024; twice as far per sample on the embedded teacher). 0 is AdamW for everything.
@@ -67,6 +69,7 @@ class LoopSettings:
     spike_factor: float = 0.0
     seed: int = 0
     muon_learning_rate: float = 0.0
+    optimizer: str = "adamw"
 
 
 def schedule_at(step: int, settings: LoopSettings) -> float:
@@ -87,7 +90,9 @@ def new_optimizers(
     by_muon = [p for p in parameters.values() if settings.muon_learning_rate and id(p) in matrices]
     rest = [p for p in parameters.values() if not settings.muon_learning_rate or id(p) not in matrices]
     found: list[torch.optim.Optimizer] = []
-    if rest:
+    if rest and settings.optimizer == "adamw8bit":
+        found.append(new_adamw8bit(rest, settings.learning_rate, settings.betas, settings.weight_decay))
+    elif rest:
         found.append(
             torch.optim.AdamW(
                 rest,
@@ -109,7 +114,7 @@ def new_optimizers(
         )
     for optimizer in found:
         for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+            group["peak"] = float(group["lr"])
     return found
 
 
@@ -154,6 +159,7 @@ class TrainingLoop:
         self.fingerprint, self.log, self.label = fingerprint, log, label
         self.group, self.adjust = group, adjust
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
+        self._released: list[float] = []
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
             for name, module in modules.items()
@@ -215,7 +221,7 @@ class TrainingLoop:
         rate = self.settings.learning_rate * share
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                set_rate(group, group["peak"] * share)
         scalars = dict(self.backward(step))
         self.group.sum_gradients(self.plain)
         scalars = self.group.sum_scalars(scalars)
@@ -223,6 +229,8 @@ class TrainingLoop:
             self.adjust()
         trained = [p for p in self.parameters.values() if p.grad is not None]
         norm = float(whole(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)))
+        norm = math.hypot(norm, *self._released)
+        self._released.clear()
         problem = self._problem(scalars, norm)
         if problem:
             self._leave_out(step, problem, rate)
@@ -239,6 +247,32 @@ class TrainingLoop:
         if self.settings.batch_size:
             row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
         return row
+
+    def release(self, name: str) -> None:
+        """Let one module take its step now, clipped by itself, and drop its gradients; ``backward`` may call this.
+
+        For modules that learn independently of each other, whose gradients need not all be in memory then. One whose
+        gradient is not finite takes no step; the others do.
+
+        Args:
+            name: Of the module, whose gradients are complete in this process.
+        """
+        own = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+        self.group.sum_gradients(own)
+        trained = [p for p in own if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm))
+        self._released.append(norm)
+        here = set(own)
+        waiting = {p: p.grad for p in self.plain if p not in here and p.grad is not None}  # of earlier parts of a batch
+        for parameter in waiting:
+            parameter.grad = None
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for parameter in own:
+            parameter.grad = None
+        for parameter, gradient in waiting.items():
+            parameter.grad = gradient
 
     def _problem(self, scalars: Mapping[str, float], norm: float) -> str:
         """What is wrong with a step, or nothing; a good step enters the running average."""
@@ -301,7 +335,7 @@ class TrainingLoop:
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for key, parameter in self.parameters.items():
             for optimizer in self.optimizers:
-                for slot, value in optimizer.state.get(parameter, {}).items():
+                for slot, value in plain_states(optimizer.state.get(parameter, {})).items():
                     tensors[f"optimizer/{slot}/{key}"] = value
         return tensors
 
@@ -337,7 +371,8 @@ class TrainingLoop:
                 # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
                 slots = saved.get(names[parameter], {})
                 if slots:
-                    optimizer.state[parameter] = {slot: part_of(value, parameter) for slot, value in slots.items()}
+                    placed = {slot: part_of(value, parameter) for slot, value in slots.items()}
+                    optimizer.state[parameter] = joined_states(placed)
 
     @torch.no_grad()
     def resume(self) -> int:

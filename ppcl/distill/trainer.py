@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
 from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
-from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
+from ppcl.distill.chained import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
+from ppcl.distill.single import Boundaries, train_each
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
-from ppcl.files import digest, read_tensors
+from ppcl.files import digest, read_tensors, remove
+from ppcl.offload import streamed
 from ppcl.sharding import shard, unshard
 from ppcl.student import (
     RunKey,
@@ -51,6 +54,7 @@ def new_substitutes(
     plan: CompressionPlan,
     fitted: Path | None,
     closed_forms: Path | None = None,
+    home: torch.device | None = None,
 ) -> dict[RunKey, nn.Module]:
     """One trainable block for each run of the plan and each kept block with smaller modules.
 
@@ -61,6 +65,7 @@ def new_substitutes(
         fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
         closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from, with the fit
             stage's ``width.safetensors`` beside it; plans of depth alone need none.
+        home: Where the substitutes wait; the teacher's device if None.
     """
     tensors = width_tensors(closed_forms) if plan.has_width and closed_forms else {}
     known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
@@ -84,7 +89,7 @@ def new_substitutes(
             if segment.width:
                 index = start_index(segment.first, segment.last, segment.start)
                 fill_width(block, whole, spec, index, segment.width, tensors)
-            substitutes[key] = block
+            substitutes[key] = block.to(home) if home else block
     return substitutes
 
 
@@ -135,7 +140,8 @@ class Distiller:
         self.device = next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
         closed_forms = closed_forms or out / "analysis.safetensors"
-        self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms)
+        home = torch.device("cpu") if settings.one_at_a_time else None
+        self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms, home)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
 
     def run(self) -> Bundle:
@@ -145,13 +151,24 @@ class Distiller:
         whole blocks; where training ends further away on held-out states, the start is kept.
         """
         start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
-        before = self._held_out_error()
-        if self.substitutes and self.settings.local_steps:
-            self._local()
-        if self.substitutes and self.settings.alternating_steps:
-            self._alternating()
-        if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
-            self._output()
+        with ExitStack() as teacher:
+            teacher.enter_context(self._teacher_waits())
+            before = self._held_out_error()
+            if self.substitutes and self.settings.local_steps:
+                self._one_at_a_time() if self.settings.one_at_a_time else self._local()
+            later = self.settings.alternating_steps or self.settings.output_steps
+            if later:
+                teacher.close()
+                for block in self.substitutes.values():
+                    block.to(self.device)
+            if self.substitutes and self.settings.alternating_steps:
+                self._alternating()
+            if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
+                self._output()
+            return self._finished(before, start)
+
+    def _finished(self, before: float, start: Mapping[RunKey, dict[str, Tensor]]) -> Bundle:
+        """Write the bundle, of the start where training led away from the teacher."""
         bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()))
         after = self._held_out_error()
         if after > before:
@@ -172,12 +189,28 @@ class Distiller:
         """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
         difference = total = 0.0
         judged = self.held_out if self.settings.keep_start else None
-        for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-            target = call.velocity.double()
-            output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
-            difference += float((output - target).pow(2).sum())
-            total += float(target.pow(2).sum())
+        away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
+        with streamed(away, self.device, back=False):
+            for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
+                target = call.velocity.double()
+                output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
+                difference += float((output - target).pow(2).sum())
+                total += float(target.pow(2).sum())
         return math.sqrt(difference / total) if total else 0.0
+
+    @contextmanager
+    def _teacher_waits(self) -> Iterator[None]:
+        """Keep the teacher's blocks where ``distill.offload`` says while they do not run."""
+        if self.settings.offload == "none":
+            yield
+            return
+        blocks = [block for spec in self.adapter.stacks for block in self.adapter.blocks(self.transformer, spec)]
+        disk = self.out if self.settings.offload == "disk" else None
+        with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
+            yield
+
+    def _fingerprint(self, stage: str, names: Collection[str]) -> str:
+        return digest(stage, sorted(names), self.settings.identity(), to_jsonable(self.plan.stacks), self.seed)
 
     def _loop(
         self,
@@ -186,6 +219,7 @@ class Distiller:
         backward: Callable[[int], dict[str, float]],
         steps: int,
         rate: float,
+        part: str = "",
     ) -> None:
         settings = self.settings
         loop_settings = LoopSettings(
@@ -200,27 +234,30 @@ class Distiller:
             batch_size=settings.batch_size,
             max_bad_steps=min(settings.max_bad_steps, steps // 10),  # a stage of bad steps has trained nothing
             spike_factor=settings.spike_factor,
+            optimizer=settings.optimizer,
             seed=self.seed,
         )
-        fingerprint = digest(stage, sorted(modules), settings.identity(), to_jsonable(self.plan.stacks), self.seed)
+        fingerprint = self._fingerprint(stage, modules)
         report = self.log
 
         def log(row: dict[str, Any]) -> None:
             if report:
                 report({"stage": f"distill.{stage}", **row})
 
-        folder = self.out / "checkpoints" / f"distill-{stage}"
-        label = f"distill: {stage}"
+        folder = self.out / "checkpoints" / f"distill-{stage}" / part
+        label = f"distill: {stage} {part}".rstrip()
         loop = TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
+        self.release = loop.release
         loop.run()
         loop.load_ema()
 
     def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
         generator = step_generator(self.seed, step, stream)
-        rows = []
+        rows: list[dict[str, float]] = []
         parts = self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate)
         for call, share in parts:
+            self.last_part = len(rows) + 1 == self.settings.accumulate
             with autocast(self.device, self.precision):
                 rows.append(backward(call, share))
         return add_up(rows)
@@ -229,12 +266,16 @@ class Distiller:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
         common, kind = (self.transformer, self.adapter), self.settings.loss
 
+        def release(run: RunKey) -> None:
+            if self.settings.release_gradients and self.last_part:
+                self.release(run_name(run))
+
         def part(call: Call, share: Share) -> dict[str, float]:
             arguments = call.arguments
             if self.settings.sequence == "sequential":
                 losses = sequential_backward(*common, self.student, arguments, self.substitutes, kind, share)
             else:
-                losses = local_backward(*common, arguments, self.substitutes, kind, share=share)
+                losses = local_backward(*common, arguments, self.substitutes, kind, share=share, done=release)
             rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
             return {"loss": sum(losses.values()) / len(losses), **rows}
 
@@ -244,16 +285,34 @@ class Distiller:
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
 
+    def _one_at_a_time(self) -> None:
+        """Stage 1 with one substitute in memory: the teacher's states at its run's ends are kept on disk."""
+        folder = self.out / "checkpoints" / "distill-local"
+        place = (folder / "states", self.states, self.transformer, self.adapter, self.precision, self.group)
+        steps, rate = self.settings.local_steps, self.settings.local_learning_rate
+
+        def train(run: RunKey, part: PartBackward) -> None:
+            name = run_name(run)
+            where = name.replace("/", "-")
+            self._loop(
+                "local", {name: self.substitutes[run]}, lambda step: self._in_parts(step, 31, part), steps, rate, where
+            )
+            remove(folder / where)  # what is finished is kept without its optimizer
+
+        fingerprint = self._fingerprint("local", [])
+        train_each(Boundaries(*place), self.substitutes, folder, fingerprint, self.settings.loss, train)
+
     def _alternating(self) -> None:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
             active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
             common = (self.transformer, self.adapter, self.plan)
+            checkpointing = self.settings.checkpointing
 
             def part(call: Call, share: Share) -> dict[str, float]:
                 return alternating_backward(
-                    *common, call.arguments, self.substitutes, active, self.settings.loss, share=share
+                    *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
                 )
 
             return self._in_parts(step, 41, part)
@@ -275,6 +334,8 @@ class Distiller:
         if split:
             self.group.copy_from_main(self.student.parameters())
             shard(self.student, self.adapter)
+        if self.settings.checkpointing:
+            checkpoint_blocks(self.student)
         # FSDP2 averages gradients over the processes, where the shares want them added up
         scale = float(self.group.size) if split else 1.0
 
