@@ -7,6 +7,8 @@ run, each under gradient checkpointing, their losses are summed, and there is on
 chained student, in which every block sees what the student's block before it handed on, is computed
 beside it and dropped. Ours (:func:`ppcl.distill.local.local_backward`): the teacher stops after the last run,
 each substitute's backward pass comes at once, and there is no chained path. Losses and gradients are the same.
+Substitutes learn independently of each other, so each may also take its optimizer step at once
+(``distill.release_gradients``), and the gradients of one are in memory at a time.
 
 Time is that of the process, not of the clock, so that other work on the machine counts little; on a GPU
 it is the clock's. Peak memory is what a step allocates beyond what is there before it (activations,
@@ -34,6 +36,7 @@ from ppcl.capture import States
 from ppcl.distill.local import local_backward, masks_of
 from ppcl.distill.losses import state_loss
 from ppcl.memory import LiveBytes
+from ppcl.student import RunKey
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries
 from ppcl.training import step_generator
@@ -105,15 +108,22 @@ def measure(
 ) -> str:
     """The table as Markdown."""
 
-    def clear(step: Callable[..., object]) -> Callable[[], None]:
+    def drop(run: RunKey) -> None:
+        substitutes[run].zero_grad(set_to_none=True)  # where the substitute's step would be taken
+
+    def clear(step: Callable[..., object], **options: Any) -> Callable[[], None]:
         def cleared() -> None:
-            step(transformer, adapter, arguments, substitutes, kind)
-            for block in substitutes.values():
-                block.zero_grad(set_to_none=True)
+            step(transformer, adapter, arguments, substitutes, kind, **options)
+            for run in substitutes:
+                drop(run)
 
         return cleared
 
-    calls = {"naive loop": clear(naive_backward), "ppcl": clear(local_backward)}
+    calls = {
+        "naive loop": clear(naive_backward),
+        "ppcl": clear(local_backward),
+        "ppcl, distill.release_gradients": clear(local_backward, done=drop),
+    }
     times = turns(calls, args.repeats)
     lasting = [p for module in (transformer, *substitutes.values()) for p in module.parameters()]
     peaks = {name: peak_bytes(call, lasting) for name, call in calls.items()}
@@ -135,7 +145,8 @@ def measure(
         f"{len(substitutes)} substitutes for {blocks} blocks, {args.batch_size} states a step, "
         f"medians of {args.repeats} taking turns. "
         "Memory is what a step allocates beyond the weights; "
-        f"{megabytes(gradients)} MB are gradients, in both ways alike."
+        f"{megabytes(gradients)} MB are gradients, which the naive loop needs all at once: its one backward pass gives "
+        "them together. With distill.release_gradients a substitute takes its step when its own are there."
     )
     table = markdown_table(["", first, "of the naive loop", "peak memory, MB", "of the naive loop"], rows)
     return f"# A local distillation step against the naive loop\n\n{note}\n\n{table}"

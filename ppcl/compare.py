@@ -33,7 +33,8 @@ from ppcl.capture import States, guidance_arguments, velocity_error
 from ppcl.compare_text import Row, mean_scores, write_up
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
-from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.distill.substitutes import new_substitutes
+from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate, load_images

@@ -1,4 +1,4 @@
-"""Settings of distillation that trade time, disk or precision for memory; a part of :class:`ppcl.config.DistillConfig`."""
+"""Settings of distillation that trade time, disk or precision for memory (:class:`ppcl.config.DistillConfig`)."""
 
 from __future__ import annotations
 

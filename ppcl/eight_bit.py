@@ -20,7 +20,7 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 def new_adamw8bit(
     parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit.
+    """Torchao's AdamW8bit.
 
     Raises:
         TrainingError: torchao is not installed.

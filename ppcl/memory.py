@@ -390,8 +390,9 @@ def check_memory(estimates: Mapping[str, MemoryEstimate], present: int, free: in
         TrainingError: A stage needs more than there is.
     """
     for stage, estimate in estimates.items():
-        if estimate.total - present > free:
+        there = min(present, estimate.teacher)
+        if estimate.total - there > free:
             raise TrainingError(
-                f"distill: the {stage} stage needs {_gigabytes(estimate.total)}, {_gigabytes(free + present)} are "
+                f"distill: the {stage} stage needs {_gigabytes(estimate.total)}, {_gigabytes(free + there)} are "
                 f"there ({estimate}); set {_REMEDIES[stage]}"
             )

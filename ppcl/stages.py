@@ -347,23 +347,9 @@ def _make_plan(run: Run) -> CompressionPlan:
 
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
-    from ppcl.distill.trainer import Distiller, check_plan
-    from ppcl.teacher import config_digest
+    from ppcl.distill_run import distill_run
 
-    plan = run.read(CompressionPlan, "plan.json")
-    check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
-    Distiller(
-        run.teacher.transformer,
-        run.adapter,
-        plan,
-        run.out / "calibration",
-        run.out,
-        run.config.distill,
-        run.config.seed,
-        run.config.precision,
-        run.log,
-        group=run.group,
-    ).run()
+    distill_run(run)
 
 
 def export_stage(run: Run) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec, States
+from ppcl.adapters import Adapter, States
 from ppcl.capture import Call, velocity
 from ppcl.capture import States as Recorded
 from ppcl.distill.local import run_loss

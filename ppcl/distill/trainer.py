@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
+from ppcl.artifacts import CompressionPlan, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
 from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
@@ -23,19 +23,17 @@ from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
 from ppcl.distill.single import Boundaries, train_each
+from ppcl.distill.substitutes import new_substitutes
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
-from ppcl.files import digest, read_tensors, remove
+from ppcl.files import digest, remove
 from ppcl.offload import streamed
 from ppcl.sharding import shard, unshard
 from ppcl.student import (
     RunKey,
     assemble_student,
-    fill_width,
     own_names,
     run_name,
-    start_block,
-    substitute_block,
     with_blocks,
 )
 from ppcl.teacher import autocast
@@ -46,57 +44,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 64  # states that say whether training helped
 Log = Callable[[dict[str, Any]], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
-
-
-def new_substitutes(
-    transformer: nn.Module,
-    adapter: Adapter,
-    plan: CompressionPlan,
-    fitted: Path | None,
-    closed_forms: Path | None = None,
-    home: torch.device | None = None,
-) -> dict[RunKey, nn.Module]:
-    """One trainable block for each run of the plan and each kept block with smaller modules.
-
-    Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
-        plan: Names the start of each substitute.
-        fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
-        closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from, with the fit
-            stage's ``width.safetensors`` beside it; plans of depth alone need none.
-        home: Where the substitutes wait; the teacher's device if None.
-    """
-    tensors = width_tensors(closed_forms) if plan.has_width and closed_forms else {}
-    known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
-    substitutes: dict[RunKey, nn.Module] = {}
-    for spec in adapter.stacks:
-        blocks = adapter.blocks(transformer, spec)
-        for segment in plan.stacks[spec.name]:
-            if not segment.is_substitute:
-                continue
-            key = (spec.name, segment.first, segment.last)
-            whole = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
-            prefix = f"{run_name(key)}/"
-            state = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
-            if state:
-                whole.load_state_dict(state)
-            block = substitute_block(blocks, segment).to(torch.float32)
-            shapes = {name: value.shape for name, value in block.state_dict().items()}
-            block.load_state_dict(
-                {n: t for n, t in whole.state_dict().items() if shapes.get(n) == t.shape}, strict=False
-            )
-            if segment.width:
-                index = start_index(segment.first, segment.last, segment.start)
-                fill_width(block, whole, spec, index, segment.width, tensors)
-            substitutes[key] = block.to(home) if home else block
-    return substitutes
-
-
-def width_tensors(closed_forms: Path) -> dict[str, Tensor]:
-    """Read what smaller modules start from: the analyze stage's file and the fit stage's beside it."""
-    beside = closed_forms.with_name("width.safetensors")
-    return read_tensors(closed_forms)[0] | (read_tensors(beside)[0] if beside.is_file() else {})
 
 
 class Distiller:
@@ -115,6 +62,7 @@ class Distiller:
         fitted: The fit stage's candidates behind ``from_fit``; ``out/candidates.safetensors`` if None.
         closed_forms: What the analyze stage wrote; ``out/analysis.safetensors`` if None.
         group: The processes that train; the first one writes.
+        device: Where training happens; where the transformer is if None.
     """
 
     def __init__(
@@ -131,16 +79,17 @@ class Distiller:
         fitted: Path | None = None,
         closed_forms: Path | None = None,
         group: Group = SINGLE,
+        device: torch.device | None = None,
     ) -> None:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group = group
         self.states = States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
-        self.device = next(transformer.parameters()).device
+        self.device = device or next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
         closed_forms = closed_forms or out / "analysis.safetensors"
-        home = torch.device("cpu") if settings.one_at_a_time else None
+        home = torch.device("cpu") if settings.one_at_a_time else self.device
         self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms, home)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
 

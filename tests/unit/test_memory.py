@@ -49,7 +49,9 @@ def test_the_local_step_is_predicted(case: Any, released: bool) -> None:
     numbers = sum(p.numel() for run in runs for p in getattr(transformer, run[0])[run[1]].parameters())
     assert estimate.teacher == weight_bytes(transformer)
     assert (estimate.trained, estimate.optimizer, estimate.average) == (4 * numbers, 8 * numbers, 4 * numbers)
-    assert estimate.gradients + estimate.step == pytest.approx(measured(transformer, arguments, runs, released), rel=0.03)
+    assert estimate.gradients + estimate.step == pytest.approx(
+        measured(transformer, arguments, runs, released), rel=0.03
+    )
 
 
 def test_one_at_a_time_holds_one_substitute_and_streaming_one_block() -> None:
