@@ -28,7 +28,6 @@ class MemorySettings(BaseModel):
         False,
         description="alternating and output stage: blocks run again in the backward pass: memory of one at a time",
     )
-    compile: bool = Field(False, description="torch.compile of the blocks")
 
     @model_validator(mode="after")
     def _each_by_itself(self) -> MemorySettings:
@@ -41,4 +40,4 @@ class MemorySettings(BaseModel):
 
 
 # what does not change what is trained, beyond rounding
-HOW_NOT_WHAT = {"offload", "checkpointing", "compile"}
+HOW_NOT_WHAT = {"offload", "checkpointing"}

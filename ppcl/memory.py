@@ -38,7 +38,7 @@ from ppcl.width import apply_width
 FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators make while they live, and their peak.
 
     Args:
@@ -50,9 +50,10 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, lasting: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = {tensor.untyped_storage()._cdata for tensor in lasting}
-        self.now = self.peak = 0
+        self.now: int = 0
+        self.peak: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count what it made."""
@@ -96,7 +97,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The whole peak, bytes."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(int(getattr(self, field.name)) for field in fields(self))
 
     def __str__(self) -> str:
         parts = ", ".join(f"{field.name} {_gigabytes(getattr(self, field.name))}" for field in fields(self))
@@ -172,7 +173,7 @@ def simulated_peak(module: nn.Module, step: Callable[[], object], more: Iterable
     lasting = [p for m in (module, *more) for p in m.parameters()]
     with LiveBytes(lasting) as meter:
         step()
-    return meter.peak
+    return int(meter.peak)
 
 
 def local_step_bytes(

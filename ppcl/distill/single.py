@@ -9,6 +9,7 @@ except that gradients are clipped substitute by substitute.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class Boundaries:
             index: Its number.
             states: The states at :meth:`before`, (B, tokens, features) each; None where that is None.
         """
-        spec, lists = self.specs[stack], {}
+        spec = self.specs[stack]
+        lists: dict[str, list[nn.Module]] = {}
         previous = self.before(stack, 0)
         for other in self.adapter.stacks:
             blocks = self.adapter.blocks(self.transformer, other)
@@ -143,9 +145,9 @@ class Boundaries:
         position = self.order.index(place)
         known = [i for i in range(position) if self.path(self.order[i]).is_dir()]
         start = known[-1] if known else -1
-        partial = self.path(place).with_name(f".{self.path(place).name}")
+        unfinished = self.path(place).with_name(f".{self.path(place).name}")
         for number in range(self.group.rank, len(self.recorded.calls), self.group.size):
-            file = partial / f"{number}.safetensors"
+            file = unfinished / f"{number}.safetensors"
             if file.is_file():
                 continue  # an interrupted attempt wrote it
             arguments = self.recorded.calls[number].arguments
@@ -155,11 +157,13 @@ class Boundaries:
                     call = self.entering(arguments, stack, index, states)
                 block = self.adapter.blocks(self.transformer, self.specs[stack])[index]
                 with autocast(self.device, self.precision):
-                    states = self.adapter.call(call.stack, block, states if index else call.inputs, call.arguments)
+                    states = self.adapter.call(
+                        call.stack, block, states if states is not None and index else call.inputs, call.arguments
+                    )
             write_tensors(file, {k: v.contiguous() for k, v in (states or {}).items()}, {})
         self.group.barrier()
         if self.group.is_main:
-            partial.rename(self.path(place))
+            unfinished.rename(self.path(place))
         self.group.barrier()
 
     def _whole(self, place: Place, number: int) -> States:
@@ -231,6 +235,6 @@ def train_each(
         train(run, part)
         block.to(home)
         state = block.state_dict()
-        group.on_main(lambda done=done, state=state: write_tensors(done, state, {"fingerprint": fingerprint}))
+        group.on_main(partial(write_tensors, done, state, {"fingerprint": fingerprint}))
     if group.is_main:
         remove(boundaries.folder)

@@ -237,7 +237,15 @@ class Distiller:
     def _one_at_a_time(self) -> None:
         """Stage 1 with one substitute in memory: the teacher's states at its run's ends are kept on disk."""
         folder = self.out / "checkpoints" / "distill-local"
-        place = (folder / "states", self.states, self.transformer, self.adapter, self.precision, self.group)
+        fingerprint = self._fingerprint("local", [])
+        place = (
+            folder / f"states-{fingerprint[:12]}",
+            self.states,
+            self.transformer,
+            self.adapter,
+            self.precision,
+            self.group,
+        )
         steps, rate = self.settings.local_steps, self.settings.local_learning_rate
 
         def train(run: RunKey, part: PartBackward) -> None:
@@ -248,7 +256,6 @@ class Distiller:
             )
             remove(folder / where)  # what is finished is kept without its optimizer
 
-        fingerprint = self._fingerprint("local", [])
         train_each(Boundaries(*place), self.substitutes, folder, fingerprint, self.settings.loss, train)
 
     def _alternating(self) -> None:
