@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,7 +209,11 @@ def main(argv: list[str] | None = None) -> str:
     if args.local_step:
         from local_step import local_step_table
 
-        sizes = (512, 1024) if shape.configs is FULL else (shape.pixels // 2, shape.pixels)[args.quick :]
+        if shape.configs is FULL:
+            sizes: tuple[int, ...] = (512, 1024)
+        else:  # training takes several times as long as a call
+            shape = replace(shape, configs=QUICK)
+            sizes = (64,) if args.quick else (256, 512)
         text = local_step_table(shape, sizes, scale(shape), args.repeats)
         return publish(args, argv, "full_size.py", text, device_name(shape))
     lines = []
