@@ -1,18 +1,20 @@
-"""Measured speed-up and peak memory against the cost model's predictions, on transformers with random weights.
+"""Measured speed-up and peak memory against the predictions, on transformers with random weights.
 
     python benchmarks/full_size.py --table docs/speed.md
+    python benchmarks/full_size.py --local-step --table docs/local_step.md
 
 With a GPU: Qwen-Image (60 blocks, 20.4B) and FLUX.1-dev (19 + 38, 11.9B) at full size in bfloat16, 1024 pixels. Without
 one the same classes scaled down (fewer and narrower blocks, 512 pixels, float32); the table says which. Each student is
 timed in turn with its teacher. Speed is predicted from FLOPs; the peak of one call from the teacher's peak less the
-weights that the student does not have.
+weights that the student does not have. ``--local-step`` takes one training step of the local stage instead, for a plan
+that keeps half, in each way that the memory model says will fit (:mod:`local_step`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,23 +194,44 @@ def _described(configs: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def scale(shape: Shape) -> str:
+    """How large the models are, as text."""
+    return "at full size" if shape.configs is FULL else f"SCALED DOWN ({_described(shape.configs)}), as there is no GPU"
+
+
 def main(argv: list[str] | None = None) -> str:
     """Measure, print, and write the table."""
-    args = parser(__doc__.splitlines()[0]).parse_args(argv)
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--local-step", action="store_true", help="a training step of the local stage instead")
+    args = made.parse_args(argv)
     torch.set_num_threads(args.threads)
     shape = shape_here(args.quick)
+    if args.local_step:
+        from local_step import local_step_table
+
+        if shape.configs is FULL:
+            sizes: tuple[int, ...] = (512, 1024)
+        else:  # training takes several times as long as a call
+            shape = replace(shape, configs=QUICK)
+            sizes = (64,) if args.quick else (256, 512)
+        text = local_step_table(shape, sizes, scale(shape), args.repeats)
+        return publish(args, argv, "full_size.py", text, device_name(shape))
     lines = []
     for name, config in shape.configs.items():
         lines += rows_of(name, config, shape, args.repeats)
     header = ["", "parameters", "speed-up predicted", "measured", "off by", "peak predicted, GB", "measured", "off by"]
-    how = "at full size" if shape.configs is FULL else f"SCALED DOWN ({_described(shape.configs)}), as there is no GPU"
+    how = scale(shape)
     text = (
         f"# Speed and memory: predicted and measured\n\n{markdown_table(header, lines)}\n\n"
         f"Random weights, {how}; one picture of {shape.pixels} x {shape.pixels} pixels, {shape.dtype}. Median of "
         f"{args.repeats} calls of teacher and student in turn. Peak: weights, and what one call allocates at most."
     )
-    device = torch.cuda.get_device_name() if shape.device.type == "cuda" else "cpu"
-    return publish(args, argv, "full_size.py", text, device)
+    return publish(args, argv, "full_size.py", text, device_name(shape))
+
+
+def device_name(shape: Shape) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if shape.device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ run, each under gradient checkpointing, their losses are summed, and there is on
 chained student, in which every block sees what the student's block before it handed on, is computed
 beside it and dropped. Ours (:func:`ppcl.distill.local.local_backward`): the teacher stops after the last run,
 each substitute's backward pass comes at once, and there is no chained path. Losses and gradients are the same.
+Substitutes learn independently of each other, so each may also take its optimizer step at once
+(``distill.release_gradients``), and the gradients of one are in memory at a time.
 
 Time is that of the process, not of the clock, so that other work on the machine counts little; on a GPU
 it is the clock's. Peak memory is what a step allocates beyond what is there before it (activations,
@@ -18,7 +20,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ import torch
 from common import capture_states, load, megabytes, parser, publish, synchronize
 from distill_step import Substitutes, choose_substitutes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.adapters import Adapter, StackSpec
@@ -36,6 +35,8 @@ from ppcl.adapters import States as BlockStates
 from ppcl.capture import States
 from ppcl.distill.local import local_backward, masks_of
 from ppcl.distill.losses import state_loss
+from ppcl.memory import LiveBytes
+from ppcl.student import RunKey
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries
 from ppcl.training import step_generator
@@ -89,37 +90,6 @@ def turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while they live, and their peak.
-
-    Args:
-        lasting: Tensors that are there anyway; views of them do not count.
-    """
-
-    def __init__(self, lasting: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in lasting}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, made)
-        return made
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
 def peak_bytes(call: Callable[[], object], lasting: Iterable[Tensor]) -> int:
     """Peak of what a call allocates beyond what was there."""
     if torch.cuda.is_available():
@@ -138,15 +108,22 @@ def measure(
 ) -> str:
     """The table as Markdown."""
 
-    def clear(step: Callable[..., object]) -> Callable[[], None]:
+    def drop(run: RunKey) -> None:
+        substitutes[run].zero_grad(set_to_none=True)  # where the substitute's step would be taken
+
+    def clear(step: Callable[..., object], **options: Any) -> Callable[[], None]:
         def cleared() -> None:
-            step(transformer, adapter, arguments, substitutes, kind)
-            for block in substitutes.values():
-                block.zero_grad(set_to_none=True)
+            step(transformer, adapter, arguments, substitutes, kind, **options)
+            for run in substitutes:
+                drop(run)
 
         return cleared
 
-    calls = {"naive loop": clear(naive_backward), "ppcl": clear(local_backward)}
+    calls = {
+        "naive loop": clear(naive_backward),
+        "ppcl": clear(local_backward),
+        "ppcl, distill.release_gradients": clear(local_backward, done=drop),
+    }
     times = turns(calls, args.repeats)
     lasting = [p for module in (transformer, *substitutes.values()) for p in module.parameters()]
     peaks = {name: peak_bytes(call, lasting) for name, call in calls.items()}
@@ -168,7 +145,8 @@ def measure(
         f"{len(substitutes)} substitutes for {blocks} blocks, {args.batch_size} states a step, "
         f"medians of {args.repeats} taking turns. "
         "Memory is what a step allocates beyond the weights; "
-        f"{megabytes(gradients)} MB are gradients, in both ways alike."
+        f"{megabytes(gradients)} MB are gradients, which the naive loop needs all at once: its one backward pass gives "
+        "them together. With distill.release_gradients a substitute takes its step when its own are there."
     )
     table = markdown_table(["", first, "of the naive loop", "peak memory, MB", "of the naive loop"], rows)
     return f"# A local distillation step against the naive loop\n\n{note}\n\n{table}"

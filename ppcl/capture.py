@@ -43,12 +43,14 @@ class Call:
     Attributes:
         arguments: By name.
         velocity: What the teacher answered, (B, ...).
+        rows: Where each sample was recorded, (call, row), if it came from :class:`States`.
     """
 
     arguments: dict[str, Any]
     velocity: Tensor
+    rows: tuple[tuple[int, int], ...] = ()
 
-    def rows(self, chosen: Sequence[int]) -> Call:
+    def take(self, chosen: Sequence[int]) -> Call:
         """The same call of some of its samples."""
         picked = trees.take(self.arguments, list(chosen), trees.batch_size(self.arguments))
         return Call(picked, self.velocity[list(chosen)])
@@ -203,7 +205,7 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
                 sizes = [trees.batch_size(call.arguments) for call in calls]
                 drawn = step_generator(seed, number, 18)
                 picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
-                write_calls(path, [calls[i].rows(chosen) for i, chosen in picked.items()], prompts=batch, of=len(calls))
+                write_calls(path, [calls[i].take(chosen) for i, chosen in picked.items()], prompts=batch, of=len(calls))
             progress.advance()
 
 
@@ -288,7 +290,13 @@ class States:
         parts = [trees.take(self.calls[c].arguments, picked, sizes[c]) for c, picked in by_call.items()]
         one = next(iter(by_call))
         joined: dict[str, Any] = trees.join(parts, self.calls[one].arguments, sizes[one])
-        return Call(joined, torch.cat([self.calls[c].velocity[picked] for c, picked in by_call.items()]))
+        places = tuple((c, row) for c, picked in by_call.items() for row in picked)
+        return Call(joined, torch.cat([self.calls[c].velocity[picked] for c, picked in by_call.items()]), places)
+
+    def largest(self, size: int) -> dict[str, Any]:
+        """Arguments of a batch of at most ``size`` states, of the shapes that take the most room."""
+        batches = (self._assemble(group[:size]).arguments for group in self.groups)
+        return max(batches, key=lambda arguments: sum(t.numel() for t in arguments.values() if isinstance(t, Tensor)))
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield the arguments of :meth:`answered`."""

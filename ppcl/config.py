@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ppcl.aliases import resolve_aliases
+from ppcl.config_memory import HOW_NOT_WHAT, MemorySettings
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import source_of, valid_name
 from ppcl.search_config import SearchConfig
@@ -123,7 +124,7 @@ class PlanConfig(SearchConfig, Section):
         return "keep", 0.6
 
 
-class DistillConfig(Section):
+class DistillConfig(MemorySettings, Section):
     """Training the substitutes against the teacher."""
 
     local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
@@ -180,11 +181,18 @@ class DistillConfig(Section):
     sparsity: SparsityConfig = SparsityConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
-    def _shard_needs_all(self) -> DistillConfig:
+    def _settings_that_fit(self) -> DistillConfig:
         if self.sparsity.zeros and self.train == "lora":
             raise ValueError("sparsity does not fit distill.train=lora, which adds no zeros; use all or substitutes")
         if self.shard and self.train != "all":
             raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
+        alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if self.release_gradients else ""
+        if alone and self.sparsity.zeros:
+            raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
+        if self.release_gradients and self.spike_factor:
+            raise ValueError(
+                "distill.release_gradients takes its steps before a spike is seen; leave distill.spike_factor out"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -197,6 +205,7 @@ class DistillConfig(Section):
 _HOW_NOT_WHAT = {
     *("keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
     *("sample_every", "sample_prompts"),
+    *HOW_NOT_WHAT,
 }
 
 

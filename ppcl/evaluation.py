@@ -13,7 +13,7 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.capture import States, guidance_arguments, velocity, velocity_error
 from ppcl.card import run_card
 from ppcl.cost import count_params
-from ppcl.distill.trainer import new_substitutes
+from ppcl.distill.substitutes import new_substitutes
 from ppcl.errors import UserError
 from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor

@@ -89,7 +89,7 @@ class FreshStates(States):
             record_noised(self.sibling, captions, pictures, place, noise, self.settings), len(captions)
         )
         call, at = branches[int(coin * len(branches))]
-        return call.rows(range(at, at + len(captions)))
+        return call.take(range(at, at + len(captions)))
 
 
 def fresh_states(run: Run, pipeline: Any) -> FreshStates | None:

@@ -262,6 +262,6 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
         branches = branches_of(found, len(rows))  # each gets its share of the pictures
         for number, (call, at) in enumerate(branches):
             if own := [at + i for i in range((number + place) % len(branches), len(rows), len(branches))]:
-                calls.append(call.rows(own))
+                calls.append(call.take(own))
     about = {"prompts": [sample.caption for sample, _ in ready], "pictures": [sample.entry.name for sample, _ in ready]}
     write_calls(job.path, calls, **about, of=settings.num_inference_steps)

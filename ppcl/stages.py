@@ -352,17 +352,9 @@ def plan_stage(run: Run) -> None:
 
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
-    from ppcl.distill.trainer import Distiller, check_plan
-    from ppcl.fresh_states import fresh_states
-    from ppcl.samples import sheet_for
-    from ppcl.teacher import config_digest
+    from ppcl.distill_run import distill_run
 
-    plan = run.read(CompressionPlan, "plan.json")
-    check_plan(plan, config_digest(run.teacher.transformer), run.out / "plan.json")
-    settings, calibration = run.config, run.out / "calibration"
-    common = (run.teacher.transformer, run.adapter, plan, calibration, run.out, settings.distill)
-    states, sample = fresh_states(run, run.teacher), sheet_for(run, run.teacher)
-    Distiller(*common, settings.seed, settings.precision, run.log, group=run.group, sample=sample, states=states).run()
+    distill_run(run)
 
 
 def export_stage(run: Run) -> None:

@@ -25,7 +25,8 @@ from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
 from ppcl.baselines import BASELINES, OURS, plan_from_runs, plans_of_equal_size, removed_blocks, run_keys, with_starts
 from ppcl.bundle import load_bundle
 from ppcl.capture import States, velocity
-from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.distill.substitutes import new_substitutes
+from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
 from ppcl.eval.velocity import StateErrors
 from ppcl.files import digest, read_json, read_tensors, write_json, write_text

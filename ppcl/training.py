@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from ppcl import stopping
 from ppcl.distributed import SINGLE, Group
+from ppcl.eight_bit import joined_states, plain_states, set_rate
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors, write_tensors
+from ppcl.optimizers import new_optimizers
 from ppcl.progress import Progress
 from ppcl.sharding import average_into, is_part, part_of, whole
 
@@ -47,6 +49,7 @@ class LoopSettings:
         keep_checkpoints: How many of them stay.
         batch_size: Samples a step of all processes, for the throughput in the log; 0 where there are no samples.
         max_bad_steps: Steps that may be left out (NaN or a spike) before training stops.
+        optimizer: ``adamw``, or ``adamw8bit`` with states of 8 bits (torchao).
         spike_factor: A loss of so many times its running average is a spike; 0 turns the check off.
         muon_learning_rate: Peak for the weights of linear layers, which Muon then trains instead of AdamW
             (Jordan et al. 2024; twice as far per sample on the embedded teacher). 0 is AdamW for everything.
@@ -67,6 +70,7 @@ class LoopSettings:
     spike_factor: float = 0.0
     seed: int = 0
     muon_learning_rate: float = 0.0
+    optimizer: str = "adamw"
 
 
 def schedule_at(step: int, settings: LoopSettings) -> float:
@@ -76,41 +80,6 @@ def schedule_at(step: int, settings: LoopSettings) -> float:
     span = max(1, settings.steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
     return settings.final_fraction + (1 - settings.final_fraction) * cosine
-
-
-def new_optimizers(
-    parameters: Mapping[str, nn.Parameter], matrices: set[int], settings: LoopSettings
-) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices (given by ``id``) and AdamW for the rest."""
-    if settings.muon_learning_rate and not hasattr(torch.optim, "Muon"):
-        raise TrainingError(f"torch {torch.__version__} has no Muon optimizer; install torch 2.9 or newer")
-    by_muon = [p for p in parameters.values() if settings.muon_learning_rate and id(p) in matrices]
-    rest = [p for p in parameters.values() if not settings.muon_learning_rate or id(p) not in matrices]
-    found: list[torch.optim.Optimizer] = []
-    if rest:
-        found.append(
-            torch.optim.AdamW(
-                rest,
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                weight_decay=settings.weight_decay,
-                fused=True,
-            )
-        )
-    if by_muon:
-        # the update is scaled to AdamW's typical size, so that weight decay and rates keep their meaning
-        found.append(
-            torch.optim.Muon(
-                by_muon,
-                lr=settings.muon_learning_rate,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return found
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
@@ -158,6 +127,7 @@ class TrainingLoop:
         self.fingerprint, self.log, self.label = fingerprint, log, label
         self.group, self.adjust, self.project, self.after = group, adjust, project, after
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
+        self._released: list[float] = []
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
             for name, module in modules.items()
@@ -221,7 +191,7 @@ class TrainingLoop:
         rate = self.settings.learning_rate * share
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                set_rate(group, group["peak"] * share)
         scalars = dict(self.backward(step))
         self.group.sum_gradients(self.plain)
         scalars = self.group.sum_scalars(scalars)
@@ -229,6 +199,8 @@ class TrainingLoop:
             self.adjust()
         trained = [p for p in self.parameters.values() if p.grad is not None]
         norm = float(whole(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)))
+        norm = math.hypot(norm, *self._released)
+        self._released.clear()
         problem = self._problem(scalars, norm)
         if problem:
             self._leave_out(step, problem, rate)
@@ -247,6 +219,32 @@ class TrainingLoop:
         if self.settings.batch_size:
             row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
         return row
+
+    def release(self, name: str) -> None:
+        """Let one module take its step now, clipped by itself, and drop its gradients; ``backward`` may call this.
+
+        For modules that learn independently of each other, whose gradients need not all be in memory then. One whose
+        gradient is not finite takes no step; the others do.
+
+        Args:
+            name: Of the module, whose gradients are complete in this process.
+        """
+        own = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+        self.group.sum_gradients(own)
+        trained = [p for p in own if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm))
+        self._released.append(norm)
+        here = set(own)
+        waiting = {p: p.grad for p in self.plain if p not in here and p.grad is not None}  # of earlier parts of a batch
+        for parameter in waiting:
+            parameter.grad = None
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for parameter in own:
+            parameter.grad = None
+        for parameter, gradient in waiting.items():
+            parameter.grad = gradient
 
     def _problem(self, scalars: Mapping[str, float], norm: float) -> str:
         """What is wrong with a step, or nothing; a good step enters the running average."""
@@ -309,7 +307,7 @@ class TrainingLoop:
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for key, parameter in self.parameters.items():
             for optimizer in self.optimizers:
-                for slot, value in optimizer.state.get(parameter, {}).items():
+                for slot, value in plain_states(optimizer.state.get(parameter, {})).items():
                     tensors[f"optimizer/{slot}/{key}"] = value
         return tensors
 
@@ -345,7 +343,8 @@ class TrainingLoop:
                 # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
                 slots = saved.get(names[parameter], {})
                 if slots:
-                    optimizer.state[parameter] = {slot: part_of(value, parameter) for slot, value in slots.items()}
+                    placed = {slot: part_of(value, parameter) for slot, value in slots.items()}
+                    optimizer.state[parameter] = joined_states(placed)
 
     @torch.no_grad()
     def resume(self) -> int:

@@ -20,6 +20,7 @@ from ppcl.capture import velocity
 from ppcl.distill.local import last_block, masks_of, weights_of
 from ppcl.distill.losses import state_loss, velocity_loss
 from ppcl.distributed import WHOLE, Share
+from ppcl.errors import UserError
 from ppcl.student import RunKey, assemble_student
 from ppcl.trace import BlockCall, record_boundaries
 from ppcl.trees import to_device
@@ -40,6 +41,7 @@ def alternating_backward(
     active: Collection[RunKey],
     kind: str = "normalized",
     share: Share = WHOLE,
+    checkpointing: bool = False,
 ) -> dict[str, float]:
     """One step of the hybrid in which the ``active`` substitutes are put in; leaves gradients in them.
 
@@ -52,6 +54,7 @@ def alternating_backward(
         active: Those that are put in.
         kind: State loss.
         share: What the batch counts, if it is a part of one.
+        checkpointing: Run blocks again in the backward pass instead of keeping what they computed.
 
     Returns:
         ``velocity`` and ``states`` (mean over the active substitutes), and their sum as ``loss``.
@@ -61,11 +64,27 @@ def alternating_backward(
     if wanted is None:
         raise AssertionError("a full pass returns the velocity")
     hybrid = assemble_student(transformer, adapter, plan, substitutes, chosen)
+    if checkpointing:
+        checkpoint_blocks(hybrid)
     output, outputs = _run(hybrid, adapter, arguments, chosen)
     states = torch.stack(list(_state_losses(outputs, targets, kind, share).values())).mean()
     loss = share.samples * velocity_loss(output, wanted)
     (loss + states).backward()  # type: ignore[no-untyped-call]
     return {"loss": loss.item() + states.item(), "velocity": loss.item(), "states": states.item()}
+
+
+def checkpoint_blocks(student: Any) -> None:
+    """Let a student's blocks run again in the backward pass (diffusers' own checkpointing); its teacher stays as it is.
+
+    Raises:
+        UserError: The class cannot do it.
+    """
+    try:
+        student.enable_gradient_checkpointing()
+    except (AttributeError, ValueError):
+        raise UserError(
+            f"distill.checkpointing: {type(student).__name__} has no gradient checkpointing; leave the setting out"
+        ) from None
 
 
 def sequential_backward(

@@ -8,7 +8,8 @@ the last run are not executed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def local_backward(
     kind: str = "normalized",
     backward: bool = True,
     share: Share = WHOLE,
+    done: Callable[[RunKey], None] | None = None,
 ) -> dict[RunKey, float]:
     """One local step on a batch of states; gradients are left in the substitutes.
 
@@ -58,33 +60,67 @@ def local_backward(
         kind: State loss.
         backward: False only measures.
         share: What the batch counts, if it is a part of one.
+        done: Called with each run when its gradients are there, so that they need not wait for the others.
 
     Returns:
         The loss of each run, weighed by the share.
     """
+    losses = local_losses(transformer, adapter, arguments, substitutes, kind, backward, share, done)
+    return {run: loss.item() for run, loss in losses.items()}
+
+
+def local_losses(
+    transformer: nn.Module,
+    adapter: Adapter,
+    arguments: dict[str, Any],
+    substitutes: Mapping[RunKey, nn.Module],
+    kind: str = "normalized",
+    backward: bool = True,
+    share: Share = WHOLE,
+    done: Callable[[RunKey], None] | None = None,
+) -> dict[RunKey, Tensor]:
+    """Do :func:`local_backward` without reading any number, so that a GPU need not wait; the losses are scalars."""
     entering: dict[tuple[str, int], BlockCall] = {}
     ending: dict[tuple[str, int], list[RunKey]] = {}
     for run in substitutes:
         ending.setdefault((run[0], run[2]), []).append(run)
     open_until = {(run[0], run[1]): max(r[2] for r in substitutes if r[:2] == run[:2]) for run in substitutes}
-    losses: dict[RunKey, float] = {}
+    losses: dict[RunKey, Tensor] = {}
 
     def visit(call: BlockCall) -> None:
         name = call.stack.name
         if (name, call.index) in open_until:
-            entering[name, call.index] = call
+            entering[name, call.index] = replace(call, outputs={})  # what left its first block no run asks for
         for run in ending.get((name, call.index), ()):
             start = entering[name, run[1]]
             with torch.set_grad_enabled(backward):
-                output = adapter.call(call.stack, substitutes[run], start.inputs, start.arguments)
-                masks = masks_of(call.stack, call.arguments, call.outputs)
-                loss = state_loss(output, call.outputs, masks, kind, weights_of(call.stack, share))
+                losses[run] = run_loss(adapter, start, call, substitutes[run], kind, share)
                 if backward:
-                    loss.backward()  # type: ignore[no-untyped-call]
-            losses[run] = loss.item()
+                    losses[run].backward()  # type: ignore[no-untyped-call]
+            losses[run] = losses[run].detach()
+            if done:
+                done(run)
         for key in [k for k in entering if k[0] == name and open_until[k] <= call.index]:
             del entering[key]
 
     with torch.no_grad():
         run_traced(transformer, adapter, arguments, visit, stop_after=last_block(adapter, substitutes))
     return losses
+
+
+def run_loss(
+    adapter: Adapter, start: BlockCall, end: BlockCall, substitute: nn.Module, kind: str, share: Share = WHOLE
+) -> Tensor:
+    """Loss of one substitute on the state that enters its run, against the one that leaves it.
+
+    Args:
+        adapter: The family.
+        start: The call of the run's first block; its outputs are not read.
+        end: The call of the run's last block.
+        substitute: A block.
+        kind: State loss.
+        share: What the batch counts, if it is a part of one.
+    """
+    output = adapter.call(end.stack, substitute, start.inputs, start.arguments)
+    masks = masks_of(end.stack, end.arguments, end.outputs)
+    return state_loss(output, end.outputs, masks, kind, weights_of(end.stack, share))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, start_index, to_jsonable
+from ppcl.artifacts import CompressionPlan, to_jsonable
 from ppcl.bundle import Bundle, save_bundle
 from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
-from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
+from ppcl.distill.chained import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
+from ppcl.distill.single import Boundaries, train_each
 from ppcl.distill.sparse import masks_for
+from ppcl.distill.substitutes import new_substitutes
 from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
-from ppcl.files import digest, read_tensors
+from ppcl.files import digest, remove
+from ppcl.offload import streamed
 from ppcl.sharding import shard, unshard
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
 from ppcl.student import (
     RunKey,
     assemble_student,
-    fill_width,
     own_names,
     run_name,
-    start_block,
-    substitute_block,
     with_blocks,
 )
 from ppcl.teacher import autocast
@@ -47,55 +48,6 @@ HELD_OUT = 64  # states that say whether training helped
 Log = Callable[[dict[str, Any]], None]
 Sample = Callable[[int, nn.Module], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
-
-
-def new_substitutes(
-    transformer: nn.Module,
-    adapter: Adapter,
-    plan: CompressionPlan,
-    fitted: Path | None,
-    closed_forms: Path | None = None,
-) -> dict[RunKey, nn.Module]:
-    """One trainable block for each run of the plan and each kept block with smaller modules.
-
-    Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
-        plan: Names the start of each substitute.
-        fitted: ``candidates.safetensors`` of the fit stage, to go on from where it has the run.
-        closed_forms: ``analysis.safetensors`` of the analyze stage, which smaller modules start from, with the fit
-            stage's ``width.safetensors`` beside it; plans of depth alone need none.
-    """
-    tensors = width_tensors(closed_forms) if plan.has_width and closed_forms else {}
-    known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
-    substitutes: dict[RunKey, nn.Module] = {}
-    for spec in adapter.stacks:
-        blocks = adapter.blocks(transformer, spec)
-        for segment in plan.stacks[spec.name]:
-            if not segment.is_substitute:
-                continue
-            key = (spec.name, segment.first, segment.last)
-            whole = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
-            prefix = f"{run_name(key)}/"
-            state = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
-            if state:
-                whole.load_state_dict(state)
-            block = substitute_block(blocks, segment).to(torch.float32)
-            shapes = {name: value.shape for name, value in block.state_dict().items()}
-            block.load_state_dict(
-                {n: t for n, t in whole.state_dict().items() if shapes.get(n) == t.shape}, strict=False
-            )
-            if segment.width:
-                index = start_index(segment.first, segment.last, segment.start)
-                fill_width(block, whole, spec, index, segment.width, tensors)
-            substitutes[key] = block
-    return substitutes
-
-
-def width_tensors(closed_forms: Path) -> dict[str, Tensor]:
-    """Read what smaller modules start from: the analyze stage's file and the fit stage's beside it."""
-    beside = closed_forms.with_name("width.safetensors")
-    return read_tensors(closed_forms)[0] | (read_tensors(beside)[0] if beside.is_file() else {})
 
 
 class Distiller:
@@ -117,6 +69,7 @@ class Distiller:
         sample: Draws pictures with the student of the output stage, every ``sample_every`` steps, from (steps done,
             student); called in the first process, and in all of them where the student is split.
         states: What is trained on; the recorded ones of ``calibration`` if None.
+        device: Where training happens; where the transformer is if None.
 
     Raises:
         ModelError: ``settings.sparsity`` does not fit the model.
@@ -139,6 +92,7 @@ class Distiller:
         group: Group = SINGLE,
         sample: Sample | None = None,
         states: States | None = None,
+        device: torch.device | None = None,
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
@@ -146,10 +100,11 @@ class Distiller:
         self.group, self.sample = group, sample
         self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
-        self.device = next(transformer.parameters()).device
+        self.device = device or next(transformer.parameters()).device
         source = (fitted or out / "candidates.safetensors") if settings.from_fit else None
         closed_forms = closed_forms or out / "analysis.safetensors"
-        self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms)
+        home = torch.device("cpu") if settings.one_at_a_time else self.device
+        self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms, home)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
         self.masks = Masks({}, {})
         if settings.sparsity.zeros:
@@ -165,13 +120,23 @@ class Distiller:
         whole blocks; where training ends further away on held-out states, the start is kept.
         """
         start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
-        before = self._held_out_error()
-        if self.substitutes and self.settings.local_steps:
-            self._local()
-        if self.substitutes and self.settings.alternating_steps:
-            self._alternating()
-        if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
-            self._output()
+        with ExitStack() as teacher:
+            teacher.enter_context(self._teacher_waits())
+            before = self._held_out_error()
+            if self.substitutes and self.settings.local_steps:
+                self._one_at_a_time() if self.settings.one_at_a_time else self._local()
+            if self.settings.alternating_steps or self.settings.output_steps:
+                teacher.close()
+                for block in self.substitutes.values():
+                    block.to(self.device)
+            if self.substitutes and self.settings.alternating_steps:
+                self._alternating()
+            if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
+                self._output()
+            return self._finished(before, start)
+
+    def _finished(self, before: float, start: Mapping[RunKey, dict[str, Tensor]]) -> Bundle:
+        """Write the bundle, of the start where training led away from the teacher."""
         bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()), self.masks.masks)
         after = self._held_out_error()
         if after > before:
@@ -192,13 +157,29 @@ class Distiller:
         """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
         difference = total = 0.0
         judged = self.held_out if self.settings.keep_start else None
-        for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-            target = call.velocity.double()
-            with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
-                output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
-            difference += float((output - target).pow(2).sum())
-            total += float(target.pow(2).sum())
+        away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
+        with streamed(away, self.device, back=False):
+            for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
+                target = call.velocity.double()
+                with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
+                    output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
+                difference += float((output - target).pow(2).sum())
+                total += float(target.pow(2).sum())
         return math.sqrt(difference / total) if total else 0.0
+
+    @contextmanager
+    def _teacher_waits(self) -> Iterator[None]:
+        """Keep the teacher's blocks where ``distill.offload`` says while they do not run."""
+        if self.settings.offload == "none":
+            yield
+            return
+        blocks = [block for spec in self.adapter.stacks for block in self.adapter.blocks(self.transformer, spec)]
+        disk = self.out if self.settings.offload == "disk" else None
+        with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
+            yield
+
+    def _fingerprint(self, stage: str, names: Collection[str]) -> str:
+        return digest(stage, sorted(names), self.settings.identity(), to_jsonable(self.plan.stacks), self.seed)
 
     def _loop(
         self,
@@ -207,6 +188,7 @@ class Distiller:
         backward: Callable[[int], dict[str, float]],
         steps: int,
         rate: float,
+        part: str = "",
         after: Callable[[int], None] | None = None,
     ) -> None:
         settings = self.settings
@@ -222,29 +204,32 @@ class Distiller:
             batch_size=settings.batch_size,
             max_bad_steps=min(settings.max_bad_steps, steps // 10),  # a stage of bad steps has trained nothing
             spike_factor=settings.spike_factor,
+            optimizer=settings.optimizer,
             seed=self.seed,
         )
-        fingerprint = digest(stage, sorted(modules), settings.identity(), to_jsonable(self.plan.stacks), self.seed)
+        fingerprint = self._fingerprint(stage, modules)
         report = self.log
 
         def log(row: dict[str, Any]) -> None:
             if report:
                 report({"stage": f"distill.{stage}", **row})
 
-        folder = self.out / "checkpoints" / f"distill-{stage}"
-        label = f"distill: {stage}"
+        folder = self.out / "checkpoints" / f"distill-{stage}" / part
+        label = f"distill: {stage} {part}".rstrip()
         adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
         common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
         loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
+        self.release = loop.release
         loop.run()
         loop.load_ema()
 
     def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
         generator = step_generator(self.seed, step, stream)
-        rows = []
+        rows: list[dict[str, float]] = []
         parts = self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate)
         for call, share in parts:
+            self.last_part = len(rows) + 1 == self.settings.accumulate
             with autocast(self.device, self.precision):
                 rows.append(backward(call, share))
         return add_up(rows)
@@ -253,12 +238,16 @@ class Distiller:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
         common, kind = (self.transformer, self.adapter), self.settings.loss
 
+        def release(run: RunKey) -> None:
+            if self.settings.release_gradients and self.last_part:
+                self.release(run_name(run))
+
         def part(call: Call, share: Share) -> dict[str, float]:
             arguments = call.arguments
             if self.settings.sequence == "sequential":
                 losses = sequential_backward(*common, self.student, arguments, self.substitutes, kind, share)
             else:
-                losses = local_backward(*common, arguments, self.substitutes, kind, share=share)
+                losses = local_backward(*common, arguments, self.substitutes, kind, share=share, done=release)
             rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
             return {"loss": sum(losses.values()) / len(losses), **rows}
 
@@ -268,16 +257,41 @@ class Distiller:
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
 
+    def _one_at_a_time(self) -> None:
+        """Stage 1 with one substitute in memory: the teacher's states at its run's ends are kept on disk."""
+        folder = self.out / "checkpoints" / "distill-local"
+        fingerprint = self._fingerprint("local", [])
+        place = (
+            folder / f"states-{fingerprint[:12]}",
+            self.states,
+            self.transformer,
+            self.adapter,
+            self.precision,
+            self.group,
+        )
+        steps, rate = self.settings.local_steps, self.settings.local_learning_rate
+
+        def train(run: RunKey, part: PartBackward) -> None:
+            name = run_name(run)
+            where = name.replace("/", "-")
+            self._loop(
+                "local", {name: self.substitutes[run]}, lambda step: self._in_parts(step, 31, part), steps, rate, where
+            )
+            remove(folder / where)  # what is finished is kept without its optimizer
+
+        train_each(Boundaries(*place), self.substitutes, folder, fingerprint, self.settings.loss, train)
+
     def _alternating(self) -> None:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
             active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
             common = (self.transformer, self.adapter, self.plan)
+            checkpointing = self.settings.checkpointing
 
             def part(call: Call, share: Share) -> dict[str, float]:
                 return alternating_backward(
-                    *common, call.arguments, self.substitutes, active, self.settings.loss, share=share
+                    *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
                 )
 
             return self._in_parts(step, 41, part)
@@ -299,6 +313,8 @@ class Distiller:
         if split:
             self.group.copy_from_main(self.student.parameters())
             shard(self.student, self.adapter)
+        if self.settings.checkpointing:
+            checkpoint_blocks(self.student)
         # FSDP2 averages gradients over the processes, where the shares want them added up
         scale = float(self.group.size) if split else 1.0
 
@@ -317,8 +333,8 @@ class Distiller:
             if self.sample and every and done % every == 0 and (self.group.is_main or split):
                 self.sample(done, self.student)
 
-        steps, rate = self.settings.output_steps, self.settings.output_learning_rate
-        self._loop("output", modules, backward, steps, rate, after)
+        rate = self.settings.output_learning_rate
+        self._loop("output", modules, backward, self.settings.output_steps, rate, after=after)
         if split:
             unshard(self.student)
 

@@ -15,7 +15,7 @@ from ppcl.adapters import Adapter, StackSpec
 from ppcl.adapters import States as StreamStates
 from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction, Segment, identity_segments
 from ppcl.capture import States, velocity
-from ppcl.distill.trainer import new_substitutes
+from ppcl.distill.substitutes import new_substitutes
 from ppcl.files import read_tensors
 from ppcl.fit import chained_probe
 from ppcl.progress import Progress

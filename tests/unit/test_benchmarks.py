@@ -40,6 +40,23 @@ def test_full_size(benchmark):
         assert abs(float(row[7].rstrip("%"))) < 10  # the peak is counted, so it does not depend on the machine
 
 
+def test_a_local_step_at_full_size(benchmark):
+    text = benchmark("full_size", "--local-step", "--repeats", "1")
+    assert "SCALED DOWN" in text
+    for model in ("Qwen-Image", "FLUX.1"):
+        rows = [cells(text, f"{model}, 64 px, {way}") for way in ("all at once", "gradients released", "one at a time")]
+        peaks = [float(row[2]) for row in rows]
+        assert peaks == sorted(peaks, reverse=True)
+        assert peaks[2] < 0.5 * peaks[0]
+        assert all(abs(float(row[3].rstrip("%"))) < 10 for row in rows)  # counted, so the same on every machine
+
+
+def test_naive_loop_takes_more_memory(benchmark):
+    text = benchmark("naive_loop")
+    plain, released = (float(cells(text, start)[4]) for start in ("ppcl |", "ppcl, distill.release_gradients"))
+    assert released < plain < 1
+
+
 def test_analysis_cost(benchmark):
     text = benchmark("analysis_cost")
     assert cells(text, "bare teacher passes")[2] == "1.00"

@@ -138,3 +138,16 @@ def test_configs_are_frozen_and_survive_a_dump() -> None:
     with pytest.raises(ValidationError):
         config.fit.steps = 3
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["distill.release_gradients=true", "sparsity.share=0.5"], "leave out distill.release_gradients"),
+        (["distill.one_at_a_time=true", "sparsity.share=0.5"], "leave out distill.one_at_a_time"),
+        (["distill.release_gradients=true", "distill.spike_factor=3"], "leave distill.spike_factor out"),
+    ],
+)
+def test_ways_to_train_that_do_not_go_together(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([], overrides)

@@ -25,7 +25,8 @@ from ppcl.capture import States, velocity
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, load_config
 from ppcl.cost import count_flops, count_params
 from ppcl.criteria import CRITERIA, Site
-from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.distill.substitutes import new_substitutes
+from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, ModelError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.knapsack import _choices

@@ -35,7 +35,8 @@ from ppcl.capture import States, velocity
 from ppcl.compressed import compressed_class
 from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig
 from ppcl.cost import count_flops, count_params, predict
-from ppcl.distill.trainer import Distiller, new_substitutes
+from ppcl.distill.substitutes import new_substitutes
+from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.export import export
 from ppcl.files import read_tensors

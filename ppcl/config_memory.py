@@ -1,0 +1,43 @@
+"""Settings of distillation that trade time, disk or precision for memory (:class:`ppcl.config.DistillConfig`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+
+class MemorySettings(BaseModel):
+    """Ways to train a model that would not fit otherwise (docs/memory.md)."""
+
+    one_at_a_time: bool = Field(
+        False, description="local stage: one substitute after the other, on the teacher's states kept on disk"
+    )
+    release_gradients: bool = Field(
+        False,
+        description="local stage: each substitute takes its step right after its own backward pass, clipped by itself, "
+        "so that the gradients of one are in memory at a time",
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        "none", description="local stage: where the teacher's blocks wait while they do not run"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: states of 8 bits (torchao): a quarter of their memory"
+    )
+    checkpointing: bool = Field(
+        False,
+        description="alternating and output stage: blocks run again in the backward pass: memory of one at a time",
+    )
+
+    @model_validator(mode="after")
+    def _each_by_itself(self) -> MemorySettings:
+        alone = [name for name in ("one_at_a_time", "release_gradients") if getattr(self, name)]
+        if alone and getattr(self, "sequence", "non-sequential") == "sequential":
+            raise ValueError(
+                f"distill.{alone[0]} trains each run by itself; leave it out, or distill.sequence=sequential"
+            )
+        return self
+
+
+# what does not change what is trained, beyond rounding
+HOW_NOT_WHAT = {"offload", "checkpointing"}

@@ -1,0 +1,399 @@
+"""How much memory a training step will take, before anything large is allocated.
+
+Everything that lives throughout is counted from shapes: the teacher's weights as far as they are on the device, and
+for each trained number its weight, gradient, optimizer state and moving average. What a step allocates beyond that
+(activations, the teacher's working set, temporaries) follows no simple formula, so the step itself is run on fake
+tensors (shapes and dtypes, no numbers; :class:`torch._subclasses.FakeTensorMode`), and every storage that an operator
+makes is counted while it lives. Blocks of a stack are alike: one substitute stands for all, and the depth of a whole
+student is extrapolated from one and two blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ppcl.adapters import Adapter, StackSpec
+from ppcl.artifacts import CompressionPlan, start_index
+from ppcl.capture import velocity
+from ppcl.config import DistillConfig
+from ppcl.cost import count_params
+from ppcl.distill.local import local_losses
+from ppcl.distill.losses import velocity_loss
+from ppcl.errors import TrainingError
+from ppcl.student import RunKey, with_blocks
+from ppcl.teacher import autocast
+from ppcl.trees import Tree
+from ppcl.width import apply_width
+
+FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operators make while they live, and their peak.
+
+    Args:
+        lasting: Tensors that are there anyway; views of them do not count.
+
+    Attributes:
+        now: Bytes that live.
+        peak: The most that lived at once.
+    """
+
+    def __init__(self, lasting: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {tensor.untyped_storage()._cdata for tensor in lasting}
+        self.now: int = 0
+        self.peak: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and count what it made."""
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, made)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training step at its peak, on the device that trains.
+
+    Attributes:
+        teacher: Weights of the frozen model that are there.
+        trained: Trained weights (float32).
+        gradients: Of the trained weights that have left their backward pass when the last one runs.
+        optimizer: Its states.
+        average: The moving average.
+        step: What a step allocates beyond these: activations, the last backward pass's own gradients, temporaries.
+    """
+
+    teacher: int
+    trained: int
+    gradients: int
+    optimizer: int
+    average: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The whole peak, bytes."""
+        return sum(int(getattr(self, field.name)) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{field.name} {_gigabytes(getattr(self, field.name))}" for field in fields(self))
+        return f"{_gigabytes(self.total)} ({parts})"
+
+
+def _gigabytes(count: float) -> str:
+    """Bytes as text, GB (1e9) or MB where that is too coarse."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def optimizer_bytes(numbers: int, kind: str) -> int:
+    """Bytes of the optimizer's states for so many trained numbers.
+
+    Args:
+        numbers: Trained numbers.
+        kind: ``adamw`` (two float32) or ``adamw8bit`` (two bytes, and a float32 scale for each 256 of both).
+    """
+    return 2 * FLOAT * numbers if kind == "adamw" else 2 * numbers + 2 * FLOAT * numbers // 256
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def fake_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy a module with fake tensors on the CPU; call it inside a ``FakeTensorMode``.
+
+    Args:
+        module: On any device.
+        dtype: Of the parameters; their own if None.
+    """
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        plain = {k: v for k, v in part.__dict__.items() if not k.startswith("_") or k == "_buffers"}
+        memo |= {id(t): fake(t) for t in _tensors(plain)}  # tables of positions are no buffers in some families
+    for p in module.parameters():
+        kind = dtype if dtype is not None and p.is_floating_point() else p.dtype
+        memo[id(p)] = nn.Parameter(fake(p).to(kind), requires_grad=p.requires_grad)
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
+
+
+def fake_tree(tree: Tree) -> Tree:
+    """A batch of states with fake tensors on the CPU; call it inside a ``FakeTensorMode``."""
+    if isinstance(tree, Tensor):
+        return torch.empty(tree.shape, dtype=tree.dtype, device="cpu")
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(fake_tree, tree))
+    return {key: fake_tree(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def simulated_peak(module: nn.Module, step: Callable[[], object], more: Iterable[nn.Module] = ()) -> int:
+    """Bytes that ``step`` allocates at most, beyond the parameters of the modules it runs.
+
+    Args:
+        module: Runs in the step.
+        step: Runs on fake tensors, inside a ``FakeTensorMode``.
+        more: Other modules that run.
+    """
+    lasting = [p for m in (module, *more) for p in m.parameters()]
+    with LiveBytes(lasting) as meter:
+        step()
+    return int(meter.peak)
+
+
+def local_step_bytes(
+    transformer: nn.Module, adapter: Adapter, arguments: dict[str, Any], runs: Iterable[RunKey], precision: str
+) -> dict[str, int]:
+    """What a local step of one substitute allocates at most, in each stack that has one.
+
+    Of the teacher two blocks of the stack run, as at the end of any run: blocks before them leave nothing behind.
+
+    Args:
+        transformer: The teacher's, on any device.
+        adapter: Its family.
+        arguments: A batch of states.
+        runs: The plan's.
+        precision: ``fp32`` or ``bf16``.
+    """
+    # a mean over valid tokens has a size that depends on numbers; one over all tokens takes no less memory
+    bare = replace(adapter, stacks=tuple(replace(spec, masks={}) for spec in adapter.stacks))
+    peaks, known = {}, list(runs)
+    for spec in adapter.stacks:
+        members = [run for run in known if run[0] == spec.name]
+        if not members:
+            continue
+        _, first, last = max(members, key=lambda run: run[2] - run[1])
+        blocks = list(adapter.blocks(transformer, spec))
+        lists = {s.name: list(adapter.blocks(transformer, s))[:1] for s in adapter.stacks}
+        lists[spec.name] = blocks[first : min(first + 2, last + 1)]
+        short = (spec.name, 0, len(lists[spec.name]) - 1)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            teacher = fake_copy(with_blocks(transformer, lists))
+            block = fake_copy(blocks[start_index(first, last, "middle")], torch.float32).requires_grad_(True)
+            batch = fake_tree(arguments)
+
+            def step(
+                teacher: nn.Module = teacher, batch: Any = batch, short: RunKey = short, block: nn.Module = block
+            ) -> None:
+                with autocast(torch.device("cpu"), precision):
+                    local_losses(teacher, bare, batch, {short: block})
+
+            peaks[spec.name] = simulated_peak(teacher, step, [block])
+    return peaks
+
+
+def output_step_bytes(
+    transformer: nn.Module,
+    adapter: Adapter,
+    arguments: dict[str, Any],
+    depths: Mapping[str, int],
+    precision: str,
+    checkpointing: bool,
+) -> int:
+    """What a step through a whole student allocates at most, with the gradients of all of its blocks.
+
+    Args:
+        transformer: The teacher's, on any device.
+        adapter: Its family.
+        arguments: A batch of states.
+        depths: Blocks of each stack of the student.
+        precision: ``fp32`` or ``bf16``.
+        checkpointing: Blocks are run again in the backward pass.
+    """
+
+    def peak(counts: Mapping[str, int]) -> int:
+        lists = {s.name: list(adapter.blocks(transformer, s))[: counts[s.name]] for s in adapter.stacks}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            student: Any = fake_copy(with_blocks(transformer, lists), torch.float32).requires_grad_(True)
+            if checkpointing:
+                student.enable_gradient_checkpointing()
+            batch = fake_tree(arguments)
+
+            def step() -> None:
+                with autocast(torch.device("cpu"), precision):
+                    output = velocity(student, batch)
+                velocity_loss(output, torch.empty_like(output)).backward()  # type: ignore[no-untyped-call]
+
+            return simulated_peak(student, step)
+
+    few = {name: min(2, count) for name, count in depths.items()}
+    least = peak(few)
+    return least + sum(
+        (depth - few[name]) * (peak({**few, name: few[name] + 1}) - least)
+        for name, depth in depths.items()
+        if depth > few[name] and len(adapter.blocks(transformer, _spec(adapter, name))) > few[name]
+    )
+
+
+def _spec(adapter: Adapter, name: str) -> StackSpec:
+    return next(spec for spec in adapter.stacks if spec.name == name)
+
+
+def substitute_sizes(transformer: nn.Module, adapter: Adapter, plan: CompressionPlan) -> dict[RunKey, tuple[int, int]]:
+    """Numbers in each substitute's weights, and how many of them are trained; nothing is built."""
+    sizes = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for segment in (s for s in plan.stacks[spec.name] if s.is_substitute):
+            index = start_index(segment.first, segment.last, segment.start or "middle")
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                block = fake_copy(blocks[index])
+                apply_width(block, segment.width)
+                new = sum(count_params(block.get_submodule(path)) for path in segment.width)
+                whole = count_params(block)
+            sizes[spec.name, segment.first, segment.last] = (whole, whole if segment.is_run else new)
+    return sizes
+
+
+def _local(
+    sizes: Mapping[RunKey, tuple[int, int]], teacher: int, peaks: Mapping[str, int], settings: DistillConfig
+) -> MemoryEstimate:
+    """The local stage, from the sizes of its substitutes and the peak of one in each stack."""
+    join = max if settings.one_at_a_time else sum
+    resident = join(numbers for numbers, _ in sizes.values())
+    numbers = join(trained for _, trained in sizes.values())
+    # when the last substitute of a stack runs, the gradients of all before it may be waiting for the step
+    order = list(peaks)
+    waiting = {
+        stack: sum(sizes[run][1] for run in [run for run in sizes if run[0] in order[: index + 1]][:-1])
+        for index, stack in enumerate(order)
+    }
+    if settings.one_at_a_time or settings.release_gradients:
+        waiting = dict.fromkeys(order, 0)
+    worst = max(order, key=lambda stack: FLOAT * waiting[stack] + peaks[stack])
+    return MemoryEstimate(
+        teacher=teacher,
+        trained=FLOAT * resident,
+        gradients=FLOAT * waiting[worst],
+        optimizer=optimizer_bytes(numbers, settings.optimizer),
+        average=FLOAT * numbers if settings.ema_decay else 0,
+        step=peaks[worst],
+    )
+
+
+def estimate_distill(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    arguments: dict[str, Any],
+    settings: DistillConfig,
+    precision: str = "fp32",
+) -> dict[str, MemoryEstimate]:
+    """Predict the peak of each stage of distillation that the settings ask for.
+
+    Args:
+        transformer: The teacher's, on any device, the meta device included.
+        adapter: Its family.
+        plan: The plan.
+        arguments: A batch as one process runs it at a time.
+        settings: See :class:`DistillConfig`.
+        precision: ``fp32`` or ``bf16``.
+    """
+    sizes = substitute_sizes(transformer, adapter, plan)
+    teacher = weight_bytes(transformer)
+    in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(transformer, s)] for s in adapter.stacks}
+    streamed = teacher - sum(map(sum, in_blocks.values())) + max(map(max, in_blocks.values()))
+    found = {}
+    if sizes and settings.local_steps:
+        resident = streamed if settings.offload != "none" else teacher
+        peaks = local_step_bytes(transformer, adapter, arguments, sizes, precision)
+        found["local"] = _local(sizes, resident, peaks, settings)
+    stages = {
+        "alternating": settings.alternating_steps if sizes else 0,
+        "output": settings.output_steps if sizes or settings.train != "substitutes" else 0,
+    }
+    for stage in (name for name, steps in stages.items() if steps):
+        depths = {name: len(segments) for name, segments in plan.stacks.items()}
+        if stage == "alternating":  # a hybrid of hardly any substitute is as deep as the teacher
+            depths = {name: len(blocks) for name, blocks in in_blocks.items()}
+        weights = FLOAT * sum(numbers for numbers, _ in sizes.values())
+        numbers = sum(trained for _, trained in sizes.values())
+        if stage == "output" and settings.train == "all":
+            numbers = sum(numbers for numbers, _ in sizes.values()) + count_params(transformer)
+            for name, segments in plan.stacks.items():
+                blocks = adapter.blocks(transformer, _spec(adapter, name))
+                gone = (i for s in segments if s.is_substitute for i in range(s.first, s.last + 1))
+                numbers -= sum(count_params(blocks[i]) for i in gone)
+            weights = FLOAT * numbers
+        found[stage] = MemoryEstimate(
+            teacher=teacher,
+            trained=weights,
+            gradients=0,
+            optimizer=optimizer_bytes(numbers, settings.optimizer),
+            average=FLOAT * numbers if settings.ema_decay else 0,
+            step=output_step_bytes(transformer, adapter, arguments, depths, precision, settings.checkpointing),
+        )
+    return found
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device: of a GPU with what torch holds unused, of a CPU the free RAM."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+_REMEDIES = {
+    "local": "distill.one_at_a_time=true, distill.offload=cpu, distill.optimizer=adamw8bit, distill.accumulate",
+    "alternating": "distill.alternating_steps=0, distill.checkpointing=true, distill.accumulate",
+    "output": "distill.train=lora, distill.checkpointing=true, distill.optimizer=adamw8bit, distill.accumulate, "
+    "distill.shard, or distill.output_steps=0",
+}
+
+
+def check_memory(estimates: Mapping[str, MemoryEstimate], present: int, free: int) -> None:
+    """Refuse what will not fit, before anything is allocated.
+
+    Args:
+        estimates: Of each stage.
+        present: Bytes of the teacher that are on the device already.
+        free: What :func:`free_bytes` said.
+
+    Raises:
+        TrainingError: A stage needs more than there is.
+    """
+    for stage, estimate in estimates.items():
+        there = min(present, estimate.teacher)
+        if estimate.total - there > free:
+            raise TrainingError(
+                f"distill: the {stage} stage needs {_gigabytes(estimate.total)}, {_gigabytes(free + there)} are "
+                f"there ({estimate}); set {_REMEDIES[stage]}"
+            )
