@@ -190,9 +190,7 @@ class DistillConfig(MemorySettings, Section):
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
         if self.release_gradients and self.spike_factor:
-            raise ValueError(
-                "distill.release_gradients takes its steps before a spike is seen; leave distill.spike_factor out"
-            )
+            raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
         return self
 
     def identity(self) -> dict[str, Any]:
