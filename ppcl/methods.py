@@ -8,6 +8,7 @@ stage of their own in ``RUN/fits``. All are trained with the same steps, batches
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,16 +93,27 @@ METHODS: dict[str, Method] = {
 
 
 def methods_named(text: str) -> dict[str, Method]:
-    """Turn ``all`` or ``ours,path`` into methods.
+    """Turn ``all``, ``ours,path`` or ``all,search=mine.py:Mine,units=mine.py:Mine`` into methods.
 
     Raises:
         ConfigError: One is unknown.
     """
-    names = list(METHODS) if text.strip() == "all" else [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"--methods: unknown method{nearest(name, METHODS)}; valid: all, {', '.join(METHODS)}")
-    return {name: METHODS[name] for name in dict.fromkeys(names)}
+    found: dict[str, Method] = {}
+    for name in (part.strip() for part in text.split(",")):
+        kind, _, place = name.partition("=")
+        outside = re.sub(r"[^A-Za-z0-9]+", "-", Path(place.replace(":", "-")).name)  # a folder's name
+        if name == "all":
+            found |= METHODS
+        elif place and kind == "search":
+            found[f"search-{outside}"] = _depth(place, place)
+        elif place and kind == "units":
+            found[f"units-{outside}"] = Method(f"{place}, uniform", "neurons, heads", {"mode": "allocation"}, place)
+        elif name in METHODS:
+            found[name] = METHODS[name]
+        else:
+            valid = ", ".join(("all", *METHODS, "search=FILE.py:Class", "units=FILE.py:Class"))
+            raise ConfigError(f"--methods: unknown method{nearest(name, METHODS)}; valid: {valid}")
+    return found
 
 
 def budgets_named(text: str) -> list[dict[str, float]]:
@@ -136,7 +148,7 @@ def forked(run: Run, criterion: str) -> Run:
     Raises:
         UserError: The criterion does not fit the family.
     """
-    folder = run.out / "fits" / criterion
+    folder = run.out / "fits" / re.sub(r"[^A-Za-z0-9]+", "-", criterion)
     shared = {stage: run.stages[stage] for stage in ("capture", "analyze")}
     record = folder / "stages.json"
     if record.is_file() and {name: read_json(record).get(name) for name in shared} != shared:

@@ -63,6 +63,29 @@ def test_bad_budgets(text):
         budgets_named(text)
 
 
+def test_methods_from_files_of_ones_own(open_run, compared, tmp_path):
+    search, units = tmp_path / "last.py", tmp_path / "ones.py"
+    search.write_text(
+        "class Last:\n    def cost(self, context):\n        return 0\n\n"
+        "    def choose(self, context):\n        return context.remove_in_order(context.removable()[::-1], 'first')\n"
+    )
+    units.write_text(
+        "import torch\n\n\nclass Ones:\n    cost = 0.0\n\n"
+        "    def score(self, transformer, adapter, sites, batches, seed):\n"
+        "        return [torch.arange(site.units.count).double() for site in sites]\n"
+    )
+    found = methods_named(f"search={search}:Last, units={units}:Ones")
+    assert list(found) == ["search-last-py-Last", "units-ones-py-Ones"]
+    run = compared[0]
+    row, cost = row_of(run, "mine", found["search-last-py-Last"], {"keep": 0.9}, 0)
+    assert cost == 0
+    assert [s.first for s in row.plan.stacks["transformer_blocks"] if s.is_run] == [3]
+    row, _ = row_of(run, "units", found["units-ones-py-Ones"], {"keep": 0.95}, 0)
+    parts = [part for s in row.plan.stacks["transformer_blocks"] for part in s.width.values()]
+    assert parts
+    assert row.fitted_by.config.fit.criterion == f"{units}:Ones"
+
+
 def test_on_the_command_line_before_anything_is_written(tmp_path, tiny_model):
     arguments = ["compare", str(tiny_model), "--out", str(tmp_path / "run"), "--methods", "pth"]
     result = CliRunner().invoke(app, arguments)
