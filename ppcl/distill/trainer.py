@@ -307,10 +307,10 @@ class Distiller:
         elif self.settings.train == "lora":
             self._add_lora()
             modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
-        split = self.settings.shard and self.group.size > 1
+        split = bool(self.settings.shard) and self.group.size > 1
         if split:
             self.group.copy_from_main(self.student.parameters())
-            shard(self.student, self.adapter)
+            shard(self.student, self.adapter, again=self.settings.shard != "zero2")
         if self.settings.checkpointing:
             checkpoint_blocks(self.student)
         # FSDP2 averages gradients over the processes, where the shares want them added up
