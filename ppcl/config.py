@@ -153,12 +153,6 @@ class DistillConfig(MemorySettings, Section):
     from_fit: bool = Field(True, description="start from the fitted candidates where there are any")
     checkpoint_every: int = Field(50, ge=1)
     keep_checkpoints: int = Field(1, ge=1, description="the newest so many stay")
-    accumulate: int = Field(
-        1, ge=1, description="parts that a process's share of a batch is trained in: less memory, the same result"
-    )
-    shard: bool = Field(
-        False, description="FSDP2: the output stage of train=all splits the student over the processes: less memory"
-    )
     keep_start: bool = Field(
         True, description="keep the start where training ends further from the teacher on held-out states"
     )
@@ -201,8 +195,7 @@ class DistillConfig(MemorySettings, Section):
 
 
 _HOW_NOT_WHAT = {
-    *("keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
-    *("sample_every", "sample_prompts"),
+    *("keep_checkpoints", "max_bad_steps", "spike_factor", "sample_every", "sample_prompts"),
     *HOW_NOT_WHAT,
 }
 

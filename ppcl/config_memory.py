@@ -1,4 +1,7 @@
-"""Settings of distillation that trade time, disk or precision for memory (:class:`ppcl.config.DistillConfig`)."""
+"""Settings of distillation that trade time, disk, precision or processes for memory, or memory for time.
+
+See :class:`ppcl.config.DistillConfig`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,18 @@ class MemorySettings(BaseModel):
         description="alternating and output stage: blocks run again in the backward pass: memory of one at a time",
     )
 
+    compile: bool = Field(
+        False, description="torch.compile of the blocks, once for alike ones: faster steps after minutes of compiling"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="parts that a process's share of a batch is trained in: less memory, the same result"
+    )
+    shard: Literal[False, True, "zero2"] = Field(
+        False,
+        description="true: FSDP2: the output stage of train=all splits the student over the processes: less memory; "
+        "zero2: weights stay whole until a step's backward pass is done: less sending",
+    )
+
     @model_validator(mode="after")
     def _each_by_itself(self) -> MemorySettings:
         alone = [name for name in ("one_at_a_time", "release_gradients") if getattr(self, name)]
@@ -40,4 +55,4 @@ class MemorySettings(BaseModel):
 
 
 # what does not change what is trained, beyond rounding
-HOW_NOT_WHAT = {"offload", "checkpointing"}
+HOW_NOT_WHAT = {"offload", "checkpointing", "compile", "accumulate", "shard"}

@@ -1,8 +1,9 @@
 """FSDP2: split the student's weights, gradients and optimizer states over the processes.
 
 ``fully_shard`` of torch keeps a part of every weight in each process and gathers a block's weights while
-the block runs. The loop sees the parts (DTensors); files always hold whole tensors, so a run may go on
-with any number of processes.
+the block runs (ZeRO-3 of Rajbhandari et al. 2020), or from its forward pass until its backward pass is done
+(ZeRO-2: more memory, half of the gathering). The loop sees the parts (DTensors); files always hold whole
+tensors, so a run may go on with any number of processes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter
 
 
-def shard(student: nn.Module, adapter: Adapter) -> None:
+def shard(student: nn.Module, adapter: Adapter, again: bool = True) -> None:
     """Split a student over all processes, in place, one group of weights a block.
 
     Args:
         student: Has its own copies of all blocks, equal in all processes.
         adapter: Its family.
+        again: Split a block's weights again between its forward and its backward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -30,16 +32,35 @@ def shard(student: nn.Module, adapter: Adapter) -> None:
             student.__dict__[name] = copy.copy(value)
     for spec in adapter.stacks:
         for block in adapter.blocks(student, spec):
-            fully_shard(block)
-    fully_shard(student)
+            fully_shard(block, reshard_after_forward=again)
+    fully_shard(student, reshard_after_forward=False)  # what lies outside the blocks is needed to the end
 
 
 def unshard(student: nn.Module) -> None:
-    """Give every process whole weights again; the student can no longer be trained."""
+    """Give every process whole weights again, in modules that no longer know that they were split."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without a backward pass leaves weights gathered, maybe of an older step
     for module in student.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if is_part(parameter):
                 module._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    for module in student.modules():
+        _forget(module)
+
+
+def _forget(module: nn.Module) -> None:
+    """Take off the hooks and the class that ``fully_shard`` gave a module: the next call would split it again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for hooks in (value for name, value in module.__dict__.items() if name.endswith("_hooks")):
+        for key, hook in list(hooks.items()):
+            if hook.__module__.startswith("torch.distributed.fsdp"):
+                del hooks[key]
+    if isinstance(module, FSDPModule):
+        module.__class__ = type(module).__mro__[2]  # FSDPX(FSDPModule, X)
 
 
 def is_part(tensor: Tensor) -> bool:

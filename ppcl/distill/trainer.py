@@ -20,6 +20,7 @@ from ppcl.capture import Call, States, velocity
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
 from ppcl.distill.chained import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
+from ppcl.distill.compiled import BlockCompiler, blocks_of
 from ppcl.distill.local import local_backward
 from ppcl.distill.lora import factors, with_lora
 from ppcl.distill.losses import velocity_loss
@@ -32,13 +33,7 @@ from ppcl.files import digest, remove
 from ppcl.offload import streamed
 from ppcl.sharding import shard, unshard
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
-from ppcl.student import (
-    RunKey,
-    assemble_student,
-    own_names,
-    run_name,
-    with_blocks,
-)
+from ppcl.student import RunKey, assemble_student, own_names, run_name, with_blocks
 from ppcl.teacher import autocast
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 from ppcl.trees import to_device
@@ -106,6 +101,7 @@ class Distiller:
         home = torch.device("cpu") if settings.one_at_a_time else self.device
         self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms, home)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
+        self.compiler = BlockCompiler(settings.compile)
         self.masks = Masks({}, {})
         if settings.sparsity.zeros:
             common = (self.student, adapter, plan, self.substitutes, self.states, settings.sparsity, seed)
@@ -228,10 +224,12 @@ class Distiller:
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
         parts = self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate)
-        for call, share in parts:
-            self.last_part = len(rows) + 1 == self.settings.accumulate
-            with autocast(self.device, self.precision):
-                rows.append(backward(call, share))
+        blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
+        with self.compiler.on(blocks):
+            for call, share in parts:
+                self.last_part = len(rows) + 1 == self.settings.accumulate
+                with autocast(self.device, self.precision):
+                    rows.append(backward(call, share))
         return add_up(rows)
 
     def _local(self) -> None:
@@ -309,10 +307,10 @@ class Distiller:
         elif self.settings.train == "lora":
             self._add_lora()
             modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
-        split = self.settings.shard and self.group.size > 1
+        split = bool(self.settings.shard) and self.group.size > 1
         if split:
             self.group.copy_from_main(self.student.parameters())
-            shard(self.student, self.adapter)
+            shard(self.student, self.adapter, again=self.settings.shard != "zero2")
         if self.settings.checkpointing:
             checkpoint_blocks(self.student)
         # FSDP2 averages gradients over the processes, where the shares want them added up

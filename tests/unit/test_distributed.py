@@ -52,6 +52,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return train_all(folder, SINGLE)
 
 
+def check_split(folder: Path, split: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> None:
+    """FSDP2: the same weights, and one process goes on from the checkpoint, which holds whole tensors."""
+    assert_close({f"all/{k}": v for k, v in split.items()}, only_all(alone))
+    resumed = new_distiller(folder, "all", SINGLE, lambda row: pytest.fail(f"step {row['step']} again"))
+    resumed.run()
+    assert_close(weights(resumed), split)
+
+
 def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     write_all_states(tmp_path)
     done = start(TORCHRUN, "train", tmp_path, ASKED="2")
@@ -60,15 +68,17 @@ def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch
     assert meta == {"processes": 2}
     split = {k.removeprefix("split/"): together.pop(k) for k in list(together) if k.startswith("split/")}
     assert_close(together, alone)
-    # FSDP2: the same weights, and one process goes on from the checkpoint, which holds whole tensors
-    assert_close({f"all/{k}": v for k, v in split.items()}, only_all(alone))
-    resumed = new_distiller(tmp_path / "split", "all", SINGLE, lambda row: pytest.fail(f"step {row['step']} again"))
-    resumed.run()
-    assert_close(weights(resumed), split)
+    check_split(tmp_path / "split", split, alone)
     assert len(alone["all/losses"]) == 3
     untrained = weights(new_distiller(tmp_path, "all", SINGLE))
     moved = [k for k, v in untrained.items() if not torch.allclose(v, alone[f"all/{k}"], 1e-5, 1e-5)]
     assert len(moved) > 50  # the comparison is of something
+
+
+def test_gradients_and_optimizer_states_alone_are_split(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    done = start(TORCHRUN, "zero2", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_split(tmp_path, read_tensors(tmp_path / "result.safetensors")[0], alone)
 
 
 def test_zeros_stay_where_weights_are_split_over_processes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen
 
 import ppcl.distill.trainer as trainer
 from ppcl.adapters import adapter_for
-from ppcl.capture import States
+from ppcl.capture import States, velocity
 from ppcl.config import DistillConfig, FitConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.distributed import Group, connect
@@ -71,9 +71,13 @@ def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **chan
     return result
 
 
-def train_split(folder: Path, group: Group) -> dict[str, torch.Tensor]:
-    """Train the output stage with a student that is split over the processes, in two parts a step."""
+def train_split(folder: Path, group: Group, mode: bool | str) -> dict[str, torch.Tensor]:
+    """Train the output stage with a student that is split over the processes, in two parts a step.
+
+    A forward pass without a backward pass follows each step, as pictures need it, and one the training.
+    """
     write_all_states(folder)
+    call = qwen_call(batch=1, seed=11)
     seen: list[bool] = []
     unshard = trainer.unshard
 
@@ -81,11 +85,22 @@ def train_split(folder: Path, group: Group) -> dict[str, torch.Tensor]:
         seen.extend(is_part(p) for p in student.parameters())
         unshard(student)
 
+    @torch.no_grad()
+    def draw(student: torch.nn.Module) -> None:
+        velocity(student, call)
+
     trainer.unshard = look
-    distiller = new_distiller(folder, "all", group, shard=True, accumulate=2)
-    distiller.run()
-    assert (len(seen) > 50 and all(seen)) or group.size == 1
-    return weights(distiller)
+    distiller = new_distiller(folder, "all", group, shard=mode, accumulate=2, sample_every=1)
+    distiller.sample = lambda step, student: draw(student)
+    try:
+        distiller.run()
+    finally:
+        trainer.unshard = unshard
+    assert len(seen) > 50
+    draw(distiller.student)
+    trained = weights(distiller)
+    assert type(distiller.student) is type(distiller.transformer) and not any(map(is_part, trained.values()))
+    return trained
 
 
 def train_sparse(folder: Path, group: Group) -> dict[str, torch.Tensor]:
@@ -109,13 +124,13 @@ def main(task: str, folder: Path) -> None:
     group = connect(cpu=True, asked=int(os.environ["ASKED"]) if "ASKED" in os.environ else None)
     if task == "train":
         result = train_all(folder, group)
-        result |= {f"split/{key}": value for key, value in train_split(folder / "split", group).items()}
+        result |= {f"split/{key}": value for key, value in train_split(folder / "split", group, True).items()}
         if group.is_main:
             write_tensors(folder / "result.safetensors", result, {"processes": group.size})
         group.close()
         return
-    if task == "sparse":
-        result = train_sparse(folder, group)
+    if task in ("sparse", "zero2"):
+        result = train_sparse(folder, group) if task == "sparse" else train_split(folder, group, "zero2")
         if group.is_main:
             write_tensors(folder / "result.safetensors", result)
         group.close()
