@@ -29,7 +29,7 @@ from ppcl.distributed import SINGLE, WHOLE, Group, Share
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
-from ppcl.teacher import seeds
+from ppcl.teacher import autocast, seeds
 from ppcl.training import step_generator
 
 logger = logging.getLogger(__name__)
@@ -379,13 +379,16 @@ def _velocity_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]]) -> float:
-    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states."""
+def velocity_error(
+    teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]], precision: str = "auto"
+) -> float:
+    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states; both run under autocast."""
     difference, total = 0.0, 0.0
     device = next(teacher.parameters()).device
     for arguments in batches:
         moved = trees.to_device(arguments, device)
-        target = velocity(teacher, moved).double()
-        difference += float((velocity(student, moved).double() - target).pow(2).sum())
+        with autocast(device, precision):  # substitutes may be float32 where the teacher is not
+            target, found = velocity(teacher, moved).double(), velocity(student, moved).double()
+        difference += float((found - target).pow(2).sum())
         total += float(target.pow(2).sum())
     return math.sqrt(difference / total)

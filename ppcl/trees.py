@@ -79,9 +79,10 @@ def per_sample(arguments: dict[str, Tree]) -> frozenset[str]:
         if isinstance(node, dict):
             for key, value in node.items():
                 visit(value, f"{path}.{key}")
-        elif isinstance(node, list) or (isinstance(node, Tensor) and node.ndim > 0):
-            if len(node) == size and not _positions(node, path):
-                found.add(path)
+        elif not isinstance(node, list) and not (isinstance(node, Tensor) and node.ndim > 0):
+            return
+        elif len(node) == size and not _positions(node, path):
+            found.add(path)
 
     for name, value in arguments.items():
         visit(value, name)

@@ -116,7 +116,7 @@ def test_signature_tells_what_may_be_joined() -> None:
 
 
 def test_positions_are_shared_whatever_their_number() -> None:
-    """As many samples as text tokens, axes, rows of the picture; features of texts of several lengths are no positions."""
+    """As many samples as text tokens, axes and rows of the picture; features of texts are no positions."""
     arguments = {
         "hidden_states": noise(3, 6, 8),
         "txt_ids": noise(3, 3),
