@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppcl.capture import velocity
 from ppcl.eval.intervals import Array, Interval, interval
+from ppcl.teacher import autocast
 from ppcl.trees import batch_size, to_device
 
 BINS = 5
@@ -51,19 +52,23 @@ def _timesteps(arguments: Mapping[str, Any], count: int) -> Array:
 
 
 @torch.no_grad()
-def state_errors(teacher: nn.Module, student: nn.Module, batches: Iterable[dict[str, Any]]) -> StateErrors:
+def state_errors(
+    teacher: nn.Module, student: nn.Module, batches: Iterable[dict[str, Any]], precision: str = "fp32"
+) -> StateErrors:
     """Compare two transformers on recorded states.
 
     Args:
         teacher: Its velocity is the truth.
         student: Takes the same arguments.
         batches: As :meth:`ppcl.capture.States.batches` yields them.
+        precision: Autocast of the passes; ``fp32`` runs both as they are.
     """
     timesteps, differences, totals = [], [], []
     device = next(teacher.parameters()).device
     for arguments in batches:
         moved = to_device(arguments, device)
-        target, found = (velocity(model, moved).double() for model in (teacher, student))
+        with autocast(device, precision):
+            target, found = (velocity(model, moved).double() for model in (teacher, student))
         count = batch_size(arguments)
         differences.append((found - target).square().reshape(count, -1).sum(1).cpu().numpy())
         totals.append(target.square().reshape(count, -1).sum(1).cpu().numpy())

@@ -29,7 +29,7 @@ from ppcl.distributed import SINGLE, WHOLE, Group, Share
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
-from ppcl.teacher import seeds
+from ppcl.teacher import autocast, seeds
 from ppcl.training import step_generator
 
 logger = logging.getLogger(__name__)
@@ -44,16 +44,28 @@ class Call:
         arguments: By name.
         velocity: What the teacher answered, (B, ...).
         rows: Where each sample was recorded, (call, row), if it came from :class:`States`.
+        per_sample: Which arguments have an entry for each sample, see :func:`ppcl.trees.per_sample`; found if empty.
+        whole_rows: The row of each sample in the call that the pipeline made, which tells its prompt; all of them in
+            order if empty.
     """
 
     arguments: dict[str, Any]
     velocity: Tensor
     rows: tuple[tuple[int, int], ...] = ()
+    per_sample: frozenset[str] = frozenset()
+    whole_rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.per_sample:
+            object.__setattr__(self, "per_sample", trees.per_sample(self.arguments))
+        if not self.whole_rows:
+            object.__setattr__(self, "whole_rows", tuple(range(trees.batch_size(self.arguments))))
 
     def take(self, chosen: Sequence[int]) -> Call:
         """The same call of some of its samples."""
-        picked = trees.take(self.arguments, list(chosen), trees.batch_size(self.arguments))
-        return Call(picked, self.velocity[list(chosen)])
+        picked = trees.take(self.arguments, list(chosen), self.per_sample)
+        rows = tuple(self.whole_rows[row] for row in chosen)
+        return Call(picked, self.velocity[list(chosen)], per_sample=self.per_sample, whole_rows=rows)
 
 
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
@@ -127,11 +139,12 @@ def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
         UserError: The file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    rows = [trees.flatten(call.arguments, f"{n:02d}", tensors) for n, call in enumerate(calls)]
+    nodes = [trees.flatten(call.arguments, f"{n:02d}", tensors) for n, call in enumerate(calls)]
     tensors |= {f"velocity.{n:02d}": call.velocity for n, call in enumerate(calls)}
     # A tensor that several calls share is stored once: a clone each would repeat the text.
-    tensors, alias = _share(tensors)
-    write_tensors(path, tensors, {"calls": rows, "alias": alias, **about})
+    tensors, alias = trees.store_once(tensors)
+    layout = {"rows": [call.whole_rows for call in calls], "per_sample": [sorted(call.per_sample) for call in calls]}
+    write_tensors(path, tensors, {"calls": nodes, "alias": alias, **layout, **about})
 
 
 def choose_calls(num_calls: int, count: int, generator: torch.Generator) -> list[int]:
@@ -215,19 +228,6 @@ def prompt_length(pipeline: Any, text: str) -> int:
     return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
 
 
-def _share(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Store equal tensors once: return the kept ones and ``{dropped name: kept name}``."""
-    kept: dict[str, Tensor] = {}
-    alias: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        twin = next((k for k, t in kept.items() if t.dtype == tensor.dtype and torch.equal(t, tensor)), None)
-        if twin is None:
-            kept[name] = tensor.clone()
-        else:
-            alias[name] = twin
-    return kept, alias
-
-
 class States:
     """The recorded states of one split.
 
@@ -245,22 +245,25 @@ class States:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
         self.calls: list[Call] = []
         groups: dict[str, list[tuple[int, int]]] = {}
-        self.prompts: dict[tuple[int, int], tuple[Path, int]] = {}  # of each state: told apart, not read
+        self.prompts: dict[tuple[int, int], str] = {}  # of each state: told apart, not read
         for path in paths:
             tensors, meta = read_tensors(path)
             if meta is None:
                 raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
             tensors |= {name: tensors[twin] for name, twin in meta["alias"].items()}
-            for number, row in enumerate(meta["calls"]):
-                arguments, target = trees.unflatten(row, tensors), tensors.get(f"velocity.{number:02d}")
+            for number, node in enumerate(meta["calls"]):
+                arguments, target = trees.unflatten(node, tensors), tensors.get(f"velocity.{number:02d}")
                 if target is None:
                     raise ArtifactError(f"{path} was written by an older ppcl; delete {folder} and run again")
-                size = trees.batch_size(arguments)
-                members = groups.setdefault(trees.signature(arguments, size), [])
-                members.extend((len(self.calls), i) for i in range(size))
-                together = len(meta.get("prompts", ())) or size  # guidance may double the samples of a call
-                self.prompts |= {(len(self.calls), i): (path, i % together) for i in range(size)}
-                self.calls.append(Call(arguments, target))
+                rows, own = (meta[name][number] if name in meta else () for name in ("rows", "per_sample"))
+                call = Call(arguments, target, per_sample=frozenset(own), whole_rows=tuple(rows))
+                # guidance may double the samples of a call, and pictures may share a caption
+                prompts = meta.get("prompts") or [f"{path.name} {row}" for row in call.whole_rows]
+                members = groups.setdefault(trees.signature(arguments, call.per_sample), [])
+                for place, row in enumerate(call.whole_rows):
+                    members.append((len(self.calls), place))
+                    self.prompts[len(self.calls), place] = prompts[row % len(prompts)]
+                self.calls.append(call)
         self.groups = [groups[key] for key in sorted(groups)]
 
     def __len__(self) -> int:
@@ -286,12 +289,11 @@ class States:
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
-        sizes = {c: trees.batch_size(self.calls[c].arguments) for c in by_call}
-        parts = [trees.take(self.calls[c].arguments, picked, sizes[c]) for c, picked in by_call.items()]
-        one = next(iter(by_call))
-        joined: dict[str, Any] = trees.join(parts, self.calls[one].arguments, sizes[one])
+        parts = [self.calls[c].take(picked) for c, picked in by_call.items()]
+        own = parts[0].per_sample
+        joined: dict[str, Any] = trees.join([part.arguments for part in parts], own)
         places = tuple((c, row) for c, picked in by_call.items() for row in picked)
-        return Call(joined, torch.cat([self.calls[c].velocity[picked] for c, picked in by_call.items()]), places)
+        return Call(joined, torch.cat([part.velocity for part in parts]), places, own)
 
     def largest(self, size: int) -> dict[str, Any]:
         """Arguments of a batch of at most ``size`` states, of the shapes that take the most room."""
@@ -377,13 +379,16 @@ def _velocity_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def velocity_error(teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]]) -> float:
-    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states."""
+def velocity_error(
+    teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]], precision: str = "auto"
+) -> float:
+    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states; both run under autocast."""
     difference, total = 0.0, 0.0
     device = next(teacher.parameters()).device
     for arguments in batches:
         moved = trees.to_device(arguments, device)
-        target = velocity(teacher, moved).double()
-        difference += float((velocity(student, moved).double() - target).pow(2).sum())
+        with autocast(device, precision):  # substitutes may be float32 where the teacher is not
+            target, found = velocity(teacher, moved).double(), velocity(student, moved).double()
+        difference += float((found - target).pow(2).sum())
         total += float(target.pow(2).sum())
     return math.sqrt(difference / total)

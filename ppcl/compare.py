@@ -232,10 +232,10 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     transformer, adapter, count = run.teacher.transformer, run.adapter, judge.settings.velocity_states
     held_out = States(run.out / "calibration", "held-out")
     distiller = _distiller(run, row, seed, folder)
-    before = velocity_error(transformer, distiller.student, held_out.batches(count, count))
+    before = velocity_error(transformer, distiller.student, held_out.batches(count, count), run.config.precision)
     bundle = _trained(run, row, folder, distiller)
     student = build_student(transformer, adapter, bundle)
-    after = state_errors(transformer, student, held_out.batches(count, count)).error
+    after = state_errors(transformer, student, held_out.batches(count, count), run.config.precision).error
     metrics = {
         "digest": evaluated,
         "params": count_params(student),

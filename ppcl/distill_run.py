@@ -102,4 +102,5 @@ def say_memory(run: Run, transformer: nn.Module, plan: CompressionPlan, states: 
         Console(stderr=True, highlight=False).print("\n".join(lines), soft_wrap=True)
     present = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.device == device)
     if device.type in ("cpu", "cuda") and not settings.shard:
-        check_memory(found, present, free_bytes(device))
+        free = free_bytes(device) // (run.group.local_size if device.type == "cpu" else 1)  # which they share
+        check_memory(found, present, free)

@@ -11,6 +11,7 @@ accelerate reads the launcher's environment, chooses backend and device, and sta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,6 +69,11 @@ class Group:
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
+
+    @property
+    def local_size(self) -> int:
+        """Processes on this machine, as the launcher counts them; all of them where it does not say."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
 
     def place(self, device: torch.device) -> torch.device:
         """The device of this process: of several GPUs the one with its local number."""

@@ -131,4 +131,4 @@ def undistilled_error(run: Run, held_out: States) -> float:
     substitutes = new_substitutes(transformer, run.adapter, plan, None, run.out / "analysis.safetensors")
     with torch.no_grad():
         student = assemble_student(transformer, run.adapter, plan, substitutes)
-        return velocity_error(transformer, student, held_out.batches(count, count))
+        return velocity_error(transformer, student, held_out.batches(count, count), run.config.precision)

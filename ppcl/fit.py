@@ -29,6 +29,7 @@ from ppcl.files import digest, write_tensors
 from ppcl.options import WidthResult, width_options
 from ppcl.sensitivity import Job, output_errors
 from ppcl.student import LinearRun, RunKey, run_name, start_block
+from ppcl.teacher import autocast
 from ppcl.training import LoopSettings, TrainingLoop, step_generator
 
 
@@ -143,6 +144,7 @@ def fit(
     seed: int,
     log: Callable[[dict[str, Any]], None] | None = None,
     group: Group = SINGLE,
+    precision: str = "auto",
 ) -> Candidates:
     """Score candidate runs; write ``candidates.safetensors``, ``width.safetensors`` and then ``candidates.json``.
 
@@ -157,6 +159,7 @@ def fit(
         seed: Fixes the batches.
         log: Receives one dict a training step.
         group: The processes that share the work; the first one writes.
+        precision: Autocast of the passes: substitutes are float32, the teacher may not be.
     """
     began = time.perf_counter()
     device = next(transformer.parameters()).device
@@ -170,7 +173,9 @@ def fit(
         return LinearRun(adapter, spec, _blocks(transformer, adapter, run)[run[1]], maps)
 
     def errors(replacements: Mapping[RunKey, Job], label: str) -> dict[RunKey, float]:
-        return group.spread(replacements, lambda own: output_errors(transformer, adapter, batches, own, label))
+        return group.spread(
+            replacements, lambda own: output_errors(transformer, adapter, batches, own, label, precision)
+        )
 
     probe_errors = errors(_jobs(runs, linear), "fit: sensitivity")
     always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
@@ -180,11 +185,11 @@ def fit(
         run: start_block(_blocks(transformer, adapter, run), run[1], run[2], starts[run]).to(torch.float32)
         for run in chosen
     }
-    _train(transformer, adapter, train, substitutes, out, settings, seed, log, group)
+    _train(transformer, adapter, train, substitutes, out, settings, seed, log, group, precision)
     fitted = errors(_jobs(chosen, substitutes.__getitem__), "fit: costs")
 
     def measure_width() -> WidthResult:
-        width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed)
+        width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed, precision)
         write_tensors(out / "width.safetensors", width.tensors)
         return replace(width, tensors={})
 
@@ -216,17 +221,20 @@ def _train(
     seed: int,
     log: Callable[[dict[str, Any]], None] | None,
     group: Group,
+    precision: str,
 ) -> None:
     """Fit all candidates together; each has its own loss and its own gradient norm."""
     if settings.steps == 0:
         return
+    device = next(transformer.parameters()).device
 
     def backward(step: int) -> dict[str, float]:
         parts = train.parts(settings.batch_size, step_generator(seed, step, 23), group)
         return add_up(one(call.arguments, share) for call, share in parts)
 
     def one(arguments: dict[str, Any], share: Share) -> dict[str, float]:
-        losses = local_backward(transformer, adapter, arguments, substitutes, share=share)
+        with autocast(device, precision):
+            losses = local_backward(transformer, adapter, arguments, substitutes, share=share)
         return {"loss": sum(losses.values()) / len(losses)}
 
     def clip() -> None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import to_jsonable
 from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
@@ -112,7 +110,7 @@ def _rung(run: Run, judge: Judge, rung: Bundle, keep: float, teacher: Mapping[st
     if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
         return dict(known)
     claim(folder, {"evaluated": evaluated}, {"evaluated": ("pictures", "metrics.json")})
-    student = build_student(run.teacher.transformer, run.adapter, rung, torch.float32)
+    student = build_student(run.teacher.transformer, run.adapter, rung)  # as it is exported
     held_out, count = States(run.out / "calibration", "held-out"), judge.settings.velocity_states
     error = state_errors(run.teacher.transformer, student, held_out.batches(count, count)).error
     metrics = {

@@ -70,6 +70,7 @@ def width_options(
     settings: FitConfig,
     train: States | None = None,
     seed: int = 0,
+    precision: str = "auto",
 ) -> WidthResult:
     """Find and score all width options.
 
@@ -82,6 +83,7 @@ def width_options(
         settings: ``width`` names the groups.
         train: Training states, behind fewer neurons and heads and the text stream; without them there are none.
         seed: For the criterion.
+        precision: Autocast of the passes that measure errors.
     """
     if not settings.width:
         return WidthResult()
@@ -108,7 +110,7 @@ def width_options(
     device = next(transformer.parameters()).device
     single = to_device(next(train.batches(1)), device) if train is not None else None
     meter = _Meter(transformer, adapter, calls, batch_size(batches[0]), single, analysis.model.flops)
-    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter)
+    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter, precision)
     return WidthResult(options, made, *scored)
 
 
@@ -119,6 +121,7 @@ def _measured(
     tensors: Mapping[str, Tensor],
     batches: Sequence[dict[str, Any]],
     meter: _Meter,
+    precision: str,
 ) -> tuple[WidthOption, ...]:
     """Give every proposal its savings and its error; those that save nothing are left out."""
     jobs: dict[int, Job] = {}
@@ -140,7 +143,7 @@ def _measured(
             jobs[number] = ((proposal.spec.name, proposal.index, proposal.index), make)
     if not jobs:
         return ()
-    errors = output_errors(transformer, adapter, batches, jobs, "fit: width")
+    errors = output_errors(transformer, adapter, batches, jobs, "fit: width", precision)
     return tuple(
         WidthOption(p.spec.name, p.index, p.group, p.parts, saved.params, saved.flops, errors[number], saved.time)
         for number, p, saved in ((n, proposals[n], savings[n]) for n in jobs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,6 +262,7 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
         branches = branches_of(found, len(rows))  # each gets its share of the pictures
         for number, (call, at) in enumerate(branches):
             if own := [at + i for i in range((number + place) % len(branches), len(rows), len(branches))]:
-                calls.append(call.take(own))
+                # the call is of the step's pictures alone, and what is recorded are numbers of the file's captions
+                calls.append(replace(call.take(own), whole_rows=tuple(rows[i - at] for i in own)))
     about = {"prompts": [sample.caption for sample, _ in ready], "pictures": [sample.entry.name for sample, _ in ready]}
     write_calls(job.path, calls, **about, of=settings.num_inference_steps)

@@ -12,6 +12,7 @@ from ppcl.adapters import Adapter
 from ppcl.capture import velocity
 from ppcl.progress import Progress
 from ppcl.student import RunKey, patched
+from ppcl.teacher import autocast
 from ppcl.trace import record_boundaries
 from ppcl.trees import to_device
 
@@ -26,6 +27,7 @@ def output_errors(
     batches: Sequence[dict[str, Any]],
     jobs: Mapping[K, Job],
     label: str,
+    precision: str = "auto",
 ) -> dict[K, float]:
     """Relative velocity error of each replacement alone; only the blocks after it are executed.
 
@@ -36,6 +38,7 @@ def output_errors(
         jobs: By any key, the run of blocks that is replaced (one block: first = last) and what makes its
             replacement.
         label: Name shown beside the progress bar.
+        precision: Autocast of the passes; a replacement may be float32 where the teacher is not.
 
     Returns:
         sqrt(sum ||v - v_teacher||^2 / sum ||v_teacher||^2) of each job.
@@ -45,13 +48,17 @@ def output_errors(
     total = 0.0
     with Progress(label, total=len(jobs) * len(batches)) as progress:
         for arguments in batches:
-            calls, target = record_boundaries(transformer, adapter, arguments, {run[:2] for run, _ in jobs.values()})
+            with autocast(device, precision):
+                firsts = {run[:2] for run, _ in jobs.values()}
+                calls, target = record_boundaries(transformer, adapter, arguments, firsts)
             if target is None:
                 raise AssertionError("a full pass returns the velocity")
             total += float(target.double().pow(2).sum())
             moved = to_device(arguments, device)
             for key, (run, make) in jobs.items():
                 hybrid = patched(transformer, adapter, run, make(), calls[run[:2]].inputs)
-                squares[key] += float((velocity(hybrid, moved).double() - target.double()).pow(2).sum())
+                with autocast(device, precision):
+                    found = velocity(hybrid, moved)
+                squares[key] += float((found.double() - target.double()).pow(2).sum())
                 progress.advance()
     return {key: (square / total) ** 0.5 for key, square in squares.items()}

@@ -341,6 +341,7 @@ def fit_stage(run: Run) -> None:
         run.config.seed,
         lambda row: run.log({"stage": "fit", **row}),
         run.group,
+        run.config.precision,
     )
 
 

@@ -36,6 +36,7 @@ from ppcl.progress import Progress
 from ppcl.stages import Run
 from ppcl.student import LinearRun, assemble_student, with_blocks
 from ppcl.study_text import write_up
+from ppcl.teacher import autocast
 from ppcl.training import step_generator
 from ppcl.trees import to_device
 
@@ -52,18 +53,20 @@ class Ruler:
     Args:
         transformer: The teacher's transformer.
         batches: Held-out states.
+        precision: Autocast of the passes; substitutes may be float32 where the teacher is not.
     """
 
-    def __init__(self, transformer: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
-        device = next(transformer.parameters()).device
-        self.batches = [to_device(dict(batch), device) for batch in batches]
-        with torch.no_grad():
+    def __init__(self, transformer: nn.Module, batches: Sequence[Mapping[str, Any]], precision: str = "auto") -> None:
+        self.device, self.precision = next(transformer.parameters()).device, precision
+        self.batches = [to_device(dict(batch), self.device) for batch in batches]
+        with torch.no_grad(), autocast(self.device, precision):
             self.targets = [velocity(transformer, batch).double() for batch in self.batches]
 
     @torch.no_grad()
     def _by_state(self, student: nn.Module) -> StateErrors:
         pairs = list(zip(self.batches, self.targets, strict=True))
-        moved = [(velocity(student, batch).double() - target).pow(2).flatten(1).sum(1) for batch, target in pairs]
+        with autocast(self.device, self.precision):
+            moved = [(velocity(student, batch).double() - target).pow(2).flatten(1).sum(1) for batch, target in pairs]
         whole = [target.pow(2).flatten(1).sum(1) for target in self.targets]
         columns = [torch.cat(parts).cpu().numpy() for parts in (moved, whole)]
         return StateErrors(np.full(len(columns[0]), np.nan), columns[0], columns[1])
@@ -316,9 +319,9 @@ def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[
     analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
     plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
     plans = {mode: with_starts(run, plan) for mode, plan in plans.items()}
-    ruler = Ruler(run.teacher.transformer, list(held_out.batches(count, count)))
+    ruler = Ruler(run.teacher.transformer, list(held_out.batches(count, count)), run.config.precision)
     # the costs behind a prediction were measured on these states: no difference comes from the choice of states
-    cost_ruler = Ruler(run.teacher.transformer, list(held_out.batches(costs, costs)))
+    cost_ruler = Ruler(run.teacher.transformer, list(held_out.batches(costs, costs)), run.config.precision)
     parts: dict[str, Callable[[], Any]] = {
         "contiguity": lambda: study_contiguity(run, ruler, draws),
         "sequence": lambda: study_sequence(run, ruler, plans[OURS], seeds),

@@ -26,7 +26,7 @@ EMBEDDED = {"emoji": Path(__file__).resolve().parent / "assets" / "teacher"}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device.
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device, of CUDA with its number.
 
     Raises:
         UserError: The device is unknown or not there.
@@ -36,6 +36,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is None:  # "cuda" is not equal to the "cuda:0" of tensors there
+            device = torch.device("cuda", torch.cuda.current_device())
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); use --set device=cpu, cuda or auto") from None

@@ -1,12 +1,15 @@
 """Trees of call arguments: record them as safetensors, slice them by sample, join them again.
 
 A diffusion transformer is called with tensors, lists (one entry a sample), tuples, numbers
-and None. A tree is such a value; its batch size is known from the call.
+and None. A tree is such a value. What in it is of one sample, and what all share, is found
+once on a whole call (:func:`per_sample`) and goes along from then on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from ppcl.errors import ModelError
 
 Tree = Any
+MOST_AXES = 4  # of a position: picture, time, row and column
 
 
 def flatten(tree: Tree, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -59,53 +63,120 @@ def batch_size(arguments: dict[str, Tree]) -> int:
     raise ModelError("the transformer was called without any tensor")
 
 
-def take(tree: Tree, rows: list[int], size: int) -> Tree:
-    """Pick samples: tensors and lists with ``size`` entries are per sample, all else is shared."""
-    if isinstance(tree, Tensor):
-        return tree[rows] if tree.ndim > 0 and len(tree) == size else tree
-    if isinstance(tree, list):
-        return [tree[row] for row in rows] if len(tree) == size else tree
+def per_sample(arguments: dict[str, Tree]) -> frozenset[str]:
+    """Tell what has an entry for each sample from what all samples share, by whether its length is the batch size.
+
+    Positions may be as many as there are samples, and are shared whatever their number. Ask this of a whole call: of
+    some of its samples the answer may be another.
+
+    Returns:
+        Paths: an argument's name, inside a dictionary ``name.key``.
+    """
+    size = batch_size(arguments)
+    found: set[str] = set()
+
+    def visit(node: Tree, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(value, f"{path}.{key}")
+        elif not isinstance(node, list) and not (isinstance(node, Tensor) and node.ndim > 0):
+            return
+        elif len(node) == size and not _positions(node, path):
+            found.add(path)
+
+    for name, value in arguments.items():
+        visit(value, name)
+    return frozenset(found)
+
+
+def _positions(node: list[Tree] | Tensor, path: str) -> bool:
+    """Whether a value is of positions: (tokens, axes), a vector, or a list of one vector an axis."""
+    if path.endswith("_rope_pos"):
+        return True
+    if isinstance(node, Tensor):  # Ideogram's segment_ids are (B, tokens), which no table of positions looks like
+        return path.endswith("_ids") and node.ndim == 2 and node.shape[1] <= MOST_AXES
+    vectors = all(isinstance(item, Tensor) and item.ndim == 1 for item in node)
+    return vectors and len({len(item) for item in node}) > 1  # texts of several lengths have features too
+
+
+def take(tree: Tree, rows: list[int], own: Collection[str], path: str = "") -> Tree:
+    """Pick samples.
+
+    Args:
+        tree: Arguments of a call.
+        rows: Which samples.
+        own: What :func:`per_sample` found; all else is shared.
+        path: Of the tree itself, where it is a part of the arguments.
+    """
     if isinstance(tree, dict):
-        return {key: take(value, rows, size) for key, value in tree.items()}
-    return tree
+        return {key: take(value, rows, own, _inside(path, key)) for key, value in tree.items()}
+    if path not in own:
+        return tree
+    return tree[rows] if isinstance(tree, Tensor) else [tree[row] for row in rows]
 
 
-def join(parts: list[Tree], like: Tree, size: int) -> Tree:
+def join(parts: list[Tree], own: Collection[str], path: str = "") -> Tree:
     """Join what :func:`take` picked out of trees of equal signature, along the samples.
 
     Args:
         parts: Picked trees, in order.
-        like: One of the trees they were picked from: it tells what is per sample, which a part
-            cannot (a shared tensor may happen to have as many rows as the part has samples).
-        size: Samples of ``like``.
+        own: What :func:`per_sample` found in each of the trees they were picked from.
+        path: Of the trees themselves, where they are parts of the arguments.
     """
     first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts) if like.ndim > 0 and len(like) == size else first
-    if isinstance(first, list):
-        return [item for part in parts for item in part] if len(like) == size else first
     if isinstance(first, dict):
-        return {key: join([part[key] for part in parts], like[key], size) for key in first}
-    return first
+        return {key: join([part[key] for part in parts], own, _inside(path, key)) for key in first}
+    if path not in own:
+        return first
+    return torch.cat(parts) if isinstance(first, Tensor) else [item for part in parts for item in part]
 
 
-def signature(tree: Tree, size: int) -> str:
-    """Equal for trees that :func:`join` may join: shapes without the samples, and shared plain values."""
+def signature(tree: Tree, own: Collection[str]) -> str:
+    """Equal for trees that :func:`join` may join: shapes without the samples, and all that is shared."""
 
-    def describe(node: Tree) -> Any:
-        if isinstance(node, Tensor):
-            per_sample = node.ndim > 0 and len(node) == size
-            return ["tensor", str(node.dtype), per_sample, list(node.shape[1:] if per_sample else node.shape)]
-        if isinstance(node, list) and len(node) == size:
-            kinds = {json.dumps(describe(item)) for item in node}
-            return ["samples", sorted(kinds)]
-        if isinstance(node, list | tuple):
-            return [describe(item) for item in node]
+    def describe(node: Tree, path: str) -> Any:
         if isinstance(node, dict):
-            return {key: describe(value) for key, value in node.items()}
+            return {key: describe(value, _inside(path, key)) for key, value in node.items()}
+        if isinstance(node, Tensor) and path in own:
+            return ["tensor", str(node.dtype), list(node.shape[1:])]
+        if isinstance(node, Tensor):  # pictures of 2x3 and 3x2 tokens differ in positions alone
+            values = hashlib.sha256(node.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            return ["shared", str(node.dtype), list(node.shape), values.hexdigest()]
+        if isinstance(node, list) and path in own:
+            return ["samples", sorted({json.dumps(_shapes(item)) for item in node})]
+        if isinstance(node, list | tuple):
+            return [describe(item, f"{path}.") for item in node]  # nothing inside is of one sample
         return node
 
-    return json.dumps(describe(tree), sort_keys=True)
+    return json.dumps(describe(tree, ""), sort_keys=True)
+
+
+def _shapes(node: Tree) -> Any:
+    """A sample's entry without the numbers in its tensors."""
+    if isinstance(node, Tensor):
+        return ["tensor", str(node.dtype), list(node.shape)]
+    if isinstance(node, list | tuple):
+        return [_shapes(item) for item in node]
+    if isinstance(node, dict):
+        return {key: _shapes(value) for key, value in node.items()}
+    return node
+
+
+def _inside(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def store_once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find equal tensors: return the kept ones and ``{dropped name: kept name}``."""
+    kept: dict[str, Tensor] = {}
+    alias: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        twin = next((k for k, t in kept.items() if t.dtype == tensor.dtype and torch.equal(t, tensor)), None)
+        if twin is None:
+            kept[name] = tensor.clone()
+        else:
+            alias[name] = twin
+    return kept, alias
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:

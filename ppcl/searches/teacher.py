@@ -20,6 +20,7 @@ from ppcl.files import read_tensors
 from ppcl.fit import chained_probe
 from ppcl.progress import Progress
 from ppcl.student import FixedStates, LinearRun, with_blocks
+from ppcl.teacher import autocast
 from ppcl.trace import record_boundaries
 from ppcl.trees import to_device
 
@@ -34,7 +35,7 @@ class Teacher:
         transformer: The teacher's transformer; searches leave it as it is.
         adapter: Its family.
         folder: The run directory.
-        precision: Autocast of passes with gradients.
+        precision: Autocast of passes.
     """
 
     transformer: nn.Module
@@ -124,7 +125,8 @@ class Teacher:
         firsts = {(stack, segment.first) for route in routes for (stack, segment), _ in route[:1]}
         with Progress(label, total=len(routes) * len(batches)) as progress:
             for arguments in batches if routes else ():
-                calls, target = record_boundaries(self.transformer, self.adapter, arguments, firsts)
+                with autocast(self.device, self.precision):  # substitutes may be float32 where the teacher is not
+                    calls, target = record_boundaries(self.transformer, self.adapter, arguments, firsts)
                 assert target is not None  # the pass was not stopped
                 total += float(target.double().pow(2).sum())
                 moved = to_device(arguments, self.device)
@@ -132,7 +134,9 @@ class Teacher:
                     if route:
                         stack, segment = route[0][0]
                         hybrid = self._hybrid(route, calls[stack, segment.first].inputs)
-                        squares[number] += float((velocity(hybrid, moved).double() - target.double()).pow(2).sum())
+                        with autocast(self.device, self.precision):
+                            found = velocity(hybrid, moved)
+                        squares[number] += float((found.double() - target.double()).pow(2).sum())
                     progress.advance()
         return [square / total for square in squares]
 

@@ -30,7 +30,7 @@ from ppcl.config import AnalyzeConfig
 from ppcl.errors import UserError
 from ppcl.files import read_tensors
 from ppcl.trace import BlockCall, record_boundaries
-from ppcl.trees import take
+from ppcl.trees import per_sample, take
 
 Calls = dict[str, list[dict[str, Any]]]
 RIDGES = (1e-4, 1e-1)
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_states(tokens: int, tmp_path: Path) -> No
         assert (kept > 0) == (tokens > 0)
         sizes.append(rest)
     assert sizes[0] == sizes[1]
-    assert take(call, [0], 12)["hidden_states"].shape[0] == 1
+    assert take(call, [0], per_sample(call))["hidden_states"].shape[0] == 1
 
 
 def test_hooks_are_removed_even_after_an_error() -> None:

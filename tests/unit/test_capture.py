@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ppcl import trees
 from ppcl.capture import (
+    Call,
     States,
     capture,
     choose_calls,
@@ -23,10 +24,11 @@ from ppcl.capture import (
     split_prompts,
     velocity,
     velocity_error,
+    write_calls,
 )
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, UserError
-from ppcl.files import write_tensors
+from ppcl.files import read_tensors, write_tensors
 
 SETTINGS = CaptureConfig(**CAPTURE)
 LONG = "a very old blue house by the sea"
@@ -55,7 +57,7 @@ def test_replaying_recorded_calls_gives_the_pipelines_outputs() -> None:
             node = trees.flatten(call.arguments, "00", tensors)
             assert torch.equal(velocity(pipeline.transformer, trees.unflatten(node, tensors)), output)
             assert torch.equal(call.velocity, output)
-            one = trees.take(call.arguments, [1], 2)
+            one = trees.take(call.arguments, [1], call.per_sample)
             assert torch.allclose(velocity(pipeline.transformer, one), output[1:], atol=1e-5)
             masked += call.arguments["encoder_hidden_states_mask"] is not None
     assert masked == SETTINGS.num_inference_steps  # prompts of two lengths: padding was seen, and kept
@@ -160,6 +162,46 @@ def test_another_seed_draws_other_states(calibration: Path, tmp_path: Path) -> N
     assert not torch.equal(first.calls[0].arguments["hidden_states"], second.calls[0].arguments["hidden_states"])
 
 
+@pytest.mark.parametrize(("total", "count", "size"), [(40, 6, 16), (40, 4, 8)])
+def test_halves_of_states_share_no_prompt(total: int, count: int, size: int, tmp_path: Path) -> None:
+    """Every latent is the number of its prompt; guidance doubles the samples of a call."""
+    number = torch.arange(size).repeat(2).float()
+    whole = [
+        Call({"hidden_states": number[:, None], "timestep": number * 0 + t}, number[:, None]) for t in range(total)
+    ]
+    rows = choose_rows(total, count, size, torch.Generator().manual_seed(0))
+    stored = [whole[i].take([row + size * (i % 2) for row in chosen]) for i, chosen in rows.items()]
+    write_calls(tmp_path / "train-0000.safetensors", stored, prompts=[f"prompt {i}" for i in range(size)])
+    halves = States(tmp_path, "train").halves()
+    own = [{int(h) for batch in half.batches(4) for h in batch["hidden_states"].flatten()} for half in halves]
+    assert [len(half) for half in halves] == [size * count // 2] * 2
+    assert not own[0] & own[1]
+    assert len(own[0]) == len(own[1]) == size // 2
+
+
+def test_positions_are_whole_in_stored_calls_of_any_size(tmp_path: Path) -> None:
+    """A call of as many samples as text tokens is stored in parts of as many samples as picture tokens, and others."""
+    call, transformer = flux_call(batch=8, text=8), tiny_flux(1, 1)
+    with torch.no_grad():
+        whole = Call(call, velocity(transformer, call))
+    write_calls(tmp_path / "train-0000.safetensors", [whole.take(rows) for rows in ([1, 3], range(6), [7])])
+    states = States(tmp_path, "train")
+    assert len(states.groups) == 1
+    for size in (1, 3, 6, 9):
+        for batch in states.answered(size):
+            assert batch.arguments["txt_ids"].shape == (8, 3)
+            assert torch.equal(batch.arguments["img_ids"], call["img_ids"])
+            with torch.no_grad():
+                assert torch.allclose(velocity(transformer, batch.arguments), batch.velocity, atol=1e-5)
+
+
+def test_files_without_rows_and_layout_are_still_read(calibration: Path, tmp_path: Path) -> None:
+    tensors, meta = read_tensors(calibration / "train-0000.safetensors")
+    old = {name: value for name, value in meta.items() if name not in ("rows", "per_sample")}
+    write_tensors(tmp_path / "train-0000.safetensors", tensors, old)
+    assert len(States(tmp_path, "train")) == sum(len(rows) for rows in meta["rows"])
+
+
 @pytest.mark.parametrize("prompts", [[], ["cat"], ["cat", "cat"]])
 def test_fewer_than_two_prompts(prompts: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="calibration needs at least 2 different prompts, got"):
@@ -209,9 +251,9 @@ def test_batches_from_several_calls_replay_like_their_samples(calibration: Path)
     transformer, states = shared_pipeline().transformer, States(calibration, "train")
     with torch.no_grad():
         for batch in states.batches(5):
-            size = trees.batch_size(batch)
+            size, own = trees.batch_size(batch), trees.per_sample(batch)
             whole = velocity(transformer, batch)
-            alone = torch.cat([velocity(transformer, trees.take(batch, [i], size)) for i in range(size)])
+            alone = torch.cat([velocity(transformer, trees.take(batch, [i], own)) for i in range(size)])
             assert torch.allclose(whole, alone, atol=1e-5)
 
 

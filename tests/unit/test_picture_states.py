@@ -125,6 +125,21 @@ def test_every_picture_gets_its_states_and_every_shape_its_group(calibration: Pa
     assert len({time_of(call) for call in calls}) == SETTINGS["num_inference_steps"]
 
 
+def test_every_state_keeps_its_caption(data: Path, tmp_path: Path) -> None:
+    """Steps take some of a file's pictures, and stored calls some of a step's; captions of one text are one prompt."""
+    settings = {**SETTINGS, "guidance_scale": 1.0, "held_out_share": 0.5, "states_per_prompt": 4}
+    capture_pictures(shared_pipeline(), tmp_path, CaptureConfig(**settings, data=str(data)), 0, [])
+    for split in ("train", "held-out"):
+        states = States(tmp_path, split)
+        texts: dict[str, set[bytes]] = {}
+        for (call, row), prompt in states.prompts.items():
+            text = states.calls[call].arguments["encoder_hidden_states"][row, -1]
+            texts.setdefault(prompt, set()).add(text.numpy().tobytes())
+        assert len(texts) == 2
+        one, other = texts.values()
+        assert not one & other
+
+
 def prompts_of(folder: Path, split: str) -> set[str]:
     from ppcl.files import read_tensors
 

@@ -69,7 +69,7 @@ def test_batch_size() -> None:
 
 def test_take_picks_samples_and_keeps_what_is_shared() -> None:
     whole = call(4)
-    part = trees.take(whole, [2, 0], 4)
+    part = trees.take(whole, [2, 0], trees.per_sample(whole))
     assert torch.equal(part["latents"], whole["latents"][[2, 0]])
     assert torch.equal(part["texts"][0], whole["texts"][2])
     assert len(part["shapes"]) == 2
@@ -82,23 +82,26 @@ def test_take_picks_samples_and_keeps_what_is_shared() -> None:
 @pytest.mark.parametrize("cuts", [[[0], [1, 2, 3]], [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1, 2, 3]]], ids=str)
 def test_join_is_the_inverse_of_take(cuts: list[list[int]]) -> None:
     whole = call(4)
-    parts = [trees.take(whole, rows, 4) for rows in cuts]
-    assert same(trees.join(parts, whole, 4), whole)
+    own = trees.per_sample(whole)
+    assert same(trees.join([trees.take(whole, rows, own) for rows in cuts], own), whole)
 
 
 def test_shared_tensors_are_not_joined_whatever_their_length() -> None:
     """Two samples of each of two calls, and a table of positions that has two rows as well."""
     one, two = call(4) | {"ids": noise(2, 3)}, call(3, seed=9) | {"ids": noise(2, 3)}
-    parts = [trees.take(one, [0, 3], 4), trees.take(two, [1, 2], 3)]
-    joined = trees.join(parts, one, 4)
+    own = trees.per_sample(one)
+    joined = trees.join([trees.take(one, [0, 3], own), trees.take(two, [1, 2], own)], own)
     assert torch.equal(joined["ids"], one["ids"])
     assert torch.equal(joined["latents"], torch.cat([one["latents"][[0, 3]], two["latents"][[1, 2]]]))
     assert len(joined["texts"]) == len(joined["shapes"]) == 4
 
 
 def test_signature_tells_what_may_be_joined() -> None:
-    base = trees.signature(call(4), 4)
-    assert trees.signature(call(3, seed=9), 3) == base
+    def of(tree: dict[str, Any]) -> str:
+        return trees.signature(tree, trees.per_sample(tree))
+
+    base = of(call(4))
+    assert of(call(3, seed=9)) == base
     for change in (
         {"latents": noise(4, 6, 3)},
         {"latents": noise(4, 5, 3).double()},
@@ -106,9 +109,26 @@ def test_signature_tells_what_may_be_joined() -> None:
         {"shapes": [[(1, 2, 4)]] * 4},
         {"mask": None},
         {"ids": noise(8, 3)},
+        {"ids": noise(7, 3, seed=51)},
         {"options": {"strength": 0.4}},
     ):
-        assert trees.signature(call(4) | change, 4) != base, change
+        assert of(call(4) | change) != base, change
+
+
+def test_positions_are_shared_whatever_their_number() -> None:
+    """As many samples as text tokens, axes and rows of the picture; features of texts are no positions."""
+    arguments = {
+        "hidden_states": noise(3, 6, 8),
+        "txt_ids": noise(3, 3),
+        "segment_ids": noise(3, 9),
+        "visual_rope_pos": [torch.arange(3), torch.arange(3), torch.arange(3)],
+        "text_rope_pos": torch.arange(3),
+        "axes": [torch.arange(1), torch.arange(4), torch.arange(5)],
+        "texts": [noise(2, 8), noise(4, 8), noise(5, 8)],
+        "more": {"mask": noise(3, 2), "table": noise(4, 2)},
+        "scale": torch.tensor(2.0),
+    }
+    assert trees.per_sample(arguments) == {"hidden_states", "segment_ids", "texts", "more.mask"}
 
 
 def test_to_device_keeps_the_structure() -> None:

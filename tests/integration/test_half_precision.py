@@ -1,0 +1,37 @@
+"""A run whose teacher is bfloat16, as on a GPU: substitutes are float32 until they are exported."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppcl import distill_run, teacher
+from ppcl.compare import compare_plans
+from ppcl.config import load_config
+from ppcl.stages import STAGES, Run
+
+
+def test_every_stage_of_a_run_in_bf16(
+    tiny_model: Path, prompts_file: Path, small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = teacher.open_pipeline
+
+    def in_bf16(model: str, device: torch.device, dtype: torch.dtype | None, variant: str | None = None) -> Any:
+        return original(model, device, torch.bfloat16, variant)
+
+    for module in (teacher, distill_run):
+        monkeypatch.setattr(module, "open_pipeline", in_bf16)
+    config = load_config([small_config], ["precision=bf16", "device=cpu", "plan.keep=0.8"])
+    run = Run(str(tiny_model), tmp_path / "run", config, prompts_file, "test")
+    for stage in STAGES:
+        run.run(stage)
+    assert run.teacher.transformer.dtype == torch.bfloat16
+    fidelity = json.loads((run.out / "eval" / "metrics.json").read_text())["fidelity"]
+    assert 0 < fidelity["velocity_error"] < math.inf
+    assert 0 < fidelity["velocity_error_undistilled"] < math.inf
+    assert "student" in compare_plans(run)

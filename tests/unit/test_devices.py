@@ -1,0 +1,38 @@
+"""Devices by name, and memory that processes share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_qwen
+
+from ppcl import distill_run
+from ppcl.config import load_config
+from ppcl.distributed import Group
+from ppcl.teacher import resolve_device
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_a_cuda_device_has_its_number(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on it say cuda:1, which is not equal to cuda."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert resolve_device(name) == torch.device(expected)
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(distill_run, "estimate_distill", lambda *_: {})
+    monkeypatch.setattr(distill_run, "free_bytes", lambda _: 1200)
+    monkeypatch.setattr(distill_run, "check_memory", lambda _, __, free: found.append(free))
+    states: Any = SimpleNamespace(largest=lambda _: {})
+    for local in ("3", "6"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        run: Any = SimpleNamespace(config=load_config([], []), device=torch.device("cpu"), group=Group(1, 6, 1))
+        distill_run.say_memory(run, tiny_qwen(2), SimpleNamespace(), states)  # type: ignore[arg-type]
+    assert found == [400, 200]
+    assert Group().local_size == 1
