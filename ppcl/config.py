@@ -237,7 +237,7 @@ class EvaluateConfig(Section):
     teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")
     velocity_states: int = Field(64, ge=1)
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
-    latency_runs: int = Field(10, ge=1)
+    latency_runs: int = Field(10, ge=1, description="timed calls; another number draws all pictures again, too")
     speed_batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1, description="prompts at once")
     speed_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="step counts of whole pictures; all steps and half of them if empty"
