@@ -25,6 +25,7 @@ from ppcl.capture import States
 from ppcl.compare import Judge, run_row
 from ppcl.compare_text import MEASURES, Row
 from ppcl.config import DistillConfig, PlanConfig
+from ppcl.config_memory import changed, for_tables
 from ppcl.errors import UserError
 from ppcl.files import write_json, write_text
 from ppcl.planner import Runs, free_blocks, paper_ladder, plan
@@ -176,7 +177,9 @@ def _stages(settings: DistillConfig) -> dict[str, DistillConfig]:
 
     def split(local: int, alternating: int, output: int, **more: Any) -> DistillConfig:
         steps = {"local_steps": local, "alternating_steps": alternating, "output_steps": output}
-        return settings.model_copy(update={"from_fit": False, **steps, **more})
+        # rows differ in one thing: none clips each substitute by itself, which the sequential ones cannot
+        alike = {"from_fit": False, "one_at_a_time": False, "release_gradients": False}
+        return changed(settings, **{**alike, **steps, **more})
 
     return {
         "sequential": split(total, 0, 0, sequence="sequential"),
@@ -205,6 +208,7 @@ def ablate(run: Run, table: Path | None = None, seeds: Sequence[int] | None = No
     """
     for stage in ("capture", "analyze", "fit"):
         run.run(stage)
+    run.config = for_tables(run.config)
     chosen = tuple(seeds or (run.config.seed,))
     rows = ablation_rows(run)
     judge = Judge(run)

@@ -27,12 +27,14 @@ from ppcl.cli_options import (
     Sets,
     Speedup,
     Table,
+    check_push,
     open_run,
+    push_folder,
     quiet_libraries,
     resolve,
     skip_peft,
 )
-from ppcl.config import parse_seeds, parse_size
+from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds, parse_size
 from ppcl.errors import ConfigError
 from ppcl.launch import guarded, refuse_several
 from ppcl.stages import FUNCTIONS, STAGES
@@ -45,29 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _check_push(repo_id: str | None, private: bool) -> None:
-    """Say early what would keep a push from working, since hours may lie before it."""
-    quiet_libraries()
-    if repo_id is None:
-        if private:
-            logger.warning("--private has no effect without --push-to-hub")
-        return
-    from ppcl.hub import check_repo_id, has_token
-
-    check_repo_id(repo_id)
-    if not has_token():
-        logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
-
-
-def _push(run: Any, repo_id: str | None, private: bool) -> None:
-    if repo_id is None:
-        return
-    from ppcl.card import PLACEHOLDER
-    from ppcl.hub import push
-
-    typer.echo(f"pushed:  {push(run.out / 'pipeline', repo_id, private, PLACEHOLDER)}")
 
 
 @app.command()
@@ -88,7 +67,7 @@ def compress(
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
     from ppcl.summary import print_prediction, print_summary
 
-    _check_push(push_to_hub, private)
+    check_push(push_to_hub, private)
     run = open_run(model, out, config, set_, prompts, keep, speedup, fit, mode, processes)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
@@ -98,7 +77,7 @@ def compress(
             print_prediction(run.out)
     if run.group.is_main:
         print_summary(run.out)
-        _push(run, push_to_hub, private)
+        push_folder(run.out / "pipeline", push_to_hub, private)
     run.group.close()
 
 
@@ -129,16 +108,22 @@ def _export_command(
     With a finished run in the model's place: ppcl export RUN --keep 0.7 --out DIR writes another size of its bundle.
     """
     if (Path(model) / "bundle").is_dir():
-        _export_size(Path(model), out, keep, speedup, fit)
+        if prompts is not None or mode is not None:
+            raise ConfigError("--prompts and --mode are the run's own; leave them out to export another size")
+        check_push(push_to_hub, private)
+        _export_size(Path(model), out, keep, speedup, fit, load_config(config or [], set_ or []))
+        push_folder(out, push_to_hub, private)
         return
-    _check_push(push_to_hub, private)
+    check_push(push_to_hub, private)
     run = open_run(model, out, config, set_, prompts, keep, speedup, fit, mode)
     _run_stage(run, "export")
-    _push(run, push_to_hub, private)
+    push_folder(run.out / "pipeline", push_to_hub, private)
 
 
-def _export_size(folder: Path, out: Path, keep: float | None, speedup: float | None, fit: str | None) -> None:
-    """Write another size of a finished run's bundle."""
+def _export_size(
+    folder: Path, out: Path, keep: float | None, speedup: float | None, fit: str | None, config: RunConfig
+) -> None:
+    """Write another size of a finished run's bundle; of the config ``export`` counts, and the device."""
     given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
     chosen = [(name, value) for name, value in given.items() if value is not None]
     if len(chosen) != 1:
@@ -147,7 +132,10 @@ def _export_size(folder: Path, out: Path, keep: float | None, speedup: float | N
     from ppcl.ladder import export_size
     from ppcl.summary import describe_plan
 
-    made = export_size(folder, out, *chosen[0])
+    if config.model_copy(update={"export": ExportConfig(), "device": "auto"}) != RunConfig():  # type: ignore[call-arg]
+        raise ConfigError("the bundle is there: of the settings export.* and device count alone; leave out the others")
+    device = "cpu" if config.device == "auto" else config.device
+    made = export_size(folder, out, *chosen[0], device, config.export)
     p = made.plan.predicted
     typer.echo(f"plan: {describe_plan(made.plan)}\n{p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}) in {out}")
 
@@ -252,15 +240,19 @@ def compare(
     table: Table = None,
     seeds: Seeds = "0",
     methods: Methods = None,
-    budgets: Budgets = "keep=0.7,keep=0.5,speedup=1.5",
+    budgets: Budgets = None,
 ) -> None:
     """Compare plans under one budget and the same training steps; or every method, with --methods. One table."""
     chosen = parse_seeds(seeds)
+    if methods is None and budgets is not None:
+        raise ConfigError("--budgets needs --methods; without it all plans have one budget, e.g. --keep 0.6")
+    if methods is not None and keep is not None:
+        raise ConfigError(f"--keep has no effect with --methods; write --budgets keep={keep:g}")
     run = open_run(model, out, config, set_, prompts, keep)
     if methods is not None:
-        from ppcl.methods import budgets_named, compare_methods, methods_named
+        from ppcl.methods import BUDGETS, budgets_named, compare_methods, methods_named
 
-        typer.echo(compare_methods(run, methods_named(methods), budgets_named(budgets), chosen, table))
+        typer.echo(compare_methods(run, methods_named(methods), budgets_named(budgets or BUDGETS), chosen, table))
         return
     from ppcl.compare import compare_plans
 

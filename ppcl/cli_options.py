@@ -16,6 +16,7 @@ from ppcl.config import parse_size
 from ppcl.errors import ConfigError
 from ppcl.launch import silence_others
 
+logger = logging.getLogger(__name__)
 Model = Annotated[str, typer.Argument(help="'emoji' (embedded), a pipeline folder, or a hub id")]
 Out = Annotated[Path, typer.Option("--out", help="the run directory; run again to resume")]
 Files = Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")]
@@ -30,7 +31,9 @@ Private = Annotated[bool, typer.Option("--private", help="create that repository
 Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Methods = Annotated[str | None, typer.Option("--methods", help="all, or some, e.g. ours,path,units-wanda")]
-Budgets = Annotated[str, typer.Option("--budgets", help="of --methods, e.g. keep=0.7,speedup=1.5")]
+Budgets = Annotated[
+    str | None, typer.Option("--budgets", help="of --methods; keep=0.7,keep=0.5,speedup=1.5 if left out")
+]
 Mode = Annotated[
     str | None,
     typer.Option("--mode", help="the search: optimal, paper, others (docs/extending.md), or FILE.py:Class"),
@@ -104,3 +107,27 @@ def skip_peft() -> None:
 
     if hasattr(import_utils, "_peft_available"):
         import_utils._peft_available = False
+
+
+def check_push(repo_id: str | None, private: bool) -> None:
+    """Say early what would keep a push from working, since hours may lie before it."""
+    quiet_libraries()
+    if repo_id is None:
+        if private:
+            logger.warning("--private has no effect without --push-to-hub")
+        return
+    from ppcl.hub import check_repo_id, has_token
+
+    check_repo_id(repo_id)
+    if not has_token():
+        logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
+
+
+def push_folder(folder: Path, repo_id: str | None, private: bool) -> None:
+    """Upload a pipeline folder, if a repository was given."""
+    if repo_id is None:
+        return
+    from ppcl.card import PLACEHOLDER
+    from ppcl.hub import push
+
+    typer.echo(f"pushed:  {push(folder, repo_id, private, PLACEHOLDER)}")

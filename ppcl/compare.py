@@ -32,6 +32,7 @@ from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
 from ppcl.capture import States, guidance_arguments, velocity_error
 from ppcl.compare_text import Row, mean_scores, write_up
 from ppcl.config import DistillConfig
+from ppcl.config_memory import for_tables
 from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
@@ -108,7 +109,7 @@ class Judge:
         self.seeds = [run.config.seed + offset for offset in range(count)]
         section = self.settings.model_dump(exclude={"latency_runs", "batch_size", "speed_batch_sizes", "speed_steps"})
         # the identity holds the weights, the prompts and the seed
-        self.depends = digest(run.identity, section, run.config.capture.model_dump(), self.seeds)
+        self.depends = digest(run.identity, section, run.config.capture.identity(), self.seeds)
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -128,6 +129,8 @@ class Judge:
 
     def draw(self, pipeline: Any, folder: Path, seed: int, model: str) -> Tensor:
         """Draw all prompts with one seed; return the (N, D) features of the pictures."""
+        row = folder.parent.parent
+        label = f"{row.parent.name}, {row.name}" if row.name.startswith("seed-") else row.name
         paths = generate(
             pipeline,
             self.run.evaluation_prompts,
@@ -136,10 +139,10 @@ class Judge:
             num_inference_steps=self.settings.num_inference_steps,
             batch_size=self.settings.batch_size,
             call_kwargs=guidance_arguments(pipeline, self.run.config.capture),
-            label=f"{folder.parent.parent.name}: pictures",
+            label=f"{label}: pictures",
             model=model,
         )
-        return describe(paths, self.extractor, label=f"{folder.parent.parent.name}: features")
+        return describe(paths, self.extractor, label=f"{label}: features")
 
     def teacher_features(self, seed: int) -> Tensor:
         """(N, D) features of the teacher's pictures of one seed."""
@@ -222,7 +225,7 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     """
     folder = run.out / "compare" / row.name / f"seed-{seed}"
     base = row.fitted_by or run
-    trained = digest(base.depends("fit"), to_jsonable(row.plan.stacks), row.settings.model_dump(), seed)
+    trained = digest(base.depends("fit"), to_jsonable(row.plan.stacks), row.settings.identity(), seed)
     evaluated = digest(trained, judge.depends)
     path = folder / "metrics.json"
     if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
@@ -303,6 +306,7 @@ def compare_plans(run: Run, table: Path | None = None, seeds: Sequence[int] | No
     """
     for stage in ("capture", "analyze", "fit"):
         run.run(stage)
+    run.config = for_tables(run.config)
     chosen = tuple(seeds or (run.config.seed,))
     rows, left_out = plan_rows(run)
     judge = Judge(run)

@@ -183,6 +183,8 @@ class DistillConfig(MemorySettings, Section):
         alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if self.release_gradients else ""
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
+        if self.fresh and self.one_at_a_time:
+            raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
         if self.release_gradients and self.spike_factor:
             raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
         return self
@@ -190,14 +192,8 @@ class DistillConfig(MemorySettings, Section):
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
-        unread = {*_HOW_NOT_WHAT, "sparsity", *(() if self.fresh else ("fresh",))}
+        unread = {*HOW_NOT_WHAT, "sparsity", *(() if self.fresh else ("fresh",))}
         return {**self.model_dump(exclude=unread), **zeros}
-
-
-_HOW_NOT_WHAT = {
-    *("keep_checkpoints", "max_bad_steps", "spike_factor", "sample_every", "sample_prompts"),
-    *HOW_NOT_WHAT,
-}
 
 
 class ExportConfig(Section):
@@ -235,7 +231,7 @@ class EvaluateConfig(Section):
     teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")
     velocity_states: int = Field(64, ge=1)
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
-    latency_runs: int = Field(10, ge=1)
+    latency_runs: int = Field(10, ge=1, description="timed calls; another number draws all pictures again, too")
     speed_batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1, description="prompts at once")
     speed_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="step counts of whole pictures; all steps and half of them if empty"

@@ -5,9 +5,15 @@ See :class:`ppcl.config.DistillConfig`.
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ppcl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
 
 
 class MemorySettings(BaseModel):
@@ -55,4 +61,41 @@ class MemorySettings(BaseModel):
 
 
 # what does not change what is trained, beyond rounding
-HOW_NOT_WHAT = {"offload", "checkpointing", "compile", "accumulate", "shard"}
+HOW_NOT_WHAT = {
+    *("checkpoint_every", "keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
+    *("sample_every", "sample_prompts"),
+    *("offload", "checkpointing", "compile"),
+}
+# what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
+_NOT_IN_TABLES = {"offload": "none", "one_at_a_time": False, "fresh": 0, "sample_every": 0}
+
+
+def changed(settings: M, **changes: Any) -> M:
+    """A copy with other values, checked as those of a config file are (``model_copy`` checks nothing).
+
+    Args:
+        settings: Any section.
+        changes: Values by name.
+
+    Raises:
+        ConfigError: They do not fit together.
+    """
+    try:
+        return type(settings).model_validate({**settings.model_dump(), **changes})
+    except ValidationError as error:
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def for_tables(config: M) -> M:
+    """A run's config for compare, ablate and study; says which of its settings are left out there.
+
+    Args:
+        config: A :class:`ppcl.config.RunConfig`.
+    """
+    settings: BaseModel = config.distill  # type: ignore[attr-defined]
+    unused = [name for name, value in _NOT_IN_TABLES.items() if getattr(settings, name) != value]
+    if not unused:
+        return config
+    named = ", ".join(f"distill.{name}" for name in unused)
+    logger.warning("%s: no effect here; rows are trained on recorded states, with the whole teacher in memory", named)
+    return config.model_copy(update={"distill": changed(settings, **_NOT_IN_TABLES)})

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 def distill_run(run: Run) -> None:
     """Train a run's substitutes, with nothing of the pipeline in memory but its transformer.
 
+    ``sample_every`` and ``fresh`` keep the text encoder and the VAE there, too: they draw and noise pictures.
+
     Raises:
         TrainingError: It would not fit into memory.
     """

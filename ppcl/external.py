@@ -41,9 +41,18 @@ def valid_name(name: str, table: Collection[str], noun: str) -> str:
 
 
 def source_of(name: str) -> str | None:
-    """The text of the file that a name points into, which is part of what a result depends on; None without one."""
+    """The text of the file that a name points into, which is part of what a result depends on; None without one.
+
+    Raises:
+        ConfigError: It cannot be read as UTF-8.
+    """
     path = Path(name.rpartition(":")[0]).expanduser()
-    return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+    if path.suffix != ".py" or not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def load_object(name: str, setting: str, methods: Mapping[str, tuple[str, ...]]) -> Any:
@@ -66,8 +75,10 @@ def load_object(name: str, setting: str, methods: Mapping[str, tuple[str, ...]])
         raise ConfigError(f"{setting}={name}: {place} has no '{attribute}'{nearest(attribute, defined)}{known}")
     try:
         made = found() if isinstance(found, type) else found
-    except TypeError as error:
-        raise ConfigError(f"{setting}={name}: {error}; expected a class that is made without arguments") from error
+    except Exception as error:  # whatever the user's code raises is the user's to mend
+        kind = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
+        problem = f"{kind}{error}".replace("\n", " ")
+        raise ConfigError(f"{setting}={name}: {problem}; expected a class that is made without arguments") from error
     for method, arguments in methods.items():
         _check_signature(made, method, arguments, f"{setting}={name}")
     return made

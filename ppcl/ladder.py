@@ -13,7 +13,7 @@ from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
 from ppcl.capture import States
 from ppcl.compare import Judge, claim
 from ppcl.compare_text import MEASURES
-from ppcl.config import load_config
+from ppcl.config import ExportConfig
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
@@ -26,7 +26,9 @@ from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance,
 from ppcl.teacher import load_pipeline, resolve_device
 
 
-def export_size(folder: Path, out: Path, kind: str, value: float, device: str = "cpu") -> Bundle:
+def export_size(
+    folder: Path, out: Path, kind: str, value: float, device: str = "cpu", settings: ExportConfig | None = None
+) -> Bundle:
     """Write a pipeline of another size from a finished run's bundle.
 
     Args:
@@ -35,6 +37,7 @@ def export_size(folder: Path, out: Path, kind: str, value: float, device: str = 
         kind: ``keep``, ``speedup`` or ``fit_gb``.
         value: The budget.
         device: Where the models are put together.
+        settings: How it is written; the defaults if None.
 
     Returns:
         The plan and the substitutes that were put in.
@@ -52,7 +55,7 @@ def export_size(folder: Path, out: Path, kind: str, value: float, device: str = 
     adapter = adapter_for(pipeline.transformer)
     chosen = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)
     student = build_student(pipeline.transformer, adapter, chosen)
-    export(pipeline, student, chosen.plan, model, out, load_config([], []).export)
+    export(pipeline, student, chosen.plan, model, out, settings or ExportConfig())  # type: ignore[call-arg]
     return chosen
 
 

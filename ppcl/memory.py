@@ -30,7 +30,9 @@ from ppcl.cost import count_params
 from ppcl.distill.local import local_losses
 from ppcl.distill.losses import velocity_loss
 from ppcl.errors import TrainingError
+from ppcl.sparsity import sparse_plan
 from ppcl.student import RunKey, with_blocks
+from ppcl.tables import size_text
 from ppcl.teacher import autocast
 from ppcl.trees import Tree
 from ppcl.width import apply_width
@@ -80,7 +82,7 @@ class MemoryEstimate:
 
     Attributes:
         teacher: Weights of the frozen model that are there.
-        trained: Trained weights (float32).
+        trained: Trained weights (float32), and a byte for each that may be one of the zeros.
         gradients: Of the trained weights that have left their backward pass when the last one runs.
         optimizer: Its states.
         average: The moving average.
@@ -100,13 +102,8 @@ class MemoryEstimate:
         return sum(int(getattr(self, field.name)) for field in fields(self))
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{field.name} {_gigabytes(getattr(self, field.name))}" for field in fields(self))
-        return f"{_gigabytes(self.total)} ({parts})"
-
-
-def _gigabytes(count: float) -> str:
-    """Bytes as text, GB (1e9) or MB where that is too coarse."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+        parts = ", ".join(f"{field.name} {size_text(getattr(self, field.name))}" for field in fields(self))
+        return f"{size_text(self.total)} ({parts})"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -198,8 +195,8 @@ def local_step_bytes(
         if not members:
             continue
         _, first, last = max(members, key=lambda run: run[2] - run[1])
-        blocks = list(adapter.blocks(transformer, spec))
         lists = {s.name: list(adapter.blocks(transformer, s))[:1] for s in adapter.stacks}
+        blocks = list(adapter.blocks(transformer, spec))
         lists[spec.name] = blocks[first : min(first + 2, last + 1)]
         short = (spec.name, 0, len(lists[spec.name]) - 1)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -276,12 +273,13 @@ def substitute_sizes(transformer: nn.Module, adapter: Adapter, plan: Compression
                 apply_width(block, segment.width)
                 new = sum(count_params(block.get_submodule(path)) for path in segment.width)
                 whole = count_params(block)
-            sizes[spec.name, segment.first, segment.last] = (whole, whole if segment.is_run else new)
+            trained = whole if segment.is_run or segment.sparsity else new
+            sizes[spec.name, segment.first, segment.last] = (whole, trained)
     return sizes
 
 
 def _local(
-    sizes: Mapping[RunKey, tuple[int, int]], teacher: int, peaks: Mapping[str, int], settings: DistillConfig
+    sizes: Mapping[RunKey, tuple[int, int]], teacher: int, peaks: Mapping[str, int], settings: DistillConfig, masks: int
 ) -> MemoryEstimate:
     """The local stage, from the sizes of its substitutes and the peak of one in each stack."""
     join = max if settings.one_at_a_time else sum
@@ -298,7 +296,7 @@ def _local(
     worst = max(order, key=lambda stack: FLOAT * waiting[stack] + peaks[stack])
     return MemoryEstimate(
         teacher=teacher,
-        trained=FLOAT * resident,
+        trained=FLOAT * resident + masks,
         gradients=FLOAT * waiting[worst],
         optimizer=optimizer_bytes(numbers, settings.optimizer),
         average=FLOAT * numbers if settings.ema_decay else 0,
@@ -324,7 +322,9 @@ def estimate_distill(
         settings: See :class:`DistillConfig`.
         precision: ``fp32`` or ``bf16``.
     """
+    plan = sparse_plan(plan, settings.sparsity)
     sizes = substitute_sizes(transformer, adapter, plan)
+    masks = sum(numbers for numbers, _ in sizes.values()) if settings.sparsity.zeros else 0
     teacher = weight_bytes(transformer)
     in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(transformer, s)] for s in adapter.stacks}
     streamed = teacher - sum(map(sum, in_blocks.values())) + max(map(max, in_blocks.values()))
@@ -332,7 +332,7 @@ def estimate_distill(
     if sizes and settings.local_steps:
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(transformer, adapter, arguments, sizes, precision)
-        found["local"] = _local(sizes, resident, peaks, settings)
+        found["local"] = _local(sizes, resident, peaks, settings, masks)
     stages = {
         "alternating": settings.alternating_steps if sizes else 0,
         "output": settings.output_steps if sizes or settings.train != "substitutes" else 0,
@@ -352,7 +352,7 @@ def estimate_distill(
             weights = FLOAT * numbers
         found[stage] = MemoryEstimate(
             teacher=teacher,
-            trained=weights,
+            trained=weights + masks,
             gradients=0,
             optimizer=optimizer_bytes(numbers, settings.optimizer),
             average=FLOAT * numbers if settings.ema_decay else 0,
@@ -394,6 +394,6 @@ def check_memory(estimates: Mapping[str, MemoryEstimate], present: int, free: in
         there = min(present, estimate.teacher)
         if estimate.total - there > free:
             raise TrainingError(
-                f"distill: the {stage} stage needs {_gigabytes(estimate.total)}, {_gigabytes(free + there)} are "
+                f"distill: the {stage} stage needs {size_text(estimate.total)}, {size_text(free + there)} are "
                 f"there ({estimate}); set {_REMEDIES[stage]}"
             )

@@ -19,13 +19,16 @@ from ppcl.artifacts import Candidates, CompressionPlan, load_artifact, save_arti
 from ppcl.baselines import plan_from_runs, with_starts
 from ppcl.compare import Judge, run_row
 from ppcl.compare_text import Row
-from ppcl.config import FitConfig, PlanConfig
-from ppcl.criteria import CRITERIA
-from ppcl.errors import BudgetError, ConfigError, nearest
+from ppcl.config import CRITERION_NAMES, FitConfig, PlanConfig
+from ppcl.config_memory import changed, for_tables
+from ppcl.criteria import CRITERIA, criterion_named
+from ppcl.errors import BudgetError, ConfigError, UserError, nearest
 from ppcl.export import link_file
+from ppcl.external import valid_name
 from ppcl.files import digest, read_json, remove, write_json, write_text
 from ppcl.methods_text import Entry, draw, write_up
-from ppcl.searches import choose, context_of
+from ppcl.search_config import SEARCH_NAMES
+from ppcl.searches import choose, context_of, search_named
 from ppcl.sparsity import sparse_layers, sparsity_cost
 from ppcl.sparsity_config import SparsityConfig
 from ppcl.stages import PRODUCTS, Run
@@ -40,6 +43,7 @@ UNITS = {
     "max_run": 2,
     "eval_states": 8,
 }
+BUDGETS = "keep=0.7,keep=0.5,speedup=1.5"
 MOST_ZEROS = 0.95  # of the weights that may become zero
 
 
@@ -96,24 +100,37 @@ def methods_named(text: str) -> dict[str, Method]:
     """Turn ``all``, ``ours,path`` or ``all,search=mine.py:Mine,units=mine.py:Mine`` into methods.
 
     Raises:
-        ConfigError: One is unknown.
+        ConfigError: One is unknown, or cannot be loaded.
     """
     found: dict[str, Method] = {}
     for name in (part.strip() for part in text.split(",")):
         kind, _, place = name.partition("=")
-        outside = re.sub(r"[^A-Za-z0-9]+", "-", Path(place.replace(":", "-")).name)  # a folder's name
         if name == "all":
             found |= METHODS
-        elif place and kind == "search":
-            found[f"search-{outside}"] = _depth(place, place)
-        elif place and kind == "units":
-            found[f"units-{outside}"] = Method(f"{place}, uniform", "neurons, heads", {"mode": "allocation"}, place)
+        elif place and kind in ("search", "units"):
+            method = _outside(kind, place)
+            short = f"{kind}-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(place.replace(":", "-")).name)  # a folder's name
+            other = found.get(short, method) != method
+            found[f"{short}-{digest(place)[:6]}" if other else short] = method
         elif name in METHODS:
             found[name] = METHODS[name]
         else:
             valid = ", ".join(("all", *METHODS, "search=FILE.py:Class", "units=FILE.py:Class"))
             raise ConfigError(f"--methods: unknown method{nearest(name, METHODS)}; valid: {valid}")
     return found
+
+
+def _outside(kind: str, place: str) -> Method:
+    """The method of ``search=`` or ``units=``, which is loaded once now: the work before its turn takes hours."""
+    try:
+        valid_name(place, SEARCH_NAMES if kind == "search" else CRITERION_NAMES, kind)
+    except ValueError as error:
+        raise ConfigError(f"--methods: {kind}={place}: {error}") from None
+    if kind == "search":
+        search_named(place)
+        return _depth(place, place)
+    criterion_named(place)
+    return Method(f"{place}, uniform", "neurons, heads", {"mode": "allocation"}, place)
 
 
 def budgets_named(text: str) -> list[dict[str, float]]:
@@ -195,6 +212,7 @@ def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) 
 
     Raises:
         BudgetError: The budget is a speed-up, or asks for more zeros than there are weights.
+        ConfigError: Zeros do not go with how the run trains.
     """
     if "keep" not in budget:
         raise BudgetError("zeros make nothing faster by themselves")
@@ -213,7 +231,7 @@ def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) 
     if share > MOST_ZEROS:
         raise BudgetError(f"{share:.0%} of the blocks' weights would have to be zero")
     settings = settings.model_copy(update={"share": share})
-    distill = run.config.distill.model_copy(update={"from_fit": False, "sparsity": settings})
+    distill = changed(run.config.distill, from_fit=False, sparsity=settings)
     cost = sparsity_cost(settings, settings.states, len(blocks))
     return Row(f"{slug(budget)}/{name}", method.label, plan, distill), cost
 
@@ -265,6 +283,7 @@ def compare_methods(
     """
     for stage in ("capture", "analyze", "fit"):
         run.run(stage)
+    run.config = for_tables(run.config)
     judge = Judge(run)
     teacher = judge.teacher()
     entries: list[Entry] = []
@@ -272,7 +291,7 @@ def compare_methods(
         for name, method in methods.items():
             try:
                 rows = [row_of(run, name, method, budget, seed) for seed in seeds]
-            except BudgetError as error:
+            except UserError as error:  # the other methods are worth their hours
                 entries.append(Entry(slug(budget), name, method.label, method.units, why_not=str(error)))
                 continue
             metrics = [run_row(run, judge, row, seed, teacher) for (row, _), seed in zip(rows, seeds, strict=True)]

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from ppcl.capture import guidance_arguments
+from ppcl.distributed import SINGLE, Group
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
 from ppcl.files import atomic_path, read_json, write_json
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, Any]], None]
+
+
+class _Elsewhere(Exception):
+    """Another process failed to draw."""
 
 
 class SampleSheet:
@@ -44,6 +49,8 @@ class SampleSheet:
         call_kwargs: Size and guidance; see :func:`ppcl.capture.guidance_arguments`.
         seed: Of the noise; that of the evaluation's first pictures, where it is the run's.
         precision: Autocast of the transformer, as in training.
+        group: The processes that draw together, where the student is split over them: if one fails, all end the
+            drawing, before any of them waits for the others inside the student.
         log: Receives ``{"stage": "samples", "step": ..., "picture": ...}`` with the path below ``out``; None in all
             processes but the first, which draw (a student that is split needs all of them) and write nothing.
     """
@@ -58,29 +65,49 @@ class SampleSheet:
         seed: int,
         precision: str = "auto",
         log: Log | None = None,
+        group: Group = SINGLE,
     ) -> None:
         self.pipeline, self.prompts, self.out, self.log = pipeline, list(prompts), out, log
         self.num_inference_steps, self.call_kwargs = num_inference_steps, accepted_kwargs(pipeline, call_kwargs)
         self.seed, self.precision = seed, precision
-        self._failed = False
+        self.group, self._failed = group, False
 
     def __call__(self, step: int, student: nn.Module) -> None:
         """Draw a sheet with the student's weights after ``step`` steps."""
         if self._failed:
             return
         folder = self.out / "samples"
+        reason = None
         try:
             if self.log:
                 self._teacher_sheet(folder)
-            sheet = self._draw(student)
+            with self._in_step(student):
+                sheet = self._draw(student)
             if self.log:
                 path = folder / f"step-{step:06d}.png"
                 self._write(path, sheet)
                 self.log({"stage": "samples", "step": step, PICTURE: str(path.relative_to(self.out))})
+        except _Elsewhere:
+            self._failed = True  # said by the process that failed
+            return
         except (UserError, RuntimeError, ValueError, OSError) as error:
-            self._failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("samples of step %d could not be drawn (%s); training goes on without them", step, reason)
+        self._failed = self.group.any(reason is not None)
+
+    @contextlib.contextmanager
+    def _in_step(self, student: nn.Module) -> Iterator[None]:
+        """Ask before each pass of the student whether all processes are about to run it; else none may wait there."""
+
+        def ask(*_: Any) -> None:
+            if self.group.any(False):
+                raise _Elsewhere
+
+        handle = student.register_forward_pre_hook(ask, prepend=True)  # before FSDP's own, which gathers weights
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _teacher_sheet(self, folder: Path) -> None:
         """Draw the teacher's pictures, unless those of the same prompts are there."""
@@ -129,6 +156,7 @@ def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
         settings.seed,
         settings.precision,
         run.log if run.group.is_main else None,
+        run.group if settings.distill.shard else SINGLE,
     )
 
 

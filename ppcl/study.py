@@ -25,6 +25,7 @@ from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
 from ppcl.baselines import BASELINES, OURS, plan_from_runs, plans_of_equal_size, removed_blocks, run_keys, with_starts
 from ppcl.bundle import load_bundle
 from ppcl.capture import States, velocity
+from ppcl.config_memory import changed, for_tables
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
@@ -181,13 +182,14 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
         start = assemble_student(transformer, adapter, plan, new_substitutes(transformer, adapter, plan, None))
         result: dict[str, Any] = {"before": ruler.error(start), "steps": run.config.distill.local_steps}
     for sequence in SEQUENCES:
-        settings = run.config.distill.model_copy(
-            update={"sequence": sequence, "output_steps": 0, "from_fit": False, "train": "substitutes"}
-        )
+        # both are clipped together: sequential training cannot clip each substitute by itself
+        alike = {"one_at_a_time": False, "release_gradients": False, "shard": False}
+        how = {"sequence": sequence, "output_steps": 0, "from_fit": False, "train": "substitutes"}
+        settings = changed(run.config.distill, **alike, **how)
         rows = []
         for seed in seeds:
             # the digest is in the folder's name: an interrupted training of other settings is not resumed
-            made_of = digest(run.depends("fit"), to_jsonable(plan.stacks), settings.model_dump(), seed)
+            made_of = digest(run.depends("fit"), to_jsonable(plan.stacks), settings.identity(), seed)
             folder = run.out / "study" / sequence / f"seed-{seed}" / made_of
             times: list[float] = []
             if not (folder / "bundle").is_dir():
@@ -206,7 +208,7 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
                     folder / "seconds.json", {"median_step_seconds": statistics.median(times) if times else None}
                 )
             bundle = load_bundle(folder / "bundle", transformer, adapter)
-            error = ruler.error(assemble_student(transformer, adapter, plan, bundle.substitutes))
+            error = ruler.error(assemble_student(transformer, adapter, bundle.plan, bundle.substitutes))
             seconds = folder / "seconds.json"
             rows.append(
                 {"error": error, **(read_json(seconds) if seconds.is_file() else {"median_step_seconds": None})}
@@ -314,6 +316,7 @@ def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[
     """
     for stage in ("capture", "analyze", "fit"):
         run.run(stage)
+    run.config = for_tables(run.config)
     held_out = States(run.out / "calibration", "held-out")
     count, costs = run.config.evaluate.velocity_states, run.config.fit.eval_states
     analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
@@ -331,7 +334,7 @@ def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[
     config = run.config
     inputs = {  # beyond what the fit stage depends on
         "contiguity": [config.plan.model_dump(), count, draws],
-        "sequence": [to_jsonable(plans[OURS].stacks), config.distill.model_dump(), count, list(seeds)],
+        "sequence": [to_jsonable(plans[OURS].stacks), config.distill.identity(), count, list(seeds)],
         "squares": [config.plan.model_dump()],
         "planner": [{mode: to_jsonable(plan.stacks) for mode, plan in plans.items()}],
     }

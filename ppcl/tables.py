@@ -114,3 +114,8 @@ def zeros_meaning(pattern: str) -> str:
             "8.0 or newer, in half precision: 9/16 of the memory of these layers, and kernels that skip the zeros."
         )
     return text + "No common kernel runs this pattern faster; 2:4 is the one that GPUs know."
+
+
+def size_text(count: float) -> str:
+    """Bytes as text, GB (1e9) or MB where that is too coarse."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -15,7 +15,7 @@ from ppcl.adapters import Adapter
 from ppcl.criteria.activation import Activation
 from ppcl.criteria.base import Criterion, Site
 from ppcl.criteria.bip import Bip
-from ppcl.criteria.external import checked, load_external
+from ppcl.criteria.external import METHODS, checked
 from ppcl.criteria.gblm import Gblm
 from ppcl.criteria.magnitude import Magnitude
 from ppcl.criteria.nirvana import Nirvana
@@ -23,6 +23,7 @@ from ppcl.criteria.random import Random
 from ppcl.criteria.taylor import Taylor
 from ppcl.criteria.wanda import Wanda
 from ppcl.criteria.weights import weight_criterion_named
+from ppcl.external import load_object
 
 __all__ = [
     "CRITERIA",
@@ -53,7 +54,10 @@ def criterion_named(name: str) -> Criterion:
     Raises:
         ConfigError: It cannot be loaded.
     """
-    return CRITERIA[name] if name in CRITERIA else load_external(name)
+    if name in CRITERIA:
+        return CRITERIA[name]
+    found: Criterion = load_object(name, "fit.criterion", METHODS)
+    return found
 
 
 def unit_cost(name: str, states: int) -> float | None:

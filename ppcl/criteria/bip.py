@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
 from ppcl.capture import velocity
-from ppcl.criteria.base import Site, checkpointed, unit_sums
+from ppcl.criteria.base import BACKWARD, Site, checkpointed, unit_sums
 from ppcl.criteria.gradients import _Tap
 from ppcl.trees import to_device
 
@@ -35,7 +35,6 @@ KEEP = 0.5  # share of a module's units that the masks leave in
 EPOCHS = 4
 MASK_RATE = 0.1  # Adam's, of scores with mean 1
 WEIGHT_RATE = 1e-3  # a step of the lower level, relative to the norm of the layer's weights
-_FORWARD_AND_BACKWARD = 3.0
 
 Layer = tuple[int, str]  # number of the site, path in its module
 See = Callable[[Layer, Tensor], None]
@@ -63,7 +62,7 @@ class Bip:
     in memory: a float32 copy of the layers that read units, and one layer's gradient at a time; no weight's ``.grad``.
     """
 
-    cost = 1 + EPOCHS * 2 * _FORWARD_AND_BACKWARD
+    cost = 1 + EPOCHS * 2 * BACKWARD
 
     def score(
         self,

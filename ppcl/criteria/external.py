@@ -1,84 +1,17 @@
-"""A criterion from outside the package: ``path/to/file.py:ClassName`` or ``module:ClassName``.
-
-The file is run as any Python module is, so only name files that you would run.
-"""
+"""What a criterion from outside the package must be, and give (:mod:`ppcl.external` loads it)."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppcl.criteria.base import Criterion, Site
-from ppcl.errors import ConfigError, nearest
+from ppcl.criteria.base import Site
+from ppcl.errors import ConfigError
 
-ARGUMENTS = ("transformer", "adapter", "sites", "batches", "seed")
-
-
-def load_external(name: str) -> Criterion:
-    """Load a criterion that is not in the table.
-
-    Args:
-        name: What stands in ``fit.criterion``; paths are relative to the working directory.
-
-    Raises:
-        ConfigError: The file or module, the class, or the method is not there, or takes other arguments.
-    """
-    place, _, attribute = name.rpartition(":")
-    module = _module(place, name)
-    found = getattr(module, attribute, None)
-    if found is None:
-        defined = [n for n, value in vars(module).items() if hasattr(value, "score")]
-        near = nearest(attribute, defined)
-        known = f"; with a method score: {', '.join(defined)}" if defined else ""
-        raise ConfigError(f"fit.criterion={name}: {place} has no '{attribute}'{near}{known}")
-    try:
-        criterion = found() if isinstance(found, type) else found
-    except TypeError as error:
-        raise ConfigError(f"fit.criterion={name}: {error}; expected a class that is made without arguments") from error
-    _check_signature(criterion, name)
-    return cast(Criterion, criterion)
-
-
-def _module(place: str, name: str) -> ModuleType:
-    """Import a file or a module."""
-    path = Path(place).expanduser()
-    try:
-        if path.suffix != ".py":
-            return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(f"ppcl_criterion_{path.stem}", path)
-        assert spec is not None  # it is a file of Python source by its name
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module.__name__] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-    except FileNotFoundError as error:
-        raise ConfigError(f"fit.criterion={name}: there is no file {error.filename or path}") from error
-    except Exception as error:  # whatever the user's code raises is the user's to mend
-        problem = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ConfigError(f"fit.criterion={name}: {place} cannot be imported: {problem}") from error
-
-
-def _check_signature(criterion: Any, name: str) -> None:
-    method = getattr(criterion, "score", None)
-    wanted = f"score({', '.join(ARGUMENTS)})"
-    if not callable(method):
-        raise ConfigError(f"fit.criterion={name} has no method {wanted}")
-    signature = inspect.signature(method)
-    try:
-        signature.bind(*ARGUMENTS)
-    except TypeError:
-        got = ", ".join(signature.parameters)
-        raise ConfigError(f"fit.criterion={name}: got score({got}), expected {wanted} after self") from None
+METHODS = {"score": ("transformer", "adapter", "sites", "batches", "seed")}  # that a criterion must have
 
 
 def checked(scores: Any, sites: Sequence[Site], name: str) -> list[Tensor]:

@@ -7,6 +7,7 @@ long as anything is left.
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from ppcl.config import CaptureConfig
@@ -67,7 +68,7 @@ def _open_folder(path: Path, settings: CaptureConfig) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return Saved(path, settings)
     if next(path.glob("*.tar"), None):
-        return Shards(str(path / "*.tar"), settings)
+        return Shards(str(Path(glob.escape(str(path))) / "*.tar"), settings)
     if next(path.rglob("*.parquet"), None):
-        return Parquet(str(path / "**" / "*.parquet"), settings)
+        return Parquet(str(Path(glob.escape(str(path))) / "**" / "*.parquet"), settings)
     return Folder(path, settings)

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from ppcl import cli
 from ppcl.artifacts import Analysis, Candidates, load_artifact
@@ -200,3 +202,41 @@ def test_other_weights_of_the_same_size_are_another_model(tmp_path):
     assert weights_digest(str(tmp_path)) == before
     weights.write_bytes(b"0" * 199_999 + b"1")
     assert weights_digest(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("compare", ("--budgets", "keep=0.5"), "--budgets needs --methods"),
+        ("compare", ("--methods", "ours", "--keep", "0.5"), "write --budgets keep=0.5"),
+        ("export", ("--keep", "0.5", "--mode", "paper"), "--prompts and --mode are the run's own"),
+        ("export", ("--keep", "0.5", "--set", "distill.batch_size=3"), "export\\.\\* and device count alone"),
+        ("export", ("--keep", "0.5", "--set", "export.dtyp=float16"), "unknown key 'export.dtyp'"),
+        ("export", ("--keep", "0.5", "--push-to-hub", "a b"), "a b"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, command, options, says):
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    arguments = [command, str(tmp_path / "run"), "--out", str(tmp_path / "other"), *options]
+    with pytest.raises(UserError, match=says):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+
+def test_the_size_of_a_bundle_is_exported_as_asked_and_pushed(tmp_path, monkeypatch):
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    made, pushed = [], []
+
+    def export_size(*arguments):
+        made.append(arguments)
+        return SimpleNamespace(plan=SimpleNamespace(predicted=SimpleNamespace(params=1, param_ratio=0.5)))
+
+    monkeypatch.setattr("ppcl.ladder.export_size", export_size)
+    monkeypatch.setattr("ppcl.summary.describe_plan", lambda plan: "a plan")
+    monkeypatch.setattr("ppcl.hub.push", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr("ppcl.hub.has_token", lambda: True)
+    run, out = tmp_path / "run", tmp_path / "other"
+    options = ["--keep", "0.7", "--set", "export.dtype=float16", "--push-to-hub", "u/n", "--private"]
+    CliRunner().invoke(cli.app, ["export", str(run), "--out", str(out), *options], catch_exceptions=False)
+    settings = load_config([], ["export.dtype=float16"]).export
+    assert made == [(run, out, "keep", 0.7, "cpu", settings)]
+    assert [arguments[:3] for arguments in pushed] == [(out, "u/n", True)]

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ppcl.config import RunConfig, load_config, merge, parse_override
+from ppcl.config_memory import changed, for_tables
 from ppcl.errors import ConfigError, UserError
 
 
@@ -146,8 +147,38 @@ def test_configs_are_frozen_and_survive_a_dump() -> None:
         (["distill.release_gradients=true", "sparsity.share=0.5"], "leave out distill.release_gradients"),
         (["distill.one_at_a_time=true", "sparsity.share=0.5"], "leave out distill.one_at_a_time"),
         (["distill.release_gradients=true", "distill.spike_factor=3"], "leave distill.spike_factor out"),
+        (["distill.one_at_a_time=true", "distill.fresh=8", "capture.data=x"], "distill.fresh has none of"),
     ],
 )
 def test_ways_to_train_that_do_not_go_together(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config([], overrides)
+
+
+def test_how_often_is_saved_is_not_what_is_trained() -> None:
+    plain = load_config([], [])
+    assert load_config([], ["distill.checkpoint_every=3"]).distill.identity() == plain.distill.identity()
+    assert load_config([], ["distill.batch_size=3"]).distill.identity() != plain.distill.identity()
+
+
+def test_changed_settings_are_checked() -> None:
+    settings = load_config([], ["distill.one_at_a_time=true"]).distill
+    with pytest.raises(ConfigError, match=r"^distill\.one_at_a_time trains each run by itself"):
+        changed(settings, sequence="sequential")
+    assert changed(settings, one_at_a_time=False, sequence="sequential").sequence == "sequential"
+
+
+def test_tables_say_what_they_leave_out(caplog: pytest.LogCaptureFixture) -> None:
+    plain = load_config([], ["seed=3"])
+    assert for_tables(plain) is plain
+    asked = ["distill.offload=cpu", "distill.one_at_a_time=true", "distill.sample_every=5"]
+    assert for_tables(load_config([], ["seed=3", *asked])) == plain
+    assert len(caplog.messages) == 1
+    assert "distill.offload, distill.one_at_a_time, distill.sample_every: no effect" in caplog.messages[0]
+
+
+def test_a_file_of_ones_own_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_bytes(b"# caf\xe9\n")
+    settings = load_config([], [f"fit.criterion={tmp_path / 'own.py'}:Own"]).fit
+    with pytest.raises(ConfigError, match=r"own\.py cannot be read as UTF-8 text: "):
+        settings.identity()

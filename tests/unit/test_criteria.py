@@ -181,10 +181,14 @@ HEAD = "import torch\nclass Own:\n    def score(self, transformer, adapter, site
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("class Other:\n    def score(self): ...\n", "has no 'Own'; with a method score: Other"),
+        ("class Other:\n    def score(self): ...\n", "has no 'Own'; with score: Other"),
         ("class Own:\n    pass\n", r"has no method score\(transformer, adapter"),
         ("class Own:\n    def score(self, model): ...\n", r"got score\(model\), expected score\(transformer"),
         ("class Own:\n    def __init__(self, k): ...\n", "made without arguments"),
+        (
+            "class Own:\n    def __init__(self):\n        raise KeyError('a\\nb')\n",
+            "KeyError: .*made without arguments",
+        ),
         ("import nowhere_at_all\n", "cannot be imported: ModuleNotFoundError"),
         ("def f(:\n", "cannot be imported: SyntaxError"),
         (HEAD + "[torch.ones(3) for s in sites]", r"got \(3,\), expected one score for each of 128 units"),

@@ -297,3 +297,10 @@ def test_settings_of_pictures_do_not_count_where_prompts_are_the_data() -> None:
     assert CaptureConfig().identity() == CaptureConfig(caption_column="other").identity()
     assert CaptureConfig(data="a").identity() != CaptureConfig(data="a", caption_column="other").identity()
     assert CaptureConfig(data="a").identity() != CaptureConfig(data="b").identity()
+
+
+def test_a_folder_whose_name_looks_like_a_wildcard(tmp_path: Path) -> None:
+    folder = tmp_path / "data[1]"
+    folder.mkdir()
+    write_shard(folder / "a.tar", {"0.png": picture(), "0.txt": b"zero"})
+    assert use(folder)[0] == {"a.tar/0": "zero"}

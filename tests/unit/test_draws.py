@@ -15,6 +15,7 @@ from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
 from ppcl.criteria import CRITERIA, unit_cost
 from ppcl.criteria.base import BACKWARD
+from ppcl.criteria.bip import EPOCHS
 from ppcl.criteria.draws import best_draw, cut_error, draw_states
 from ppcl.narrowing import criterion_cost, cut_options
 from ppcl.slicing import masked
@@ -97,6 +98,7 @@ def test_each_says_what_it_costs_before_it_starts(capsys: pytest.CaptureFixture[
         **dict.fromkeys(("magnitude", "random"), 0),
         **dict.fromkeys(("activation", "wanda"), 1),
         **dict.fromkeys(("gblm", "nirvana", "taylor"), BACKWARD),
+        "bip": 1 + EPOCHS * 2 * BACKWARD,
     }
     sets = [[qwen_call(4)], [qwen_call(4)]]
     assert criterion_cost(FitConfig(criterion="wanda"), sets[:1], [qwen_call(3)]) == 4
@@ -116,6 +118,7 @@ def test_forward_passes_are_as_many_as_were_said() -> None:
     for name, criterion in CRITERIA.items():
         calls.clear()
         criterion.score(transformer, adapter, sites, [call, call], 0)
-        assert len(calls) == 2 * min(1, criterion.cost), name
+        each = 1 + EPOCHS * 2 if name == "bip" else min(1, criterion.cost)
+        assert len(calls) == 2 * each, name
     handle.remove()
     assert adapter == adapter_for(transformer)

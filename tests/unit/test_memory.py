@@ -54,6 +54,19 @@ def test_the_local_step_is_predicted(case: Any, released: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("runs", [[], [(DUAL, 1, 2)]])
+def test_with_zeros_every_block_is_trained_and_has_masks(runs: list[Any]) -> None:
+    transformer = tiny_qwen(4)
+    numbers = sum(p.numel() for p in transformer.transformer_blocks[0].parameters()) * (3 if runs else 4)
+    settings = DistillConfig.model_validate({"train": "substitutes", "sparsity": {"share": 0.5}})
+    plan = plan_for(transformer, runs)
+    found = estimate_distill(transformer, adapter_for(transformer), plan, qwen_call(), settings)
+    assert set(found) == {"local", "output"}
+    for estimate in found.values():
+        assert estimate.trained == (4 + 1) * numbers
+        assert (estimate.optimizer, estimate.average) == (8 * numbers, 4 * numbers)
+
+
 def test_one_at_a_time_holds_one_substitute_and_streaming_one_block() -> None:
     transformer = tiny_qwen(6)
     plan = plan_for(transformer, [(DUAL, 1, 2), (DUAL, 3, 4)])

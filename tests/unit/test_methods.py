@@ -1,6 +1,7 @@
 """Every method under equal budgets, on the tiny pipeline."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,11 +9,11 @@ from typer.testing import CliRunner
 
 from ppcl import methods as module
 from ppcl.cli import app
-from ppcl.compare import run_row
 from ppcl.config import load_config
+from ppcl.config_memory import changed
 from ppcl.criteria import CRITERIA
 from ppcl.errors import ConfigError
-from ppcl.methods import METHODS, Method, budgets_named, compare_methods, methods_named, row_of
+from ppcl.methods import METHODS, budgets_named, compare_methods, methods_named, row_of
 from ppcl.methods_text import Entry, verdict
 from ppcl.searches import SEARCHES
 from ppcl.stages import Run
@@ -55,6 +56,32 @@ def test_all_methods_stand_in_the_table_of_methods():
 def test_unknown_methods_name_the_nearest(text, message):
     with pytest.raises(ConfigError, match=message):
         methods_named(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("search=optimall", "--methods: search=optimall: unknown search .did you mean 'optimal'"),
+        ("units=wandaa", "--methods: units=wandaa: .*did you mean 'wanda'"),
+        ("units=none.py:Own", "there is no file none.py"),
+        ("search=json:Own", "json has no 'Own'"),
+        ("units=json:loads", "has no method score"),
+    ],
+)
+def test_methods_from_outside_are_loaded_at_once(text, message):
+    with pytest.raises(ConfigError, match=message):
+        methods_named(text)
+
+
+def test_classes_of_one_name_are_two_methods(tmp_path):
+    places = [tmp_path / name / "m.py" for name in "ab"]
+    for path in places:
+        path.parent.mkdir()
+        path.write_text("class M:\n    def score(self, transformer, adapter, sites, batches, seed): ...\n")
+    first, second = (f"units={path}:M" for path in places)
+    found = methods_named(f"{first},{second},{first}")
+    assert [method.criterion for method in found.values()] == [f"{path}:M" for path in places]
+    assert re.fullmatch("units-m-py-M units-m-py-M-[0-9a-f]{6}", " ".join(found))
 
 
 @pytest.mark.parametrize("text", ["", "keep", "keep=2", "keep=x", "fit_gb=1", "speedup=0.5", "keep=0.5,,"])
@@ -158,6 +185,16 @@ def test_more_zeros_than_weights_are_refused(compared):
         row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.01}, 0)
 
 
+def test_zeros_that_do_not_go_with_how_a_run_trains_are_no_row(open_run, compared, monkeypatch):
+    run = open_run()
+    run.config = run.config.model_copy(update={"distill": changed(run.config.distill, release_gradients=True)})
+    with pytest.raises(ConfigError, match="sparsity holds all gradients together"):
+        row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.9}, 0)
+    monkeypatch.setattr(module, "write_up", lambda run, teacher, entries, seeds: entries[0].why_not)
+    chosen = {"zeros-wanda": METHODS["zeros-wanda"]}
+    assert "sparsity holds all gradients together" in compare_methods(run, chosen, [{"keep": 0.9}], (0,))
+
+
 def test_the_verdict_is_computed():
     def entry(name, drop):
         return Entry("keep-0.5", name, name.upper(), "blocks", (), [{"average_drop": drop, "velocity_error": 1.0}])
@@ -165,5 +202,3 @@ def test_the_verdict_is_computed():
     assert verdict([entry("a", 1.0), entry("ours", 2.0)]) == "Least: A; the default is number 2 of 2."
     assert sorted([entry("a", 3.0), entry("b", None), entry("c", -1.0)], key=lambda e: e.order)[0].name == "c"
     assert verdict([Entry("keep-0.5", "a", "A", "blocks", why_not="no")]) == "No method has a plan."
-    assert Method("x", "blocks").zeros is None
-    assert run_row.__doc__

@@ -14,7 +14,7 @@ from tiny_models import shared_pipeline
 from torch import nn
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.distributed import SINGLE
+from ppcl.distributed import SINGLE, Group
 from ppcl.errors import UserError
 from ppcl.samples import SampleSheet
 from ppcl.training import LoopSettings, TrainingLoop
@@ -92,6 +92,37 @@ def test_what_fails_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert len(caplog.messages) == 2 and not any("\n" in text for text in caplog.messages)
     assert "samples of step 2 could not be drawn" in caplog.messages[0]
     assert "samples of step 6 could not be drawn (no kernel)" in caplog.messages[1]
+
+
+class Others(Group):
+    """Two processes, of which the other one fails at its so-manieth answer; it counts what it is told."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__(0, 2)
+        self.fails_at, self.told = fails_at, []
+
+    def any(self, here: bool) -> bool:
+        self.told.append(here)
+        return here or len(self.told) == self.fails_at
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 5])
+def test_a_failure_elsewhere_ends_the_drawing_before_the_student_runs(tmp_path: Path, fails_at: int) -> None:
+    others, calls = Others(fails_at), []
+    student = copy.deepcopy(shared_pipeline().transformer)
+    student.register_forward_hook(lambda *_: calls.append(1))
+    sheet = sheet_of(tmp_path, [], group=others)
+    sheet(2, student)
+    sheet(4, student)
+    assert others.told == [False] * fails_at  # four passes and the end
+    assert len(calls) == min(fails_at - 1, 4)
+
+
+def test_a_failure_here_is_told_to_the_others(tmp_path: Path) -> None:
+    others = Others(0)
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    sheet_of(tmp_path, [], group=others)(2, shared_pipeline().transformer)
+    assert others.told == [True]
 
 
 def loop_of(folder: Path, done: list[int], fails_at: int = -1) -> TrainingLoop:

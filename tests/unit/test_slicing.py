@@ -147,7 +147,7 @@ def test_a_unit_that_does_nothing_scores_least(name: str) -> None:
 
 
 def test_an_unknown_criterion_is_named_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean 'taylor'.*valid: activation, gblm, magnitude, nirvana"):
+    with pytest.raises(ConfigError, match=r"did you mean 'taylor'.*valid: activation, bip, gblm, magnitude, nirvana"):
         load_config([], ["fit.criterion=tailor"])
     with pytest.raises(ConfigError, match="between 0 and 1"):
         load_config([], ["fit.width_shares=[1.5]"])
