@@ -13,6 +13,7 @@ import torch
 from ppcl import distill_run, teacher
 from ppcl.compare import compare_plans
 from ppcl.config import load_config
+from ppcl.ladder import measure_ladder
 from ppcl.stages import STAGES, Run
 
 
@@ -26,7 +27,9 @@ def test_every_stage_of_a_run_in_bf16(
 
     for module in (teacher, distill_run):
         monkeypatch.setattr(module, "open_pipeline", in_bf16)
-    config = load_config([small_config], ["precision=bf16", "device=cpu", "plan.keep=0.8"])
+    config = load_config(
+        [small_config], ["precision=bf16", "device=cpu", "plan.keep=0.8", "fit.width=[modulation,ffn]"]
+    )
     run = Run(str(tiny_model), tmp_path / "run", config, prompts_file, "test")
     for stage in STAGES:
         run.run(stage)
@@ -34,4 +37,5 @@ def test_every_stage_of_a_run_in_bf16(
     fidelity = json.loads((run.out / "eval" / "metrics.json").read_text())["fidelity"]
     assert 0 < fidelity["velocity_error"] < math.inf
     assert 0 < fidelity["velocity_error_undistilled"] < math.inf
-    assert "student" in compare_plans(run)
+    assert "velocity error" in compare_plans(run)
+    assert "keep 0.9" in measure_ladder(run, [0.9])
