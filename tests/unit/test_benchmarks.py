@@ -71,3 +71,9 @@ def test_distill_step_holds_one_graph(benchmark):
     memory = text[text.index("Activation memory") :]
     assert float(cells(memory, "one local step")[2]) == pytest.approx(1, abs=0.05)
     assert float(cells(memory, "ordinary way")[2]) > 1.5
+
+
+def test_scaling_counts_the_processes(benchmark):
+    text = benchmark("scaling", "--steps", "3", "--processes", "1,2")
+    assert "| 1 |" in text
+    assert "| 2 |" in text
