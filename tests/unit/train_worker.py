@@ -66,7 +66,7 @@ def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **chan
     adapter = adapter_for(teacher)
     substitutes = random_substitutes(teacher, adapter, RUNS)
     settings = FitConfig(steps=2, batch_size=BATCH, width=())
-    _train(teacher, adapter, States(folder / "states", "train"), substitutes, folder, settings, 0, None, group)
+    _train(teacher, adapter, States(folder / "states", "train"), substitutes, folder, settings, 0, None, group, "auto")
     result |= {f"fit/{run}/{k}": v.clone() for run, b in substitutes.items() for k, v in b.state_dict().items()}
     return result
 
