@@ -22,13 +22,14 @@ from ppcl.cli import resolve
 from ppcl.stages import Run
 from ppcl.tables import markdown_table
 
-QUICK_FIT = ["fit.width=[]", "fit.steps=0", "fit.max_candidates=16", "fit.eval_states=8", "plan.keep=0.6"]
+QUICK_FIT = ["fit.width=[]", "fit.steps=0", "fit.max_candidates=16", "fit.eval_states=8"]
 STAGES = ("local", "output")
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> list[str]:
     """Make a run as far as its plan; returns the settings that its distill stage must be given, too."""
-    size = ["capture.num_prompts=16", "capture.num_inference_steps=6"] if args.quick else ["capture.num_prompts=64"]
+    quick = ["plan.keep=0.9"]  # on whatever the config says is small
+    size = quick if args.quick else ["plan.keep=0.6", "capture.num_prompts=64"]
     steps = 3 if args.quick else args.steps
     common = [*QUICK_FIT, *size, f"distill.local_steps={steps}", f"distill.output_steps={steps}"]
     settings = [*common, "distill.keep_start=false", "distill.from_fit=false", f"threads={args.threads}"]

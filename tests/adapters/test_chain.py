@@ -78,7 +78,8 @@ def test_analysis_plan_distillation_export(name, tmp_path, caplog):
     arguments = next(States(states, "held-out").batches(2))
     with torch.no_grad():
         torch.testing.assert_close(velocity(loaded, arguments), velocity(student, arguments), rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    for key, tensor in model.state_dict().items():  # some classes leave a weight that nobody reads uninitialised
+        torch.testing.assert_close(tensor, before[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
     # it learnt: on what it was trained on it is closer to the teacher than the same plan untrained
     untrained = Distiller(model, adapter, chosen, states, tmp_path / "none", DISTILL, 0).substitutes
