@@ -198,7 +198,8 @@ def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:
     Raises:
         BudgetError: No plan of this search meets the budget.
     """
-    path = run.out / "compare" / "plans" / f"{digest(run.depends('fit'), settings.identity(), seed)}.json"
+    drawn = 0 if getattr(search_named(settings.mode), "deterministic", False) else seed
+    path = run.out / "compare" / "plans" / f"{digest(run.depends('fit'), settings.identity(), drawn)}.json"
     if path.is_file():
         return load_artifact(CompressionPlan, path)
     path.parent.mkdir(parents=True, exist_ok=True)

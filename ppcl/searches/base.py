@@ -106,7 +106,11 @@ class Context:
 
 
 class Search(Protocol):
-    """Chooses a plan under a budget."""
+    """Chooses a plan under a budget.
+
+    One that may set ``deterministic = True``: its plan does not depend on the seed, and tables over several seeds ask
+    for it once.
+    """
 
     def cost(self, context: Context) -> float:
         """State what :meth:`choose` will cost, before it starts.

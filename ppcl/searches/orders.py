@@ -30,6 +30,8 @@ class Position:
     (weights that make distillation gentle on sensitive blocks) are not plans and are not here.
     """
 
+    deterministic = True
+
     def cost(self, context: Context) -> float:
         """Nothing: it does not look."""
         return 0

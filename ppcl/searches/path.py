@@ -31,7 +31,7 @@ class Path:
     are the plans of the planner's modes. Branches are measured on a quarter of the states.
     """
 
-    widths = Widths()
+    widths, deterministic = Widths(), True
 
     def cost(self, context: Context) -> float:
         """At most: each phase measures two branches a path that the fuzzy step kept, and the paths of the last step."""

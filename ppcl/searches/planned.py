@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ppcl.artifacts import CompressionPlan
 from ppcl.planner import plan
@@ -18,6 +19,7 @@ class Planned:
     """
 
     mode: str
+    deterministic: ClassVar[bool] = True
 
     def cost(self, context: Context) -> float:
         """Nothing: what it reads was measured before."""

@@ -179,6 +179,21 @@ def test_searches_that_draw_use_the_seed(compared):
     assert len({tuple((s.first, s.last) for s in plan.stacks["transformer_blocks"]) for plan in plans}) > 1
 
 
+def test_a_search_that_does_not_draw_is_asked_once_for_all_seeds(compared, monkeypatch):
+    run, *_ = compared
+    asked, choose = [], module.choose
+
+    def count(name, context):
+        asked.append((name, context.seed))
+        return choose(name, context)
+
+    monkeypatch.setattr(module, "choose", count)
+    for name in ("position", "random"):
+        plans = [row_of(run, name, METHODS[name], {"keep": 0.8}, seed)[0].plan for seed in (0, 1)]
+        assert all(plan.mode == name for plan in plans)
+    assert asked == [("position", 0), ("random", 0), ("random", 1)]
+
+
 def test_more_zeros_than_weights_are_refused(compared):
     run, *_ = compared
     with pytest.raises(module.BudgetError, match="would have to be zero"):
