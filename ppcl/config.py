@@ -180,6 +180,10 @@ class DistillConfig(MemorySettings, Section):
             raise ValueError("sparsity does not fit distill.train=lora, which adds no zeros; use all or substitutes")
         if self.shard and self.train != "all":
             raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
+        if self.shard_teacher and self.train == "lora":
+            raise ValueError(
+                "distill.shard_teacher splits blocks that distill.train=lora writes to; set one of the two"
+            )
         alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if self.release_gradients else ""
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")

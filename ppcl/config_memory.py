@@ -49,6 +49,9 @@ class MemorySettings(BaseModel):
         description="true: FSDP2: the output stage of train=all splits the student over the processes: less memory; "
         "zero2: weights stay whole until a step's backward pass is done: less sending",
     )
+    shard_teacher: bool = Field(
+        False, description="FSDP2: the frozen teacher's blocks are split over the processes, too, in all stages"
+    )
 
     @model_validator(mode="after")
     def _each_by_itself(self) -> MemorySettings:
@@ -57,6 +60,12 @@ class MemorySettings(BaseModel):
             raise ValueError(
                 f"distill.{alone[0]} trains each run by itself; leave it out, or distill.sequence=sequential"
             )
+        if self.shard_teacher and (self.one_at_a_time or self.offload != "none"):
+            other = "one_at_a_time" if self.one_at_a_time else f"offload={self.offload}"
+            raise ValueError(
+                f"distill.shard_teacher gathers blocks from all processes at once, which distill.{other} does not let "
+                "them do; set one of the two"
+            )
         return self
 
 
@@ -64,10 +73,10 @@ class MemorySettings(BaseModel):
 HOW_NOT_WHAT = {
     *("checkpoint_every", "keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
     *("sample_every", "sample_prompts"),
-    *("offload", "checkpointing", "compile"),
+    *("offload", "shard_teacher", "checkpointing", "compile"),
 }
 # what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
-_NOT_IN_TABLES = {"offload": "none", "one_at_a_time": False, "fresh": 0, "sample_every": 0}
+_NOT_IN_TABLES = {"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0}
 
 
 def changed(settings: M, **changes: Any) -> M:

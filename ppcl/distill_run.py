@@ -62,7 +62,8 @@ def take_transformer(run: Run) -> Any:
     States were recorded with the prompts' embeddings, so training asks for neither.
     """
     loaded = vars(run).pop("teacher", None)
-    offload = run.config.distill.offload != "none"
+    settings = run.config.distill
+    waits = settings.offload != "none" or (settings.shard_teacher and run.group.size > 1)  # until they are split
     if loaded is None:
         dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
         transformer = open_pipeline(run.model, run.device, dtype).transformer
@@ -72,7 +73,7 @@ def take_transformer(run: Run) -> Any:
     del loaded
     for name, part in transformer.named_children():
         blocks = name in {spec.name for spec in adapter_for(transformer).stacks}
-        part.to("cpu" if blocks and offload else run.device)
+        part.to("cpu" if blocks and waits else run.device)
     for parameter in transformer.parameters(recurse=False):
         parameter.data = parameter.data.to(run.device)
     for name, buffer in transformer.named_buffers(recurse=False):
@@ -94,13 +95,17 @@ def say_memory(run: Run, transformer: nn.Module, plan: CompressionPlan, states: 
     arguments = states.largest(size)
     try:
         found = estimate_distill(
-            transformer, adapter_for(transformer), plan, arguments, settings, "bf16" if lower else "fp32"
+            *(transformer, adapter_for(transformer), plan, arguments, settings),
+            precision="bf16" if lower else "fp32",
+            processes=run.group.size,
         )
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # sizes that depend on numbers
         logger.warning("the memory of training cannot be predicted for %s (%s)", type(transformer).__name__, error)
         return
     if run.group.is_main:
-        lines = (f"  memory: {stage} stage of distillation, {estimate}" for stage, estimate in found.items())
+        lines = [f"  memory: {stage} stage of distillation, {estimate}" for stage, estimate in found.items()]
+        if settings.shard_teacher and run.group.size > 1:
+            lines.append(f"  memory: the teacher's blocks are split over {run.group.size} processes")
         Console(stderr=True, highlight=False).print("\n".join(lines), soft_wrap=True)
     present = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.device == device)
     if device.type in ("cpu", "cuda") and not settings.shard:

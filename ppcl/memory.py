@@ -311,8 +311,9 @@ def estimate_distill(
     arguments: dict[str, Any],
     settings: DistillConfig,
     precision: str = "fp32",
+    processes: int = 1,
 ) -> dict[str, MemoryEstimate]:
-    """Predict the peak of each stage of distillation that the settings ask for.
+    """Predict the peak of each stage of distillation that the settings ask for, in one process.
 
     Args:
         transformer: The teacher's, on any device, the meta device included.
@@ -321,13 +322,17 @@ def estimate_distill(
         arguments: A batch as one process runs it at a time.
         settings: See :class:`DistillConfig`.
         precision: ``fp32`` or ``bf16``.
+        processes: How many of them train; they share the teacher's blocks under ``distill.shard_teacher``.
     """
     plan = sparse_plan(plan, settings.sparsity)
     sizes = substitute_sizes(transformer, adapter, plan)
     masks = sum(numbers for numbers, _ in sizes.values()) if settings.sparsity.zeros else 0
     teacher = weight_bytes(transformer)
     in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(transformer, s)] for s in adapter.stacks}
-    streamed = teacher - sum(map(sum, in_blocks.values())) + max(map(max, in_blocks.values()))
+    together, largest = sum(map(sum, in_blocks.values())), max(map(max, in_blocks.values()))
+    streamed = teacher - together + largest
+    if settings.shard_teacher and processes > 1:
+        teacher += -together + -(-together // processes) + 2 * largest  # one that arrives, and what it is copied to
     found = {}
     if sizes and settings.local_steps:
         resident = streamed if settings.offload != "none" else teacher

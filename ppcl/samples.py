@@ -66,11 +66,12 @@ class SampleSheet:
         precision: str = "auto",
         log: Log | None = None,
         group: Group = SINGLE,
+        teacher_is_split: bool = False,
     ) -> None:
         self.pipeline, self.prompts, self.out, self.log = pipeline, list(prompts), out, log
         self.num_inference_steps, self.call_kwargs = num_inference_steps, accepted_kwargs(pipeline, call_kwargs)
         self.seed, self.precision = seed, precision
-        self.group, self._failed = group, False
+        self.group, self.teacher_is_split, self._failed = group, teacher_is_split, False
 
     def __call__(self, step: int, student: nn.Module) -> None:
         """Draw a sheet with the student's weights after ``step`` steps."""
@@ -79,8 +80,7 @@ class SampleSheet:
         folder = self.out / "samples"
         reason = None
         try:
-            if self.log:
-                self._teacher_sheet(folder)
+            self._teacher_sheet(folder)
             with self._in_step(student):
                 sheet = self._draw(student)
             if self.log:
@@ -110,12 +110,19 @@ class SampleSheet:
             handle.remove()
 
     def _teacher_sheet(self, folder: Path) -> None:
-        """Draw the teacher's pictures, unless those of the same prompts are there."""
+        """Draw the teacher's pictures, unless those of the same prompts are there; one that is split needs all."""
         about, beside = {"prompts": self.prompts, "seed": self.seed}, folder / "prompts.json"
-        if (folder / "teacher.png").is_file() and beside.is_file() and read_json(beside) == about:
+
+        def is_there() -> bool:
+            return (folder / "teacher.png").is_file() and beside.is_file() and read_json(beside) == about
+
+        if self.group.on_main(is_there) if self.teacher_is_split else (is_there() or not self.log):
             return
-        self._write(folder / "teacher.png", self._draw(self.pipeline.transformer))
-        write_json(beside, about)
+        with self._in_step(self.pipeline.transformer) if self.teacher_is_split else contextlib.nullcontext():
+            sheet = self._draw(self.pipeline.transformer)
+        if self.log:
+            self._write(folder / "teacher.png", sheet)
+            write_json(beside, about)
 
     def _draw(self, transformer: nn.Module) -> Image.Image:
         """A row of pictures; they are drawn one by one, since training has filled the memory."""
@@ -156,7 +163,8 @@ def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
         settings.seed,
         settings.precision,
         run.log if run.group.is_main else None,
-        run.group if settings.distill.shard else SINGLE,
+        run.group if settings.distill.shard or settings.distill.shard_teacher else SINGLE,
+        settings.distill.shard_teacher and run.group.size > 1,
     )
 
 

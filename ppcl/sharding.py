@@ -1,4 +1,4 @@
-"""FSDP2: split the student's weights, gradients and optimizer states over the processes.
+"""FSDP2: split weights over the processes: the student's with gradients and optimizer states, the frozen teacher's.
 
 ``fully_shard`` of torch keeps a part of every weight in each process and gathers a block's weights while
 the block runs (ZeRO-3 of Rajbhandari et al. 2020), or from its forward pass until its backward pass is done
@@ -9,12 +9,16 @@ tensors, so a run may go on with any number of processes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
+
+_STATE = "__composable_api"  # what torch's composable calls write into a module's __dict__ under
 
 
 def shard(student: nn.Module, adapter: Adapter, again: bool = True) -> None:
@@ -32,35 +36,93 @@ def shard(student: nn.Module, adapter: Adapter, again: bool = True) -> None:
             student.__dict__[name] = copy.copy(value)
     for spec in adapter.stacks:
         for block in adapter.blocks(student, spec):
-            fully_shard(block, reshard_after_forward=again)
+            shard_block(block, again)
     fully_shard(student, reshard_after_forward=False)  # what lies outside the blocks is needed to the end
 
 
-def unshard(student: nn.Module) -> None:
+def shard_block(block: nn.Module, again: bool = True) -> None:
+    """Split the weights of a block over all processes, in place, as one group; one that is split stays as it is.
+
+    Args:
+        block: Equal in all processes, on any device; its part goes to where the processes talk (GPU or CPU).
+        again: See :func:`shard`.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(block, FSDPModule):
+        fully_shard(block, reshard_after_forward=again)
+
+
+def unshard(module: nn.Module) -> None:
     """Give every process whole weights again, in modules that no longer know that they were split."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in student.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass without a backward pass leaves weights gathered, maybe of an older step
-    for module in student.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a forward pass without a backward pass leaves weights gathered, maybe of an older step
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
             if is_part(parameter):
-                module._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
-    for module in student.modules():
-        _forget(module)
+                part._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    for part in module.modules():
+        _forget(part)
+
+
+@contextmanager
+def split_blocks(blocks: Iterable[nn.Module], home: torch.device) -> Iterator[None]:
+    """Keep a part of each frozen block in each process; the whole is gathered while a block runs.
+
+    All processes must run the same blocks in the same order meanwhile. After an error the blocks stay split: the other
+    processes may not come to gather them.
+
+    Args:
+        blocks: Equal in all processes.
+        home: Where the whole blocks are put in the end.
+    """
+    known = list(blocks)
+    for block in known:
+        shard_block(block.requires_grad_(False))
+    yield
+    for block in known:
+        unshard(block)
+        block.to(home)
+
+
+def whole_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block with whole weights, also of one that is split and stays so; all processes must ask at once."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(block, FSDPModule):
+        return copy.deepcopy(block)
+    block.reshard()
+    bare: nn.Module = object.__new__(type(block).__mro__[2])  # FSDP2's modules refuse to be copied
+    bare.__dict__ = {
+        key: copy.copy(value) if key.endswith("_hooks") else value
+        for key, value in block.__dict__.items()
+        if not key.startswith(_STATE)
+    }
+    _without_hooks(bare)
+    return copy.deepcopy(bare, {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in block.parameters()})
 
 
 def _forget(module: nn.Module) -> None:
-    """Take off the hooks and the class that ``fully_shard`` gave a module: the next call would split it again."""
+    """Take off the hooks, the state and the class that ``fully_shard`` gave a module: the next call would split it."""
+    from torch.distributed import _composable_state
     from torch.distributed.fsdp import FSDPModule
 
+    _without_hooks(module)
+    for key in [name for name in module.__dict__ if name.startswith(_STATE)]:
+        del module.__dict__[key]
+    getattr(_composable_state, "_module_state_mapping", {}).pop(module, None)  # else it could not be split again
+    if isinstance(module, FSDPModule):
+        module.__class__ = type(module).__mro__[2]  # FSDPX(FSDPModule, X)
+
+
+def _without_hooks(module: nn.Module) -> None:
     for hooks in (value for name, value in module.__dict__.items() if name.endswith("_hooks")):
         for key, hook in list(hooks.items()):
             if hook.__module__.startswith("torch.distributed.fsdp"):
                 del hooks[key]
-    if isinstance(module, FSDPModule):
-        module.__class__ = type(module).__mro__[2]  # FSDPX(FSDPModule, X)
 
 
 def is_part(tensor: Tensor) -> bool:

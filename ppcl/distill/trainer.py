@@ -31,7 +31,7 @@ from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, remove
 from ppcl.offload import streamed
-from ppcl.sharding import shard, unshard
+from ppcl.sharding import is_part, shard, shard_block, split_blocks, unshard, whole_copy
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
 from ppcl.student import RunKey, assemble_student, own_names, run_name, with_blocks
 from ppcl.teacher import autocast
@@ -93,6 +93,7 @@ class Distiller:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group, self.sample = group, sample
+        self.teacher_is_split = settings.shard_teacher and group.size > 1
         self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
         self.device = device or next(transformer.parameters()).device
@@ -116,7 +117,7 @@ class Distiller:
         whole blocks; where training ends further away on held-out states, the start is kept.
         """
         start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
-        with ExitStack() as teacher:
+        with self._teacher_split(), ExitStack() as teacher:
             teacher.enter_context(self._teacher_waits())
             before = self._held_out_error()
             if self.substitutes and self.settings.local_steps:
@@ -163,13 +164,27 @@ class Distiller:
                 total += float(target.pow(2).sum())
         return math.sqrt(difference / total) if total else 0.0
 
+    @property
+    def _teacher_blocks(self) -> list[nn.Module]:
+        return [block for spec in self.adapter.stacks for block in self.adapter.blocks(self.transformer, spec)]
+
+    @contextmanager
+    def _teacher_split(self) -> Iterator[None]:
+        """Split the teacher's blocks over the processes, if ``distill.shard_teacher`` says so."""
+        if not self.teacher_is_split:
+            yield
+            return
+        home = next(self._teacher_blocks[0].parameters()).device
+        with split_blocks(self._teacher_blocks, home):
+            yield
+
     @contextmanager
     def _teacher_waits(self) -> Iterator[None]:
         """Keep the teacher's blocks where ``distill.offload`` says while they do not run."""
         if self.settings.offload == "none":
             yield
             return
-        blocks = [block for spec in self.adapter.stacks for block in self.adapter.blocks(self.transformer, spec)]
+        blocks = self._teacher_blocks
         disk = self.out if self.settings.offload == "disk" else None
         with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
             yield
@@ -301,15 +316,14 @@ class Distiller:
     def _output(self) -> None:
         """Stage 3: the whole student on the teacher's velocity."""
         modules = {run_name(run): block for run, block in self.substitutes.items()}
+        split = bool(self.settings.shard) and self.group.size > 1
         if self.settings.train == "all":
-            self._thaw()
+            self._thaw(split)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
             self._add_lora()
             modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
-        split = bool(self.settings.shard) and self.group.size > 1
         if split:
-            self.group.copy_from_main(self.student.parameters())
             shard(self.student, self.adapter, again=self.settings.shard != "zero2")
         if self.settings.checkpointing:
             checkpoint_blocks(self.student)
@@ -328,7 +342,7 @@ class Distiller:
 
         def after(done: int) -> None:
             every = self.settings.sample_every
-            if self.sample and every and done % every == 0 and (self.group.is_main or split):
+            if self.sample and every and done % every == 0 and (self.group.is_main or split or self.teacher_is_split):
                 self.sample(done, self.student)
 
         rate = self.settings.output_learning_rate
@@ -336,19 +350,30 @@ class Distiller:
         if split:
             unshard(self.student)
 
-    def _thaw(self) -> None:
-        """Give the student its own copies of the teacher's kept blocks, and train everything."""
-        lists = {}
+    def _thaw(self, split: bool) -> None:
+        """Give the student its own copies of the teacher's kept blocks, and train everything.
+
+        Args:
+            split: Split each block over the processes before the next one is copied.
+        """
+        lists: dict[str, list[nn.Module]] = {}
+        own = set(map(id, self.substitutes.values()))
         for spec in self.adapter.stacks:
-            own = set(map(id, self.substitutes.values()))
-            blocks = self.adapter.blocks(self.student, spec)
-            lists[spec.name] = [block if id(block) in own else copy.deepcopy(block).float() for block in blocks]
+            lists[spec.name] = []
+            for block in self.adapter.blocks(self.student, spec):
+                trained = block if id(block) in own else whole_copy(block).float()
+                if split:
+                    self.group.copy_from_main(trained.requires_grad_(True).parameters())
+                    shard_block(trained, again=self.settings.shard != "zero2")
+                lists[spec.name].append(trained)
         self.student = with_blocks(self.student, lists, own=True)
         for name, module in list(self.student._modules.items()):
             if name not in lists:
                 self.student._modules[name] = copy.deepcopy(module)
         self.student.requires_grad_(True)
         self.student.train(False)
+        if split:
+            self.group.copy_from_main(p for p in self.student.parameters() if not is_part(p))
 
     def _runs(self) -> set[str]:
         return {run_name(key) for key in self.substitutes if key[2] > key[1]}

@@ -40,6 +40,15 @@ def test_two_processes_compress(tiny_model, prompts_file, small_config, tmp_path
     again = ppcl("compress", tiny_model, "--out", out, *options[:-2])
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done before") == 8
+    # teacher and student split, pictures drawn on the way
+    split = ("distill.shard=true", "distill.shard_teacher=true", "distill.train=all", "distill.sample_every=2")
+    settings = [word for setting in (*split, "distill.output_steps=4") for word in ("--set", setting)]
+    done = ppcl("compress", tiny_model, "--out", out, *options, *settings, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the teacher's blocks are split over 2 processes" in done.stderr
+    assert "could not be drawn" not in done.stderr
+    drawn = sorted(path.name for path in (out / "samples").glob("*.png"))
+    assert drawn == ["step-000002.png", "step-000004.png", "teacher.png"]
 
 
 def test_another_number_than_asked_is_one_line(tiny_model, tmp_path):

@@ -147,6 +147,9 @@ def test_configs_are_frozen_and_survive_a_dump() -> None:
         (["distill.release_gradients=true", "sparsity.share=0.5"], "leave out distill.release_gradients"),
         (["distill.one_at_a_time=true", "sparsity.share=0.5"], "leave out distill.one_at_a_time"),
         (["distill.release_gradients=true", "distill.spike_factor=3"], "leave distill.spike_factor out"),
+        (["distill.shard_teacher=true", "distill.offload=cpu"], "distill.offload=cpu does not let"),
+        (["distill.shard_teacher=true", "distill.one_at_a_time=true"], "distill.one_at_a_time does not let"),
+        (["distill.shard_teacher=true", "distill.train=lora"], "distill.train=lora writes to"),
         (["distill.one_at_a_time=true", "distill.fresh=8", "capture.data=x"], "distill.fresh has none of"),
     ],
 )

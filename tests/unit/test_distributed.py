@@ -81,6 +81,14 @@ def test_gradients_and_optimizer_states_alone_are_split(alone: dict[str, torch.T
     check_split(tmp_path, read_tensors(tmp_path / "result.safetensors")[0], alone)
 
 
+def test_the_frozen_teacher_is_split_in_every_stage(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    done = start(TORCHRUN, "teacher", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = read_tensors(tmp_path / "result.safetensors")[0]
+    assert_close(together, {k: v for k, v in alone.items() if k in together})
+    assert {k.split("/")[0] for k in together} == {"local", "sequential", "alternating", "output", "all"}
+
+
 def test_zeros_stay_where_weights_are_split_over_processes(tmp_path: Path) -> None:
     alone = train_sparse(tmp_path / "alone", SINGLE)
     done = start(TORCHRUN, "sparse", tmp_path / "two")

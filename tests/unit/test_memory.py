@@ -125,3 +125,18 @@ def test_bfloat16_takes_less_for_large_batches() -> None:
     adapter = adapter_for(transformer)
     low, full = (local_step_bytes(transformer, adapter, arguments, [(DUAL, 1, 2)], p) for p in ("bf16", "fp32"))
     assert low[DUAL] < full[DUAL]
+
+
+def test_processes_share_a_teacher_that_is_split() -> None:
+    transformer = tiny_qwen(3)
+    adapter, plan = adapter_for(transformer), plan_for(transformer, [(DUAL, 0, 1)])
+    blocks = [weight_bytes(block) for spec in adapter.stacks for block in adapter.blocks(transformer, spec)]
+
+    def teacher(processes: int, **changes: bool) -> set[int]:
+        settings = DistillConfig(alternating_steps=1, **changes)
+        found = estimate_distill(transformer, adapter, plan, qwen_call(), settings, processes=processes)
+        return {estimate.teacher for estimate in found.values()}
+
+    whole = weight_bytes(transformer)
+    assert teacher(2) == teacher(1, shard_teacher=True) == {whole}
+    assert teacher(8, shard_teacher=True) == {whole - sum(blocks) + sum(blocks) // 8 + 2 * max(blocks)}

@@ -103,6 +103,40 @@ def train_split(folder: Path, group: Group, mode: bool | str) -> dict[str, torch
     return trained
 
 
+def train_beside_split_teacher(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """Train every stage with a teacher that is split, the last one with a student that is, too.
+
+    Teacher and student run once more after each step of that stage, as pictures need it.
+    """
+    write_all_states(folder)
+    call, result = qwen_call(batch=1, seed=11), {}
+    for name in STAGES:
+        parts: list[float] = []
+        changes: dict[str, Any] = {"shard": name == "all", "accumulate": 2 if name == "all" else 1, "sample_every": 1}
+        distiller = new_distiller(folder, name, group, shard_teacher=True, **changes)
+        teacher = distiller.transformer
+        kept = {key: value.clone() for key, value in teacher.state_dict().items()}
+        weights_in_blocks = [p for block in distiller._teacher_blocks for p in block.parameters()]
+        whole = sum(p.numel() for p in weights_in_blocks)
+
+        @torch.no_grad()
+        def draw(
+            step: int, student: torch.nn.Module, d: Distiller = distiller, n: int = whole, parts: list[float] = parts
+        ) -> None:
+            own: list[Any] = [p for block in d._teacher_blocks for p in block.parameters()]
+            parts.append(sum(p.to_local().numel() for p in own) / n)
+            velocity(student, call)
+            velocity(d.transformer, call)
+
+        distiller.sample = draw
+        distiller.run()
+        assert [round(part, 1) for part in parts] == [0.5] * distiller.settings.output_steps
+        assert {type(block).__name__ for block in distiller._teacher_blocks} == {"QwenImageTransformerBlock"}
+        assert all(torch.equal(value, kept[key]) for key, value in teacher.state_dict().items())
+        result |= {f"{name}/{key}": value for key, value in weights(distiller).items()}
+    return result
+
+
 def train_sparse(folder: Path, group: Group) -> dict[str, torch.Tensor]:
     """Train half of the weights, in local and output steps, the latter split over the processes."""
     write_all_states(folder)
@@ -129,8 +163,12 @@ def main(task: str, folder: Path) -> None:
             write_tensors(folder / "result.safetensors", result, {"processes": group.size})
         group.close()
         return
-    if task in ("sparse", "zero2"):
-        result = train_sparse(folder, group) if task == "sparse" else train_split(folder, group, "zero2")
+    if task in ("sparse", "zero2", "teacher"):
+        result = {
+            "sparse": lambda: train_sparse(folder, group),
+            "zero2": lambda: train_split(folder, group, "zero2"),
+            "teacher": lambda: train_beside_split_teacher(folder, group),
+        }[task]()
         if group.is_main:
             write_tensors(folder / "result.safetensors", result)
         group.close()
