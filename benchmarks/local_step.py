@@ -32,8 +32,8 @@ from ppcl.teacher import autocast, describe
 from ppcl.trace import record_boundaries
 
 WAYS: dict[str, dict[str, Any]] = {
-    "all at once": {},
-    "gradients released": {"release_gradients": True},
+    "all at once": {"release_gradients": False},
+    "gradients released": {},
     "one at a time": {"one_at_a_time": True, "offload": "cpu"},
 }
 
@@ -101,9 +101,9 @@ class Step:
                 (block,) = self.blocks.values()
                 run_loss(self.adapter, self.start, self.end, block, self.settings.loss).backward()
             else:
-                done = self._update if self.settings.release_gradients else None
+                done = self._update if self.settings.releases_gradients else None
                 local_backward(self.teacher, self.adapter, self.arguments, self.blocks, self.settings.loss, done=done)
-        if not self.settings.release_gradients:
+        if not self.settings.releases_gradients:
             self._update()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 0.02)

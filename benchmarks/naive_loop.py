@@ -7,8 +7,8 @@ run, each under gradient checkpointing, their losses are summed, and there is on
 chained student, in which every block sees what the student's block before it handed on, is computed
 beside it and dropped. Ours (:func:`ppcl.distill.local.local_backward`): the teacher stops after the last run,
 each substitute's backward pass comes at once, and there is no chained path. Losses and gradients are the same.
-Substitutes learn independently of each other, so each may also take its optimizer step at once
-(``distill.release_gradients``), and the gradients of one are in memory at a time.
+Substitutes learn independently of each other, so each takes its optimizer step at once, and the gradients of one are in
+memory at a time; ``distill.release_gradients=false`` holds them to the end of the step.
 
 Time is that of the process, not of the clock, so that other work on the machine counts little; on a GPU
 it is the clock's. Peak memory is what a step allocates beyond what is there before it (activations,
@@ -121,8 +121,8 @@ def measure(
 
     calls = {
         "naive loop": clear(naive_backward),
-        "ppcl": clear(local_backward),
-        "ppcl, distill.release_gradients": clear(local_backward, done=drop),
+        "ppcl": clear(local_backward, done=drop),
+        "ppcl, distill.release_gradients=false": clear(local_backward),
     }
     times = turns(calls, args.repeats)
     lasting = [p for module in (transformer, *substitutes.values()) for p in module.parameters()]
@@ -146,7 +146,7 @@ def measure(
         f"medians of {args.repeats} taking turns. "
         "Memory is what a step allocates beyond the weights; "
         f"{megabytes(gradients)} MB are gradients, which the naive loop needs all at once: its one backward pass gives "
-        "them together. With distill.release_gradients a substitute takes its step when its own are there."
+        "them together. A substitute of ppcl takes its step when its own are there."
     )
     table = markdown_table(["", first, "of the naive loop", "peak memory, MB", "of the naive loop"], rows)
     return f"# A local distillation step against the naive loop\n\n{note}\n\n{table}"

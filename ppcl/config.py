@@ -184,14 +184,21 @@ class DistillConfig(MemorySettings, Section):
             raise ValueError(
                 "distill.shard_teacher splits blocks that distill.train=lora writes to; set one of the two"
             )
-        alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if self.release_gradients else ""
+        released = self.release_gradients is True
+        alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if released else ""
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
         if self.fresh and self.one_at_a_time:
             raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
-        if self.release_gradients and self.spike_factor:
+        if released and self.spike_factor:
             raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
         return self
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether the local stage holds the gradients of one substitute at a time."""
+        together = self.sequence == "sequential" or self.sparsity.zeros or self.spike_factor or self.one_at_a_time
+        return self.release_gradients is True or (self.release_gradients == "auto" and not together)
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""

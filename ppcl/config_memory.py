@@ -22,10 +22,10 @@ class MemorySettings(BaseModel):
     one_at_a_time: bool = Field(
         False, description="local stage: one substitute after the other, on the teacher's states kept on disk"
     )
-    release_gradients: bool = Field(
-        False,
-        description="local stage: each substitute takes its step right after its own backward pass, clipped by itself, "
-        "so that the gradients of one are in memory at a time",
+    release_gradients: Literal["auto", True, False] = Field(
+        "auto",
+        description="local stage: each substitute takes its step right after its own backward pass, so that the "
+        "gradients of one are in memory at a time; auto: wherever the other settings allow it",
     )
     offload: Literal["none", "cpu", "disk"] = Field(
         "none", description="local stage: where the teacher's blocks wait while they do not run"
@@ -55,7 +55,7 @@ class MemorySettings(BaseModel):
 
     @model_validator(mode="after")
     def _each_by_itself(self) -> MemorySettings:
-        alone = [name for name in ("one_at_a_time", "release_gradients") if getattr(self, name)]
+        alone = [name for name in ("one_at_a_time", "release_gradients") if getattr(self, name) is True]
         if alone and getattr(self, "sequence", "non-sequential") == "sequential":
             raise ValueError(
                 f"distill.{alone[0]} trains each run by itself; leave it out, or distill.sequence=sequential"
@@ -73,7 +73,7 @@ class MemorySettings(BaseModel):
 HOW_NOT_WHAT = {
     *("checkpoint_every", "keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),
     *("sample_every", "sample_prompts"),
-    *("offload", "shard_teacher", "checkpointing", "compile"),
+    *("offload", "shard_teacher", "checkpointing", "compile", "release_gradients"),
 }
 # what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
 _NOT_IN_TABLES = {"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0}

@@ -291,7 +291,7 @@ def _local(
         stack: sum(sizes[run][1] for run in [run for run in sizes if run[0] in order[: index + 1]][:-1])
         for index, stack in enumerate(order)
     }
-    if settings.one_at_a_time or settings.release_gradients:
+    if settings.one_at_a_time or settings.releases_gradients:
         waiting = dict.fromkeys(order, 0)
     worst = max(order, key=lambda stack: FLOAT * waiting[stack] + peaks[stack])
     return MemoryEstimate(

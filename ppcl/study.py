@@ -183,7 +183,7 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
         result: dict[str, Any] = {"before": ruler.error(start), "steps": run.config.distill.local_steps}
     for sequence in SEQUENCES:
         # both are clipped together: sequential training cannot clip each substitute by itself
-        alike = {"one_at_a_time": False, "release_gradients": False, "shard": False}
+        alike = {"one_at_a_time": False, "release_gradients": "auto", "shard": False}
         how = {"sequence": sequence, "output_steps": 0, "from_fit": False, "train": "substitutes"}
         settings = changed(run.config.distill, **alike, **how)
         rows = []

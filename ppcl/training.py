@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class LoopSettings:
         steps: Number of optimizer steps.
         learning_rate: Peak of the schedule (linear warm-up, cosine to ``final_fraction`` of it).
         clip_norm: Largest global gradient norm.
+        clip_each: Clip the gradients of each module by themselves: those of modules that learn independently.
         ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
         checkpoint_every: Steps between resumable checkpoints.
         keep_checkpoints: How many of them stay.
@@ -62,6 +63,7 @@ class LoopSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    clip_each: bool = False
     ema_decay: float = 0.0
     checkpoint_every: int = 100
     keep_checkpoints: int = 1
@@ -136,6 +138,7 @@ class TrainingLoop:
         }
         self.plain = [p for p in self.parameters.values() if not is_part(p)]  # FSDP2 adds up the others' gradients
         group.copy_from_main(self.plain)
+        self._clipped = [self._of(name) for name in modules] if settings.clip_each else [[*self.parameters.values()]]
         layers = (m for top in modules.values() for m in top.modules() if isinstance(m, nn.Linear))
         matrices = {id(layer.weight) for layer in layers}
         self.optimizers = new_optimizers(self.parameters, matrices, settings)
@@ -197,9 +200,7 @@ class TrainingLoop:
         scalars = self.group.sum_scalars(scalars)
         if self.adjust:
             self.adjust()
-        trained = [p for p in self.parameters.values() if p.grad is not None]
-        norm = float(whole(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)))
-        norm = math.hypot(norm, *self._released)
+        norm = math.hypot(*(self._clip(group) for group in self._clipped), *self._released)
         self._released.clear()
         problem = self._problem(scalars, norm)
         if problem:
@@ -220,6 +221,15 @@ class TrainingLoop:
             row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
         return row
 
+    def _of(self, name: str) -> list[nn.Parameter]:
+        """The trained parameters of a module."""
+        return [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Clip gradients together; return their norm before."""
+        there = [p for p in parameters if p.grad is not None]
+        return float(whole(nn.utils.clip_grad_norm_(there, self.settings.clip_norm)))
+
     def release(self, name: str) -> None:
         """Let one module take its step now, clipped by itself, and drop its gradients; ``backward`` may call this.
 
@@ -229,10 +239,9 @@ class TrainingLoop:
         Args:
             name: Of the module, whose gradients are complete in this process.
         """
-        own = [p for key, p in self.parameters.items() if key.startswith(f"{name}.")]
+        own = self._of(name)
         self.group.sum_gradients(own)
-        trained = [p for p in own if p.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(trained, self.settings.clip_norm))
+        norm = self._clip(own)
         self._released.append(norm)
         here = set(own)
         waiting = {p: p.grad for p in self.plain if p not in here and p.grad is not None}  # of earlier parts of a batch

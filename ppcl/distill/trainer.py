@@ -209,6 +209,7 @@ class Distiller:
             warmup_steps=min(settings.warmup_steps, steps),
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
+            clip_each=stage == "local" and settings.sequence == "non-sequential",
             ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every,
             keep_checkpoints=settings.keep_checkpoints,
@@ -252,7 +253,7 @@ class Distiller:
         common, kind = (self.transformer, self.adapter), self.settings.loss
 
         def release(run: RunKey) -> None:
-            if self.settings.release_gradients and self.last_part:
+            if self.settings.releases_gradients and self.last_part:
                 self.release(run_name(run))
 
         def part(call: Call, share: Share) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from train_worker import new_distiller, weights, write_all_states
 from ppcl.adapters import adapter_for
 from ppcl.capture import States
 from ppcl.config import DistillConfig, load_config
+from ppcl.distill import local as local_module
 from ppcl.distill.single import Boundaries
 from ppcl.distill.trainer import Distiller
 from ppcl.distributed import SINGLE as ALONE
@@ -31,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def trained(folder: Path, name: str = "local", **changes: Any) -> dict[str, torch.Tensor]:
     """Weights after a stage, in a folder of its own; gradients are not clipped unless asked."""
-    own = folder / "-".join(map(str, changes.values()))
+    own = folder / ("-".join(f"{key}-{value}" for key, value in changes.items()) or "plain")
     write_all_states(own)
     distiller = new_distiller(own, name, ALONE, **{"clip_norm": 1e9, **changes})
     distiller.run()
@@ -41,16 +43,48 @@ def trained(folder: Path, name: str = "local", **changes: Any) -> dict[str, torc
 def test_one_at_a_time_trains_what_all_at_once_does(folder: Path) -> None:
     joint = trained(folder)
     assert_close(trained(folder, one_at_a_time=True), joint)
-    assert_close(trained(folder, release_gradients=True), joint)
+    assert_close(trained(folder, release_gradients=False), joint)
     assert_close(trained(folder, release_gradients=True, accumulate=3), joint)
     assert not list(folder.rglob("checkpoints/distill-local/states*"))
 
 
 def test_each_substitute_is_clipped_by_itself(folder: Path) -> None:
-    single = trained(folder, one_at_a_time=True, clip_norm=0.01)
-    assert_close(trained(folder, release_gradients=True, clip_norm=0.01), single)
-    joint = trained(folder, clip_norm=0.01)
-    assert any(not torch.allclose(single[k], joint[k], 1e-6, 1e-7) for k in joint)
+    single = trained(folder, one_at_a_time=True, clip_norm=1e-4)
+    assert_close(trained(folder, release_gradients=True, clip_norm=1e-4), single)
+    assert_close(trained(folder, release_gradients=False, clip_norm=1e-4), single)
+    free = trained(folder)
+    assert any(not torch.allclose(single[k], free[k], 1e-5, 1e-6) for k in free)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sequence": "sequential"}, {"spike_factor": 3}, {"one_at_a_time": True}, {"sparsity": {"share": 0.5}}],
+    ids=str,
+)
+def test_gradients_are_released_wherever_nothing_needs_them_together(changes: dict[str, Any]) -> None:
+    assert DistillConfig().releases_gradients
+    assert not DistillConfig(**changes).releases_gradients
+    assert not DistillConfig(release_gradients=False).releases_gradients
+
+
+def test_by_default_the_gradients_of_one_substitute_are_there_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[Any, list[int]] = {"auto": [], False: []}
+    for setting, counts in seen.items():
+        distiller = new_distiller(folder, "local", ALONE, release_gradients=setting, local_steps=1)
+        blocks = distiller.substitutes.values()
+        real = local_module.run_loss
+
+        def count(*args: Any, blocks: Any = blocks, counts: list[int] = counts, real: Any = real) -> Any:
+            counts.append(sum(any(p.grad is not None for p in block.parameters()) for block in blocks))
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(local_module, "run_loss", count)
+            distiller.run()
+        shutil.rmtree(folder / "local" / "checkpoints")
+    assert seen == {"auto": [0, 0], False: [0, 1]}
 
 
 def test_one_at_a_time_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
