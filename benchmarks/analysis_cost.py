@@ -24,11 +24,11 @@ from torch import nn
 from ppcl.adapters import Adapter
 from ppcl.analysis.analyze import Collector, analyze, collect
 from ppcl.artifacts import Analysis, load_artifact
+from ppcl.candidates.fit import fit
 from ppcl.capture import SPLITS, States, velocity
 from ppcl.config import RunConfig
 from ppcl.eval.speed import measure_memory
 from ppcl.files import read_tensors
-from ppcl.fit import fit
 from ppcl.tables import markdown_table, number
 from ppcl.teacher import describe
 from ppcl.trees import to_device

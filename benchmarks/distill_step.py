@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
 from ppcl.artifacts import CompressionPlan, load_artifact
-from ppcl.baselines import nearest_rung, run_keys
 from ppcl.capture import States
 from ppcl.config import RunConfig
 from ppcl.distill.local import last_block, local_backward, masks_of
 from ppcl.distill.losses import state_loss
-from ppcl.planner import uniform_ladder
+from ppcl.experiments.baselines import nearest_rung, run_keys
+from ppcl.planning.planner import uniform_ladder
 from ppcl.student import RunKey, start_block
 from ppcl.tables import markdown_table, number
 from ppcl.teacher import describe
 from ppcl.trace import record_boundaries, run_traced
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 Substitutes = Mapping[RunKey, nn.Module]
 

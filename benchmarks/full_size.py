@@ -24,12 +24,12 @@ from naive_loop import peak_bytes
 from torch import nn
 
 from ppcl.adapters import Adapter, adapter_for
-from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, token_grid
 from ppcl.capture import velocity
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params, predict
-from ppcl.inspection_width import plans, widest_within
-from ppcl.planner import segments, uniform_ladder
+from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta, token_grid
+from ppcl.inspection.width import plans, widest_within
+from ppcl.planning.planner import segments, uniform_ladder
 from ppcl.student import with_blocks
 from ppcl.tables import markdown_table
 from ppcl.teacher import describe

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, adapter_for
 from ppcl.artifacts import CompressionPlan, Prediction
-from ppcl.blueprint import build_on_meta, example_call, token_grid
 from ppcl.config import DistillConfig, PlanConfig
 from ppcl.cost import predict
 from ppcl.distill.local import last_block, local_backward, run_loss
-from ppcl.memory import MemoryEstimate, estimate_distill, free_bytes, weight_bytes
-from ppcl.planner import segments, uniform_ladder
+from ppcl.distill.memory import MemoryEstimate, estimate_distill, free_bytes, weight_bytes
+from ppcl.inspection.blueprint import build_on_meta, example_call, token_grid
+from ppcl.planning.planner import segments, uniform_ladder
 from ppcl.student import RunKey, start_block
 from ppcl.tables import markdown_table
 from ppcl.teacher import autocast, describe

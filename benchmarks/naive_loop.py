@@ -35,11 +35,11 @@ from ppcl.adapters import States as BlockStates
 from ppcl.capture import States
 from ppcl.distill.local import local_backward, masks_of
 from ppcl.distill.losses import state_loss
-from ppcl.memory import LiveBytes
+from ppcl.distill.memory import LiveBytes
 from ppcl.student import RunKey
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 
 def call_checkpointed(

@@ -21,8 +21,8 @@ from torch import nn
 from ppcl.adapters import Adapter
 from ppcl.artifacts import CompressionPlan, Prediction, identity_segments
 from ppcl.capture import States, velocity_error
+from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
 from ppcl.sparsity import Masks, block_shares, make_masks, sparse_layers, sparse_plan, sparsity_cost
-from ppcl.sparsity_config import WEIGHT_CRITERION_NAMES, SparsityConfig
 from ppcl.student import RunKey, with_blocks
 from ppcl.tables import markdown_table
 from ppcl.teacher import describe

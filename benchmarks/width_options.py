@@ -19,12 +19,12 @@ import torch
 
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import Analysis, Candidates, WidthOption, load_artifact
+from ppcl.candidates.options import width_options
 from ppcl.capture import States
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.criteria import CRITERIA
 from ppcl.files import read_tensors, write_text
-from ppcl.options import width_options
-from ppcl.planner import plan
+from ppcl.planning.planner import plan
 from ppcl.summary import describe_plan
 from ppcl.tables import markdown_table
 from ppcl.teacher import load_pipeline

@@ -27,7 +27,7 @@ from torch import Tensor
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import atomic_path, read_json, write_json
 from ppcl.progress import Progress
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 logger = logging.getLogger(__name__)
 

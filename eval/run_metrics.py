@@ -172,7 +172,7 @@ def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) 
         metrics: Content of ``RUN/eval/metrics.json``.
         plan: What was replaced.
     """
-    from ppcl.card import draw_plan
+    from ppcl.export.card import draw_plan
 
     samples, found = metrics["samples"], metrics["intervals"]
     references = {"real": f"{samples['references']} real pictures", "teacher": "the teacher's second seed"}

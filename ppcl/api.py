@@ -32,8 +32,8 @@ def compress(
     Raises:
         UserError: Anything that a user can mend; the message says how.
     """
-    from ppcl.card import PLACEHOLDER
-    from ppcl.hub import check_repo_id, push
+    from ppcl.export.card import PLACEHOLDER
+    from ppcl.export.hub import check_repo_id, push
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)

@@ -22,7 +22,7 @@ from ppcl.adapters import Adapter
 from ppcl.artifacts import SCHEMA_VERSION, CompressionPlan, Segment, load_artifact, save_artifact, start_index
 from ppcl.errors import ArtifactError
 from ppcl.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
-from ppcl.planner import select
+from ppcl.planning.planner import select
 from ppcl.sparsity import Masks, pack_masks, unpack_masks, zero_shares
 from ppcl.student import (
     RunKey,

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ppcl import trees
 from ppcl.config import CaptureConfig
-from ppcl.distributed import SINGLE, WHOLE, Group, Share
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.progress import Progress
 from ppcl.teacher import autocast, seeds
-from ppcl.training import step_generator
+from ppcl.training.distributed import SINGLE, WHOLE, Group, Share
+from ppcl.training.loop import step_generator
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "held-out")

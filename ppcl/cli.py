@@ -36,8 +36,8 @@ from ppcl.cli_options import (
 )
 from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds, parse_size
 from ppcl.errors import ConfigError
-from ppcl.launch import guarded, refuse_several
 from ppcl.stages import FUNCTIONS, STAGES
+from ppcl.training.launch import guarded, refuse_several
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(
@@ -129,7 +129,7 @@ def _export_size(
     if len(chosen) != 1:
         raise ConfigError(f"give one budget, got {len(chosen)}: one of --keep, --speedup and --fit")
     quiet_libraries()
-    from ppcl.ladder import export_size
+    from ppcl.experiments.ladder import export_size
     from ppcl.summary import describe_plan
 
     if config.model_copy(update={"export": ExportConfig(), "device": "auto"}) != RunConfig():  # type: ignore[call-arg]
@@ -250,11 +250,11 @@ def compare(
         raise ConfigError(f"--keep has no effect with --methods; write --budgets keep={keep:g}")
     run = open_run(model, out, config, set_, prompts, keep)
     if methods is not None:
-        from ppcl.methods import BUDGETS, budgets_named, compare_methods, methods_named
+        from ppcl.experiments.methods import BUDGETS, budgets_named, compare_methods, methods_named
 
         typer.echo(compare_methods(run, methods_named(methods), budgets_named(budgets or BUDGETS), chosen, table))
         return
-    from ppcl.compare import compare_plans
+    from ppcl.experiments.compare import compare_plans
 
     typer.echo(compare_plans(run, table, chosen))
 
@@ -273,7 +273,7 @@ def ablate(
     """Add the paper's ingredients one by one, with the same training steps; one table."""
     chosen = parse_seeds(seeds)
     run = open_run(model, out, config, set_, prompts, keep)
-    from ppcl.ablation import ablate as run_ablation
+    from ppcl.experiments.ablation import ablate as run_ablation
 
     typer.echo(run_ablation(run, table, chosen))
 
@@ -297,7 +297,7 @@ def ladder(
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"--keeps {keeps!r} is not a list of shares between 0 and 1; write it like 0.8,0.6")
     run = open_run(model, out, config, set_, prompts, keep)
-    from ppcl.ladder import measure_ladder
+    from ppcl.experiments.ladder import measure_ladder
 
     typer.echo(measure_ladder(run, shares, table))
 
@@ -317,7 +317,7 @@ def study(
     """Test the paper's observations on this teacher: contiguity, non-sequential training, predictions."""
     chosen = parse_seeds(seeds)
     run = open_run(model, out, config, set_, prompts, keep)
-    from ppcl.study import study as run_study
+    from ppcl.experiments.study import study as run_study
 
     typer.echo(run_study(run, table, draws, chosen))
 
@@ -343,7 +343,7 @@ def inspect(
     import json
 
     from ppcl.artifacts import to_jsonable
-    from ppcl.inspection import inspect_model, report
+    from ppcl.inspection.model import inspect_model, report
 
     height, width = height or settings.capture.height, width or settings.capture.width
     found = inspect_model(model, settings.plan, settings.fit.max_run, height, width, text_tokens, rank)

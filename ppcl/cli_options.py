@@ -14,7 +14,7 @@ import typer
 
 from ppcl.config import parse_size
 from ppcl.errors import ConfigError
-from ppcl.launch import silence_others
+from ppcl.training.launch import silence_others
 
 logger = logging.getLogger(__name__)
 Model = Annotated[str, typer.Argument(help="'emoji' (embedded), a pipeline folder, or a hub id")]
@@ -116,7 +116,7 @@ def check_push(repo_id: str | None, private: bool) -> None:
         if private:
             logger.warning("--private has no effect without --push-to-hub")
         return
-    from ppcl.hub import check_repo_id, has_token
+    from ppcl.export.hub import check_repo_id, has_token
 
     check_repo_id(repo_id)
     if not has_token():
@@ -127,7 +127,7 @@ def push_folder(folder: Path, repo_id: str | None, private: bool) -> None:
     """Upload a pipeline folder, if a repository was given."""
     if repo_id is None:
         return
-    from ppcl.card import PLACEHOLDER
-    from ppcl.hub import push
+    from ppcl.export.card import PLACEHOLDER
+    from ppcl.export.hub import push
 
     typer.echo(f"pushed:  {push(folder, repo_id, private, PLACEHOLDER)}")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import States, guidance_arguments, velocity, velocity_error
-from ppcl.card import run_card
 from ppcl.cost import count_params
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.errors import UserError
@@ -19,6 +18,7 @@ from ppcl.eval.evaluate import evaluate
 from ppcl.eval.features import FeatureExtractor, load_extractor
 from ppcl.eval.run_metrics import HEADER, table_rows
 from ppcl.eval.velocity import state_errors
+from ppcl.export.card import run_card
 from ppcl.files import file_digest, weights_variant, write_json, write_text
 from ppcl.sparsity import zeros_of
 from ppcl.student import assemble_student

@@ -60,8 +60,8 @@ from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.evaluation import extractor_with_note, references_for
 from ppcl.files import digest, lock_folder, remove_leftovers, write_json, write_text
 from ppcl.teacher import resolve_device
-from ppcl.tracking import Tracker
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
+from ppcl.training.tracking import Tracker
 
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
 

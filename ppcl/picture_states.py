@@ -31,13 +31,13 @@ from ppcl.capture import (
     write_calls,
 )
 from ppcl.config import CaptureConfig
+from ppcl.config.sections import PROMPTS
 from ppcl.data import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.errors import ModelError, UserError
 from ppcl.files import digest, read_json, write_json
 from ppcl.progress import Progress
-from ppcl.sections import PROMPTS
 from ppcl.teacher import seeds
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 if TYPE_CHECKING:
     from ppcl.stages import Run

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
-from ppcl.allocations import COUNTS
 from ppcl.artifacts import CompressionPlan
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.criteria.base import signed_output
 from ppcl.criteria.masks import n_of_m_mask, row_mask
 from ppcl.criteria.weights import Layer, weight_cost, weight_criterion_named, weight_scores
 from ppcl.criteria.zeroth_order import gradient_norm
 from ppcl.errors import ArtifactError, ModelError
-from ppcl.sharding import is_part, part_of
+from ppcl.planning.allocations import COUNTS
 from ppcl.slicing import SLICED
-from ppcl.sparsity_config import SparsityConfig
 from ppcl.student import RunKey, run_name
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
+from ppcl.training.sharding import is_part, part_of
 
 logger = logging.getLogger(__name__)
 Blocks = Mapping[RunKey, nn.Module]

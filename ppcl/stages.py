@@ -31,10 +31,10 @@ from ppcl.files import (
     write_json,
     write_text,
 )
-from ppcl.launch import world
 from ppcl.prompts import prompts_for
 from ppcl.provenance import record_of
-from ppcl.tracking import Tracker
+from ppcl.training.launch import world
+from ppcl.training.tracking import Tracker
 
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
 PRODUCTS = {
@@ -86,8 +86,8 @@ class Run:
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
         self.model, self.out, self.config, self.prompts, self.command = model, out, config, prompts, command
-        from ppcl.distributed import connect
         from ppcl.teacher import check_model, resolve_device, weights_digest
+        from ppcl.training.distributed import connect
 
         self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
         check_model(model)
@@ -328,7 +328,7 @@ def analyze_stage(run: Run) -> None:
 
 def fit_stage(run: Run) -> None:
     """Costs of candidate runs."""
-    from ppcl.fit import fit
+    from ppcl.candidates.fit import fit
 
     fit(
         run.teacher.transformer,
@@ -353,14 +353,14 @@ def plan_stage(run: Run) -> None:
 
 def distill_stage(run: Run) -> None:
     """Train the substitutes."""
-    from ppcl.distill_run import distill_run
+    from ppcl.distill.stage import distill_run
 
     distill_run(run)
 
 
 def export_stage(run: Run) -> None:
     """Write the pipeline."""
-    from ppcl.export import export_run
+    from ppcl.export.pipeline import export_run
 
     export_run(run)
 

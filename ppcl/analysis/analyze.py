@@ -21,7 +21,7 @@ from ppcl.errors import UserError
 from ppcl.files import write_tensors
 from ppcl.progress import Progress
 from ppcl.trace import BlockCall, run_traced
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import batch_size
 from ppcl.width import Metric, residuals
 

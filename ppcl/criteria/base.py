@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter
 from ppcl.capture import velocity
 from ppcl.slicing import Units
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import to_device
 
 BACKWARD = 4.0  # a forward and a backward pass with gradient checkpointing, in forward passes

@@ -17,7 +17,7 @@ from ppcl.adapters import Adapter
 from ppcl.capture import States, velocity
 from ppcl.criteria.base import Site, hooked
 from ppcl.progress import announce
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import batch_size, to_device
 
 Batches = Sequence[dict[str, Any]]

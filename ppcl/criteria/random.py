@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
 from ppcl.criteria.base import Site
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 
 class Random:

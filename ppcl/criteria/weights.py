@@ -25,7 +25,7 @@ from ppcl.criteria.gradients import Tap, tap_gradients
 from ppcl.criteria.masks import gblm_scores, magnitude_scores, wanda_scores
 from ppcl.errors import ConfigError
 from ppcl.external import load_object
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import to_device
 
 Needs = Literal["weights", "inputs", "gradients", "batch_gradients"]

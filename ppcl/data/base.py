@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ppcl.files import write_text
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ORDER_STREAM = 61  # keeps the order of samples apart from other draws of the same seed

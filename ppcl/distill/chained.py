@@ -19,10 +19,10 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.capture import velocity
 from ppcl.distill.local import last_block, masks_of, weights_of
 from ppcl.distill.losses import state_loss, velocity_loss
-from ppcl.distributed import WHOLE, Share
 from ppcl.errors import UserError
 from ppcl.student import RunKey, assemble_student
 from ppcl.trace import BlockCall, record_boundaries
+from ppcl.training.distributed import WHOLE, Share
 from ppcl.trees import to_device
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States
 from ppcl.distill.losses import state_loss
-from ppcl.distributed import WHOLE, Share
 from ppcl.student import RunKey
 from ppcl.trace import BlockCall, run_traced
+from ppcl.training.distributed import WHOLE, Share
 
 
 def masks_of(stack: StackSpec, arguments: Mapping[str, Any], states: States) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def state_loss(
         teacher: The same of the teacher.
         masks: Valid tokens (B, tokens) of streams that have padding.
         kind: ``normalized`` or ``direction``.
-        weights: What each stream's mean counts, where this is a part of a batch (:class:`ppcl.distributed.Share`).
+        weights: What each stream's mean counts in a part of a batch (:class:`ppcl.training.distributed.Share`).
 
     Returns:
         A scalar.

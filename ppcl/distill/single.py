@@ -21,12 +21,12 @@ from ppcl.adapters import Adapter, States
 from ppcl.capture import Call, velocity
 from ppcl.capture import States as Recorded
 from ppcl.distill.local import run_loss
-from ppcl.distributed import SINGLE, Group, Share
 from ppcl.errors import ArtifactError
 from ppcl.files import read_tensors, remove, write_tensors
 from ppcl.student import FixedStates, RunKey, StandIn, run_name, with_blocks
 from ppcl.teacher import autocast
 from ppcl.trace import BlockCall
+from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.trees import to_device
 
 Place = tuple[str, int]  # the states that leave this block

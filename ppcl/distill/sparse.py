@@ -11,12 +11,12 @@ from torch import nn
 from ppcl.adapters import Adapter
 from ppcl.artifacts import CompressionPlan, to_jsonable
 from ppcl.capture import States
-from ppcl.distributed import SINGLE, Group
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.files import digest, read_tensors, write_tensors
 from ppcl.progress import announce
 from ppcl.sparsity import Masks, make_masks, pack_masks, sparse_layers, sparsity_cost, unpack_masks
-from ppcl.sparsity_config import SparsityConfig
 from ppcl.student import RunKey
+from ppcl.training.distributed import SINGLE, Group
 
 
 def masks_for(

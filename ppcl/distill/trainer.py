@@ -27,15 +27,15 @@ from ppcl.distill.losses import velocity_loss
 from ppcl.distill.single import Boundaries, train_each
 from ppcl.distill.sparse import masks_for
 from ppcl.distill.substitutes import new_substitutes
-from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, remove
-from ppcl.offload import streamed
-from ppcl.sharding import is_part, shard, shard_block, split_blocks, unshard, whole_copy
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
 from ppcl.student import RunKey, assemble_student, own_names, run_name, with_blocks
 from ppcl.teacher import autocast
-from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.distributed import SINGLE, Group, Share, add_up
+from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.offload import streamed
+from ppcl.training.sharding import is_part, shard, shard_block, split_blocks, unshard, whole_copy
 from ppcl.trees import to_device
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
 from ppcl.files import atomic_path, write_json, write_tensors
-from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
 
 CONTEXT = 16
 VOCABULARY = 2048

@@ -31,7 +31,7 @@ from ppcl.emoji.components import (
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.vae import to_tensor
 from ppcl.files import atomic_path
-from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt
 DROPOUT = 0.1

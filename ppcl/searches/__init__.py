@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan
+from ppcl.config.search import SEARCH_NAMES
 from ppcl.cost import predict
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import load_object
-from ppcl.planner import is_allowed_segment, meets
+from ppcl.planning.planner import is_allowed_segment, meets
 from ppcl.progress import announce
-from ppcl.search_config import SEARCH_NAMES
 from ppcl.searches.base import Context, Search
 
 if TYPE_CHECKING:

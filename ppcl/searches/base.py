@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo
 from ppcl.config import PlanConfig
 from ppcl.errors import ConfigError
-from ppcl.planner import Runs, free_blocks, from_ladder, removal_ladder
+from ppcl.planning.planner import Runs, free_blocks, from_ladder, removal_ladder
 
 if TYPE_CHECKING:
     from ppcl.searches.teacher import Teacher

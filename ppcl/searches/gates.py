@@ -23,7 +23,7 @@ from ppcl.searches.base import Context
 from ppcl.searches.teacher import Teacher
 from ppcl.student import StandIn, with_blocks
 from ppcl.teacher import autocast
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import to_device
 
 LORA_RANK = 8

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ppcl.artifacts import CompressionPlan
-from ppcl.planner import Runs, removal_ladder, shares
+from ppcl.planning.planner import Runs, removal_ladder, shares
 from ppcl.progress import Progress
 from ppcl.searches.base import Context
 from ppcl.searches.gates import PASSES, GatedStudent, apply_gradients, draw
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 
 GROUP = 4
 TEMPERATURES = (4.0, 0.1)  # of the first and the last step

@@ -15,8 +15,8 @@ from torch import nn
 from ppcl.artifacts import CompressionPlan, Segment, start_index
 from ppcl.cost import predict
 from ppcl.errors import BudgetError
-from ppcl.knapsack import pieces_of
-from ppcl.planner import cost_of, infeasible, is_allowed, meets, plan
+from ppcl.planning.knapsack import pieces_of
+from ppcl.planning.planner import cost_of, infeasible, is_allowed, meets, plan
 from ppcl.searches.base import Context
 from ppcl.searches.graph import Edge, Graph, PathSearch, Route, Widths
 

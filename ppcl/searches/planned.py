@@ -1,4 +1,4 @@
-"""The modes of :mod:`ppcl.planner`, as searches: they look at measured costs alone and cost no teacher forward."""
+"""The modes of :mod:`ppcl.planning.planner` as searches: they look at measured costs alone, and run no teacher."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ppcl.artifacts import CompressionPlan
-from ppcl.planner import plan
+from ppcl.planning.planner import plan
 from ppcl.searches.base import Context
 
 
@@ -26,7 +26,7 @@ class Planned:
         return 0
 
     def choose(self, context: Context) -> CompressionPlan:
-        """See :func:`ppcl.planner.plan`."""
+        """See :func:`ppcl.planning.planner.plan`."""
         settings = context.settings.model_copy(update={"mode": self.mode})
         return plan(context.analysis, context.candidates, settings)
 

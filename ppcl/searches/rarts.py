@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ppcl.artifacts import CompressionPlan
-from ppcl.planner import removal_ladder
+from ppcl.planning.planner import removal_ladder
 from ppcl.progress import Progress
 from ppcl.searches.base import Context
 from ppcl.searches.gates import PASSES, GatedStudent, apply_gradients, draw

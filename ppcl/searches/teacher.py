@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.adapters import States as StreamStates
 from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction, Segment, identity_segments
+from ppcl.candidates.fit import chained_probe
 from ppcl.capture import States, velocity
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.files import read_tensors
-from ppcl.fit import chained_probe
 from ppcl.progress import Progress
 from ppcl.student import FixedStates, LinearRun, with_blocks
 from ppcl.teacher import autocast

@@ -13,12 +13,12 @@ from ppcl import trees
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
 from ppcl.bundle import build_student, load_bundle
+from ppcl.candidates.fit import fit
 from ppcl.capture import States, velocity, velocity_error
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.files import read_tensors, write_tensors
-from ppcl.fit import fit
-from ppcl.planner import plan
+from ppcl.planning.planner import plan
 from ppcl.student import assemble_student
 from ppcl.teacher import describe
 

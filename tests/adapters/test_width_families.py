@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from ppcl.adapters import adapter_for
-from ppcl.narrowing import find_sites
+from ppcl.candidates.narrowing import find_sites
 from ppcl.text_stream import plain_norm
 from ppcl.trace import record_boundaries
 from ppcl.width import apply_width

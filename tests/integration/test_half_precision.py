@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from ppcl import distill_run, teacher
-from ppcl.compare import compare_plans
+from ppcl import teacher
 from ppcl.config import load_config
-from ppcl.ladder import measure_ladder
+from ppcl.distill import stage as distill_run
+from ppcl.experiments.compare import compare_plans
+from ppcl.experiments.ladder import measure_ladder
 from ppcl.stages import STAGES, Run
 
 

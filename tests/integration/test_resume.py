@@ -59,7 +59,7 @@ class Events:
         import ppcl.capture
         import ppcl.eval.generate
         from ppcl.stages import Run
-        from ppcl.training import TrainingLoop
+        from ppcl.training.loop import TrainingLoop
 
         self.around(Path, "replace", after=True)
         self.around(TrainingLoop, "_step")
@@ -115,9 +115,9 @@ def act(folder, *options):
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel  # noqa: F401
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer  # noqa: F401
 
+    import ppcl.candidates.fit
     import ppcl.evaluation
-    import ppcl.export
-    import ppcl.fit
+    import ppcl.export.pipeline
     import ppcl.stages  # noqa: F401
     from ppcl.eval.report import write_report  # noqa: F401
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_models import DUAL, describe_alone, qwen_call, tiny_qwen
 
-from ppcl.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder
 from ppcl.adapters import adapter_for
 from ppcl.analysis.cka import linear_cka
 from ppcl.artifacts import Candidates, save_artifact
-from ppcl.baselines import run_keys
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import UserError
+from ppcl.experiments.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder
+from ppcl.experiments.baselines import run_keys
 from ppcl.stages import Run
 from ppcl.trace import record_boundaries
 

@@ -7,11 +7,11 @@ import random
 import pytest
 from test_knapsack import MODEL
 
-from ppcl.allocations import ALLOCATIONS, Class, allotted_layouts, nirvana
 from ppcl.artifacts import Analysis, Candidates, ModelInfo, WidthOption
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
-from ppcl.planner import plan
+from ppcl.planning.allocations import ALLOCATIONS, Class, allotted_layouts, nirvana
+from ppcl.planning.planner import plan
 
 
 def test_the_amount_is_met_exactly_whatever_the_sizes() -> None:

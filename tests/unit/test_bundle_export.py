@@ -31,7 +31,7 @@ from ppcl.capture import velocity
 from ppcl.config import ExportConfig
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
-from ppcl.export import export
+from ppcl.export.pipeline import export
 from ppcl.files import read_tensor_header
 from ppcl.student import assemble_student
 

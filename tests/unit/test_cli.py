@@ -15,7 +15,7 @@ from ppcl.artifacts import Analysis, Candidates, load_artifact
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import BudgetError, ConfigError, UserError
 from ppcl.files import lock_folder, remove_leftovers
-from ppcl.planner import plan
+from ppcl.planning.planner import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,10 +230,10 @@ def test_the_size_of_a_bundle_is_exported_as_asked_and_pushed(tmp_path, monkeypa
         made.append(arguments)
         return SimpleNamespace(plan=SimpleNamespace(predicted=SimpleNamespace(params=1, param_ratio=0.5)))
 
-    monkeypatch.setattr("ppcl.ladder.export_size", export_size)
+    monkeypatch.setattr("ppcl.experiments.ladder.export_size", export_size)
     monkeypatch.setattr("ppcl.summary.describe_plan", lambda plan: "a plan")
-    monkeypatch.setattr("ppcl.hub.push", lambda *arguments: pushed.append(arguments))
-    monkeypatch.setattr("ppcl.hub.has_token", lambda: True)
+    monkeypatch.setattr("ppcl.export.hub.push", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr("ppcl.export.hub.has_token", lambda: True)
     run, out = tmp_path / "run", tmp_path / "other"
     options = ["--keep", "0.7", "--set", "export.dtype=float16", "--push-to-hub", "u/n", "--private"]
     CliRunner().invoke(cli.app, ["export", str(run), "--out", str(out), *options], catch_exceptions=False)

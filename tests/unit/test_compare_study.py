@@ -11,22 +11,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ppcl import compare as compare_module
-from ppcl import study as study_module
 from ppcl.artifacts import Analysis, Candidates
-from ppcl.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
+from ppcl.candidates.fit import chained_probe
 from ppcl.capture import States, velocity
 from ppcl.cli import app, parse_seeds
-from ppcl.compare import Judge, claim, compare_plans, plan_rows, with_transformer
-from ppcl.compare_text import mean_scores
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
-from ppcl.fit import chained_probe
-from ppcl.planner import uniform_ladder
+from ppcl.experiments import compare as compare_module
+from ppcl.experiments import study as study_module
+from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
+from ppcl.experiments.compare import Judge, claim, compare_plans, plan_rows, with_transformer
+from ppcl.experiments.compare_text import mean_scores
+from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
+from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
+from ppcl.planning.planner import uniform_ladder
 from ppcl.stages import Run
 from ppcl.student import LinearRun, patched
-from ppcl.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
-from ppcl.study_text import Comparison, contiguity_section, squares_section
 from ppcl.tables import markdown_table, measured, number, spread
 
 STACK = [("blocks", index) for index in range(1, 11)]

@@ -14,7 +14,7 @@ from ppcl.config import DistillConfig
 from ppcl.distill import compiled
 from ppcl.distill.compiled import BlockCompiler
 from ppcl.distill.trainer import Distiller
-from ppcl.distributed import SINGLE
+from ppcl.training.distributed import SINGLE
 
 MORE: dict[str, dict[str, Any]] = {
     **{name: STAGES[name] for name in ("local", "alternating", "all")},

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from ppcl.config import RunConfig, load_config, merge, parse_override
-from ppcl.config_memory import changed, for_tables
+from ppcl.config.memory import changed, for_tables
 from ppcl.errors import ConfigError, UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 from published import PUBLISHED, write_config
 
 from ppcl.config import load_config
-from ppcl.inspection import inspect_model
+from ppcl.inspection.model import inspect_model
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZED = [path for path in CONFIGS if path.name != "emoji.yaml"]  # the embedded model's figures are measured ones

@@ -229,7 +229,7 @@ def test_another_criterion_in_the_same_file_is_another_fit(tmp_path: Path) -> No
 
 
 def test_equal_scores_keep_the_first(tmp_path: Path) -> None:
-    from ppcl.narrowing import cut_options
+    from ppcl.candidates.narrowing import cut_options
 
     transformer, adapter, sites, call = setting()
     name = outside(tmp_path, HEAD + "[torch.ones(128)]")

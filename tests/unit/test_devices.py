@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import tiny_qwen
 
-from ppcl import distill_run
 from ppcl.config import load_config
-from ppcl.distributed import Group
+from ppcl.distill import stage as distill_run
 from ppcl.teacher import resolve_device
+from ppcl.training.distributed import Group
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
@@ -26,7 +26,7 @@ def test_a_cuda_device_has_its_number(name: str, expected: str, monkeypatch: pyt
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
-    monkeypatch.setattr(distill_run, "estimate_distill", lambda *_: {})
+    monkeypatch.setattr(distill_run, "estimate_distill", lambda *_, **__: {})
     monkeypatch.setattr(distill_run, "free_bytes", lambda _: 1200)
     monkeypatch.setattr(distill_run, "check_memory", lambda _, __, free: found.append(free))
     states: Any = SimpleNamespace(largest=lambda _: {})

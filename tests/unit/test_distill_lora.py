@@ -16,7 +16,7 @@ from ppcl.capture import velocity
 from ppcl.config import DistillConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError
-from ppcl.export import cast
+from ppcl.export.pipeline import cast
 from ppcl.files import read_tensors
 
 SETTINGS = DistillConfig(

@@ -11,13 +11,13 @@ from test_criteria import setting
 from tiny_models import noise, qwen_call, tiny_qwen, write_states
 
 from ppcl.adapters import adapter_for
+from ppcl.candidates.narrowing import criterion_cost, cut_options
 from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
 from ppcl.criteria import CRITERIA, unit_cost
 from ppcl.criteria.base import BACKWARD
 from ppcl.criteria.bip import EPOCHS
 from ppcl.criteria.draws import best_draw, cut_error, draw_states
-from ppcl.narrowing import criterion_cost, cut_options
 from ppcl.slicing import masked
 from ppcl.trees import batch_size
 from ppcl.width import set_module

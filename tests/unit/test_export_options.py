@@ -17,10 +17,19 @@ from tiny_models import DUAL, plan_for, shared_pipeline, tiny_flux, tiny_qwen
 
 from ppcl import __version__
 from ppcl.artifacts import CompressionPlan, load_artifact, plan_digest, save_artifact
-from ppcl.card import PLACEHOLDER, Facts, Making, draw_plan, model_card, pipeline_tag, shown_command, source_licence
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
-from ppcl.export import cast, export, link_file
+from ppcl.export.card import (
+    PLACEHOLDER,
+    Facts,
+    Making,
+    draw_plan,
+    model_card,
+    pipeline_tag,
+    shown_command,
+    source_licence,
+)
+from ppcl.export.pipeline import cast, export, link_file
 from ppcl.files import read_tensor_header, weights_variant
 from ppcl.teacher import load_pipeline, source_name, stored_dtype
 
@@ -206,7 +215,7 @@ def test_a_failed_export_leaves_the_old_one_and_the_teacher(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppcl.export._check", stop)
+    monkeypatch.setattr("ppcl.export.pipeline._check", stop)
     with pytest.raises(KeyboardInterrupt):
         exported(source, out, components=components, dtype="bfloat16")
     assert state(source) == before
@@ -220,7 +229,7 @@ def test_components_come_from_the_cache_of_the_hub(
     """A hub id: the snapshot's own files, not what was loaded (in another dtype)."""
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(source / name))
     student, pipeline, bundle = student_and_pipeline()
-    monkeypatch.setattr("ppcl.export.model_card", lambda *_: "card")
+    monkeypatch.setattr("ppcl.export.pipeline.model_card", lambda *_: "card")
     out = export(pipeline, student, bundle.plan, "owner/name", tmp_path / "out", ExportConfig(components="link"))
     assert all((out / name).samefile(source / name) for name in LARGE)
     assert kinds(out) == {"F16"}

@@ -12,11 +12,11 @@ from test_criteria import setting
 from test_search_path import tiny_context
 from tiny_models import qwen_call, tiny_qwen
 
-from ppcl.allocations import ALLOCATIONS, Class, shares_by
 from ppcl.config import PlanConfig, load_config
+from ppcl.config.search import ALLOCATION_NAMES
 from ppcl.criteria import CRITERIA, unit_scores
 from ppcl.errors import ConfigError
-from ppcl.search_config import ALLOCATION_NAMES
+from ppcl.planning.allocations import ALLOCATIONS, Class, shares_by
 from ppcl.searches import SEARCHES, choose
 
 DOC = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -24,12 +24,12 @@ from torch import nn
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
 from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
+from ppcl.candidates.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
+from ppcl.candidates.sensitivity import output_errors
 from ppcl.capture import velocity
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
-from ppcl.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
-from ppcl.sensitivity import output_errors
 from ppcl.student import STARTS, patched, start_block
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from ppcl import trees
 from ppcl.capture import Call, velocity
 from ppcl.config import CaptureConfig, DistillConfig, load_config
 from ppcl.data import Skipped, choose_samples, open_source
-from ppcl.distributed import Group, Share
+from ppcl.distill.fresh_states import FreshStates
 from ppcl.errors import ConfigError
-from ppcl.fresh_states import FreshStates
 from ppcl.picture_states import capture_pictures, picture_sizes
-from ppcl.training import step_generator
+from ppcl.training.distributed import Group, Share
+from ppcl.training.loop import step_generator
 
 SETTINGS = {"num_prompts": 6, "batch_size": 4, "num_inference_steps": 4, "states_per_prompt": 2}
 SETTINGS |= {"held_out_share": 0.25, "height": 16, "width": 16, "guidance_scale": 2.0}

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ppcl import api, cli
-from ppcl.distributed import SINGLE
 from ppcl.errors import HubError
-from ppcl.hub import check_repo_id, push
+from ppcl.export.hub import check_repo_id, push
+from ppcl.training.distributed import SINGLE
 
 CARD = 'from_pretrained("HERE")'
 
@@ -169,7 +169,7 @@ def test_the_command_pushes_and_fails_with_code_2(
     monkeypatch.setattr(cli, "open_run", lambda *_: FinishedRun(pipeline.parent))
     monkeypatch.setattr("ppcl.summary.print_summary", lambda _: None)
     monkeypatch.setattr("ppcl.summary.print_prediction", lambda _: None)
-    monkeypatch.setattr("ppcl.hub.has_token", lambda: False)
+    monkeypatch.setattr("ppcl.export.hub.has_token", lambda: False)
     arguments = ["ppcl", command, "emoji", "--out", str(pipeline.parent), "--push-to-hub", "user/name", "--private"]
     monkeypatch.setattr("sys.argv", arguments)
     use(monkeypatch, Hub(refused(401, "Invalid username or password")))

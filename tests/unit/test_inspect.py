@@ -15,15 +15,16 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransfor
 from published import FLUX_DEV, QWEN_IMAGE, write_config
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 
-from ppcl import blueprint, cli
+from ppcl import cli
 from ppcl.adapters import adapter_for
 from ppcl.capture import velocity
 from ppcl.compressed import compressed_class
 from ppcl.config import PlanConfig
 from ppcl.cost import count_flops, count_params
 from ppcl.errors import BudgetError, ConfigError, ModelError, UserError
-from ppcl.inspection import inspect_model, largest_within, parts_of, report
-from ppcl.inspection_width import plans
+from ppcl.inspection import blueprint
+from ppcl.inspection.model import inspect_model, largest_within, parts_of, report
+from ppcl.inspection.width import plans
 
 ROOT = Path(__file__).resolve().parents[2]
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -85,7 +86,7 @@ def test_the_command_is_quick_and_small(tmp_path, config, params):
     code = (
         "import json, resource, sys, time\n"
         "from ppcl.cli import main\n"
-        "import ppcl.inspection\n"
+        "import ppcl.inspection.model\n"
         "from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel\n"
         "began = time.process_time()\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"

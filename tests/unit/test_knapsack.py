@@ -14,8 +14,8 @@ from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, Mod
 from ppcl.config import PlanConfig
 from ppcl.cost import predict
 from ppcl.errors import BudgetError
-from ppcl.knapsack import best_layouts
-from ppcl.planner import plan, select
+from ppcl.planning.knapsack import best_layouts
+from ppcl.planning.planner import plan, select
 
 MODEL = ModelInfo(
     "Tiny", "0", 5 * 1000 + 4 * 700, 5 * 40 + 4 * 90, 4, 0, (

@@ -15,7 +15,7 @@ from ppcl.cost import count_params
 from ppcl.errors import ArtifactError, BudgetError, ConfigError, ModelError, UserError
 from ppcl.eval.report import write_report
 from ppcl.eval.report_ladder import _reading
-from ppcl.ladder import export_size, measure_ladder
+from ppcl.experiments.ladder import export_size, measure_ladder
 from ppcl.pipelines import load_bundle
 from ppcl.stages import Run
 
@@ -56,7 +56,7 @@ def test_every_rung_is_scored_at_its_size(run, text):
 
 
 def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):
-    monkeypatch.setattr("ppcl.ladder.build_student", None)  # would be called
+    monkeypatch.setattr("ppcl.experiments.ladder.build_student", None)  # would be called
     again = measure_ladder(run, [0.9, 0.75, 0.6])
     assert again == text
 

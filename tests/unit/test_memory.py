@@ -11,11 +11,18 @@ from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, random_sub
 from torch import nn
 
 from ppcl.adapters import adapter_for
-from ppcl.blueprint import build_on_meta
 from ppcl.config import DistillConfig
 from ppcl.distill.local import local_backward
+from ppcl.distill.memory import (
+    LiveBytes,
+    check_memory,
+    estimate_distill,
+    local_step_bytes,
+    optimizer_bytes,
+    weight_bytes,
+)
 from ppcl.errors import TrainingError
-from ppcl.memory import LiveBytes, check_memory, estimate_distill, local_step_bytes, optimizer_bytes, weight_bytes
+from ppcl.inspection.blueprint import build_on_meta
 
 CASES: dict[str, Any] = {
     "qwen": (lambda: tiny_qwen(6), lambda: qwen_call(batch=8, padded=True), [(DUAL, 1, 2), (DUAL, 3, 4)]),

@@ -7,14 +7,14 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from ppcl import methods as module
 from ppcl.cli import app
 from ppcl.config import load_config
-from ppcl.config_memory import changed
+from ppcl.config.memory import changed
 from ppcl.criteria import CRITERIA
 from ppcl.errors import ConfigError
-from ppcl.methods import METHODS, budgets_named, compare_methods, methods_named, row_of
-from ppcl.methods_text import Entry, verdict
+from ppcl.experiments import methods as module
+from ppcl.experiments.methods import METHODS, budgets_named, compare_methods, methods_named, row_of
+from ppcl.experiments.methods_text import Entry, verdict
 from ppcl.searches import SEARCHES
 from ppcl.stages import Run
 
@@ -157,7 +157,7 @@ def test_what_is_done_is_kept(open_run, compared, monkeypatch):
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(module, "choose", refuse)
-    monkeypatch.setattr("ppcl.compare.Distiller", refuse)
+    monkeypatch.setattr("ppcl.experiments.compare.Distiller", refuse)
     shutil.rmtree(run.out / "compare" / "keep-0.9" / "ours" / "seed-1" / "pictures")
     assert compare_methods(open_run(), methods_named(CHOSEN), BUDGETS, (0, 1)) == text
 
@@ -214,6 +214,13 @@ def test_the_verdict_is_computed():
     def entry(name, drop):
         return Entry("keep-0.5", name, name.upper(), "blocks", (), [{"average_drop": drop, "velocity_error": 1.0}])
 
-    assert verdict([entry("a", 1.0), entry("ours", 2.0)]) == "Least: A; the default is number 2 of 2."
+    rows = [entry("a", 1.0), entry("ours", 2.0)]
+    closest = " Least velocity error: A."
+    assert verdict(rows) == f"Least drop: A; the default is number 2 of 2, worse (1.00 behind, noise 0.00).{closest}"
+    assert "2 of 2, cannot be told from it (1.00 behind, noise 1.20)" in verdict(rows, own_spread=0.6)
+    loose = Entry("b", "a", "A", "", (), [{"average_drop": d, "velocity_error": 1.0} for d in (0.5, 1.5)])
+    assert "cannot be told from it (1.00 behind, noise 1.41)" in verdict([loose, rows[1]])
+    ours = Entry("b", "ours", "OURS", "", (), [{"average_drop": -1.0, "velocity_error": 0.5}])
+    assert verdict([ours, rows[0]]) == "Least drop: OURS, the default. Least velocity error: OURS, the default."
     assert sorted([entry("a", 3.0), entry("b", None), entry("c", -1.0)], key=lambda e: e.order)[0].name == "c"
     assert verdict([Entry("keep-0.5", "a", "A", "blocks", why_not="no")]) == "No method has a plan."

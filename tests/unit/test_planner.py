@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_models import DUAL, SINGLE, describe_alone, random_substitutes, tiny_flux, tiny_qwen
 
-from ppcl import planner
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, StackAnalysis
 from ppcl.bundle import Bundle, build_student
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params
 from ppcl.errors import BudgetError
+from ppcl.planning import planner
 
 Run = tuple[str, int, int]
 MODEL = ModelInfo(

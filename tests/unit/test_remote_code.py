@@ -22,7 +22,7 @@ from ppcl.adapters import adapter_for
 from ppcl.artifacts import CompressionPlan
 from ppcl.bundle import build_student
 from ppcl.config import ExportConfig
-from ppcl.export import export
+from ppcl.export.pipeline import export
 from ppcl.remote_code import MODULE, source_of, write_code
 from ppcl.teacher import load_pipeline
 

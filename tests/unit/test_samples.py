@@ -14,10 +14,10 @@ from tiny_models import shared_pipeline
 from torch import nn
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.distributed import SINGLE, Group
+from ppcl.distill.samples import SampleSheet
 from ppcl.errors import UserError
-from ppcl.samples import SampleSheet
-from ppcl.training import LoopSettings, TrainingLoop
+from ppcl.training.distributed import SINGLE, Group
+from ppcl.training.loop import LoopSettings, TrainingLoop
 
 
 def sheet_of(out: Path, rows: list[dict[str, Any]] | None, **changes: Any) -> SampleSheet:

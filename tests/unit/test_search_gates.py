@@ -16,7 +16,7 @@ from torch import Tensor
 from ppcl.adapters import adapter_for
 from ppcl.errors import ArtifactError, BudgetError, ModelError
 from ppcl.files import read_tensors, write_tensors
-from ppcl.planner import meets
+from ppcl.planning.planner import meets
 from ppcl.searches import choose, gates, learned, rarts
 from ppcl.searches.gates import GatedStudent
 from ppcl.searches.learned import Learned, groups_of, gumbel, quotas_of, ways

@@ -20,7 +20,7 @@ from ppcl.capture import velocity_error
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
 from ppcl.files import write_tensors
-from ppcl.planner import plan as planned
+from ppcl.planning.planner import plan as planned
 from ppcl.searches import Context, choose
 from ppcl.searches.graph import Edge, Graph, PathSearch, Route, Widths
 from ppcl.searches.path import build_graph, layout_of

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from test_planner import MODEL, analysis_of, random_candidates
 
-from ppcl import planner, searches
+from ppcl import searches
 from ppcl.artifacts import CompressionPlan, load_artifact
 from ppcl.config import PlanConfig, load_config
+from ppcl.config.search import SEARCH_NAMES
 from ppcl.errors import BudgetError, ConfigError
-from ppcl.search_config import SEARCH_NAMES
+from ppcl.planning import planner
 from ppcl.searches import SEARCHES, Context, choose
 
 PLANNED = ("optimal", "paper", "uniform", "influence")

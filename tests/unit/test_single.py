@@ -19,10 +19,10 @@ from ppcl.config import DistillConfig, load_config
 from ppcl.distill import local as local_module
 from ppcl.distill.single import Boundaries
 from ppcl.distill.trainer import Distiller
-from ppcl.distributed import SINGLE as ALONE
 from ppcl.errors import ConfigError, TrainingError
 from ppcl.trace import record_boundaries
-from ppcl.training import LoopSettings, TrainingLoop
+from ppcl.training.distributed import SINGLE as ALONE
+from ppcl.training.loop import LoopSettings, TrainingLoop
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from ppcl.analysis.analyze import analyze
 from ppcl.analysis.hidden import Signal, grouped
 from ppcl.artifacts import Analysis, Candidates, WidthOption
 from ppcl.bundle import Bundle, build_student, load_bundle
+from ppcl.candidates.options import WidthResult, saved_time, width_options
 from ppcl.capture import States, velocity
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, load_config
 from ppcl.cost import count_flops, count_params
@@ -29,9 +30,8 @@ from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, ModelError
 from ppcl.files import read_tensors, write_tensors
-from ppcl.knapsack import _choices
-from ppcl.options import WidthResult, saved_time, width_options
-from ppcl.planner import plan
+from ppcl.planning.knapsack import _choices
+from ppcl.planning.planner import plan
 from ppcl.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
 from ppcl.student import with_blocks
 from ppcl.width import apply_width

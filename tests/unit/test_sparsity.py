@@ -15,11 +15,11 @@ from ppcl.adapters import adapter_for
 from ppcl.bundle import build_student, load_bundle, select_bundle
 from ppcl.capture import velocity
 from ppcl.config import DistillConfig, load_config
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ConfigError, ModelError
 from ppcl.files import read_tensors
 from ppcl.sparsity import Masks, pack_masks, sparse_layers, sparse_plan, unpack_masks, zeros_of
-from ppcl.sparsity_config import SparsityConfig
 
 QWEN_RUN = [(DUAL, 1, 2)]
 

@@ -21,8 +21,8 @@ from tiny_models import (
 from torch import nn
 
 from ppcl.adapters import adapter_for
+from ppcl.candidates.fit import chained_probe
 from ppcl.capture import velocity
-from ppcl.fit import chained_probe
 from ppcl.student import (
     FixedStates,
     LinearRun,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-from ppcl.tracking import Tracker
+from ppcl.training.tracking import Tracker
 
 
 class FakeWandb:

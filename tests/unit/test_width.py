@@ -31,6 +31,7 @@ from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
 from ppcl.artifacts import Analysis, CompressionPlan, WidthOption
 from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle, select_bundle
+from ppcl.candidates.options import width_options
 from ppcl.capture import States, velocity
 from ppcl.compressed import compressed_class
 from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig
@@ -38,9 +39,8 @@ from ppcl.cost import count_flops, count_params, predict
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ModelError
-from ppcl.export import export
+from ppcl.export.pipeline import export
 from ppcl.files import read_tensors
-from ppcl.options import width_options
 from ppcl.student import assemble_student
 from ppcl.width import (
     LinearFeedForward,

@@ -14,15 +14,15 @@ from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen
 
 import ppcl.distill.trainer as trainer
 from ppcl.adapters import adapter_for
+from ppcl.candidates.fit import _train
 from ppcl.capture import States, velocity
 from ppcl.config import DistillConfig, FitConfig
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.trainer import Distiller
-from ppcl.distributed import Group, connect
 from ppcl.files import write_tensors
-from ppcl.fit import _train
-from ppcl.launch import guarded
-from ppcl.sharding import is_part
-from ppcl.sparsity_config import SparsityConfig
+from ppcl.training.distributed import Group, connect
+from ppcl.training.launch import guarded
+from ppcl.training.sharding import is_part
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same

@@ -11,14 +11,14 @@ from ppcl.adapters import adapter_for
 from ppcl.artifacts import to_jsonable
 from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
 from ppcl.capture import States
-from ppcl.compare import Judge, claim
-from ppcl.compare_text import MEASURES
 from ppcl.config import ExportConfig
 from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
 from ppcl.eval.velocity import state_errors
-from ppcl.export import export
+from ppcl.experiments.compare import Judge, claim
+from ppcl.experiments.compare_text import MEASURES
+from ppcl.export.pipeline import export
 from ppcl.files import digest, file_digest, read_json, write_json, write_text
 from ppcl.stages import STAGES, Run
 from ppcl.summary import describe_plan

@@ -20,19 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
-from ppcl.baselines import (
-    BASELINES,
-    OURS,
-    plans_of_equal_size,
-    removed_outright,
-    with_starts,
-    with_width,
-)
 from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
 from ppcl.capture import States, guidance_arguments, velocity_error
-from ppcl.compare_text import Row, mean_scores, write_up
 from ppcl.config import DistillConfig
-from ppcl.config_memory import for_tables
+from ppcl.config.memory import for_tables
 from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
@@ -42,6 +33,15 @@ from ppcl.eval.pictures import describe
 from ppcl.eval.scoring import Measured, caption_measures, mean_over_seeds, reference_of, score_limits
 from ppcl.eval.velocity import state_errors
 from ppcl.evaluation import choose_extractor, references_for
+from ppcl.experiments.baselines import (
+    BASELINES,
+    OURS,
+    plans_of_equal_size,
+    removed_outright,
+    with_starts,
+    with_width,
+)
+from ppcl.experiments.compare_text import Row, mean_scores, write_up
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run
 

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, StackAnalysis, WidthOption
+from ppcl.candidates.narrowing import criterion_cost, cut_options, find_sites, text_options
+from ppcl.candidates.sensitivity import Job, output_errors
 from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
 from ppcl.cost import count_params
 from ppcl.criteria.draws import draw_states
-from ppcl.narrowing import criterion_cost, cut_options, find_sites, text_options
-from ppcl.sensitivity import Job, output_errors
 from ppcl.student import fill_width, with_blocks
 from ppcl.trace import BlockCall, record_boundaries
 from ppcl.trees import batch_size, to_device

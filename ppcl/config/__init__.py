@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from ppcl.aliases import resolve_aliases
-from ppcl.config_memory import HOW_NOT_WHAT, MemorySettings
+from ppcl.config.aliases import resolve_aliases
+from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
+from ppcl.config.search import SearchConfig
+from ppcl.config.sections import PROMPTS, PicturesConfig, Section
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import ConfigError, nearest
 from ppcl.external import source_of, valid_name
-from ppcl.search_config import SearchConfig
-from ppcl.sections import PROMPTS, PicturesConfig, Section
-from ppcl.sparsity_config import SparsityConfig
 
 # keys of ppcl.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")

@@ -13,7 +13,7 @@ SEARCH_NAMES = (
     *("optimal", "paper", "uniform", "influence", "allocation"),
     *("random", "position", "path", "learned", "rarts"),
 )
-ALLOCATION_NAMES = ("uniform", "nirvana")  # keys of ppcl.allocations.ALLOCATIONS
+ALLOCATION_NAMES = ("uniform", "nirvana")  # keys of ppcl.planning.allocations.ALLOCATIONS
 _OF_GATES = {"search_steps", "search_batch"}
 _READS = {
     "allocation": {"allocation", "gamma"},

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ConfigError, UserError
-from ppcl.launch import world
+from ppcl.training.launch import world
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

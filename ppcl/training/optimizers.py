@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ppcl.eight_bit import new_adamw8bit
 from ppcl.errors import TrainingError
+from ppcl.training.eight_bit import new_adamw8bit
 
 if TYPE_CHECKING:
-    from ppcl.training import LoopSettings
+    from ppcl.training.loop import LoopSettings
 
 
 def new_optimizers(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 
-from ppcl import stopping
 from ppcl.errors import UserError
+from ppcl.training import stopping
 
 
 def world() -> int:

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts import Candidates, CompressionPlan, load_artifact, save_artifact
-from ppcl.baselines import plan_from_runs, with_starts
-from ppcl.compare import Judge, run_row
-from ppcl.compare_text import Row
 from ppcl.config import CRITERION_NAMES, FitConfig, PlanConfig
-from ppcl.config_memory import changed, for_tables
+from ppcl.config.memory import changed, for_tables
+from ppcl.config.search import SEARCH_NAMES
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.criteria import CRITERIA, criterion_named
 from ppcl.errors import BudgetError, ConfigError, UserError, nearest
-from ppcl.export import link_file
+from ppcl.experiments.baselines import plan_from_runs, with_starts
+from ppcl.experiments.compare import Judge, run_row
+from ppcl.experiments.compare_text import Row
+from ppcl.experiments.methods_text import Entry, draw, write_up
+from ppcl.export.pipeline import link_file
 from ppcl.external import valid_name
 from ppcl.files import digest, read_json, remove, write_json, write_text
-from ppcl.methods_text import Entry, draw, write_up
-from ppcl.search_config import SEARCH_NAMES
 from ppcl.searches import choose, context_of, search_named
 from ppcl.sparsity import sparse_layers, sparsity_cost
-from ppcl.sparsity_config import SparsityConfig
 from ppcl.stages import PRODUCTS, Run
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from ppcl.adapters import Adapter
-from ppcl.blueprint import flops_on_meta
+from ppcl.candidates.narrowing import sizes_of
 from ppcl.compressed import compress_class
 from ppcl.cost import count_params
-from ppcl.narrowing import sizes_of
+from ppcl.inspection.blueprint import flops_on_meta
 from ppcl.slicing import neurons_of
 from ppcl.width import apply_width, replacement
 

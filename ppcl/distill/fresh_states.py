@@ -19,10 +19,10 @@ from PIL import Image
 from ppcl.capture import Call, States
 from ppcl.config import CaptureConfig
 from ppcl.data import BadSample, Sample, Skipped, choose_samples, open_source
-from ppcl.distributed import SINGLE, Group, Share
 from ppcl.errors import UserError
 from ppcl.files import read_tensors
 from ppcl.picture_states import branches_of, image_to_image, picture_sizes, record_noised
+from ppcl.training.distributed import SINGLE, Group, Share
 
 if TYPE_CHECKING:
     from ppcl.stages import Run

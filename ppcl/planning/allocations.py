@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ppcl.artifacts import ModelInfo, Segment, WidthOption
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.external import load_object
-from ppcl.knapsack import Layout
+from ppcl.planning.knapsack import Layout
 
 STEPS = 200  # amounts tried, from nothing to all that can go
 

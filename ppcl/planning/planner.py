@@ -2,10 +2,10 @@
 
 ``optimal``: dynamic programming over non-overlapping candidate runs, least summed squared
 velocity error under the budget; where smaller modules were measured also over those
-(:mod:`ppcl.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
+(:mod:`ppcl.planning.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
 damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute. ``allocation``
-removes no block: it cuts neurons and heads by class (:mod:`ppcl.allocations`). :mod:`ppcl.searches` has these modes
-and others, which look at the teacher itself, behind one interface.
+removes no block: it cuts neurons and heads by class (:mod:`ppcl.planning.allocations`). :mod:`ppcl.searches` has
+these modes and others, which look at the teacher itself, behind one interface.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
-from ppcl.allocations import allotted_layouts, layout_of
 from ppcl.artifacts import (
     Analysis,
     Candidate,
@@ -29,7 +28,8 @@ from ppcl.artifacts import (
 from ppcl.config import PlanConfig
 from ppcl.cost import predict
 from ppcl.errors import BudgetError
-from ppcl.knapsack import Layout, best_layouts, best_subsets
+from ppcl.planning.allocations import allotted_layouts, layout_of
+from ppcl.planning.knapsack import Layout, best_layouts, best_subsets
 
 Runs = tuple[tuple[str, int, int], ...]
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
@@ -106,7 +106,7 @@ def from_ladder(
 def _plan_with_width(
     model: ModelInfo, options: Sequence[WidthOption], allowed: Sequence[Candidate], settings: PlanConfig
 ) -> CompressionPlan:
-    """Depth and width together, by :mod:`ppcl.knapsack`."""
+    """Depth and width together, by :mod:`ppcl.planning.knapsack`."""
     kind, value = settings.budget
     predictions: list[tuple[Layout, Prediction]] = []
     for runs in ([c for c in allowed if c.fitted_error is not None], list(allowed)):
@@ -123,7 +123,7 @@ def _plan_with_width(
 
 
 def _plan_by_allocation(model: ModelInfo, options: Sequence[WidthOption], settings: PlanConfig) -> CompressionPlan:
-    """Fewer neurons and heads alone, by :mod:`ppcl.allocations`; the smallest cut that meets the budget."""
+    """Fewer neurons and heads alone, by :mod:`ppcl.planning.allocations`; the smallest cut that meets the budget."""
     kind, value = settings.budget
     ladder = allotted_layouts(model, options, settings.allocation, settings.gamma)
     if not ladder:

@@ -12,12 +12,19 @@ from typing import Any
 
 from ppcl.adapters import Adapter, StackSpec, adapter_for
 from ppcl.artifacts import SCHEMA_VERSION, ModelInfo, Prediction, Segment, Stack
-from ppcl.blueprint import build_on_meta, example_call, flops_on_meta, read_config, token_grid, usual_text_tokens
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params, predict
 from ppcl.errors import BudgetError, ConfigError, ModelError
-from ppcl.inspection_width import Wider, widest_within
-from ppcl.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
+from ppcl.inspection.blueprint import (
+    build_on_meta,
+    example_call,
+    flops_on_meta,
+    read_config,
+    token_grid,
+    usual_text_tokens,
+)
+from ppcl.inspection.width import Wider, widest_within
+from ppcl.planning.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
 from ppcl.teacher import describe
 
 STEPS = tuple(round(0.05 * step, 2) for step in range(11))  # shares of the blocks removed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts import CompressionPlan
-from ppcl.baselines import removed_blocks, run_keys
+from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.files import atomic_path
 from ppcl.tables import markdown_table, measured, number, provenance, spread
 
@@ -33,7 +34,7 @@ class Entry:
         label: Of the method, for people.
         units: What it takes away.
         plans: One a seed.
-        metrics: One a seed (:func:`ppcl.compare.run_row`).
+        metrics: One a seed (:func:`ppcl.experiments.compare.run_row`).
         cost: Teacher forwards beyond the stages that all share; None if it does not say.
         why_not: Why there is no plan, if there is none.
     """
@@ -51,6 +52,12 @@ class Entry:
         """Mean of a measure over the seeds that have it."""
         known = [row[measure] for row in self.metrics if row.get(measure) is not None]
         return statistics.fmean(known) if known else None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the drop over the seeds; 0 of one."""
+        known = [float(row["average_drop"]) for row in self.metrics if row.get("average_drop") is not None]
+        return statistics.stdev(known) if len(known) > 1 else 0.0
 
     @property
     def order(self) -> tuple[bool, float]:
@@ -87,36 +94,55 @@ def write_up(run: Run, teacher: Mapping[str, Any], entries: Sequence[Entry], see
     """The comparison as Markdown: a table for each budget, what has no plan and why, how to read it."""
     settings, steps = run.config.evaluate, run.config.distill
     model = next(plan.model for entry in entries for plan in entry.plans) if any(e.plans for e in entries) else None
+    drops = [float(seed["average_drop"]) for seed in teacher["seeds"] if seed.get("average_drop") is not None]
+    own_spread = statistics.stdev(drops) if len(drops) > 1 else 0.0
     parts = ["# Methods under equal budgets", "![average drop of every method](methods.png)"]
     for budget in dict.fromkeys(entry.budget for entry in entries):
         own = sorted((entry for entry in entries if entry.budget == budget), key=lambda entry: entry.order)
         parts.append(f"## {budget.replace('-', ' = ', 1)}")
         parts.append(markdown_table(HEADER, [entry.cells(model.params if model else 1) for entry in own]))
         parts += ["\n".join(f"* {e.label}: no plan: {e.why_not}" for e in own if e.why_not) or ""]
-        parts.append(verdict(own))
-    drops = [float(seed["average_drop"]) for seed in teacher["seeds"] if seed.get("average_drop") is not None]
-    own_spread = number(statistics.stdev(drops), 2) if len(drops) > 1 else "-"
+        parts.append(verdict(own, own_spread))
+    teachers = number(own_spread, 2) if len(drops) > 1 else "-"
     parts.append(
         f"Every method has {steps.local_steps} local, {steps.alternating_steps} alternating and {steps.output_steps} "
         f"output steps of {steps.batch_size} states. Training seeds: {', '.join(map(str, seeds))}; over several: mean "
         f"± standard deviation, else 95% bootstrap intervals over prompts. {settings.num_prompts} prompts, "
         f"{settings.num_inference_steps} steps, features: {teacher['features']}. The teacher's own drop has a standard "
-        f"deviation of {own_spread}% over seeds of pictures. Parameters: those that are not zero. Zeros and smaller "
-        "weights are equal in parameters only: zeros make no common kernel faster. Teacher forwards: what a method "
-        "costs beyond capture, analysis and fit stage, which all share; one transformer call on one state, a backward "
-        "pass counts as two."
+        f"deviation of {teachers}% over seeds of pictures. Two methods are told apart where their drops differ by more "
+        "than twice that, and twice the standard deviation of their difference over training seeds. Parameters: those "
+        "that are not zero; equal parameters are not equal speed: zeros make no common kernel faster. Teacher "
+        "forwards: what a method costs beyond capture, analysis and fit stage, which all share; one transformer call "
+        "on one state, a backward pass counts as two."
     )
     return "\n\n".join([*filter(None, parts), provenance(run.command, str(run.device))]) + "\n"
 
 
-def verdict(entries: Sequence[Entry]) -> str:
-    """Who is first, and where the default is, in words computed from the drops."""
+def verdict(entries: Sequence[Entry], own_spread: float = 0.0) -> str:
+    """Who is first, and where the default is, in words computed from the rows.
+
+    Args:
+        entries: Of one budget, the first in front.
+        own_spread: Standard deviation of the teacher's drop over seeds of pictures, percent.
+    """
     known = [entry for entry in entries if not entry.order[0]]
     if not known:
         return "No method has a plan."
     first, place = known[0], {entry.name: number for number, entry in enumerate(known, 1)}
-    ours = f"; the default is number {place['ours']} of {len(known)}" if "ours" in place else ""
-    return f"Least: {first.label}{ours}."
+    text = [f"Least drop: {first.label}"]
+    if "ours" in place and first.name == "ours":
+        text.append(", the default")
+    elif "ours" in place:
+        ours = known[place["ours"] - 1]
+        gap, noise = ours.order[1] - first.order[1], 2 * max(own_spread, math.hypot(first.spread, ours.spread))
+        told = "cannot be told from it" if gap <= noise else "worse"
+        text.append(
+            f"; the default is number {place['ours']} of {len(known)}, {told} ({gap:.2f} behind, noise {noise:.2f})"
+        )
+    closest = min(known, key=lambda entry: entry.mean("velocity_error") or 0.0)
+    return (
+        "".join(text) + f". Least velocity error: {closest.label}{', the default' if closest.name == 'ours' else ''}."
+    )
 
 
 def draw(entries: Sequence[Entry], path: Path) -> None:

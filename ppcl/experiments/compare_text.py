@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts import CompressionPlan
-from ppcl.baselines import removed_blocks, run_keys
 from ppcl.config import DistillConfig
 from ppcl.eval.scoring import SCORES
+from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import nn
 
 from ppcl.capture import guidance_arguments
-from ppcl.distributed import SINGLE, Group
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
 from ppcl.files import atomic_path, read_json, write_json
 from ppcl.teacher import autocast
-from ppcl.tracking import PICTURE
+from ppcl.training.distributed import SINGLE, Group
+from ppcl.training.tracking import PICTURE
 
 if TYPE_CHECKING:
     from ppcl.stages import Run

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, Segment
+from ppcl.candidates.fit import best_starts
 from ppcl.capture import States
 from ppcl.config import PlanConfig
-from ppcl.fit import best_starts
-from ppcl.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
+from ppcl.planning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
 from ppcl.student import RunKey
 
 if TYPE_CHECKING:

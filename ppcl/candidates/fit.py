@@ -4,7 +4,7 @@ Every run of 2..max_run blocks is scored by how far the teacher's final velocity
 the run alone is replaced by its chained probes (output sensitivity). The most promising
 ones are then fitted for a few steps, all at once, since non-sequential training lets one
 teacher pass serve them all, and scored again with the fitted block. Smaller modules inside
-single blocks (:mod:`ppcl.options`) are scored the same way.
+single blocks (:mod:`ppcl.candidates.options`) are scored the same way.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
+from ppcl.candidates.options import WidthResult, width_options
+from ppcl.candidates.sensitivity import Job, output_errors
 from ppcl.capture import States
 from ppcl.config import FitConfig
 from ppcl.distill.local import local_backward
-from ppcl.distributed import SINGLE, Group, Share, add_up
 from ppcl.files import digest, write_tensors
-from ppcl.options import WidthResult, width_options
-from ppcl.sensitivity import Job, output_errors
 from ppcl.student import LinearRun, RunKey, run_name, start_block
 from ppcl.teacher import autocast
-from ppcl.training import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.distributed import SINGLE, Group, Share, add_up
+from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
 
 
 def all_runs(analysis: Analysis, max_run: int) -> list[RunKey]:

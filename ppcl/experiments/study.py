@@ -22,23 +22,31 @@ from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
-from ppcl.baselines import BASELINES, OURS, plan_from_runs, plans_of_equal_size, removed_blocks, run_keys, with_starts
 from ppcl.bundle import load_bundle
+from ppcl.candidates.fit import chained_probe
 from ppcl.capture import States, velocity
-from ppcl.config_memory import changed, for_tables
+from ppcl.config.memory import changed, for_tables
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
 from ppcl.eval.velocity import StateErrors
+from ppcl.experiments.baselines import (
+    BASELINES,
+    OURS,
+    plan_from_runs,
+    plans_of_equal_size,
+    removed_blocks,
+    run_keys,
+    with_starts,
+)
+from ppcl.experiments.study_text import write_up
 from ppcl.files import digest, read_json, read_tensors, write_json, write_text
-from ppcl.fit import chained_probe
-from ppcl.planner import cost_of, is_allowed, optimal_ladder
+from ppcl.planning.planner import cost_of, is_allowed, optimal_ladder
 from ppcl.progress import Progress
 from ppcl.stages import Run
 from ppcl.student import LinearRun, assemble_student, with_blocks
-from ppcl.study_text import write_up
 from ppcl.teacher import autocast
-from ppcl.training import step_generator
+from ppcl.training.loop import step_generator
 from ppcl.trees import to_device
 
 SIZES = (2, 3, 4, 5, 6)
@@ -148,7 +156,7 @@ def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[dict[str, Any]]
     """(a) Errors of contiguous and of scattered removals, by number of blocks and by what takes their place.
 
     Returns:
-        The fields of :class:`ppcl.study_text.Comparison`, one row a size and form.
+        The fields of :class:`ppcl.experiments.study_text.Comparison`, one row a size and form.
     """
     transformer, adapter, seed = run.teacher.transformer, run.adapter, run.config.seed
     probes = read_tensors(run.out / "analysis.safetensors", str(run.device))[0]

@@ -20,15 +20,15 @@ from torch import Tensor
 from ppcl.adapters import Adapter
 from ppcl.analysis.cka import linear_cka
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, to_jsonable
-from ppcl.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.capture import States
-from ppcl.compare import Judge, run_row
-from ppcl.compare_text import MEASURES, Row
 from ppcl.config import DistillConfig, PlanConfig
-from ppcl.config_memory import changed, for_tables
+from ppcl.config.memory import changed, for_tables
 from ppcl.errors import UserError
+from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
+from ppcl.experiments.compare import Judge, run_row
+from ppcl.experiments.compare_text import MEASURES, Row
 from ppcl.files import write_json, write_text
-from ppcl.planner import Runs, free_blocks, paper_ladder, plan
+from ppcl.planning.planner import Runs, free_blocks, paper_ladder, plan
 from ppcl.stages import Run
 from ppcl.summary import describe_plan
 from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl import stopping
-from ppcl.distributed import SINGLE, Group
-from ppcl.eight_bit import joined_states, plain_states, set_rate
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors, write_tensors
-from ppcl.optimizers import new_optimizers
 from ppcl.progress import Progress
-from ppcl.sharding import average_into, is_part, part_of, whole
+from ppcl.training import stopping
+from ppcl.training.distributed import SINGLE, Group
+from ppcl.training.eight_bit import joined_states, plain_states, set_rate
+from ppcl.training.optimizers import new_optimizers
+from ppcl.training.sharding import average_into, is_part, part_of, whole
 
 logger = logging.getLogger(__name__)
 

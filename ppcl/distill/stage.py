@@ -12,10 +12,10 @@ from torch import nn
 from ppcl.adapters import adapter_for
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import States
+from ppcl.distill.fresh_states import fresh_states
+from ppcl.distill.memory import check_memory, estimate_distill, free_bytes
+from ppcl.distill.samples import sheet_for
 from ppcl.distill.trainer import Distiller, check_plan
-from ppcl.fresh_states import fresh_states
-from ppcl.memory import check_memory, estimate_distill, free_bytes
-from ppcl.samples import sheet_for
 from ppcl.teacher import check_complete, config_digest, open_pipeline
 
 if TYPE_CHECKING:

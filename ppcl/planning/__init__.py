@@ -1,0 +1,1 @@
+"""From an analysis, candidates and a budget to a plan."""
