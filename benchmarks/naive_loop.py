@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.adapters import States as BlockStates
 from ppcl.capture import States
+from ppcl.distill.fake import LiveBytes
 from ppcl.distill.local import local_backward, masks_of
 from ppcl.distill.losses import state_loss
-from ppcl.distill.memory import LiveBytes
 from ppcl.student import RunKey
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries

@@ -30,7 +30,8 @@ from ppcl.files import digest, write_tensors
 from ppcl.student import LinearRun, RunKey, run_name, start_block
 from ppcl.teacher import autocast
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
-from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.settings import LoopSettings
 
 
 def all_runs(analysis: Analysis, max_run: int) -> list[RunKey]:

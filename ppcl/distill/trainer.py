@@ -22,20 +22,22 @@ from ppcl.cost import count_params
 from ppcl.distill.chained import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.compiled import BlockCompiler, blocks_of
 from ppcl.distill.local import local_backward
-from ppcl.distill.lora import factors, with_lora
+from ppcl.distill.lora import factors
 from ppcl.distill.losses import velocity_loss
 from ppcl.distill.single import Boundaries, train_each
 from ppcl.distill.sparse import masks_for
 from ppcl.distill.substitutes import new_substitutes
+from ppcl.distill.thaw import kept_blocks, thawed, tuned, with_factors
 from ppcl.errors import ArtifactError
 from ppcl.files import digest, remove
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
-from ppcl.student import RunKey, assemble_student, own_names, run_name, with_blocks
+from ppcl.student import RunKey, assemble_student, run_name
 from ppcl.teacher import autocast
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
-from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop, step_generator
 from ppcl.training.offload import streamed
-from ppcl.training.sharding import is_part, shard, shard_block, split_blocks, unshard, whole_copy
+from ppcl.training.settings import LoopSettings
+from ppcl.training.sharding import shard, split_blocks, unshard
 from ppcl.trees import to_device
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,13 @@ class Distiller:
 
     def _finished(self, before: float, start: Mapping[RunKey, dict[str, Tensor]]) -> Bundle:
         """Write the bundle, of the start where training led away from the teacher."""
-        bundle = Bundle(self.plan, self.substitutes, self._tuned(), factors(self._kept()), self.masks.masks)
+        bundle = Bundle(
+            self.plan,
+            self.substitutes,
+            self._tuned(),
+            factors(kept_blocks(self.student, self.adapter, self.plan)),
+            self.masks.masks,
+        )
         after = self._held_out_error()
         if after > before:
             logger.warning(
@@ -319,11 +327,14 @@ class Distiller:
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         split = bool(self.settings.shard) and self.group.size > 1
         if self.settings.train == "all":
-            self._thaw(split)
+            again = self.settings.shard != "zero2"
+            self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
-            self._add_lora()
-            modules = {name: block for name, block in modules.items() if name in self._runs()} | self._kept()
+            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, 47)
+            self.student = with_factors(self.student, self.adapter, self.plan, rank, generator)
+            runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
+            modules = runs | kept_blocks(self.student, self.adapter, self.plan)
         if split:
             shard(self.student, self.adapter, again=self.settings.shard != "zero2")
         if self.settings.checkpointing:
@@ -351,67 +362,11 @@ class Distiller:
         if split:
             unshard(self.student)
 
-    def _thaw(self, split: bool) -> None:
-        """Give the student its own copies of the teacher's kept blocks, and train everything.
-
-        Args:
-            split: Split each block over the processes before the next one is copied.
-        """
-        lists: dict[str, list[nn.Module]] = {}
-        own = set(map(id, self.substitutes.values()))
-        for spec in self.adapter.stacks:
-            lists[spec.name] = []
-            for block in self.adapter.blocks(self.student, spec):
-                trained = block if id(block) in own else whole_copy(block).float()
-                if split:
-                    self.group.copy_from_main(trained.requires_grad_(True).parameters())
-                    shard_block(trained, again=self.settings.shard != "zero2")
-                lists[spec.name].append(trained)
-        self.student = with_blocks(self.student, lists, own=True)
-        for name, module in list(self.student._modules.items()):
-            if name not in lists:
-                self.student._modules[name] = copy.deepcopy(module)
-        self.student.requires_grad_(True)
-        self.student.train(False)
-        if split:
-            self.group.copy_from_main(p for p in self.student.parameters() if not is_part(p))
-
-    def _runs(self) -> set[str]:
-        return {run_name(key) for key in self.substitutes if key[2] > key[1]}
-
-    def _kept(self) -> dict[str, nn.Module]:
-        """The student's blocks that stand for one of the teacher's, by their path in the student."""
-        return {
-            f"{spec.name}.{position}": block
-            for spec in self.adapter.stacks
-            for position, (block, segment) in enumerate(
-                zip(self.adapter.blocks(self.student, spec), self.plan.stacks[spec.name], strict=True)
-            )
-            if not segment.is_run
-        }
-
-    def _add_lora(self) -> None:
-        """Give the student's kept blocks LoRA; their weights stay the teacher's own."""
-        lists, generator = {}, step_generator(self.seed, 0, 47)
-        for spec in self.adapter.stacks:
-            pairs = zip(self.adapter.blocks(self.student, spec), self.plan.stacks[spec.name], strict=True)
-            lists[spec.name] = [
-                block if segment.is_run else with_lora(block, self.settings.lora_rank, segment.width, generator)
-                for block, segment in pairs
-            ]
-        self.student = with_blocks(self.student, lists)
-
     def _tuned(self) -> dict[str, Tensor]:
         """Weights of kept blocks and of the rest that the output stage changed."""
         if self.settings.train != "all" or not self.settings.output_steps:
             return {}
-        own = set()
-        for stack, segments in self.plan.stacks.items():
-            for segment in segments:
-                if segment.is_substitute:
-                    parameters = dict(self.substitutes[stack, segment.first, segment.last].named_parameters())
-                    own |= {id(parameters[name]) for name in own_names(segment, list(parameters))}
-        return {name: p.detach() for name, p in self.student.named_parameters() if id(p) not in own}
+        return tuned(self.student, self.plan, self.substitutes)
 
 
 def check_plan(plan: CompressionPlan, digest_now: str, path: Path) -> None:

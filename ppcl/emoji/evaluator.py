@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
 from ppcl.files import atomic_path, write_json, write_tensors
-from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.settings import LoopSettings
 
 CONTEXT = 16
 VOCABULARY = 2048

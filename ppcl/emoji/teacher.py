@@ -31,7 +31,8 @@ from ppcl.emoji.components import (
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.vae import to_tensor
 from ppcl.files import atomic_path
-from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.settings import LoopSettings
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt
 DROPOUT = 0.1

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ppcl.emoji.data import load_pairs, load_pictures
 from ppcl.files import atomic_path
-from ppcl.training.loop import LoopSettings, TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.settings import LoopSettings
 
 CHANNELS = 4
 

@@ -17,7 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,48 +31,10 @@ from ppcl.training import stopping
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.eight_bit import joined_states, plain_states, set_rate
 from ppcl.training.optimizers import new_optimizers
+from ppcl.training.settings import LoopSettings
 from ppcl.training.sharding import average_into, is_part, part_of, whole
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What the loop needs to know.
-
-    Attributes:
-        steps: Number of optimizer steps.
-        learning_rate: Peak of the schedule (linear warm-up, cosine to ``final_fraction`` of it).
-        clip_norm: Largest global gradient norm.
-        clip_each: Clip the gradients of each module by themselves: those of modules that learn independently.
-        ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
-        checkpoint_every: Steps between resumable checkpoints.
-        keep_checkpoints: How many of them stay.
-        batch_size: Samples a step of all processes, for the throughput in the log; 0 where there are no samples.
-        max_bad_steps: Steps that may be left out (NaN or a spike) before training stops.
-        optimizer: ``adamw``, or ``adamw8bit`` with states of 8 bits (torchao).
-        spike_factor: A loss of so many times its running average is a spike; 0 turns the check off.
-        muon_learning_rate: Peak for the weights of linear layers, which Muon then trains instead of AdamW
-            (Jordan et al. 2024; twice as far per sample on the embedded teacher). 0 is AdamW for everything.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int = 0
-    final_fraction: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    clip_each: bool = False
-    ema_decay: float = 0.0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 1
-    batch_size: int = 0
-    max_bad_steps: int = 0
-    spike_factor: float = 0.0
-    seed: int = 0
-    muon_learning_rate: float = 0.0
-    optimizer: str = "adamw"
 
 
 def schedule_at(step: int, settings: LoopSettings) -> float:

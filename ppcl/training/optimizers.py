@@ -12,7 +12,7 @@ from ppcl.errors import TrainingError
 from ppcl.training.eight_bit import new_adamw8bit
 
 if TYPE_CHECKING:
-    from ppcl.training.loop import LoopSettings
+    from ppcl.training.settings import LoopSettings
 
 
 def new_optimizers(

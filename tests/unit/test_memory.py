@@ -12,9 +12,9 @@ from torch import nn
 
 from ppcl.adapters import adapter_for
 from ppcl.config import DistillConfig
+from ppcl.distill.fake import LiveBytes
 from ppcl.distill.local import local_backward
 from ppcl.distill.memory import (
-    LiveBytes,
     check_memory,
     estimate_distill,
     local_step_bytes,

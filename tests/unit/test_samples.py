@@ -17,7 +17,8 @@ from train_worker import new_distiller, weights, write_all_states
 from ppcl.distill.samples import SampleSheet
 from ppcl.errors import UserError
 from ppcl.training.distributed import SINGLE, Group
-from ppcl.training.loop import LoopSettings, TrainingLoop
+from ppcl.training.loop import TrainingLoop
+from ppcl.training.settings import LoopSettings
 
 
 def sheet_of(out: Path, rows: list[dict[str, Any]] | None, **changes: Any) -> SampleSheet:

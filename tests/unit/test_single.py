@@ -22,7 +22,8 @@ from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, TrainingError
 from ppcl.trace import record_boundaries
 from ppcl.training.distributed import SINGLE as ALONE
-from ppcl.training.loop import LoopSettings, TrainingLoop
+from ppcl.training.loop import TrainingLoop
+from ppcl.training.settings import LoopSettings
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from torch import nn
 import ppcl
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.files import read_tensors
-from ppcl.training.loop import LoopSettings, TrainingLoop, schedule_at, step_generator
+from ppcl.training.loop import TrainingLoop, schedule_at, step_generator
+from ppcl.training.settings import LoopSettings
 
 SETTINGS = LoopSettings(
     steps=7, learning_rate=0.05, warmup_steps=2, weight_decay=0.1, ema_decay=0.9, checkpoint_every=2, seed=3
