@@ -238,16 +238,11 @@ def _train(
             losses = local_backward(transformer, adapter, arguments, substitutes, share=share)
         return {"loss": sum(losses.values()) / len(losses)}
 
-    def clip() -> None:
-        for block in substitutes.values():
-            # one candidate's large gradient must not shrink the others' steps
-            nn.utils.clip_grad_norm_([p for p in block.parameters() if p.grad is not None], 1.0)
-
     loop_settings = LoopSettings(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         warmup_steps=min(5, settings.steps),
-        clip_norm=1e9,
+        clip_each=True,  # one candidate's large gradient must not shrink the others' steps
         ema_decay=0.0,
         checkpoint_every=max(10, settings.steps // 4),
         seed=seed,
@@ -256,4 +251,4 @@ def _train(
     modules = {run_name(run).replace(".", "_"): block for run, block in substitutes.items()}
     fingerprint = digest(sorted(modules), settings.model_dump(), seed)
     folder = out / "checkpoints" / "fit"
-    TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, "fit", group, clip).run()
+    TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, "fit", group).run()

@@ -9,6 +9,7 @@ closed forms, so their costs are known without training.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as wall_clock
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
@@ -275,7 +277,8 @@ def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, 
     """The share of a transformer's time that a student saves.
 
     Whole calls in turn, and the least of some rounds, since whatever else runs only adds. A module by itself, with its
-    weights in the cache, says little about its part of a call that streams all weights.
+    weights in the cache, says little about its part of a call that streams all weights. On one CPU thread it is the
+    process's own time: another program on the same core would otherwise make one of the two look many times slower.
 
     Args:
         transformer: The teacher's transformer.
@@ -286,8 +289,10 @@ def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, 
     Returns:
         A share, 0 or more and below 1.
     """
+    threads, device = torch.get_num_threads(), next(transformer.parameters()).device
+    clock = time.process_time if threads == 1 and device.type == "cpu" else wall_clock
     timers = [
-        Timer("call(model, arguments)", globals=values, num_threads=torch.get_num_threads())
+        Timer("call(model, arguments)", globals=values, num_threads=threads, timer=clock)
         for values in ({"call": velocity, "model": model, "arguments": arguments} for model in (transformer, student))
     ]
     times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,22 @@ def forked(run: Run, criterion: str) -> Run:
     twin = Run(run.model, folder, run.config.model_copy(update={"fit": fit}), run.prompts, run.command)
     twin.teacher = run.teacher  # one teacher in memory is enough
     twin.run("fit")
+    _share_times(run, twin)
     return twin
+
+
+def _share_times(run: Run, twin: Run) -> None:
+    """Let all criteria plan with the times that were measured for the first: units of one number take one time."""
+    path, found = run.out / "fits" / "times.json", twin.read(Candidates, "candidates.json")
+    times = read_json(path) if path.is_file() else {}
+    options = []
+    for option in found.width:
+        parts = sorted((name, part["kind"], part["size"]) for name, part in option.parts.items())
+        key = digest(run.depends("analyze"), option.stack, option.block, parts)
+        options.append(replace(option, saved_time=times.setdefault(key, option.saved_time)))
+    if tuple(options) != found.width:
+        save_artifact(replace(found, width=tuple(options)), twin.out / "candidates.json")
+    write_json(path, times)
 
 
 def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
+from ppcl.artifacts import Candidates, load_artifact, save_artifact
 from ppcl.cli import app
 from ppcl.config import load_config
 from ppcl.config.memory import changed
@@ -148,6 +150,23 @@ def test_criteria_have_a_fit_stage_of_their_own_beside_the_same_states(compared)
     assert (own / "calibration" / first).samefile(run.out / "calibration" / first)
     assert json.loads((own / "candidates.json").read_text())["criterion"] == "magnitude"
     assert json.loads((run.out / "candidates.json").read_text())["criterion"] != "magnitude"
+
+
+def test_criteria_plan_with_the_times_of_the_first(open_run, compared, tmp_path):
+    run = open_run()
+    run.out = tmp_path / "run"
+    shutil.copytree(compared[0].out, run.out)
+    first = {option.block: option.saved_time for option in times_of(run, "magnitude")}
+    disturbed = [replace(option, saved_time=7) for option in times_of(run, "magnitude")]
+    path = run.out / "fits" / "magnitude" / "candidates.json"
+    save_artifact(replace(load_artifact(Candidates, path), width=tuple(disturbed)), path)
+    assert {option.block: option.saved_time for option in times_of(run, "magnitude")} == first
+    assert {option.block: option.saved_time for option in times_of(run, "random")} == first
+    assert set(first.values()) != {7}
+
+
+def times_of(run, criterion):
+    return module.forked(run, criterion).read(Candidates, "candidates.json").width
 
 
 def test_what_is_done_is_kept(open_run, compared, monkeypatch):
