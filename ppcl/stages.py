@@ -155,9 +155,9 @@ class Run:
     @cached_property
     def teacher(self) -> Any:
         """The teacher's pipeline."""
-        from ppcl.teacher import load_pipeline
+        from ppcl.teacher import load_pipeline, weights_dtype
 
-        return load_pipeline(self.model, self.device)
+        return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
 
     @cached_property
     def adapter(self) -> Any:

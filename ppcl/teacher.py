@@ -51,6 +51,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def weights_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """What a teacher's weights are loaded in: bfloat16, but float32 on a CPU and where ``fp32`` is asked for."""
+    return torch.float32 if device.type == "cpu" or precision == "fp32" else torch.bfloat16
+
+
 def model_path(model: str) -> str:
     """Return the folder of an embedded model, or ``model`` itself."""
     return str(EMBEDDED.get(model, model))
@@ -254,7 +259,7 @@ def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, v
     transformers.utils.logging.disable_progress_bar()
     path = model_path(model)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = weights_dtype(device)
     try:
         given: dict[str, Any] = dict.fromkeys(absent_parts(Path(path)))
         given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)

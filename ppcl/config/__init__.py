@@ -264,7 +264,9 @@ class RunConfig(Section):
 
     seed: int = 0
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="autocast of forward passes")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="autocast of forward passes (auto: bf16 on a GPU); fp32 loads the teacher in float32, too"
+    )
     processes: int | None = Field(
         None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"
     )

@@ -16,7 +16,7 @@ from ppcl.distill.fresh_states import fresh_states
 from ppcl.distill.memory import check_memory, estimate_distill, free_bytes
 from ppcl.distill.samples import sheet_for
 from ppcl.distill.trainer import Distiller, check_plan
-from ppcl.teacher import check_complete, config_digest, open_pipeline
+from ppcl.teacher import check_complete, config_digest, open_pipeline, weights_dtype
 
 if TYPE_CHECKING:
     from ppcl.stages import Run
@@ -65,7 +65,7 @@ def take_transformer(run: Run) -> Any:
     settings = run.config.distill
     waits = settings.offload != "none" or (settings.shard_teacher and run.group.size > 1)  # until they are split
     if loaded is None:
-        dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
+        dtype = weights_dtype(run.device, run.config.precision)
         transformer = open_pipeline(run.model, run.device, dtype).transformer
         check_complete(run.model, transformer)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from tiny_models import tiny_qwen
 
+from ppcl import teacher as teacher_module
 from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
+from ppcl.stages import Run
 from ppcl.teacher import resolve_device
 from ppcl.training.distributed import Group
 
@@ -22,6 +25,27 @@ def test_a_cuda_device_has_its_number(name: str, expected: str, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     assert resolve_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("cpu", "auto", torch.float32),
+        ("cpu", "bf16", torch.float32),
+        ("cuda", "auto", torch.bfloat16),
+        ("cuda", "fp32", torch.float32),
+    ],
+)
+def test_a_run_in_fp32_has_a_teacher_in_float32(
+    device: str, precision: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Substitutes are float32: without autocast they and a bfloat16 teacher do not go together."""
+    given: list[torch.dtype] = []
+    monkeypatch.setattr(teacher_module, "load_pipeline", lambda *args: given.append(args[2]))
+    run = Run("emoji", tmp_path / "run", load_config([], [f"precision={precision}", "device=cpu"]))
+    run.device = torch.device(device)
+    assert run.teacher is None
+    assert given == [expected]
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
