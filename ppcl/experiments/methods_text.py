@@ -21,6 +21,7 @@ HEADER = (
     *("method", "takes away", "blocks removed", "parameters", "speed-up (predicted)", "teacher forwards"),
     *("velocity error before", "after", "FID", "average drop, %"),
 )
+TICKS = (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100)
 COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626")
 
 
@@ -154,6 +155,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator
 
     budgets = list(dict.fromkeys(entry.budget for entry in entries))
     units = list(dict.fromkeys(entry.units for entry in entries))
@@ -169,6 +171,8 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
         ax.set_title(budget.replace("-", " = ", 1))
         ax.set_xlabel("average drop, %")
         ax.set_xscale("symlog", linthresh=2)
+        ax.xaxis.set_major_locator(FixedLocator(TICKS))
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.axvline(0, color="#999999", linewidth=0.8)
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
