@@ -50,7 +50,7 @@ class FreshStates(States):
         self, size: int, generator: torch.Generator, group: Group = SINGLE, accumulate: int = 1
     ) -> Iterator[tuple[Call, Share]]:
         """Record a batch, and yield this process's parts of it; see :meth:`States.parts`."""
-        call = self.record(size, generator)
+        call = self.record(size, generator, group)
         if call is None:
             logger.warning("none of the pictures drawn for a step could be read; recorded states are used instead")
             return super().parts(size, generator, group, accumulate)
@@ -64,11 +64,11 @@ class FreshStates(States):
         finally:
             self.calls.pop()
 
-    def record(self, size: int, generator: torch.Generator) -> Call | None:
+    def record(self, size: int, generator: torch.Generator, group: Group = SINGLE) -> Call | None:
         """Noise a batch of pictures of one size to one step; everything comes from the generator.
 
         Returns:
-            The teacher's call, of one branch of guidance; None if no picture could be read.
+            The teacher's call, of one branch of guidance; None if one of the processes could read no picture.
         """
         shares = torch.tensor([float(len(samples)) for samples in self.pictures])
         samples = self.pictures[int(torch.multinomial(shares, 1, generator=generator))]
@@ -81,7 +81,7 @@ class FreshStates(States):
                 ready.append((samples[pick].caption, samples[pick].picture(), torch.Generator().manual_seed(seed)))
             except BadSample:  # it went away while the run trains
                 continue
-        if not ready:
+        if group.any(not ready):  # a teacher that is split needs all processes
             return None
         captions, pictures, noise = zip(*ready, strict=True)
         place = int(step * self.settings.num_inference_steps)

@@ -199,8 +199,10 @@ def _local(
         stack: sum(sizes[run][1] for run in [run for run in sizes if run[0] in order[: index + 1]][:-1])
         for index, stack in enumerate(order)
     }
-    if settings.one_at_a_time or settings.releases_gradients:
+    if settings.one_at_a_time or (settings.releases_gradients and settings.accumulate == 1):
         waiting = dict.fromkeys(order, 0)
+    elif settings.accumulate > 1:  # those of the parts before stay
+        waiting = dict.fromkeys(order, sum(trained for _, trained in sizes.values()))
     worst = max(order, key=lambda stack: FLOAT * waiting[stack] + peaks[stack])
     return MemoryEstimate(
         teacher=teacher,
@@ -285,7 +287,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 _REMEDIES = {
-    "local": "distill.one_at_a_time=true, distill.offload=cpu, distill.optimizer=adamw8bit, distill.accumulate",
+    "local": "distill.one_at_a_time=true, distill.offload=cpu (or distill.shard_teacher on several processes), "
+    "distill.optimizer=adamw8bit, or a smaller distill.batch_size",
     "alternating": "distill.alternating_steps=0, distill.checkpointing=true, distill.accumulate",
     "output": "distill.train=lora, distill.checkpointing=true, distill.optimizer=adamw8bit, distill.accumulate, "
     "distill.shard, or distill.output_steps=0",

@@ -71,7 +71,8 @@ class SampleSheet:
         self.pipeline, self.prompts, self.out, self.log = pipeline, list(prompts), out, log
         self.num_inference_steps, self.call_kwargs = num_inference_steps, accepted_kwargs(pipeline, call_kwargs)
         self.seed, self.precision = seed, precision
-        self.group, self.teacher_is_split, self._failed = group, teacher_is_split, False
+        self.group, self.teacher_is_split = group, teacher_is_split
+        self._failed = self._inside = False
 
     def __call__(self, step: int, student: nn.Module) -> None:
         """Draw a sheet with the student's weights after ``step`` steps."""
@@ -91,6 +92,8 @@ class SampleSheet:
             self._failed = True  # said by the process that failed
             return
         except (UserError, RuntimeError, ValueError, OSError) as error:
+            if self._inside and self.group.size > 1:
+                raise  # the other processes wait for this one's weights, or have taken others for them
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning("samples of step %d could not be drawn (%s); training goes on without them", step, reason)
         self._failed = self.group.any(reason is not None)
@@ -102,19 +105,30 @@ class SampleSheet:
         def ask(*_: Any) -> None:
             if self.group.any(False):
                 raise _Elsewhere
+            self._inside = True
 
-        handle = student.register_forward_pre_hook(ask, prepend=True)  # before FSDP's own, which gathers weights
+        def leave(*_: Any) -> None:
+            self._inside = False
+
+        handles = [
+            student.register_forward_pre_hook(ask, prepend=True),  # before FSDP's own, which gathers weights
+            student.register_forward_hook(leave),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _teacher_sheet(self, folder: Path) -> None:
         """Draw the teacher's pictures, unless those of the same prompts are there; one that is split needs all."""
         about, beside = {"prompts": self.prompts, "seed": self.seed}, folder / "prompts.json"
 
         def is_there() -> bool:
-            return (folder / "teacher.png").is_file() and beside.is_file() and read_json(beside) == about
+            try:
+                return (folder / "teacher.png").is_file() and beside.is_file() and read_json(beside) == about
+            except OSError:  # what is wrong there is said when it is written
+                return False
 
         if self.group.on_main(is_there) if self.teacher_is_split else (is_there() or not self.log):
             return

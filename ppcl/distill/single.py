@@ -2,8 +2,7 @@
 
 A substitute learns from the teacher's states at its run's two ends and from nothing else. So the teacher carries all
 recorded states from one run to the next, once in all, and writes them to disk; each substitute is then trained on them
-by itself, and states that no later run needs are removed. Batches are those of the joint stage, and so is the result,
-except that gradients are clipped substitute by substitute.
+by itself, and states that no later run needs are removed. Batches are those of the joint stage, and so is the result.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ppcl.adapters import adapter_for
+from ppcl.adapters import adapter_for, fixed_tail
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import States
 from ppcl.distill.fresh_states import fresh_states
@@ -53,6 +53,7 @@ def distill_run(run: Run) -> None:
         device=run.device,
         sample=sheet_for(run, pipeline) if pipeline else None,
         states=states,
+        keep_teacher=False,
     ).run()
 
 
@@ -74,6 +75,8 @@ def take_transformer(run: Run) -> Any:
     for name, part in transformer.named_children():
         blocks = name in {spec.name for spec in adapter_for(transformer).stacks}
         part.to("cpu" if blocks and waits else run.device)
+        for block in fixed_tail(transformer, name) if blocks else ():
+            block.to(run.device)  # which neither streams nor is split
     for parameter in transformer.parameters(recurse=False):
         parameter.data = parameter.data.to(run.device)
     for name, buffer in transformer.named_buffers(recurse=False):

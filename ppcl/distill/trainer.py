@@ -67,6 +67,7 @@ class Distiller:
             student); called in the first process, and in all of them where the student is split.
         states: What is trained on; the recorded ones of ``calibration`` if None.
         device: Where training happens; where the transformer is if None.
+        keep_teacher: The transformer is used after training; else ``shard_teacher`` leaves it split.
 
     Raises:
         ModelError: ``settings.sparsity`` does not fit the model.
@@ -90,11 +91,12 @@ class Distiller:
         sample: Sample | None = None,
         states: States | None = None,
         device: torch.device | None = None,
+        keep_teacher: bool = True,
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
-        self.group, self.sample = group, sample
+        self.group, self.sample, self.keep_teacher = group, sample, keep_teacher
         self.teacher_is_split = settings.shard_teacher and group.size > 1
         self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
@@ -183,7 +185,7 @@ class Distiller:
             yield
             return
         home = next(self._teacher_blocks[0].parameters()).device
-        with split_blocks(self._teacher_blocks, home):
+        with split_blocks(self._teacher_blocks, home if self.keep_teacher else None):
             yield
 
     @contextmanager
@@ -217,7 +219,7 @@ class Distiller:
             warmup_steps=min(settings.warmup_steps, steps),
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
-            clip_each=stage == "local" and settings.sequence == "non-sequential",
+            clip_each=stage == "local",
             ema_decay=settings.ema_decay,
             checkpoint_every=settings.checkpoint_every,
             keep_checkpoints=settings.keep_checkpoints,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import Candidates, CompressionPlan, load_artifact, save_artifact
+from ppcl.artifacts import Candidates, CompressionPlan, WidthOption, load_artifact, save_artifact
 from ppcl.config import CRITERION_NAMES, FitConfig, PlanConfig
 from ppcl.config.memory import changed, for_tables
 from ppcl.config.search import SEARCH_NAMES
@@ -189,14 +189,17 @@ def forked(run: Run, criterion: str) -> Run:
 
 
 def _share_times(run: Run, twin: Run) -> None:
-    """Let all criteria plan with the times that were measured for the first: units of one number take one time."""
+    """Let all criteria plan with the times that were measured first: units of one number take one time."""
     path, found = run.out / "fits" / "times.json", twin.read(Candidates, "candidates.json")
-    times = read_json(path) if path.is_file() else {}
-    options = []
-    for option in found.width:
+    fitted = run.depends("fit")
+
+    def key(option: WidthOption) -> str:
         parts = sorted((name, part["kind"], part["size"]) for name, part in option.parts.items())
-        key = digest(run.depends("analyze"), option.stack, option.block, parts)
-        options.append(replace(option, saved_time=times.setdefault(key, option.saved_time)))
+        return digest(fitted, option.stack, option.block, parts)
+
+    own = {key(option): option.saved_time for option in run.read(Candidates, "candidates.json").width}
+    times = own | (read_json(path) if path.is_file() else {})
+    options = [replace(option, saved_time=times.setdefault(key(option), option.saved_time)) for option in found.width]
     if tuple(options) != found.width:
         save_artifact(replace(found, width=tuple(options)), twin.out / "candidates.json")
     write_json(path, times)
@@ -214,7 +217,8 @@ def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:
         BudgetError: No plan of this search meets the budget.
     """
     drawn = 0 if getattr(search_named(settings.mode), "deterministic", False) else seed
-    path = run.out / "compare" / "plans" / f"{digest(run.depends('fit'), settings.identity(), drawn)}.json"
+    costs = (run.out / "candidates.json").read_text(encoding="utf-8")  # whose times may be shared after the stage
+    path = run.out / "compare" / "plans" / f"{digest(run.depends('fit'), costs, settings.identity(), drawn)}.json"
     if path.is_file():
         return load_artifact(CompressionPlan, path)
     path.parent.mkdir(parents=True, exist_ok=True)

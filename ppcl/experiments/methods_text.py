@@ -130,20 +130,27 @@ def verdict(entries: Sequence[Entry], own_spread: float = 0.0) -> str:
     if not known:
         return "No method has a plan."
     first, place = known[0], {entry.name: number for number, entry in enumerate(known, 1)}
-    text = [f"Least drop: {first.label}"]
+    captioned = first.mean("average_drop") is not None  # all or none: they share the features
+    text = [f"Least {'drop' if captioned else 'velocity error'}: {first.label}"]
     if "ours" in place and first.name == "ours":
         text.append(", the default")
     elif "ours" in place:
         ours = known[place["ours"] - 1]
         gap, noise = ours.order[1] - first.order[1], 2 * max(own_spread, math.hypot(first.spread, ours.spread))
+        several = min(len(first.metrics), len(ours.metrics)) > 1
         told = "cannot be told from it" if gap <= noise else "worse"
-        text.append(
-            f"; the default is number {place['ours']} of {len(known)}, {told} ({gap:.2f} behind, noise {noise:.2f})"
-        )
-    closest = min(known, key=lambda entry: entry.mean("velocity_error") or 0.0)
+        told = f"{told} ({gap:.2f} behind, noise {noise:.2f})" if several else f"{gap:.2f} behind, of one seed"
+        text.append(f"; the default is number {place['ours']} of {len(known)}, {told}")
+    if not captioned:
+        return "".join(text) + "."
+    closest = min(known, key=lambda entry: _or_inf(entry.mean("velocity_error")))
     return (
         "".join(text) + f". Least velocity error: {closest.label}{', the default' if closest.name == 'ours' else ''}."
     )
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def draw(entries: Sequence[Entry], path: Path) -> None:

@@ -190,7 +190,7 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
         start = assemble_student(transformer, adapter, plan, new_substitutes(transformer, adapter, plan, None))
         result: dict[str, Any] = {"before": ruler.error(start), "steps": run.config.distill.local_steps}
     for sequence in SEQUENCES:
-        # both are clipped together: sequential training cannot clip each substitute by itself
+        # what sequential training cannot do
         alike = {"one_at_a_time": False, "release_gradients": "auto", "shard": False}
         how = {"sequence": sequence, "output_steps": 0, "from_fit": False, "train": "substitutes"}
         settings = changed(run.config.distill, **alike, **how)

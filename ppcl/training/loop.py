@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,19 +162,17 @@ class TrainingLoop:
         scalars = self.group.sum_scalars(scalars)
         if self.adjust:
             self.adjust()
-        norm = math.hypot(*(self._clip(group) for group in self._clipped), *self._released)
+        norms = [self._clip(group) for group in self._clipped]
+        norm = math.hypot(*norms, *self._released)
         self._released.clear()
-        problem = self._problem(scalars, norm)
+        problem, spike = self._problem(scalars, norm)
+        taken = not problem or (self.settings.clip_each and not spike)  # by the modules whose gradients are finite
         if problem:
-            self._leave_out(step, problem, rate)
+            self._leave_out(step, problem, rate, taken)
+        if taken:
+            self._take(norms, step)
         for optimizer in self.optimizers:
-            if not problem:
-                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not problem:
-            if self.project:
-                self.project()
-            self._update_ema(step)
         seconds = time.perf_counter() - began
         row: dict[str, Any] = {"step": step, **scalars, "gradient_norm": norm, "learning_rate": rate}
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
@@ -182,6 +180,17 @@ class TrainingLoop:
         if self.settings.batch_size:
             row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
         return row
+
+    def _take(self, norms: Sequence[float], step: int) -> None:
+        """Let all take their step whose gradients are finite; the moving average follows."""
+        for group, norm in zip(self._clipped, norms, strict=True):
+            for parameter in group if not math.isfinite(norm) else ():
+                parameter.grad = None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.project:
+            self.project()
+        self._update_ema(step)
 
     def _of(self, name: str) -> list[nn.Parameter]:
         """The trained parameters of a module."""
@@ -217,22 +226,28 @@ class TrainingLoop:
         for parameter, gradient in waiting.items():
             parameter.grad = gradient
 
-    def _problem(self, scalars: Mapping[str, float], norm: float) -> str:
-        """What is wrong with a step, or nothing; a good step enters the running average."""
+    def _problem(self, scalars: Mapping[str, float], norm: float) -> tuple[str, bool]:
+        """What is wrong with a step, or nothing, and whether it is a spike; a good step enters the running average."""
         bad = next(
             (k for k, v in scalars.items() if not math.isfinite(v)), "" if math.isfinite(norm) else "the gradient"
         )
         if bad:
-            return f"{bad} became NaN or infinite"
+            return f"{bad} became NaN or infinite", False
         loss, factor = scalars.get("loss", 0.0), self.settings.spike_factor
         if factor and self._counted >= _SPIKE_WARMUP and loss > factor * self._usual:
-            return f"loss {loss:.3g} was more than {factor:g} times its running average"
+            return f"loss {loss:.3g} was more than {factor:g} times its running average", True
         self._counted += 1
         self._usual += (loss - self._usual) * max(0.02, 1 / self._counted)
-        return ""
+        return "", False
 
-    def _leave_out(self, step: int, problem: str, rate: float) -> None:
+    def _leave_out(self, step: int, problem: str, rate: float, apart: bool) -> None:
         """Count a bad step; too many end the training.
+
+        Args:
+            step: Its number.
+            problem: What is wrong with it.
+            rate: The learning rate.
+            apart: Modules whose gradients are finite take it all the same, some of them have already.
 
         Raises:
             TrainingError: There were more than ``max_bad_steps``.
@@ -240,8 +255,9 @@ class TrainingLoop:
         self.bad_steps += 1
         if self.bad_steps <= self.settings.max_bad_steps:
             logger.warning(
-                "%s: %s at step %d; the step is left out (%d of at most %d)",
-                *(self.label, problem, step, self.bad_steps, self.settings.max_bad_steps),
+                "%s: %s at step %d; the step is left out%s (%d of at most %d)",
+                *(self.label, problem, step, " where that is so" if apart else "", self.bad_steps),
+                self.settings.max_bad_steps,
             )
             return
         self.bad_steps -= 1  # the state that is saved is the one before this step

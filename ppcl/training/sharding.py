@@ -69,7 +69,7 @@ def unshard(module: nn.Module) -> None:
 
 
 @contextmanager
-def split_blocks(blocks: Iterable[nn.Module], home: torch.device) -> Iterator[None]:
+def split_blocks(blocks: Iterable[nn.Module], home: torch.device | None) -> Iterator[None]:
     """Keep a part of each frozen block in each process; the whole is gathered while a block runs.
 
     All processes must run the same blocks in the same order meanwhile. After an error the blocks stay split: the other
@@ -77,15 +77,28 @@ def split_blocks(blocks: Iterable[nn.Module], home: torch.device) -> Iterator[No
 
     Args:
         blocks: Equal in all processes.
-        home: Where the whole blocks are put in the end.
+        home: Where the whole blocks are put in the end; None leaves them split, for who drops them anyway.
     """
-    known = list(blocks)
+    from torch.distributed import fsdp
+
+    known, hooks = list(blocks), []
     for block in known:
         shard_block(block.requires_grad_(False))
+        hooks.append(block.register_forward_hook(_split_again))
+    if share := getattr(fsdp, "share_comm_ctx", None):  # of torch 2.10 or so: one set of streams instead of one a block
+        share(known)
     yield
-    for block in known:
+    if home is None:
+        return
+    for block, hook in zip(known, hooks, strict=True):
+        hook.remove()
         unshard(block)
         block.to(home)
+
+
+def _split_again(block: Any, *_: Any) -> None:
+    """Drop the gathered whole: torch before 2.8 keeps it where a block is called by itself, whatever it was told."""
+    block.reshard()
 
 
 def whole_copy(block: nn.Module) -> nn.Module:
@@ -101,8 +114,12 @@ def whole_copy(block: nn.Module) -> nn.Module:
         for key, value in block.__dict__.items()
         if not key.startswith(_STATE)
     }
-    _without_hooks(bare)
-    return copy.deepcopy(bare, {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in block.parameters()})
+    _without_hooks(bare)  # they know the split block
+    own = {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in block.parameters()}
+    copied = copy.deepcopy(bare, own)
+    for module in copied.modules():
+        _without_hooks(module)
+    return copied
 
 
 def _forget(module: nn.Module) -> None:
@@ -119,10 +136,14 @@ def _forget(module: nn.Module) -> None:
 
 
 def _without_hooks(module: nn.Module) -> None:
+    """Take off the hooks and marks of ``fully_shard``, which lie on a block's inner modules, too."""
     for hooks in (value for name, value in module.__dict__.items() if name.endswith("_hooks")):
         for key, hook in list(hooks.items()):
-            if hook.__module__.startswith("torch.distributed.fsdp"):
+            called = getattr(hook, "hook", hook)  # those of state dicts are wrapped
+            if str(getattr(called, "__module__", "")).startswith(("torch.distributed.fsdp", __name__)):
                 del hooks[key]
+    for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+        module.__dict__.pop(mark, None)
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from tiny_models import tiny_qwen
 
 from ppcl import teacher as teacher_module
@@ -60,3 +61,17 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         distill_run.say_memory(run, tiny_qwen(2), SimpleNamespace(), states)  # type: ignore[arg-type]
     assert found == [400, 200]
     assert Group().local_size == 1
+
+
+def test_blocks_that_stay_do_not_wait_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD3's last block is no part of a stack, so nothing would bring it to the device."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+    )  # fmt: skip
+    config = load_config([], ["distill.offload=cpu"])
+    run: Any = SimpleNamespace(config=config, device=torch.device("meta"), group=Group(), teacher=None)
+    run.teacher = SimpleNamespace(transformer=transformer)
+    distill_run.take_transformer(run)
+    blocks = [next(block.parameters()).device.type for block in transformer.transformer_blocks]
+    assert blocks == ["cpu"] * (len(blocks) - 1) + ["meta"]

@@ -85,6 +85,8 @@ def test_the_frozen_teacher_is_split_in_every_stage(alone: dict[str, torch.Tenso
     done = start(TORCHRUN, "teacher", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     together = read_tensors(tmp_path / "result.safetensors")[0]
+    whole = {f"all/{k.removeprefix('whole/')}": together.pop(k) for k in list(together) if k.startswith("whole/")}
+    assert_close(whole, only_all(alone))  # a copy of blocks that are split is whole
     assert_close(together, {k: v for k, v in alone.items() if k in together})
     assert {k.split("/")[0] for k in together} == {"local", "sequential", "alternating", "output", "all"}
 

@@ -70,13 +70,20 @@ def test_the_teacher_answered_and_everything_occurs(fresh: FreshStates) -> None:
     assert len(fresh.calls) == recorded
 
 
+class Imagined(Group):
+    """One of several processes that are not there; all of them fare alike."""
+
+    def any(self, here: bool) -> bool:
+        return here
+
+
 @pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
 def test_parts_make_up_the_batch(fresh: FreshStates, size: int, accumulate: int) -> None:
     padded = 0
     for step in range(6):
         batch = whole(fresh, step)
         count = trees.batch_size(batch.arguments)
-        groups = [Group(rank, size) for rank in range(size)]
+        groups = [Imagined(rank, size) for rank in range(size)]
         parts = [part for group in groups for part in fresh.parts(3, step_generator(0, step), group, accumulate)]
         assert len(parts) == size * accumulate
         rows = torch.cat([call.velocity for call, share in parts if share.samples])
@@ -106,6 +113,19 @@ def test_pictures_that_went_away(fresh: FreshStates, monkeypatch: pytest.MonkeyP
     lost |= {sample.caption for samples in fresh.pictures for sample in samples}
     assert trees.batch_size(whole(fresh, 0, 2).arguments) == 2  # a recorded one
     assert "recorded states are used instead" in caplog.text
+
+
+def test_pictures_that_another_process_cannot_read(fresh: FreshStates) -> None:
+    """The teacher may be split over the processes: either all of them run it, or none."""
+
+    class Others(Group):
+        def any(self, here: bool) -> bool:
+            return True
+
+    states = len(fresh.calls)
+    assert fresh.record(4, step_generator(0, 1), Others(0, 2)) is None
+    assert len(list(fresh.parts(4, step_generator(0, 1), Others(0, 2)))) == 1
+    assert len(fresh.calls) == states
 
 
 def test_fresh_states_need_pictures_and_change_what_is_trained() -> None:

@@ -148,3 +148,15 @@ def test_processes_share_a_teacher_that_is_split() -> None:
     whole = weight_bytes(transformer)
     assert teacher(2) == teacher(1, shard_teacher=True) == {whole}
     assert teacher(8, shard_teacher=True) == {whole - sum(blocks) + sum(blocks) // 8 + 2 * max(blocks)}
+
+
+def test_gradients_of_parts_stay_until_the_last_one() -> None:
+    transformer = tiny_qwen(6)
+    plan = plan_for(transformer, [(DUAL, 1, 2), (DUAL, 3, 4)])
+    block = 4 * sum(p.numel() for p in transformer.transformer_blocks[1].parameters())
+
+    def gradients(**changes: Any) -> int:
+        settings = DistillConfig(output_steps=0, **changes)
+        return estimate_distill(transformer, adapter_for(transformer), plan, qwen_call(), settings)["local"].gradients
+
+    assert [gradients(), gradients(accumulate=2)] == [0, 2 * block]

@@ -343,3 +343,30 @@ def test_rows_have_throughput_and_time_left(tmp_path: Path) -> None:
     new_loop(tmp_path, replace(SETTINGS, batch_size=16), log=rows.append).run()
     assert all(row["samples_per_second"] == pytest.approx(16 / row["seconds"], rel=1e-2) for row in rows)
     assert rows[-1]["seconds_left"] == 0
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_of_independent_modules_the_healthy_ones_take_a_bad_step(tmp_path: Path, released: bool) -> None:
+    modules = {name: nn.Linear(2, 1) for name in ("ill", "well")}
+
+    def backward(step: int) -> dict[str, float]:
+        losses = {name: module(torch.ones(1, 2)).square().sum() for name, module in modules.items()}
+        for name, loss in losses.items():
+            (loss * (math.nan if name == "ill" and step == 2 else 1.0)).backward()
+            if released:
+                loop.release(name)
+        return {"loss": math.nan if step == 2 else float(sum(losses.values()))}
+
+    settings = LoopSettings(steps=4, learning_rate=0.1, clip_each=True, max_bad_steps=1, ema_decay=0.5)
+    with torch.no_grad():
+        for module in modules.values():
+            module.weight.fill_(1.0)
+    rows: list[dict[str, Any]] = []
+    loop = TrainingLoop(modules, backward, settings, tmp_path, "f", rows.append)
+    seen: list[dict[str, float]] = []
+    loop.after = lambda _: seen.append({name: float(module.weight[0, 0]) for name, module in modules.items()})
+    loop.run()
+    assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1]
+    assert seen[2]["ill"] == seen[1]["ill"] != seen[0]["ill"]
+    assert len({step["well"] for step in seen}) == 4
+    assert all(torch.isfinite(value).all() for value in loop.ema.values())

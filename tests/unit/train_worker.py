@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable
@@ -110,9 +112,13 @@ def train_beside_split_teacher(folder: Path, group: Group) -> dict[str, torch.Te
     """
     write_all_states(folder)
     call, result = qwen_call(batch=1, seed=11), {}
-    for name in STAGES:
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        *((name, name, {"sample_every": 1}) for name in STAGES if name != "all"),
+        ("all", "all", {"sample_every": 1, "shard": True, "accumulate": 2}),
+        ("all", "whole", {"sample_every": 1, "checkpointing": True}),
+    ]
+    for name, place, changes in cases:
         parts: list[float] = []
-        changes: dict[str, Any] = {"shard": name == "all", "accumulate": 2 if name == "all" else 1, "sample_every": 1}
         distiller = new_distiller(folder, name, group, shard_teacher=True, **changes)
         teacher = distiller.transformer
         kept = {key: value.clone() for key, value in teacher.state_dict().items()}
@@ -133,7 +139,8 @@ def train_beside_split_teacher(folder: Path, group: Group) -> dict[str, torch.Te
         assert [round(part, 1) for part in parts] == [0.5] * distiller.settings.output_steps
         assert {type(block).__name__ for block in distiller._teacher_blocks} == {"QwenImageTransformerBlock"}
         assert all(torch.equal(value, kept[key]) for key, value in teacher.state_dict().items())
-        result |= {f"{name}/{key}": value for key, value in weights(distiller).items()}
+        result |= {f"{place}/{key}": value for key, value in weights(distiller).items()}
+        group.on_main(functools.partial(shutil.rmtree, folder / name))  # the next one of this name starts anew
     return result
 
 
