@@ -1,0 +1,127 @@
+"""From YAML files, overrides and the words of the command line to a config; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ppcl.config.aliases import resolve_aliases
+from ppcl.config.schema import RunConfig
+from ppcl.errors import ConfigError, nearest
+
+
+def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
+    for part in prefix:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one line."""
+    problem = error.errors()[0]
+    location = tuple(str(part) for part in problem["loc"])
+    dotted = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(RunConfig, location[:-1])
+        return f"unknown key '{dotted}'{nearest(location[-1], valid)}; valid: {', '.join(valid)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":
+        return message  # a rule about several keys names them itself
+    return f"{dotted} = {problem['input']!r}: {message}" if dotted else message
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Parse ``a.b=c``; the value is YAML, so numbers, booleans and lists work.
+
+    Raises:
+        ConfigError: There is no ``=`` or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+    try:
+        return key.strip().split("."), _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; read it as the number that was meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with nested ``changes`` applied."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any] | None = None) -> RunConfig:
+    """Build the config from defaults, YAML files and ``a.b=c`` overrides, later ones winning.
+
+    Raises:
+        ConfigError: A file is missing or damaged, a key unknown, or a value out of range.
+    """
+    data: dict[str, Any] = dict(defaults or {})
+    for path in files:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path} does not exist") from None
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = str(error).replace("\n", " ")
+            raise ConfigError(f"config file {path} cannot be read as YAML: {reason}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(loaded).__name__}")
+        data = merge(data, resolve_aliases(loaded))
+    for text in overrides:
+        keys, value = parse_override(text)
+        change: Any = value
+        for key in reversed(keys):
+            change = {key: change}
+        data = merge(data, resolve_aliases(change))
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def parse_size(text: str) -> float:
+    """Turn ``24GB``, ``24`` or ``800MB`` into GB (1e9 bytes).
+
+    Raises:
+        ConfigError: It is not a size.
+    """
+    units = {"gb": 1.0, "mb": 1e-3, "": 1.0}
+    number = text.strip().lower().rstrip("bgm")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        return float(number) * units[unit]
+    except (KeyError, ValueError):
+        raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Turn ``0,1,2`` into seeds.
+
+    Raises:
+        ConfigError: It is not a list of different whole numbers from 0 on.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds {text!r} is not a list of different seeds; write it like 0,1,2")
+    return tuple(map(int, parts))

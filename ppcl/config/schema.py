@@ -1,0 +1,284 @@
+"""One frozen pydantic model a stage; unknown keys are errors that name the nearest valid one."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
+from ppcl.config.search import SearchConfig
+from ppcl.config.sections import PROMPTS, PicturesConfig, Section
+from ppcl.config.sparsity import SparsityConfig
+from ppcl.errors import nearest
+from ppcl.external import source_of, valid_name
+
+# keys of ppcl.criteria.CRITERIA, which needs torch
+CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
+
+
+class CaptureConfig(PicturesConfig):
+    """Recording the teacher's denoising states."""
+
+    num_prompts: int = Field(256, ge=2, description="prompts to sample from, at most")
+    batch_size: int = Field(16, ge=1, description="prompts denoised together")
+    num_inference_steps: int = Field(20, ge=1)
+    states_per_prompt: int = Field(8, ge=1, description="transformer calls kept of each trajectory")
+    held_out_share: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for selection")
+    height: int | None = Field(None, description="pixels; the pipeline's default if empty")
+    width: int | None = None
+    num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
+    guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
+    negative_prompt: str = " "
+
+
+class AnalyzeConfig(Section):
+    """Probes, CKA trend, linearity."""
+
+    batch_size: int = Field(64, ge=1, description="states a teacher pass")
+    ridges: tuple[float, ...] = Field((1e-6, 1e-4, 1e-2), description="relative to the mean diagonal of the Gram")
+    cka_tokens: int = Field(2048, ge=16, description="held-out tokens a stream kept for CKA")
+    rows_per_feature: int = Field(128, ge=0, description="about so many tokens per feature enter the sums; 0: all")
+
+
+class FitConfig(Section):
+    """The short joint fit that gives candidate runs their costs."""
+
+    max_run: int = Field(5, ge=2, description="longest run that one block may replace")
+    max_candidates: int = Field(48, ge=1, description="runs that are fitted; the others keep their probe score")
+    steps: int = Field(50, ge=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
+    starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
+    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] = Field(
+        ("modulation", "ffn"),
+        description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
+        "the plan, loading the result needs `import ppcl.pipelines`",
+    )
+    modulation_tolerances: tuple[float, ...] = Field(
+        (0.1, 0.03, 0.01), description="shares of a modulation layer's varying output that a rank may miss"
+    )
+    criterion: str = Field(
+        "activation",
+        description=f"what neurons and heads are kept by: {', '.join(CRITERION_NAMES)}, or your file.py:ClassName",
+    )
+    criterion_draws: int = Field(
+        1, ge=1, description="draws of states to score with; kept: that of least velocity error on held-out states"
+    )
+    width_shares: tuple[float, ...] = Field(
+        (0.25, 0.5, 0.75), description="shares of a network's neurons and of an attention's heads that may stay"
+    )
+    width_states: int = Field(256, ge=1, description="training states behind the criterion and the closed forms")
+    width_ridge: float = Field(1e-4, gt=0, description="of the least squares that make up for what is cut")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, name: str) -> str:
+        """Name the nearest criterion; of one from outside the class is looked for when it is loaded."""
+        return valid_name(name, CRITERION_NAMES, "criterion")
+
+    @field_validator("width_shares")
+    @classmethod
+    def _real_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        """Nothing is saved by keeping all, and nothing is left of nothing."""
+        if not all(0 < share < 1 for share in shares):
+            raise ValueError("expected shares between 0 and 1, e.g. [0.25, 0.5]")
+        return shares
+
+    def identity(self) -> dict[str, Any]:
+        """With the content of a criterion's file: another criterion under the same name is another result."""
+        source = source_of(self.criterion)
+        return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
+
+
+class PlanConfig(SearchConfig, Section):
+    """Choosing the runs under a budget; exactly one budget is used."""
+
+    keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
+    speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
+    fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
+    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] | None = Field(
+        None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
+    )
+    protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
+    protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PlanConfig:
+        given = [n for n in ("keep", "speedup", "fit_gb") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"plan: {' and '.join(given)} are both set; give one budget")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """Kind and value of the budget in force (``keep`` 0.6 if none was given)."""
+        for name in ("keep", "speedup", "fit_gb"):
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return "keep", 0.6
+
+
+class DistillConfig(MemorySettings, Section):
+    """Training the substitutes against the teacher."""
+
+    local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
+    alternating_steps: int = Field(
+        0, ge=0, description="stage 2: hybrids of teacher and substitutes, a coin for each, on states and velocity"
+    )
+    output_steps: int = Field(200, ge=0, description="stage 3: the whole student on the teacher's velocity")
+    batch_size: int = Field(24, ge=1)
+    local_learning_rate: float = Field(1e-3, gt=0)
+    output_learning_rate: float = Field(3e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.98, ge=0, lt=1, description="0 turns the moving average off")
+    loss: Literal["normalized", "direction"] = Field(
+        "normalized",
+        description="normalized: direction + magnitude by the teacher's norm; direction: the paper's eq. 6",
+    )
+    sequence: Literal["non-sequential", "sequential"] = Field(
+        "non-sequential", description="sequential: substitutes see the student's states, as an ablation"
+    )
+    train: Literal["substitutes", "all", "lora"] = Field(
+        "all", description="what the output stage trains; lora: substitutes, and the kept blocks through LoRA"
+    )
+    lora_rank: int = Field(16, ge=1, description="of train=lora")
+    from_fit: bool = Field(True, description="start from the fitted candidates where there are any")
+    checkpoint_every: int = Field(50, ge=1)
+    keep_checkpoints: int = Field(1, ge=1, description="the newest so many stay")
+    keep_start: bool = Field(
+        True, description="keep the start where training ends further from the teacher on held-out states"
+    )
+    fresh: int = Field(
+        0,
+        ge=0,
+        description="pictures of capture.data that are noised anew for every step (docs/data.md); 0: recorded states",
+    )
+    sample_every: int = Field(
+        0, ge=0, description="output stage: steps between sheets of pictures in RUN/samples (and wandb); 0: none"
+    )
+    sample_prompts: int = Field(4, ge=1, description="of the evaluation, that sheets show")
+    max_bad_steps: int = Field(
+        10, ge=0, description="steps with NaN or a spike that a stage may leave out, a tenth of it at most"
+    )
+    spike_factor: float = Field(
+        0, ge=0, description="a loss of so many times its running average is a spike; 0: gradients are clipped, no more"
+    )
+
+    sparsity: SparsityConfig = SparsityConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _settings_that_fit(self) -> DistillConfig:
+        if self.sparsity.zeros and self.train == "lora":
+            raise ValueError("sparsity does not fit distill.train=lora, which adds no zeros; use all or substitutes")
+        if self.shard and self.train != "all":
+            raise ValueError("distill.shard splits what distill.train=all trains; set that, or leave shard out")
+        if self.shard_teacher and self.train == "lora":
+            raise ValueError(
+                "distill.shard_teacher splits blocks that distill.train=lora writes to; set one of the two"
+            )
+        released = self.release_gradients is True
+        alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if released else ""
+        if alone and self.sparsity.zeros:
+            raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
+        if self.fresh and self.one_at_a_time:
+            raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
+        if released and self.spike_factor:
+            raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
+        return self
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether the local stage holds the gradients of one substitute at a time."""
+        together = self.sequence == "sequential" or self.sparsity.zeros or self.spike_factor or self.one_at_a_time
+        return self.release_gradients is True or (self.release_gradients == "auto" and not together)
+
+    def identity(self) -> dict[str, Any]:
+        """Without what says how to train, not what: that may change while a run goes on."""
+        zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
+        unread = {*HOW_NOT_WHAT, "sparsity", *(() if self.fresh else ("fresh",))}
+        return {**self.model_dump(exclude=unread), **zeros}
+
+
+class ExportConfig(Section):
+    """Writing the pipeline."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of the transformer's weights; auto: as the teacher's are stored"
+    )
+    variant: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_]+$", description="in the weights' file names, e.g. bf16; loading then names it too"
+    )
+    max_shard_size: str = Field("10GB", description="of one file of weights, e.g. 5GB or 800MB")
+    components: Literal["copy", "link"] = Field(
+        "copy", description="link: the other components' weights are the teacher's files, not copies of them"
+    )
+    remote_code: bool = Field(
+        False, description="smaller modules: their code goes along, for trust_remote_code=True without ppcl"
+    )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        """Catch a typo before hours of distillation."""
+        if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", text):
+            raise ValueError("expected a whole number and KB, MB, GB or TB, e.g. 5GB")
+        return text
+
+
+class EvaluateConfig(Section):
+    """Pictures and numbers."""
+
+    num_prompts: int = Field(128, ge=2)
+    num_inference_steps: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
+    teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")
+    velocity_states: int = Field(64, ge=1)
+    features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
+    latency_runs: int = Field(10, ge=1, description="timed calls; another number draws all pictures again, too")
+    speed_batch_sizes: list[Annotated[int, Field(ge=1)]] = Field([1, 4], min_length=1, description="prompts at once")
+    speed_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="step counts of whole pictures; all steps and half of them if empty"
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, name: str) -> str:
+        """Catch a typo before hours of distillation; open_clip's own names are checked when they are loaded."""
+        valid = ("auto", "emoji", "inception")
+        if name not in valid and not name.startswith("local-dir:") and "/" not in name:
+            names = ", ".join((*valid, "local-dir:FOLDER", "ViT-B-32/openai and others of open_clip"))
+            raise ValueError(f"unknown features{nearest(name, valid)}; valid: {names}")
+        return name
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    seed: int = 0
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="autocast of forward passes (auto: bf16 on a GPU); fp32 loads the teacher in float32, too"
+    )
+    processes: int | None = Field(
+        None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if empty")
+    wandb: Literal["off", "online", "offline"] = "off"
+    capture: CaptureConfig = CaptureConfig()  # type: ignore[call-arg]
+    analyze: AnalyzeConfig = AnalyzeConfig()  # type: ignore[call-arg]
+    fit: FitConfig = FitConfig()  # type: ignore[call-arg]
+    plan: PlanConfig = PlanConfig()  # type: ignore[call-arg]
+    distill: DistillConfig = DistillConfig()  # type: ignore[call-arg]
+    export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
+    evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fresh_needs_pictures(self) -> RunConfig:
+        if self.distill.fresh and self.capture.data == PROMPTS:
+            raise ValueError("distill.fresh noises pictures anew; set capture.data to some, or distill.fresh=0")
+        return self
