@@ -53,6 +53,10 @@ class MemorySettings(BaseModel):
         False, description="FSDP2: the frozen teacher's blocks are split over the processes, too, in all stages"
     )
 
+    def splits_teacher(self, processes: int) -> bool:
+        """Whether the teacher's blocks are split, given how many processes train."""
+        return self.shard_teacher and processes > 1
+
     @model_validator(mode="after")
     def _each_by_itself(self) -> MemorySettings:
         alone = [name for name in ("one_at_a_time", "release_gradients") if getattr(self, name) is True]

@@ -241,7 +241,7 @@ def estimate_distill(
     in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(transformer, s)] for s in adapter.stacks}
     together, largest = sum(map(sum, in_blocks.values())), max(map(max, in_blocks.values()))
     streamed = teacher - together + largest
-    if settings.shard_teacher and processes > 1:
+    if settings.splits_teacher(processes):
         teacher += -together + -(-together // processes) + 2 * largest  # one that arrives, and what it is copied to
     found = {}
     if sizes and settings.local_steps:

@@ -178,7 +178,7 @@ def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
         settings.precision,
         run.log if run.group.is_main else None,
         run.group if settings.distill.shard or settings.distill.shard_teacher else SINGLE,
-        settings.distill.shard_teacher and run.group.size > 1,
+        settings.distill.splits_teacher(run.group.size),
     )
 
 

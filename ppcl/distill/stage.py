@@ -64,7 +64,7 @@ def take_transformer(run: Run) -> Any:
     """
     loaded = vars(run).pop("teacher", None)
     settings = run.config.distill
-    waits = settings.offload != "none" or (settings.shard_teacher and run.group.size > 1)  # until they are split
+    waits = settings.offload != "none" or settings.splits_teacher(run.group.size)  # until they are split
     if loaded is None:
         dtype = weights_dtype(run.device, run.config.precision)
         transformer = open_pipeline(run.model, run.device, dtype).transformer
@@ -107,7 +107,7 @@ def say_memory(run: Run, transformer: nn.Module, plan: CompressionPlan, states: 
         return
     if run.group.is_main:
         lines = [f"  memory: {stage} stage of distillation, {estimate}" for stage, estimate in found.items()]
-        if settings.shard_teacher and run.group.size > 1:
+        if settings.splits_teacher(run.group.size):
             lines.append(f"  memory: the teacher's blocks are split over {run.group.size} processes")
         Console(stderr=True, highlight=False).print("\n".join(lines), soft_wrap=True)
     present = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.device == device)

@@ -97,7 +97,7 @@ class Distiller:
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
         self.group, self.sample, self.keep_teacher = group, sample, keep_teacher
-        self.teacher_is_split = settings.shard_teacher and group.size > 1
+        self.teacher_is_split = settings.splits_teacher(group.size)
         self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
         self.device = device or next(transformer.parameters()).device
