@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl.config import RunConfig, load_config
+from ppcl.config import RunConfig
 from ppcl.stages import STAGES, Run
 
 
@@ -21,7 +21,7 @@ def compress(
     Args:
         model: ``emoji``, a pipeline folder, or a hub id.
         out: The run directory.
-        config: From :func:`ppcl.load_config`; defaults if None.
+        config: From :func:`ppcl.load_config`; what it does not set is the model's default.
         prompts: A text file with one prompt a line.
         push_to_hub: A repository, ``user/name``, that the finished pipeline is uploaded to.
         private: Create that repository private.
@@ -37,7 +37,7 @@ def compress(
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
-    run = Run(model, Path(out), config or load_config([], []), Path(prompts) if prompts else None, "ppcl.compress(...)")
+    run = Run(model, Path(out), config or RunConfig(), Path(prompts) if prompts else None, "ppcl.compress(...)")
     for stage in STAGES:
         run.run(stage)
     if push_to_hub is not None:
