@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl.config import RunConfig
+from ppcl.config import RunConfig, load_config
 from ppcl.stages import STAGES, Run
 
 
@@ -37,7 +37,7 @@ def compress(
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
-    run = Run(model, Path(out), config or RunConfig(), Path(prompts) if prompts else None, "ppcl.compress(...)")
+    run = Run(model, Path(out), config or load_config([], []), Path(prompts) if prompts else None, "ppcl.compress(...)")
     for stage in STAGES:
         run.run(stage)
     if push_to_hub is not None:

@@ -32,7 +32,7 @@ Table = Annotated[Path | None, typer.Option("--table", help="also write it here,
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Methods = Annotated[str | None, typer.Option("--methods", help="all, or some, e.g. ours,path,units-wanda")]
 Budgets = Annotated[
-    str | None, typer.Option("--budgets", help="of --methods; keep=0.7,keep=0.5,speedup=1.5 if left out")
+    str | None, typer.Option("--budgets", help="of --methods; keep=0.84,keep=0.7,keep=0.5,speedup=1.5 if left out")
 ]
 Mode = Annotated[
     str | None,
