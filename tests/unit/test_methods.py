@@ -88,7 +88,7 @@ def test_classes_of_one_name_are_two_methods(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "keep", "keep=2", "keep=x", "fit_gb=1", "speedup=0.5", "keep=0.5,,"])
 def test_bad_budgets(text):
-    with pytest.raises(ConfigError, match=r"--budgets: got .*write them like keep=0.7"):
+    with pytest.raises(ConfigError, match=r"--budgets: got .*write them like keep=0.84"):
         budgets_named(text)
 
 
