@@ -3,6 +3,7 @@
 Every number here is a mean over items, or a function of several means over the same items
 (a ratio, the average drop). Items are drawn again with replacement, the same ones for all
 columns, so that what two models share (the prompt, the noise) cancels: a paired bootstrap.
+Training and picture seeds are few, and no resampling of three says much: their interval is Student's.
 A set distance such as FID is no mean; its first-order expansion is one (an item's influence,
 see :mod:`ppcl.eval.influence`), and that is what is drawn again.
 
@@ -157,3 +158,36 @@ def drop_interval(teacher: Sequence[Array], student: Sequence[Array]) -> Interva
         return 100 * np.mean(drops, axis=0)
 
     return interval([*(a for a, _ in kept), *(b for _, b in kept)], drop)
+
+
+def seeds_interval(first: Array, second: Array, *, level: float = LEVEL) -> Interval | None:
+    """The t interval of mean(second) - mean(first) over other seeds of training and of pictures.
+
+    Three variances add up: of each side over its own training seeds, and of the difference over the picture seeds,
+    which both sides share. Degrees of freedom by Welch and Satterthwaite.
+
+    Args:
+        first: (training seeds, picture seeds).
+        second: The same of the other side; training seeds may be fewer or more, picture seeds may not.
+        level: Share of repetitions whose interval holds the truth.
+
+    Returns:
+        The interval; None where there is one seed of everything.
+
+    Raises:
+        ValueError: The two have other numbers of picture seeds.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"expected as many picture seeds on both sides, got {first.shape[1]} and {second.shape[1]}")
+    samples = [first.mean(1), second.mean(1), second.mean(0) - first.mean(0)]
+    parts = [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in samples if len(values) > 1]
+    if not parts:
+        return None
+    value, variance = float(second.mean() - first.mean()), sum(part for part, _ in parts)
+    if variance == 0:
+        return Interval(value, value, value, first.shape[1])
+    from scipy import stats
+
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * variance**0.5
+    return Interval(value, value - half, value + half, first.shape[1])

@@ -53,7 +53,7 @@ class Measured:
         value: The number.
         items: (N,) values whose mean it is; None for a number that has no interval.
         over: What the items are.
-        is_share: Whether the items are 0 or 1.
+        is_share: Whether the items are 0 or 1, or means of such over seeds.
     """
 
     value: float
@@ -172,35 +172,41 @@ def differences(first: Mapping[str, Measured], second: Mapping[str, Measured]) -
     return found
 
 
+def drop_by_prompt(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> Measured | None:
+    """The average drop as a mean over prompts: what each adds to it, to first order.
+
+    Two drops against one model can so be compared prompt by prompt.
+
+    Args:
+        first: What is compared with.
+        second: What lost; its items are about the same prompts.
+    """
+    shares = []
+    for name in SCORES:
+        if name in first and name in second and first[name].value != 0:
+            a, b = (np.asarray(side[name].items) for side in (first, second))
+            kept = b.mean() / a.mean()
+            shares.append(1 - kept - (b - b.mean()) / a.mean() + kept * (a - a.mean()) / a.mean())
+    if not shares:
+        return None
+    items = 100 * np.mean(shares, axis=0)
+    return Measured(float(items.mean()), items)
+
+
 def mean_over_seeds(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
-    """The mean of each number over several seeds, prompt by prompt.
+    """The mean of each number over several seeds, prompt by prompt; over those that have it.
 
     Args:
         seeds: For each seed the numbers, whose items are about the same prompts.
     """
     found = {}
-    for name, first in seeds[0].items():
-        columns = [one[name].items for one in seeds]
-        items = np.mean([column for column in columns if column is not None], axis=0)
-        found[name] = Measured(float(items.mean()), items, first.over)
+    for name in dict.fromkeys(name for each in seeds for name in each):
+        known = [each[name] for each in seeds if name in each]
+        columns = [one.items for one in known if one.items is not None]
+        items = np.mean(columns, axis=0) if columns else None
+        value = float(np.mean([one.value for one in known]))
+        found[name] = Measured(value, items, known[0].over, known[0].is_share)
     return found
-
-
-def score_limits(
-    features: Tensor, reference: Reference, text: Tensor | None, teacher: Mapping[str, Measured]
-) -> dict[str, list[float] | None]:
-    """The intervals of FID, KID, the caption scores, and the average drop against a teacher, by name.
-
-    Args:
-        features: (N, D) of the pictures.
-        reference: What FID and KID compare with, pictures and all.
-        text: (N, D) of the captions, if there is a text tower.
-        teacher: Its caption scores on the same prompts.
-    """
-    distances = {name: one for name, one in set_measures(features, reference, False).items() if name in ("fid", "kid")}
-    captions = caption_measures(features, text) if text is not None else {}
-    lost = drop(teacher, captions)
-    return {**limits({**distances, **captions}), "average_drop": [lost.low, lost.high] if lost else None}
 
 
 def limits(measures: Mapping[str, Measured]) -> dict[str, list[float] | None]:

@@ -21,7 +21,7 @@ def compress(
     Args:
         model: ``emoji``, a pipeline folder, or a hub id.
         out: The run directory.
-        config: From :func:`ppcl.load_config`; defaults if None.
+        config: From :func:`ppcl.load_config`; what it does not set is the model's default.
         prompts: A text file with one prompt a line.
         push_to_hub: A repository, ``user/name``, that the finished pipeline is uploaded to.
         private: Create that repository private.

@@ -32,7 +32,7 @@ Table = Annotated[Path | None, typer.Option("--table", help="also write it here,
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Methods = Annotated[str | None, typer.Option("--methods", help="all, or some, e.g. ours,path,units-wanda")]
 Budgets = Annotated[
-    str | None, typer.Option("--budgets", help="of --methods; keep=0.7,keep=0.5,speedup=1.5 if left out")
+    str | None, typer.Option("--budgets", help="of --methods; keep=0.84,keep=0.7,keep=0.5,speedup=1.5 if left out")
 ]
 Mode = Annotated[
     str | None,
@@ -49,8 +49,8 @@ def resolve(
     fit: str | None,
     mode: str | None,
 ) -> Any:
-    """Build the config: built-in file for the embedded model, files, overrides, budget options."""
-    from ppcl.config import load_config
+    """Build the config: the model's own defaults, files, overrides, budget options."""
+    from ppcl.config import for_model, load_config
 
     overrides = list(sets or [])
     given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
@@ -61,8 +61,7 @@ def resolve(
         overrides = [f"plan.{name}={chosen.get(name, 'null')}" for name in given] + overrides
     if mode:
         overrides.append(f"plan.mode={mode}")
-    built_in = [Path(__file__).resolve().parent / "assets" / "emoji.yaml"] if model == "emoji" else []
-    return load_config([*built_in, *(files or [])], overrides)
+    return for_model(model, load_config(files or [], overrides))
 
 
 def open_run(

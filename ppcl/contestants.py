@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from ppcl.capture import guidance_arguments
-from ppcl.config import CaptureConfig, RunConfig, load_config
+from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.eval.results import Block
 from ppcl.files import digest, read_json, read_tensor_header, weights_variant
@@ -203,9 +203,7 @@ def settings_for(arguments: Sequence[str], files: Sequence[Path], overrides: Seq
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{record} cannot be read ({' '.join(str(error).split())}); run the run again") from None
         defaults = held.get("config") or {} if isinstance(held, dict) else {}
-    elif is_embedded(arguments):
-        files = [EMBEDDED["emoji"].parent / "emoji.yaml", *files]
-    return load_config(list(files), list(overrides), defaults)
+    return for_model("emoji" if is_embedded(arguments) else "", load_config(list(files), list(overrides), defaults))
 
 
 def is_embedded(arguments: Sequence[str]) -> bool:

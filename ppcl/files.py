@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
 
-    Works for a file and for a folder that the block creates. A folder replaces an older one.
+    Works for a file and for a folder that the block creates. A folder replaces an older one. All files follow the
+    user's umask.
 
     Raises:
         UserError: The place cannot be written (full disk, read-only folder).
@@ -37,6 +39,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _give_usual_modes(temporary)
         if path.is_dir():
             _swap_folder(temporary, path)
         else:
@@ -51,6 +54,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         else:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _give_usual_modes(written: Path) -> None:
+    """Let a file, or all of a folder, be as readable as the user's umask has new files be.
+
+    Some libraries (safetensors) write through temporary files that only their owner may read.
+    """
+    probe = written.with_name(f".mode{written.name}")
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
+    usual = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    probe.unlink()
+    for path in [written, *(written.rglob("*") if written.is_dir() else ())]:
+        found = path.lstat()
+        # a file with another name (export.components=link) is not ours alone
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != usual:
+            path.chmod(usual)
 
 
 def _swap_folder(new: Path, old: Path) -> None:

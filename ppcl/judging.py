@@ -345,6 +345,11 @@ def _mirror(out: Path, config: RunConfig, prompts: Sequence[str], result: Evalua
 
 def _judge(judge: Judge, entries: Sequence[Contestant]) -> Evaluation:
     first = judge.side(entries[0], is_first=True)
+    if entries[1:]:
+        judge.note(
+            f"all pictures are of one seed ({judge.config.seed}): another one moves the drop as well, by more than "
+            "some models differ; look at a second evaluation with another seed before small differences are trusted"
+        )
     results, comparisons = [], []
     own: tuple[dict[str, float | None], Sequence[Timing]] | None = None
     for entry in entries[1:]:

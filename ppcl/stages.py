@@ -9,6 +9,7 @@ and all that follow again; what a user can have got wrong is checked before anyt
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import weakref
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.artifacts import Analysis, CompressionPlan, load_artifact, save_artifact
-from ppcl.config import RunConfig
+from ppcl.config import RunConfig, for_model
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import (
     digest,
@@ -32,10 +33,11 @@ from ppcl.files import (
     write_text,
 )
 from ppcl.prompts import prompts_for
-from ppcl.provenance import record_of
+from ppcl.provenance import changed_settings, record_of
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
 
+logger = logging.getLogger(__name__)
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
 PRODUCTS = {
     "capture": ("calibration",),
@@ -47,14 +49,8 @@ PRODUCTS = {
     "evaluate": ("eval",),
     "report": ("report.html", "report.md"),
 }
-# Training states: kept while a stage is interrupted, useless once what it depends on has changed.
-CHECKPOINTS = {
-    "fit": ("checkpoints/fit",),
-    "distill": (
-        *(f"checkpoints/distill-{part}" for part in ("masks", "local", "alternating", "output")),
-        "samples",
-    ),
-}
+# Written on the way. Training states are of use while a stage is interrupted, sheets of pictures for longer.
+ON_THE_WAY = {"fit": ("checkpoints",), "distill": ("checkpoints", "samples")}
 # Stages that all processes work on; of the others the first one does them while the rest wait.
 SHARED = ("fit", "distill")
 READS = {
@@ -73,7 +69,7 @@ class Run:
     Args:
         model: ``emoji``, a folder, or a hub id.
         out: The run directory.
-        config: The resolved config.
+        config: What it does not set is the model's default.
         prompts: The user's prompts file, if any.
         command: The command line, for the record.
 
@@ -85,7 +81,8 @@ class Run:
     def __init__(
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
-        self.model, self.out, self.config, self.prompts, self.command = model, out, config, prompts, command
+        self.model, self.out, self.prompts, self.command = model, out, prompts, command
+        self.config = for_model(model, config)
         from ppcl.teacher import check_model, resolve_device, weights_digest
         from ppcl.training.distributed import connect
 
@@ -133,6 +130,7 @@ class Run:
         self._locked = True
         remove_leftovers(self.out)
         self.stages = self._claim()
+        self._clear()  # of a process that was killed between recording its stage and this
 
     # What stages share, loaded when first needed.
     @cached_property
@@ -237,14 +235,14 @@ class Run:
         self._lock()
         if self.is_done(stage):  # by a process that has just left
             return False
-        write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
         wanted = self.depends(stage)
         old = self.stages.get(stage)
         same = isinstance(old, dict) and old.get("digest") == wanted  # some of its files went missing; keep the rest
         if old is not None and not same:
             self._forget(position)
+        write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
         if not same and self.stages.get(f"{stage}.started") != wanted:
-            for name in (*PRODUCTS[stage], *CHECKPOINTS.get(stage, ())):  # leftovers of an attempt with other settings
+            for name in (*PRODUCTS[stage], *ON_THE_WAY.get(stage, ())):  # leftovers of an attempt with other settings
                 remove(self.out / name)
         self._record({**self.stages, f"{stage}.started": wanted})
         return True
@@ -253,6 +251,12 @@ class Run:
         done = {k: v for k, v in self.stages.items() if k != f"{stage}.started"}
         record = {"digest": self.depends(stage), "seconds": round(seconds, 2), "files": self._files(stage)}
         self._record({**done, stage: {**record, "command": self.command}})
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove training states that no interrupted stage can go on from."""
+        if not any(f"{stage}.started" in self.stages for stage in ON_THE_WAY):
+            remove(self.out / "checkpoints")
 
     def _check(self, stage: str) -> None:
         """Find what a user can have got wrong before anything of an earlier attempt is removed.
@@ -286,7 +290,11 @@ class Run:
         return sorted(str(p.relative_to(self.out)) for p in found)
 
     def _forget(self, position: int) -> None:
-        """Remove the products of a stage and of all after it."""
+        """Remove the products of a stage and of all after it, and say why."""
+        changes = changed_settings(self.out / "config.yaml", self.config, STAGES[position])
+        why = "; ".join(changes) or "or by another version"
+        told = "%s was made with other settings (%s): %s and what follows are removed and made again"
+        logger.warning(told, self.out, why, STAGES[position])
         self._record({k: v for k, v in self.stages.items() if k not in STAGES[position:]})
         for stage in STAGES[position:]:
             for name in PRODUCTS[stage]:

@@ -27,11 +27,12 @@ from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.experiments.compare import Judge, run_row
 from ppcl.experiments.compare_text import MEASURES, Row
+from ppcl.experiments.noise import READING, cell, difference, without_items
 from ppcl.files import write_json, write_text
 from ppcl.planning.planner import Runs, free_blocks, paper_ladder, plan
 from ppcl.stages import Run
 from ppcl.summary import describe_plan
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
+from ppcl.tables import markdown_table, number, provenance, spread
 from ppcl.trace import BlockCall, run_traced
 
 CKA_STATES = 32
@@ -215,7 +216,9 @@ def ablate(run: Run, table: Path | None = None, seeds: Sequence[int] | None = No
     teacher = judge.teacher()
     results = [(row, [run_row(run, judge, row, seed, teacher) for seed in chosen]) for row in rows]
     text = write_up(run, teacher, results, chosen)
-    data = {row.name: {"plan": to_jsonable(row.plan.stacks), "seeds": metrics} for row, metrics in results}
+    data = {
+        row.name: {"plan": to_jsonable(row.plan.stacks), "seeds": without_items(metrics)} for row, metrics in results
+    }
     write_json(run.out / "compare" / "ablation.json", {"teacher": teacher, "rows": data})
     for path in filter(None, (run.out / "compare" / "ablation.md", table)):
         write_text(path, text)
@@ -235,8 +238,8 @@ def write_up(run: Run, teacher: Mapping[str, Any], results: Results, seeds: Sequ
     for row, metrics in results:
         params = metrics[0]["params"]
         size = [f"{params:,}", f"{params / model.params:.1%}", f"{row.plan.predicted.speedup:.2f}"]
-        errors = [number(metrics[0]["velocity_error_before"]), measured(metrics, "velocity_error")]
-        lines.append([row.label, *size, *errors, *(measured(metrics, name) for name in MEASURES)])
+        errors = [number(metrics[0]["velocity_error_before"]), cell(metrics, "velocity_error")]
+        lines.append([row.label, *size, *errors, *(cell(metrics, name) for name in MEASURES)])
     total = settings.local_steps + settings.alternating_steps + settings.output_steps
     reading = (
         f"Every row adds one ingredient to the row before it and has {total} training steps of {settings.batch_size} "
@@ -244,7 +247,7 @@ def write_up(run: Run, teacher: Mapping[str, Any], results: Results, seeds: Sequ
         f"steps. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
         "seeds of pictures, and the drop is against that mean. Velocity errors are relative, on held-out states. "
-        f"{INTERVALS}"
+        f"{READING}"
     )
     plans = "\n".join(f"* {row.label}: {describe_plan(row.plan)}" for row, _ in results)
     parts = ["# The paper's ablation", markdown_table(header, lines), reading, steps_taken(results), plans]
@@ -259,5 +262,9 @@ def steps_taken(results: Results) -> str:
         smaller = second[0]["params"] < first[0]["params"]
         size = f", at {second[0]['params'] / first[0]['params'] - 1:+.1%} parameters" if smaller else ""
         name = after.label.removeprefix("+ ")
-        lines.append(f"* {name}: velocity error {number(a)} to {number(b)} ({b / a - 1:+.0%}){size}.")
+        text = f"* {name}: velocity error {number(a)} to {number(b)} ({b / a - 1:+.0%})"
+        if gap := difference(first, second, "average_drop"):
+            told = "told apart" if gap.is_told_apart else "not told apart"
+            text += f", drop {gap.value:+.2f} points ({told}; {gap})"
+        lines.append(f"{text}{size}.")
     return "\n".join(lines)

@@ -4,8 +4,8 @@ Every row of depth alone removes as many blocks as the optimal plan of depth alo
 criterion offers that number) and chooses the starts of its substitutes by the same rule. Where
 smaller modules were measured, the first row is what ``ppcl compress`` makes of them: the optimal
 plan over depth and width that is predicted to be as fast. All are trained with the same steps,
-batches and seeds. The teacher stands in the same table with the spread of its own seeds; scores
-that differ by less than twice that spread are not ranked.
+batches and seeds, and draw with the same picture seeds. The teacher stands in the same table with the
+spread of its own seeds. What may be ranked is said by :mod:`ppcl.experiments.noise`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
@@ -30,7 +31,7 @@ from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate
 from ppcl.eval.pictures import describe
-from ppcl.eval.scoring import Measured, caption_measures, mean_over_seeds, reference_of, score_limits
+from ppcl.eval.scoring import Measured, caption_measures, drop_by_prompt, limits, mean_over_seeds, measure, reference_of
 from ppcl.eval.velocity import state_errors
 from ppcl.evaluation import choose_extractor, references_for
 from ppcl.experiments.baselines import (
@@ -42,6 +43,7 @@ from ppcl.experiments.baselines import (
     with_width,
 )
 from ppcl.experiments.compare_text import Row, mean_scores, write_up
+from ppcl.experiments.noise import without_items
 from ppcl.files import digest, read_json, write_json, write_text
 from ppcl.stages import Run
 
@@ -100,16 +102,23 @@ class Judge:
 
     Args:
         run: The run; its ``evaluate`` section says how many pictures, steps and seeds.
+
+    Attributes:
+        seeds: Picture seeds of the teacher; students draw with the first of them, from the same noise.
+        depends: Digest of what a picture depends on.
+        scored: Digest of what a student's scores depend on, its weights apart.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.settings = run, run.config.evaluate
         self.folder = run.out / "compare" / "teacher"
-        count = max(TEACHER_SEEDS, self.settings.teacher_seeds)
+        count = max(TEACHER_SEEDS, self.settings.teacher_seeds, self.settings.picture_seeds)
         self.seeds = [run.config.seed + offset for offset in range(count)]
-        section = self.settings.model_dump(exclude={"latency_runs", "batch_size", "speed_batch_sizes", "speed_steps"})
+        unread = {"latency_runs", "batch_size", "speed_batch_sizes", "speed_steps", "picture_seeds"}
+        section = self.settings.model_dump(exclude=unread)
         # the identity holds the weights, the prompts and the seed
         self.depends = digest(run.identity, section, run.config.capture.identity(), self.seeds)
+        self.scored = digest(self.depends, self.settings.picture_seeds)
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -153,6 +162,10 @@ class Judge:
         """What FID compares with: real pictures, or the teacher's second seed."""
         return self.real if self.real is not None else self.teacher_features(self.seeds[1])
 
+    def against(self, seed: int) -> Tensor | None:
+        """What FID compares pictures of a seed with; nothing for the seed that the reference was drawn with."""
+        return None if self.real is None and seed == self.seeds[1] else self.reference
+
     @cached_property
     def captions(self) -> dict[str, Measured]:
         """The teacher's caption scores prompt by prompt, mean over its seeds."""
@@ -168,8 +181,7 @@ class Judge:
         claim(self.folder, {"evaluated": self.depends}, {"evaluated": ("pictures", "metrics.json")})
         scores = []
         for seed in self.seeds:
-            own = self.real is None and seed == self.seeds[1]  # a set of pictures is not compared with itself
-            scores.append(score(self.teacher_features(seed), None if own else self.reference, self.text))
+            scores.append(score(self.teacher_features(seed), self.against(seed), self.text))
         mean = mean_scores(scores)
         scores = [{**each, "average_drop": average_drop(mean, each)[0]} for each in scores]
         against = "real pictures" if self.real is not None else "the teacher's second seed"
@@ -178,13 +190,25 @@ class Judge:
         return metrics
 
     def student(self, student: Any, folder: Path, model: str, teacher: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores of a student, drawn with the teacher's first seed, and their intervals; drop: against its mean."""
+        """Scores of a student, mean over picture seeds; each seed's own, values by prompt, intervals over prompts.
+
+        Drops are against the mean of the teacher's seeds.
+        """
         pipeline = with_transformer(self.run.teacher, student)
-        features = self.draw(pipeline, folder / "pictures" / f"seed-{self.seeds[0]}", self.seeds[0], model)
-        scores = score(features, self.reference, self.text)
-        lost = average_drop(mean_scores(teacher["seeds"]), scores)[0]
-        intervals = score_limits(features, reference_of(self.reference), self.text, self.captions)
-        return {**scores, "average_drop": lost, "intervals": intervals}
+        expected = mean_scores(teacher["seeds"])
+        each, measures = [], []
+        for seed in self.seeds[: self.settings.picture_seeds]:
+            features = self.draw(pipeline, folder / "pictures" / f"seed-{seed}", seed, model)
+            against = self.against(seed)
+            scores = score(features, against, self.text)
+            each.append({**scores, "average_drop": average_drop(expected, scores)[0]})
+            known = measure(features, reference_of(against) if against is not None else None, self.text)
+            measures.append({name: one for name, one in known.items() if name in scores})
+        found = mean_over_seeds(measures)
+        if lost := drop_by_prompt(self.captions, found):
+            found["average_drop"] = lost
+        items = {name: np.round(one.items, 9).tolist() for name, one in found.items() if one.items is not None}
+        return {**mean_scores(each), "picture_seeds": each, "items": items, "intervals": limits(found)}
 
 
 def with_transformer(pipeline: Any, transformer: Any) -> Any:
@@ -221,14 +245,15 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     Returns:
         ``params``, ``zeros`` (share of them), ``velocity_error_before`` and ``velocity_error`` (relative, held-out
         states), ``fid``, ``kid``, ``clip_score``, ``retrieval_at_1``, ``retrieval_at_5``, ``average_drop`` (percent),
-        and ``intervals``: the limits of these by name.
+        means over picture seeds; ``picture_seeds``: these of each, ``items``: their values by prompt, and
+        ``intervals``: their limits by name.
     """
     folder = run.out / "compare" / row.name / f"seed-{seed}"
     base = row.fitted_by or run
     trained = digest(base.depends("fit"), to_jsonable(row.plan.stacks), row.settings.identity(), seed)
-    evaluated = digest(trained, judge.depends)
+    evaluated, scored = digest(trained, judge.depends), digest(trained, judge.scored)
     path = folder / "metrics.json"
-    if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
+    if path.is_file() and (known := read_json(path)).get("digest") == scored:
         return dict(known)
     products = {"trained": ("checkpoints", "bundle", "log.jsonl"), "evaluated": ("pictures", "metrics.json")}
     claim(folder, {"trained": trained, "evaluated": evaluated}, products)
@@ -240,7 +265,7 @@ def run_row(run: Run, judge: Judge, row: Row, seed: int, teacher: Mapping[str, A
     student = build_student(transformer, adapter, bundle)
     after = state_errors(transformer, student, held_out.batches(count, count), run.config.precision).error
     metrics = {
-        "digest": evaluated,
+        "digest": scored,
         "params": count_params(student),
         "zeros": bundle.plan.sparsity.get("zeros", 0.0),
         "velocity_error_before": before,
@@ -319,7 +344,10 @@ def compare_plans(run: Run, table: Path | None = None, seeds: Sequence[int] | No
     data = {
         "training_seeds": chosen,
         "teacher": teacher,
-        "rows": {row.name: {"plan": to_jsonable(row.plan.stacks), "note": row.note, "seeds": m} for row, m in results},
+        "rows": {
+            row.name: {"plan": to_jsonable(row.plan.stacks), "note": row.note, "seeds": without_items(m)}
+            for row, m in results
+        },
     }
     write_json(run.out / "compare" / "table.json", data)
     for path in filter(None, (run.out / "compare" / "table.md", table)):

@@ -11,7 +11,8 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.config import DistillConfig
 from ppcl.eval.scoring import SCORES
 from ppcl.experiments.baselines import removed_blocks, run_keys
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance
+from ppcl.experiments.noise import READING, cell, is_alike
+from ppcl.tables import markdown_table, number, provenance, spread
 
 if TYPE_CHECKING:
     from ppcl.stages import Run
@@ -62,8 +63,6 @@ def write_up(
 ) -> str:
     """The comparison as Markdown: table, how to read it, notes, command."""
     model, settings = results[0][0].plan.model, run.config.distill
-    ours = mean_scores([_measures(m) for m in results[0][1]])
-    own_spread = {name: _std([s[name] for s in teacher["seeds"]]) for name in MEASURES}
     header = [
         "",
         "blocks removed",
@@ -79,18 +78,14 @@ def write_up(
         "average drop, %",
     ]
 
-    def cell(name: str, rows: Sequence[Mapping[str, Any]], compared: bool = True) -> str:
-        values: list[float | None] = [row[name] for row in rows]
-        mean, mine, std = mean_scores([{name: v} for v in values])[name], ours[name], own_spread[name]
-        alike = compared and mean is not None and mine is not None and std is not None and abs(mean - mine) <= 2 * std
-        return measured(rows, name) + (" ~" if alike else "")
-
-    own_cells = [cell(n, teacher["seeds"]) for n in MEASURES]
+    ours = results[0][1]
+    own_cells = [spread([seed[n] for seed in teacher["seeds"]]) for n in MEASURES]
     lines = [["teacher", "0", f"{model.params:,}", "100%", "1.00", "0", "0", *own_cells]]
     for position, (row, metrics) in enumerate(results):
         p = row.plan.predicted
-        errors = [number(metrics[0]["velocity_error_before"]), measured(metrics, "velocity_error")]
-        scores = [cell(n, metrics, position > 0) for n in MEASURES]
+        errors = [number(metrics[0]["velocity_error_before"]), cell(metrics, "velocity_error")]
+        alike = [" ~" if position and is_alike(ours, metrics, name) else "" for name in MEASURES]
+        scores = [cell(metrics, name) + mark for name, mark in zip(MEASURES, alike, strict=True)]
         share = f"{metrics[0]['params'] / model.params:.1%}"
         size = [str(removed_blocks(run_keys(row.plan))), f"{metrics[0]['params']:,}", share, f"{p.speedup:.2f}"]
         lines.append([row.label, *size, *errors, *scores])
@@ -102,9 +97,7 @@ def write_up(
         f"{len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}. The teacher's row is the mean ± standard deviation over "
         f"{len(teacher['seeds'])} seeds of pictures; the drop is against that mean. "
-        "`~`: differs from ours by at most twice the teacher's standard deviation; no ranking follows. "
-        f"Velocity errors are relative, on held-out states. {INTERVALS} Over several training seeds: mean ± standard "
-        "deviation instead."
+        f"Velocity errors are relative, on held-out states. {READING} `~`: not told apart from ours."
     )
     return (
         "\n\n".join(
@@ -129,17 +122,13 @@ def conclusion(results: Results) -> str:
         after = {name: statistics.fmean(values) for name, values in known.items() if values}
         others = [row for row, _ in results if row.is_trained and not row.name.startswith("ours") and row.name in after]
         if "ours" in after:
-            parts = [f"{number(after[row.name])}{unit} for {row.label}" for row in others]
+            ours = next(metrics for row, metrics in results if row.name == "ours")
+            tied = {row.name for row, metrics in results if is_alike(ours, metrics, measure)}
+            parts = [
+                f"{number(after[row.name])}{unit} for {row.label}{' (not told apart)' if row.name in tied else ''}"
+                for row in others
+            ]
             lines.append(
                 f"{what} after training: {number(after['ours'])}{unit} for ours; {'; '.join(parts) or 'no other plan'}."
             )
     return " ".join(lines)
-
-
-def _measures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: metrics[name] for name in MEASURES}
-
-
-def _std(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from ppcl.eval.report import write_report
 from ppcl.eval.velocity import state_errors
 from ppcl.experiments.compare import Judge, claim
 from ppcl.experiments.compare_text import MEASURES
+from ppcl.experiments.noise import READING, cell, is_alike, without_items
 from ppcl.export.pipeline import export
 from ppcl.files import digest, file_digest, read_json, write_json, write_text
 from ppcl.stages import STAGES, Run
 from ppcl.summary import describe_plan
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
+from ppcl.tables import markdown_table, number, provenance, spread
 from ppcl.teacher import load_pipeline, resolve_device
 
 
@@ -92,7 +92,7 @@ def measure_ladder(run: Run, keeps: Sequence[float], table: Path | None = None) 
                 "keep": keep,
                 "plan": to_jsonable(rung.plan.stacks),
                 "predicted": to_jsonable(rung.plan.predicted),
-                "metrics": metrics,
+                "metrics": without_items([metrics])[0],
             }
             for keep, rung, metrics in rows
         ],
@@ -108,16 +108,16 @@ def _rung(run: Run, judge: Judge, rung: Bundle, keep: float, teacher: Mapping[st
     """Scores of one size; what is done is kept."""
     folder = run.out / "ladder" / f"keep-{keep:g}"
     weights = digest(file_digest(run.out / "bundle" / "bundle.json"), to_jsonable(rung.plan.stacks))
-    evaluated = digest(weights, judge.depends)
+    evaluated, scored = digest(weights, judge.depends), digest(weights, judge.scored)
     path = folder / "metrics.json"
-    if path.is_file() and (known := read_json(path)).get("digest") == evaluated:
+    if path.is_file() and (known := read_json(path)).get("digest") == scored:
         return dict(known)
     claim(folder, {"evaluated": evaluated}, {"evaluated": ("pictures", "metrics.json")})
     student = build_student(run.teacher.transformer, run.adapter, rung)  # as it is exported
     held_out, count = States(run.out / "calibration", "held-out"), judge.settings.velocity_states
     error = state_errors(run.teacher.transformer, student, held_out.batches(count, count)).error
     metrics = {
-        "digest": evaluated,
+        "digest": scored,
         "params": count_params(student),
         "velocity_error": error.value,
         **judge.student(student, folder, weights, teacher),
@@ -134,21 +134,23 @@ def _write_up(run: Run, teacher: Mapping[str, Any], rows: Sequence[tuple[float, 
     model = rows[0][1].plan.model
     own = [spread([seed[name] for seed in teacher["seeds"]]) for name in MEASURES]
     lines = [["teacher", f"{model.params:,}", "100%", "1.00", "0", "0", *own]]
+    larger: Mapping[str, Any] | None = None
     for keep, rung, metrics in rows:
         p = rung.plan.predicted
-        scores = [measured([metrics], name) for name in ("velocity_error", *MEASURES)]
+        alike = " ~" if larger and is_alike([larger], [metrics], "average_drop") else ""
+        scores = [cell([metrics], name) for name in ("velocity_error", *MEASURES)]
+        scores[-1] += alike
+        larger = metrics
         size = [f"{metrics['params']:,}", f"{metrics['params'] / model.params:.1%}", f"{p.speedup:.2f}"]
         lines.append([f"keep {keep:g}", *size, number(p.error), *scores])
-    drops = [s["average_drop"] for s in teacher["seeds"]]
-    noise = statistics.stdev(drops) if len(drops) > 1 and None not in drops else None
-    inside = f" The drop of one teacher seed against their mean varies by {number(noise)}." if noise else ""
     plans = "\n".join(f"* keep {keep:g}: {describe_plan(rung.plan)}" for keep, rung, _ in rows)
     reading = (
         f"All sizes are one bundle, trained once: substitutes are put in or left out, nothing is trained again. "
         f"{len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
         f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
-        f"seeds of pictures.{inside} Velocity errors are relative, on held-out states; the predicted one is the root "
-        f"of the summed squares of the single substitutes' errors before distillation. {INTERVALS}"
+        f"seeds of pictures. Velocity errors are relative, on held-out states; the predicted one is the root "
+        f"of the summed squares of the single substitutes' errors before distillation. {READING} `~`: the drop cannot "
+        "be told apart from that of the size above."
     )
     parts = ["# One bundle, many sizes", markdown_table(header, lines), reading, plans]
     return "\n\n".join([*parts, provenance(run.command, str(run.device))]) + "\n"

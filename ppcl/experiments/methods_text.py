@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.artifacts import CompressionPlan
 from ppcl.experiments.baselines import removed_blocks, run_keys
+from ppcl.experiments.noise import READING, by_seed, cell, difference, is_alike, without_items
 from ppcl.files import atomic_path
-from ppcl.tables import markdown_table, measured, number, provenance, spread
+from ppcl.tables import markdown_table, number, provenance, spread
 
 if TYPE_CHECKING:
     from ppcl.stages import Run
@@ -55,12 +56,6 @@ class Entry:
         return statistics.fmean(known) if known else None
 
     @property
-    def spread(self) -> float:
-        """Standard deviation of the drop over the seeds; 0 of one."""
-        known = [float(row["average_drop"]) for row in self.metrics if row.get("average_drop") is not None]
-        return statistics.stdev(known) if len(known) > 1 else 0.0
-
-    @property
     def order(self) -> tuple[bool, float]:
         """Least drop first, velocity error where there is none; what has no plan last."""
         found = self.mean("average_drop")
@@ -70,10 +65,10 @@ class Entry:
     def as_json(self) -> dict[str, Any]:
         """For ``methods.json``."""
         known = {"budget": self.budget, "method": self.name, "teacher_forwards": self.cost, "why_not": self.why_not}
-        return {**known, "seeds": list(self.metrics)}
+        return {**known, "seeds": without_items(self.metrics)}
 
-    def cells(self, params: int) -> list[str]:
-        """The row of the table."""
+    def cells(self, params: int, is_tied: bool) -> list[str]:
+        """The row of the table; marked if its drop cannot be told apart from the first one's."""
         if not self.metrics:
             return [self.label, self.units, *["-"] * (len(HEADER) - 2)]
         left = [m["params"] * (1 - m.get("zeros", 0.0)) / params for m in self.metrics]
@@ -85,68 +80,63 @@ class Entry:
             f"{statistics.fmean(plan.predicted.speedup for plan in self.plans):.2f}",
             "-" if self.cost is None else f"{self.cost:,.0f}",
             number(self.mean("velocity_error_before")),
-            measured(self.metrics, "velocity_error"),
-            measured(self.metrics, "fid"),
-            measured(self.metrics, "average_drop"),
+            cell(self.metrics, "velocity_error"),
+            cell(self.metrics, "fid"),
+            cell(self.metrics, "average_drop") + (" ~" if is_tied else ""),
         ]
 
 
 def write_up(run: Run, teacher: Mapping[str, Any], entries: Sequence[Entry], seeds: Sequence[int]) -> str:
     """The comparison as Markdown: a table for each budget, what has no plan and why, how to read it."""
     settings, steps = run.config.evaluate, run.config.distill
-    model = next(plan.model for entry in entries for plan in entry.plans) if any(e.plans for e in entries) else None
-    drops = [float(seed["average_drop"]) for seed in teacher["seeds"] if seed.get("average_drop") is not None]
-    own_spread = statistics.stdev(drops) if len(drops) > 1 else 0.0
+    model = next((plan.model for entry in entries for plan in entry.plans), None)
     parts = ["# Methods under equal budgets", "![average drop of every method](methods.png)"]
     for budget in dict.fromkeys(entry.budget for entry in entries):
         own = sorted((entry for entry in entries if entry.budget == budget), key=lambda entry: entry.order)
+        tied = [is_alike(own[0].metrics, entry.metrics, "average_drop") for entry in own]
+        cells = [e.cells(model.params if model else 1, i > 0 and tied[i]) for i, e in enumerate(own)]
         parts.append(f"## {budget.replace('-', ' = ', 1)}")
-        parts.append(markdown_table(HEADER, [entry.cells(model.params if model else 1) for entry in own]))
+        parts.append(markdown_table(HEADER, cells))
         parts += ["\n".join(f"* {e.label}: no plan: {e.why_not}" for e in own if e.why_not) or ""]
-        parts.append(verdict(own, own_spread))
-    teachers = number(own_spread, 2) if len(drops) > 1 else "-"
+        parts.append(verdict(own))
     parts.append(
         f"Every method has {steps.local_steps} local, {steps.alternating_steps} alternating and {steps.output_steps} "
-        f"output steps of {steps.batch_size} states. Training seeds: {', '.join(map(str, seeds))}; over several: mean "
-        f"± standard deviation, else 95% bootstrap intervals over prompts. {settings.num_prompts} prompts, "
-        f"{settings.num_inference_steps} steps, features: {teacher['features']}. The teacher's own drop has a standard "
-        f"deviation of {teachers}% over seeds of pictures. Two methods are told apart where their drops differ by more "
-        "than twice that, and twice the standard deviation of their difference over training seeds. Parameters: those "
-        "that are not zero; equal parameters are not equal speed: zeros make no common kernel faster. Teacher "
-        "forwards: what a method costs beyond capture, analysis and fit stage, which all share; one transformer call "
-        "on one state, a backward pass counts as two."
+        f"output steps of {steps.batch_size} states. Training seeds: {', '.join(map(str, seeds))}; picture seeds of "
+        f"each: {settings.picture_seeds}. {settings.num_prompts} prompts, {settings.num_inference_steps} steps, "
+        f"features: {teacher['features']}; drops are against the mean of {len(teacher['seeds'])} picture seeds of the "
+        f"teacher. {READING} `~`: not told apart from the first row. Parameters: those that are not zero; equal "
+        "parameters are not equal speed: zeros make no common kernel faster. Teacher forwards: what a method costs "
+        "beyond capture, analysis and fit stage, which all share; one transformer call on one state, a backward pass "
+        "counts as two."
     )
     return "\n\n".join([*filter(None, parts), provenance(run.command, str(run.device))]) + "\n"
 
 
-def verdict(entries: Sequence[Entry], own_spread: float = 0.0) -> str:
-    """Who is first, and where the default is, in words computed from the rows.
+def verdict(entries: Sequence[Entry]) -> str:
+    """Who is first, who cannot be told apart from it, and where the default is, computed from the rows.
 
     Args:
         entries: Of one budget, the first in front.
-        own_spread: Standard deviation of the teacher's drop over seeds of pictures, percent.
     """
     known = [entry for entry in entries if not entry.order[0]]
     if not known:
         return "No method has a plan."
     first, place = known[0], {entry.name: number for number, entry in enumerate(known, 1)}
-    captioned = first.mean("average_drop") is not None  # all or none: they share the features
-    text = [f"Least {'drop' if captioned else 'velocity error'}: {first.label}"]
-    if "ours" in place and first.name == "ours":
-        text.append(", the default")
+    measure = "average_drop" if first.mean("average_drop") is not None else "velocity_error"  # they share the features
+    text = f"Least {'drop' if measure == 'average_drop' else 'velocity error'}: {first.label}"
+    if first.name == "ours":
+        text += ", the default"
     elif "ours" in place:
-        ours = known[place["ours"] - 1]
-        gap, noise = ours.order[1] - first.order[1], 2 * max(own_spread, math.hypot(first.spread, ours.spread))
-        several = min(len(first.metrics), len(ours.metrics)) > 1
-        told = "cannot be told from it" if gap <= noise else "worse"
-        told = f"{told} ({gap:.2f} behind, noise {noise:.2f})" if several else f"{gap:.2f} behind, of one seed"
-        text.append(f"; the default is number {place['ours']} of {len(known)}, {told}")
-    if not captioned:
-        return "".join(text) + "."
+        gap = difference(first.metrics, known[place["ours"] - 1].metrics, measure)
+        assert gap is not None  # all with a place have the measure
+        told = "worse" if gap.is_told_apart else "cannot be told apart from it"
+        text += f"; the default is number {place['ours']} of {len(known)}, {told} ({gap.value:.2f} behind; {gap})"
+    tied = [entry.label for entry in known[1:] if is_alike(first.metrics, entry.metrics, measure)]
+    text += f". Not told apart from the first: {', '.join(tied) or 'none'}."
+    if measure == "velocity_error":
+        return text
     closest = min(known, key=lambda entry: _or_inf(entry.mean("velocity_error")))
-    return (
-        "".join(text) + f". Least velocity error: {closest.label}{', the default' if closest.name == 'ours' else ''}."
-    )
+    return f"{text} Least velocity error: {closest.label}{', the default' if closest.name == 'ours' else ''}."
 
 
 def _or_inf(value: float | None) -> float:
@@ -194,8 +184,8 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
 
 
 def _range(entry: Entry) -> tuple[float, float]:
-    """Least and largest drop over the seeds, or the interval of the only one."""
-    drops = [float(m["average_drop"]) for m in entry.metrics if m.get("average_drop") is not None]
+    """Least and largest drop over training and picture seeds, or the interval of the only one."""
+    drops = by_seed(entry.metrics, "average_drop").flatten().tolist()
     if len(drops) > 1:
         return min(drops), max(drops)
     limits = (entry.metrics[0].get("intervals") or {}).get("average_drop")

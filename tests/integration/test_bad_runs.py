@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ppcl.errors import UserError
+
 # Damaged artifacts. Each: the file, the stage that reads it, and an option that makes it run again.
 
 READERS = [
@@ -60,10 +62,21 @@ def test_damaged_record_of_stages(refuses, common, run_copy):
     refuses("compress", *common, "--out", run_copy, says=says, watch=run_copy)
 
 
-def test_damaged_checkpoint(refuses, run_cli, common, run_copy):
+def test_damaged_checkpoint(refuses, run_cli, common, run_copy, monkeypatch):
+    from ppcl.training.loop import TrainingLoop
+
+    shutil.rmtree(run_copy / "bundle")
+    save = TrainingLoop.save
+
+    def interrupted(self, step):
+        save(self, step)
+        raise UserError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "save", interrupted)
+        refuses("distill", *common, "--out", run_copy, says=("interrupted",))
     path = next((run_copy / "checkpoints" / "distill-local").glob("*/state.safetensors"))
     path.write_bytes(path.read_bytes()[:1000])
-    shutil.rmtree(run_copy / "bundle")
     refuses("distill", *common, "--out", run_copy, says=(str(path), "delete it and run again"))
     path.unlink()
     assert run_cli("distill", *common, "--out", run_copy)[0] == 0

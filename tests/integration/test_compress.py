@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
 
 
-def ppcl(*arguments):
+def ppcl(*arguments, umask=0o022):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ppcl.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, umask=umask)
+
+
+def modes(folder):
+    """The permissions of files and of folders below a folder."""
+    found = {False: set(), True: set()}
+    for path in folder.rglob("*"):
+        found[path.is_dir()].add(oct(stat.S_IMODE(path.stat().st_mode)))
+    return found[False], found[True]
 
 
 def times(folder):
@@ -69,6 +78,21 @@ def test_the_pipeline_is_what_the_plan_predicted(compressed):
     assert plan["predicted"]["param_ratio"] <= 0.8
 
 
+def test_all_files_follow_the_umask(compressed, tmp_path):
+    out, arguments, _ = compressed
+    assert modes(out) == ({"0o644"}, {"0o755"})
+    again = [tmp_path / "run" if argument == out else argument for argument in arguments]
+    result = ppcl(*again, "--keep", 0.8, "--set", "device=cpu", umask=0o077)
+    assert result.returncode == 0, result.stderr
+    assert modes(tmp_path / "run") == ({"0o600"}, {"0o700"})
+
+
+def test_no_training_state_is_left(compressed):
+    out, _, _ = compressed
+    assert not (out / "checkpoints").exists()
+    assert "removed and made again" not in compressed[2].stderr
+
+
 def test_the_second_call_does_nothing(compressed):
     out, arguments, _ = compressed
     before = times(out)
@@ -78,7 +102,7 @@ def test_the_second_call_does_nothing(compressed):
     assert times(out) == before
 
 
-def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys):
+def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys, caplog):
     from ppcl import cli
 
     out, arguments, _ = compressed
@@ -89,8 +113,9 @@ def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch
         cli.main()
     assert not stop.value.code
     assert capsys.readouterr().err.count(": done before") == 3
+    assert f"{out} was made with other settings (plan.keep 0.8 -> 0.9): plan and what follows are rem" in caplog.text
     after = times(out)
-    kept = ("calibration/", "analysis.", "candidates.", "checkpoints/fit/")
+    kept = ("calibration/", "analysis.", "candidates.")
     assert {k: v for k, v in after.items() if k.startswith(kept)} == {
         k: v for k, v in before.items() if k.startswith(kept)
     }

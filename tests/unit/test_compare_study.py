@@ -22,6 +22,7 @@ from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
 from ppcl.experiments.compare import Judge, claim, compare_plans, plan_rows, with_transformer
 from ppcl.experiments.compare_text import mean_scores
+from ppcl.experiments.noise import cell
 from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
 from ppcl.planning.planner import uniform_ladder
@@ -184,18 +185,53 @@ def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(ope
 def test_every_number_of_one_seed_has_an_interval(compared):
     """In the row and in the table; the drop's is paired by prompt with the teacher's mean over seeds."""
     run, text = compared
-    rows = json.loads((run.out / "compare" / "table.json").read_text())["rows"]
-    (plain,) = rows["ours-undistilled"]["seeds"]
+    plain = json.loads((run.out / "compare" / "ours-undistilled" / "seed-0" / "metrics.json").read_text())
     assert set(plain["intervals"]) >= {"velocity_error", "fid", "kid", "clip_score", "retrieval_at_1", "average_drop"}
     for name, (low, high) in ((n, lim) for n, lim in plain["intervals"].items() if lim):
         assert low - 1e-9 <= plain[name] <= high + 1e-9, name
     line = next(line for line in text.splitlines() if line.startswith("| ours, undistilled"))
     assert measured([plain], "velocity_error") in line
-    assert measured([plain], "clip_score") in line
+    assert cell([plain], "clip_score") in line
     judge = Judge(run)
     assert judge.captions["clip_score"].value == pytest.approx(
         np.mean([seed["clip_score"] for seed in judge.teacher()["seeds"]])
     )
+
+
+def test_students_are_drawn_with_several_picture_seeds(compared):
+    run, text = compared
+    rows = json.loads((run.out / "compare" / "table.json").read_text())["rows"]
+    for name, row in rows.items():
+        for training, metrics in enumerate(row["seeds"]):
+            folder = run.out / "compare" / name / f"seed-{training}"
+            assert sorted(p.name for p in (folder / "pictures").iterdir()) == ["seed-0", "seed-1", "seed-2"]
+            each = metrics["picture_seeds"]
+            drops = [one["average_drop"] for one in each]
+            assert metrics["average_drop"] == pytest.approx(np.mean(drops), abs=1e-9)
+            assert each[1]["fid"] is None  # drawn from the noise of the reference, as the teacher's
+            items = json.loads((folder / "metrics.json").read_text())["items"]
+            assert np.mean(items["average_drop"]) == pytest.approx(metrics["average_drop"], abs=1e-6)
+            assert len(items["clip_score"]) == 4
+    assert re.search(r"\| ours \|.* ± \S+ t ± \S+ p \(\S+ to \S+\)", text)
+    assert "told apart" in text
+    assert set((run.out / "compare" / "teacher" / "pictures").iterdir()) == {
+        run.out / "compare" / "teacher" / "pictures" / f"seed-{seed}" for seed in range(3)
+    }  # drawn once for all rows
+
+
+def test_a_folder_of_one_picture_seed_is_drawn_on(open_run, compared, monkeypatch):
+    """Students and pictures of an earlier comparison stay; the other seeds are drawn."""
+    folder = compared[0].out / "compare" / "uniform" / "seed-0"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    trained = json.loads((folder / "depends.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({"digest": trained["evaluated"]}))  # as it was called then
+    for seed in (1, 2):
+        shutil.rmtree(folder / "pictures" / f"seed-{seed}")
+    first = (folder / "pictures" / "seed-0" / "0000.png").stat().st_mtime_ns
+    monkeypatch.setattr(compare_module.Distiller, "run", refuse)
+    assert compare_plans(open_run(), None, (0, 1)) == compared[1]
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert (folder / "pictures" / "seed-0" / "0000.png").stat().st_mtime_ns == first
 
 
 def test_measured_writes_intervals_or_spread():

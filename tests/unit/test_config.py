@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ppcl.config import RunConfig, load_config, merge, parse_override
+from ppcl.config import RunConfig, for_model, load_config, merge, parse_override
 from ppcl.config.memory import changed, for_tables
 from ppcl.errors import ConfigError, UserError
 
@@ -185,3 +185,30 @@ def test_a_file_of_ones_own_that_is_no_text(tmp_path: Path) -> None:
     settings = load_config([], [f"fit.criterion={tmp_path / 'own.py'}:Own"]).fit
     with pytest.raises(ConfigError, match=r"own\.py cannot be read as UTF-8 text: "):
         settings.identity()
+
+
+def test_one_place_for_a_models_defaults(tmp_path: Path) -> None:
+    """The command line, the Python calls and an open run agree; what the user sets stays."""
+    from ppcl.cli_options import resolve
+    from ppcl.stages import Run
+
+    own = resolve("emoji", None, ["plan.keep=0.3"], None, None, None, None)
+    assert (own.capture.height, own.capture.guidance_scale, own.plan.keep) == (48, 3.0, 0.3)
+    run = Run("emoji", tmp_path / "run", load_config([], ["plan.keep=0.3"]))
+    assert run.config == own == for_model("emoji", run.config)
+    assert for_model("emoji", load_config([], ["capture.height=64"])).capture.height == 64
+    plan = for_model("emoji", load_config([], ["plan.speedup=1.5"])).plan
+    assert plan.budget == ("speedup", 1.5)
+    assert for_model("some/model", RunConfig()) == RunConfig()
+
+
+def test_compress_in_python_uses_the_models_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ppcl
+    from ppcl.cli_options import resolve
+    from ppcl.stages import Run
+
+    seen = []
+    monkeypatch.setattr(Run, "run", lambda run, stage: seen.append(run.config))
+    ppcl.compress("emoji", tmp_path / "run")
+    assert seen[0] == resolve("emoji", None, None, None, None, None, None)
+    assert seen[0].capture.height == 48

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert files.read_json(path) == {"old": 1}
     assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    linked = tmp_path / "teacher.bin"
+    linked.write_text("weights")
+    linked.chmod(0o640)
+    before = os.umask(umask)
+    try:
+        files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+        files.write_json(tmp_path / "a.json", {})
+        with files.atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            files.write_tensors(temporary / "inside" / "a.safetensors", {"a": torch.ones(1)})
+            (temporary / "secret").touch(mode=0o600)
+            (temporary / "linked.bin").hardlink_to(linked)
+    finally:
+        os.umask(before)
+    written = ["a.safetensors", "a.json", "folder/inside/a.safetensors", "folder/secret"]
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in written} == {mode}
+    assert stat.S_IMODE(linked.stat().st_mode) == 0o640  # of the teacher: not ours to change
+    assert names(tmp_path) == ["a.json", "a.safetensors", "folder", "teacher.bin"]
 
 
 def test_a_failed_folder_leaves_the_old_folder(tmp_path: Path) -> None:

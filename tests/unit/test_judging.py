@@ -110,6 +110,7 @@ def test_files_and_numbers(judged: tuple[Path, str]) -> None:
 def test_what_is_missing_is_said(judged: tuple[Path, str]) -> None:
     notes = " ".join(json.loads((judged[0] / "metrics.json").read_text())["notes"])
     assert "5 prompts are few" in notes
+    assert "all pictures are of one seed" in notes
     assert "FID is biased upwards" in notes
     from ppcl.eval.fidelity import lpips_weights
 

@@ -88,7 +88,7 @@ def test_classes_of_one_name_are_two_methods(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "keep", "keep=2", "keep=x", "fit_gb=1", "speedup=0.5", "keep=0.5,,"])
 def test_bad_budgets(text):
-    with pytest.raises(ConfigError, match=r"--budgets: got .*write them like keep=0.7"):
+    with pytest.raises(ConfigError, match=r"--budgets: got .*write them like keep=0.84"):
         budgets_named(text)
 
 
@@ -234,18 +234,20 @@ def test_the_verdict_is_computed():
         return Entry("keep-0.5", name, name.upper(), "blocks", (), [{"average_drop": drop, "velocity_error": 1.0}])
 
     rows = [entry("a", 1.0), entry("ours", 2.0)]
-    closest = " Least velocity error: A."
-    assert verdict(rows) == f"Least drop: A; the default is number 2 of 2, 1.00 behind, of one seed.{closest}"
+    first = "Least drop: A; the default is number 2 of 2, cannot be told apart from it (1.00 behind; of one seed)"
+    assert verdict(rows) == f"{first}. Not told apart from the first: OURS. Least velocity error: A."
 
     def seeds(name, *drops):
         return Entry("b", name, name.upper(), "", (), [{"average_drop": d, "velocity_error": 1.0} for d in drops])
 
-    assert "2 of 2, worse (1.00 behind, noise 0.00)" in verdict([seeds("a", 1.0, 1.0), seeds("ours", 2.0, 2.0)])
-    assert "cannot be told from it (1.00 behind, noise 1.41)" in verdict([seeds("a", 0.5, 1.5), seeds("ours", 2, 2)])
-    assert "told from it (0.50 behind, noise 1.20)" in verdict([seeds("a", 1, 1), seeds("ours", 1.5, 1.5)], 0.6)
+    clear = verdict([seeds("a", 1.0, 1.0), seeds("ours", 2.0, 2.0)])
+    assert "2 of 2, worse (1.00 behind; seeds 1.0 to 1.0). Not told apart from the first: none." in clear
+    assert "cannot be told apart from it" in verdict([seeds("a", 0.5, 1.5), seeds("ours", 2, 2)])
     ours = Entry("b", "ours", "OURS", "", (), [{"average_drop": -1.0, "velocity_error": 0.5}])
-    assert verdict([ours, rows[0]]) == "Least drop: OURS, the default. Least velocity error: OURS, the default."
+    assert verdict([ours, rows[0]]) == (
+        "Least drop: OURS, the default. Not told apart from the first: A. Least velocity error: OURS, the default."
+    )
     silent = [Entry("b", name, name, "", (), [{"velocity_error": e}]) for name, e in (("a", 0.5), ("ours", 0.7))]
-    assert verdict(silent) == "Least velocity error: a; the default is number 2 of 2, 0.20 behind, of one seed."
+    assert verdict(silent).startswith("Least velocity error: a; the default is number 2 of 2, cannot be told apart")
     assert sorted([entry("a", 3.0), entry("b", None), entry("c", -1.0)], key=lambda e: e.order)[0].name == "c"
     assert verdict([Entry("keep-0.5", "a", "A", "blocks", why_not="no")]) == "No method has a plan."
