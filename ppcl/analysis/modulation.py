@@ -9,7 +9,7 @@ prompts at a dense range of timesteps, and judged on held-out prompts at others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,11 @@ def conditioning(
         By layer; layers with the same inputs share one entry. A layer whose input is not made before the blocks run
         has none.
     """
-    layers = _modulation_layers(transformer, adapter)
+    layers = modulation_layers(transformer, adapter)
     if not layers:
         return {}
     train, held_out = splits["train"], splits["held-out"]
-    sources = _sources(transformer, layers, next(train.batches(batch, batch)))
+    sources = sources_of(transformer, layers, next(train.batches(batch, batch)))
     inner = {source: layers[source] for source in set(sources.values())}
     name = timestep_argument(train.calls)
     if name is None:
@@ -87,7 +87,7 @@ def conditioning(
 
     def metric(states: States, stream: int, dense: bool) -> dict[Layer, Metric]:
         points = None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, stream, 83))
-        rows = _rows(transformer, inner, _calls(states, batch, name, points))
+        rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
         return {source: Metric.of(found) for source, found in rows.items()}
 
     fitted = metric(train, 0, dense=True)
@@ -138,7 +138,7 @@ def timesteps(seen: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return drawn[torch.randperm(count, generator=generator)].to(seen.dtype)
 
 
-def _modulation_layers(transformer: nn.Module, adapter: Adapter) -> dict[Layer, nn.Module]:
+def modulation_layers(transformer: nn.Module, adapter: Adapter) -> dict[Layer, nn.Module]:
     """The modulation layers, in execution order."""
     return {
         (spec.name, index, stream): block.get_submodule(path)
@@ -148,7 +148,7 @@ def _modulation_layers(transformer: nn.Module, adapter: Adapter) -> dict[Layer, 
     }
 
 
-def _sources(
+def sources_of(
     transformer: nn.Module, layers: Mapping[Layer, nn.Module], arguments: dict[str, Any]
 ) -> dict[Layer, Layer]:
     """For each layer, the one of the very first block that is given the same on a recorded call, if there is one."""
@@ -194,10 +194,11 @@ def _inputs(
     return found
 
 
-def _rows(
-    transformer: nn.Module, layers: Mapping[Layer, nn.Module], calls: Iterator[dict[str, Any]]
+@torch.no_grad()
+def modulation_inputs(
+    transformer: nn.Module, layers: Mapping[Layer, nn.Module], calls: Iterable[dict[str, Any]]
 ) -> dict[Layer, Tensor]:
-    """What layers are given in many calls, (rows, d) each."""
+    """What layers are given in some calls, (rows, d) each; nothing that comes after the last of them runs."""
     parts: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
     for arguments in calls:
         for layer, x in _inputs(transformer, layers, arguments).items():
