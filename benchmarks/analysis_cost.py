@@ -43,6 +43,11 @@ def bare_passes(transformer: nn.Module, calibration: Path, batch_size: int) -> N
             velocity(transformer, to_device(batch, device))
 
 
+def splits_of(calibration: Path) -> dict[str, States]:
+    """The states of both splits."""
+    return {split: States(calibration, split) for split in SPLITS}
+
+
 def held_bytes(collectors: dict[str, Collector]) -> int:
     """Bytes of all tensors that the collectors hold after the pass."""
     tensors = []
@@ -55,7 +60,7 @@ def held_bytes(collectors: dict[str, Collector]) -> int:
 
 def count_states(calibration: Path) -> int:
     """States of both splits."""
-    return sum(len(States(calibration, split)) for split in SPLITS)
+    return sum(map(len, splits_of(calibration).values()))
 
 
 def time_rows(
@@ -66,7 +71,7 @@ def time_rows(
     size, seed = config.analyze.batch_size, config.seed
     calls: dict[str, Callable[[], object]] = {
         "bare teacher passes": lambda: bare_passes(transformer, calibration, size),
-        "one pass with all sums": lambda: collect(transformer, adapter, calibration, config.analyze, seed),
+        "one pass with all sums": lambda: collect(transformer, adapter, splits_of(calibration), config.analyze, seed),
         "analyze stage (pass, probes, CKA, files)": lambda: analyze(
             transformer, adapter, model, calibration, out, config.analyze, seed
         ),
@@ -114,7 +119,8 @@ def memory_rows(
     pipeline, adapter, config = loaded
     rows = []
     held = [
-        held_bytes(collect(pipeline.transformer, adapter, folder, config.analyze, config.seed)) for folder in folders
+        held_bytes(collect(pipeline.transformer, adapter, splits_of(folder), config.analyze, config.seed))
+        for folder in folders
     ]
     rows.append(["sums and tokens held by the collectors", *map(megabytes, held), number(held[1] / held[0])])
     files = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders]

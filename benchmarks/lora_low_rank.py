@@ -19,46 +19,39 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, adapter_for
-from ppcl.capture import States, capture, velocity
+from ppcl.analysis.modulation import conditioning
+from ppcl.capture import SPLITS, States, capture, velocity
 from ppcl.compressed import compress_class
 from ppcl.config import CaptureConfig
 from ppcl.pipelines.lora_low_rank import fold, widen
 from ppcl.prompts import prompts_for
 from ppcl.teacher import load_pipeline
-from ppcl.width import LowRankLinear, Metric, apply_width, fill_low_rank, residuals
+from ppcl.width import LowRankLinear, apply_width, fill_low_rank
 
 TARGETS = ["img_mod.1", "txt_mod.1"]
 
 
 @torch.no_grad()
-def low_rank_student(transformer: Any, adapter: Adapter, calls: list[dict[str, Any]], tolerance: float) -> Any:
-    """A copy with every modulation layer at the least rank within the tolerance, in the metric of its inputs."""
-    student, seen = copy.deepcopy(transformer), {}
-    paths = [
-        f"{spec.name}.{index}.{path}"
-        for spec in adapter.stacks
-        for index in range(len(adapter.blocks(transformer, spec)))
-        for path in spec.modulation.values()
-    ]
-    first = transformer.get_submodule(paths[0])  # every modulation layer sees the same conditioning
-    handle = first.register_forward_pre_hook(lambda _, inputs: seen.setdefault("x", []).append(inputs[0]))
-    for call in calls:
-        velocity(transformer, call)
-    handle.remove()
-    x = torch.cat(seen["x"]).double()
-    metric = Metric.of(x.mean(0), torch.cov(x.T, correction=0))
+def low_rank_student(transformer: Any, adapter: Adapter, splits: dict[str, States], tolerance: float) -> Any:
+    """A copy with every modulation layer at the least rank within the tolerance, as the analyze stage sees it."""
+    student = copy.deepcopy(transformer)
+    modulations = {spec.name: spec.modulation for spec in adapter.stacks}
+    inputs = {
+        f"{stack}.{index}.{modulations[stack][stream]}": found
+        for (stack, index, stream), found in conditioning(transformer, adapter, splits, 6, 0).items()
+    }
     parts = {}
-    for path in paths:
-        missed = residuals(transformer.get_submodule(path).weight, metric)
+    for path, found in inputs.items():
+        missed = found.missed(transformer.get_submodule(path).weight)
         parts[path] = {"kind": "low_rank", "size": max(1, int((missed > tolerance).sum()))}
     apply_width(student, parts)
-    for path in paths:
+    for path, found in inputs.items():
         old, made = transformer.get_submodule(path), student.get_submodule(path)
         assert isinstance(made, LowRankLinear)
-        fill_low_rank(made, old.weight, old.bias, metric)
+        fill_low_rank(made, old.weight, old.bias, found.fitted)
     compress_class(student, parts)
     sizes = [part["size"] for part in parts.values()]
-    print(f"{len(parts)} layers, rank {min(sizes)} to {max(sizes)} of {x.shape[1]} inputs")
+    print(f"{len(parts)} layers, rank {min(sizes)} to {max(sizes)}")
     return student
 
 
@@ -124,8 +117,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         capture(pipeline, prompts_for("emoji", None, 2)[0][:24], Path(folder), settings, 0)
-        train, held_out = (list(States(Path(folder), split).batches(6)) for split in ("train", "held-out"))
-    student = low_rank_student(transformer, adapter_for(transformer), train, options.tolerance)
+        splits = {split: States(Path(folder), split) for split in SPLITS}
+    train, held_out = (list(splits[split].batches(6)) for split in SPLITS)
+    student = low_rank_student(transformer, adapter_for(transformer), splits, options.tolerance)
     loras = {
         "random": random_lora(transformer, options.rank, options.share),
         "trained": trained_lora(transformer, train, options.rank, options.steps),

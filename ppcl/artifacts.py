@@ -79,7 +79,7 @@ class StackAnalysis:
         influence: Block influence, 1 - mean cosine of a block's input and output (ShortGPT).
         ffn_linearity: Held-out relative error of the best linear map for each FFN, per stream (eq. 9).
         modulation_residual: Per stream and block, the share of a modulation layer's varying output that each rank
-            0, 1, 2, ... misses for the inputs that occur.
+            0, 1, 2, ... misses on held-out prompts and timesteps that it was not fitted on.
         text_linearity: Held-out relative errors of a linear map from the preceding block's text signals
             (eq. 8): ``input`` for the text input of QKV, ``output`` for the block's text output.
     """

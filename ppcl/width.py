@@ -137,31 +137,42 @@ class Metric:
     root: Tensor
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Tensor, keep: float = 1 - 1e-9, most: int = 256) -> Metric:
-        """Keep the directions that make up a share of the variance, at most ``most`` of them."""
-        values, vectors = torch.linalg.eigh(covariance.double())
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        shares = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    def of(cls, rows: Tensor, keep: float = 1 - 1e-9, most: int = 256) -> Metric:
+        """Keep the directions that make up a share of the rows' variance, at most ``most`` of them.
+
+        Args:
+            rows: Inputs, (n, d).
+            keep: The share.
+            most: The most directions.
+        """
+        rows = rows.double()
+        mean = rows.mean(0)
+        _, values, vectors = torch.linalg.svd((rows - mean) / len(rows) ** 0.5, full_matrices=False)
+        shares = values.pow(2).cumsum(0) / values.pow(2).sum().clamp_min(torch.finfo(torch.float64).tiny)
         count = min(int((shares < keep).sum()) + 1, most, len(values))
-        return cls(mean.double(), vectors[:, :count] * values[:count].sqrt())
+        return cls(mean, vectors[:count].T * values[:count])
 
 
-def residuals(weight: Tensor, metric: Metric) -> Tensor:
-    """How much of a layer's varying output each rank misses, in the metric of its inputs.
+def residuals(weight: Tensor, metric: Metric, judge: Metric) -> Tensor:
+    """How much of a layer's varying output each rank misses.
 
     Args:
         weight: (o, d).
-        metric: Of its inputs.
+        metric: Of the inputs that the ranks are fitted on, see :func:`fill_low_rank`.
+        judge: Of the inputs that they are judged on, better others: a rank does well where it was fitted.
 
     Returns:
-        (k + 1,): ||(W - W_r) root|| / ||W root|| for r = 0..k.
+        (k + 1,): sqrt(E ||W_r(x) - W x||^2 / E ||W x - E W x||^2) over the judge's x, for r = 0..k.
     """
-    squares = torch.linalg.svdvals(weight.double() @ metric.root).pow(2)
-    left = squares.sum() - torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-    shares = left / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    weight = weight.double()
+    left, _, _ = torch.linalg.svd(weight @ metric.root, full_matrices=False)
+    varying = weight @ judge.root
+    centred = torch.cat([varying, (weight @ (judge.mean - metric.mean))[:, None]], 1)
+    missed = centred.pow(2).sum() - (left.T @ centred).pow(2).sum(1).cumsum(0)
+    squares = torch.cat([centred.pow(2).sum()[None], missed])
+    shares = squares / varying.pow(2).sum().clamp_min(torch.finfo(torch.float64).tiny)
     shares[shares < 1e-12] = 0.0  # rounding
-    missed: Tensor = shares.sqrt()
-    return missed
+    return shares.sqrt()
 
 
 @torch.no_grad()

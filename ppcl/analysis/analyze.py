@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.analysis.cka import chained_cka, combine, sample_rows
 from ppcl.analysis.intervals import detect_intervals
+from ppcl.analysis.modulation import Conditioning, Layer, conditioning
 from ppcl.analysis.statistics import Moments, best_ridge
 from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
 from ppcl.capture import States
@@ -23,7 +25,6 @@ from ppcl.progress import Progress
 from ppcl.trace import BlockCall, run_traced
 from ppcl.training.loop import step_generator
 from ppcl.trees import batch_size
-from ppcl.width import Metric, residuals
 
 Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
 
@@ -80,22 +81,11 @@ class Collector:
         for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
             for stream, path in spec.ffn.items():
                 handles.append(block.get_submodule(path).register_forward_hook(self._ffn_hook(spec, index, stream)))
-            for stream, path in spec.modulation.items():
-                handles.append(
-                    block.get_submodule(path).register_forward_hook(self._modulation_hook(spec.name, index, stream))
-                )
             if spec.text_qkv:
                 handles.append(
                     block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
                 )
         return handles
-
-    def _modulation_hook(self, stack: str, index: int, stream: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0].flatten(0, -2)
-            self._add((stack, "modulation", index, stream), x, x[:, :0])
-
-        return hook
 
     def _ffn_hook(self, spec: StackSpec, index: int, stream: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -209,10 +199,9 @@ def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
 
 
 def collect(
-    transformer: nn.Module, adapter: Adapter, folder: Path, settings: AnalyzeConfig, seed: int
+    transformer: nn.Module, adapter: Adapter, splits: Mapping[str, States], settings: AnalyzeConfig, seed: int
 ) -> dict[str, Collector]:
     """Run the teacher over both splits; returns the sums of each."""
-    splits = {name: States(folder, name) for name in ("train", "held-out")}
     collectors = {}
     with torch.no_grad(), Progress("analyze", total=sum(len(s) for s in splits.values())) as progress:
         for name, states in splits.items():
@@ -245,21 +234,22 @@ def analyze(
         seed: Fixes the tokens kept for CKA.
     """
     began = time.perf_counter()
-    collectors = collect(transformer, adapter, calibration, settings, seed)
+    splits = {name: States(calibration, name) for name in ("train", "held-out")}
+    collectors = collect(transformer, adapter, splits, settings, seed)
+    conditions = conditioning(transformer, adapter, splits, settings.batch_size, seed)
     stacks, matrices = [], {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
         if len(blocks) == 0:
             continue
-        metrics = _metrics(spec, collectors["train"])
-        found, maps = _analyze_stack(spec, blocks, collectors, settings, metrics)
-        stacks.append(found)
+        found, maps = _analyze_stack(spec, blocks, collectors, settings)
+        stacks.append(replace(found, modulation_residual=_modulation_residual(spec, blocks, conditions)))
         for (index, signal), (weight, bias) in maps.items():
             matrices[f"{spec.name}/{index}/{signal}/weight"] = weight.float()
             matrices[f"{spec.name}/{index}/{signal}/bias"] = bias.float()
-        for (index, stream), metric in metrics.items():
-            matrices[f"{spec.name}/{index}/modulation.{stream}/mean"] = metric.mean.float()
-            matrices[f"{spec.name}/{index}/modulation.{stream}/root"] = metric.root.float()
+    for (stack, index, stream), condition in conditions.items():
+        matrices[f"{stack}/{index}/modulation.{stream}/mean"] = condition.fitted.mean.float()
+        matrices[f"{stack}/{index}/modulation.{stream}/root"] = condition.fitted.root.float()
     held_out = collectors["held-out"]
     analysis = Analysis(
         model=model,
@@ -277,31 +267,11 @@ def analyze(
 Maps = dict[tuple[int, str], tuple[Tensor, Tensor]]  # block; stream of a probe, or ffn.stream
 
 
-Metrics = dict[tuple[int, str], Metric]  # block, stream
-
-
-def _metrics(spec: StackSpec, train: Collector) -> Metrics:
-    """The metric of the inputs of each modulation layer; layers with the same inputs share one."""
-    known: list[tuple[Moments, Metric]] = []
-    metrics = {}
-    for (stack, kind, index, stream), moments in train.moments.items():
-        if stack != spec.name or kind != "modulation":
-            continue
-        metric = next((m for other, m in known if torch.equal(other.xx, moments.xx)), None)
-        if metric is None:
-            mean = moments.sum_x / moments.count
-            metric = Metric.of(mean, moments.xx / moments.count - torch.outer(mean, mean))
-            known.append((moments, metric))
-        metrics[index, stream] = metric
-    return metrics
-
-
 def _analyze_stack(
     spec: StackSpec,
     blocks: nn.ModuleList,
     collectors: dict[str, Collector],
     settings: AnalyzeConfig,
-    metrics: Metrics,
 ) -> tuple[StackAnalysis, Maps]:
     """Solve probes, CKA, intervals and linearity of one stack from the sums."""
     train, held_out, num_blocks = collectors["train"], collectors["held-out"], len(blocks)
@@ -353,21 +323,20 @@ def _analyze_stack(
         ),
         ffn_linearity={stream: linearity("ffn", stream) for stream in spec.ffn},
         text_linearity=text,
-        modulation_residual=_modulation_residual(spec, blocks, metrics),
     )
     return found, maps
 
 
 def _modulation_residual(
-    spec: StackSpec, blocks: nn.ModuleList, metrics: Metrics
+    spec: StackSpec, blocks: nn.ModuleList, conditions: Mapping[Layer, Conditioning]
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """For each stream and block, what each rank of the modulation layer misses."""
+    """For each stream and block, what each rank of the modulation layer misses where it was not fitted."""
     found = {}
     for stream, path in spec.modulation.items():
-        layers = [block.get_submodule(path) for block in blocks]
-        if all((index, stream) in metrics for index in range(len(blocks))):
+        weights = [block.get_submodule(path).get_parameter("weight") for block in blocks]
+        if all((spec.name, index, stream) in conditions for index in range(len(blocks))):
             found[stream] = tuple(
-                tuple(residuals(layer.get_parameter("weight"), metrics[index, stream]).tolist())
-                for index, layer in enumerate(layers)
+                tuple(conditions[spec.name, index, stream].missed(weight).tolist())
+                for index, weight in enumerate(weights)
             )
     return found

@@ -123,7 +123,7 @@ def test_the_closed_form_keeps_its_basis() -> None:
     layer, whole = student.get_submodule(path), teacher.get_submodule(path)
     assert isinstance(layer, LowRankLinear)
     x = torch.randn(200, whole.in_features, generator=torch.Generator().manual_seed(0))
-    fill_low_rank(layer, whole.weight, whole.bias, Metric.of(x.double().mean(0), torch.cov(x.double().T)))
+    fill_low_rank(layer, whole.weight, whole.bias, Metric.of(x))
     a, b = torch.randn(2, whole.in_features), torch.randn(whole.out_features, 2)
     key = f"transformer.{path}.down.lora_B.weight"
     out, shares = fold({key: b, key.replace("lora_B", "lora_A"): a}, student)

@@ -56,10 +56,6 @@ from ppcl.width import (
 # Closed forms
 
 
-def metric_of(x: torch.Tensor) -> Metric:
-    return Metric.of(x.double().mean(0), torch.cov(x.double().T, correction=0))
-
-
 def test_low_rank_is_the_best_one_for_the_inputs_that_occur() -> None:
     """Inputs on a curve in 12 dimensions: no other factors of that rank do better (Eckart and Young)."""
     t = torch.linspace(0, 1, 200)[:, None]
@@ -68,19 +64,19 @@ def test_low_rank_is_the_best_one_for_the_inputs_that_occur() -> None:
     wanted = layer(x)
     for rank in (1, 2, 5):
         made = LowRankLinear(12, 20, rank)
-        fill_low_rank(made, layer.weight, layer.bias, metric_of(x))
+        fill_low_rank(made, layer.weight, layer.bias, Metric.of(x))
         error = (made(x) - wanted).pow(2).sum().item()
         centred = (wanted - wanted.mean(0)).double()
         best = torch.linalg.svdvals(centred)[rank:].pow(2).sum().item()
         assert error == pytest.approx(best, rel=1e-3)
         share = math.sqrt(best / centred.pow(2).sum().item())
-        assert residuals(layer.weight, metric_of(x))[rank].item() == pytest.approx(share, rel=1e-3)
+        assert residuals(layer.weight, Metric.of(x), Metric.of(x))[rank].item() == pytest.approx(share, rel=1e-3)
 
 
 def test_a_rank_above_what_was_seen_is_exact() -> None:
     x = noise(50, 2) @ noise(2, 8, seed=1)
     layer, made = nn.Linear(8, 10), LowRankLinear(8, 10, 6)
-    fill_low_rank(made, layer.weight, layer.bias, metric_of(x))
+    fill_low_rank(made, layer.weight, layer.bias, Metric.of(x))
     assert torch.allclose(made(x), layer(x), atol=1e-5)
 
 
@@ -119,7 +115,9 @@ def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analy
     )
     tensors = read_tensors(folder / "analysis.safetensors")[0]
     batches = list(States(folder / "calibration", "held-out").batches(6, 6))
-    found = width_options(transformer, adapter, analysis, tensors, batches, FitConfig(width=("modulation", "ffn")))
+    # a random FLUX spreads random texts over all directions: only a coarse rank does for those held out
+    settings = FitConfig(width=("modulation", "ffn"), modulation_tolerances=(0.5, 0.1, 0.03, 0.01))
+    found = width_options(transformer, adapter, analysis, tensors, batches, settings)
     return analysis, found.options
 
 

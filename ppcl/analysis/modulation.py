@@ -1,0 +1,218 @@
+"""What modulation layers are given, between the recorded timesteps as well.
+
+A modulation layer reads the conditioning, which the transformer's embedders make of the timestep (and of a pooled text
+or a guidance, where the family has them) before any block runs. So its inputs are known at any timestep without
+running a block: recorded calls go up to the first block with another timestep put in. Low ranks are fitted on training
+prompts at a dense range of timesteps, and judged on held-out prompts at others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.adapters import Adapter
+from ppcl.capture import Call, States, velocity
+from ppcl.training.loop import step_generator
+from ppcl.trees import batch_size, to_device
+from ppcl.width import Metric, residuals
+
+logger = logging.getLogger(__name__)
+Layer = tuple[str, int, str]  # stack, block, stream
+
+# Sinusoids of timestep * 1000 turn round 160 times over the range: several points a turn.
+ROWS = 1024
+FIRST_SHARE = 1 / 16  # of the rows at the highest timestep, as in a schedule of 16 steps
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The inputs of a modulation layer.
+
+    Attributes:
+        fitted: What low ranks are fitted on: training prompts at a dense range of timesteps.
+        judges: What they are judged on: held-out prompts at other timesteps of that range, and at the recorded ones.
+    """
+
+    fitted: Metric
+    judges: tuple[Metric, ...]
+
+    def missed(self, weight: Tensor) -> Tensor:
+        """The share of the layer's varying output that each rank 0..k misses where it is missed most.
+
+        Args:
+            weight: (o, d).
+
+        Returns:
+            (k + 1,).
+        """
+        return torch.stack([residuals(weight, self.fitted, judge) for judge in self.judges]).amax(0)
+
+
+@torch.no_grad()
+def conditioning(
+    transformer: nn.Module, adapter: Adapter, splits: Mapping[str, States], batch: int, seed: int
+) -> dict[Layer, Conditioning]:
+    """Find out what each modulation layer is given.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        splits: ``train`` and ``held-out`` states.
+        batch: States at a time.
+        seed: Fixes the timesteps.
+
+    Returns:
+        By layer; layers with the same inputs share one entry. A layer whose input is not made before the blocks run
+        has none.
+    """
+    layers = modulation_layers(transformer, adapter)
+    if not layers:
+        return {}
+    train, held_out = splits["train"], splits["held-out"]
+    sources = sources_of(transformer, layers, next(train.batches(batch, batch)))
+    inner = {source: layers[source] for source in set(sources.values())}
+    name = timestep_argument(train.calls)
+    if name is None:
+        logger.warning(
+            "the recorded states are of one timestep, or which argument tells it is not clear: ranks of modulation "
+            "layers are fitted and judged on the recorded calls alone"
+        )
+    seen = None if name is None else torch.cat([call.arguments[name].flatten() for call in train.calls])
+
+    def metric(states: States, stream: int, dense: bool) -> dict[Layer, Metric]:
+        points = None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, stream, 83))
+        rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
+        return {source: Metric.of(found) for source, found in rows.items()}
+
+    fitted = metric(train, 0, dense=True)
+    judges = [metric(held_out, 1, dense=False), *([metric(held_out, 1, dense=True)] if seen is not None else [])]
+    known = {s: Conditioning(fitted[s], tuple(judge[s] for judge in judges)) for s in inner}
+    return {layer: known[source] for layer, source in sources.items()}
+
+
+def timestep_argument(calls: Sequence[Call]) -> str | None:
+    """Name the argument that tells the timestep: the only number of each sample that is not always the same."""
+    varying = []
+    for name, value in calls[0].arguments.items():
+        if isinstance(value, Tensor) and value.ndim == 1 and name in calls[0].per_sample:
+            values = torch.cat([call.arguments[name] for call in calls])
+            if len(torch.unique(values)) > 1:
+                varying.append(name)
+    return varying[0] if len(varying) == 1 else None
+
+
+def timesteps(seen: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw timesteps from the whole range, in random order.
+
+    Half of them lie evenly over the range; half as densely as the recorded ones, with each stretch between neighbours
+    counting alike, so that a schedule that is shifted towards noise is seen where it goes. Some are the highest
+    recorded one, with which every schedule begins.
+
+    Args:
+        seen: Recorded timesteps, in the model's own units: up to 1, or to 1000.
+        count: How many to draw.
+        generator: Places each at random inside its stretch.
+
+    Returns:
+        (count,), of the dtype of ``seen``.
+    """
+    recorded = torch.unique(seen.double())
+    end = 1.0 if recorded[-1] <= 1 else max(1000.0, float(recorded[-1]))
+    edges = torch.unique(torch.cat([recorded, recorded.new_tensor([0.0, end])]))
+    first = round(FIRST_SHARE * count)
+    halves = ((count - first) // 2, count - first - (count - first) // 2)
+
+    def spread(number: int) -> Tensor:
+        return (torch.arange(number) + torch.rand(number, generator=generator, dtype=torch.float64)) / number
+
+    places = spread(halves[1]) * (len(edges) - 1)
+    stretch = places.long().clamp_max(len(edges) - 2)
+    between = edges[stretch] + (places - stretch) * (edges[stretch + 1] - edges[stretch])
+    drawn = torch.cat([spread(halves[0]) * end, between, recorded[-1].expand(first)])
+    return drawn[torch.randperm(count, generator=generator)].to(seen.dtype)
+
+
+def modulation_layers(transformer: nn.Module, adapter: Adapter) -> dict[Layer, nn.Module]:
+    """The modulation layers, in execution order."""
+    return {
+        (spec.name, index, stream): block.get_submodule(path)
+        for spec in adapter.stacks
+        for index, block in enumerate(adapter.blocks(transformer, spec))
+        for stream, path in spec.modulation.items()
+    }
+
+
+def sources_of(
+    transformer: nn.Module, layers: Mapping[Layer, nn.Module], arguments: dict[str, Any]
+) -> dict[Layer, Layer]:
+    """For each layer, the one of the very first block that is given the same on a recorded call, if there is one."""
+    inputs = _inputs(transformer, layers, arguments)
+    entrance = next(iter(layers))[:2]
+    sources: dict[Layer, Layer] = {}
+    for layer, x in inputs.items():
+        alike = (first for first in inputs if first[:2] == entrance and torch.equal(inputs[first], x))
+        source = next(alike, None)
+        if source is None:
+            logger.warning("%s.%d: the modulation of the %s depends on the blocks before; no low rank", *layer)
+        else:
+            sources[layer] = source
+    return sources
+
+
+class _Seen(Exception):
+    """Ends a call once all layers have been given their inputs."""
+
+
+def _inputs(
+    transformer: nn.Module, layers: Mapping[Layer, nn.Module], arguments: dict[str, Any]
+) -> dict[Layer, Tensor]:
+    """What layers are given in a call, (rows, d) each; nothing that comes after the last of them runs."""
+    found: dict[Layer, Tensor] = {}
+
+    def watch(layer: Layer) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[layer] = args[0].flatten(0, -2)
+            if len(found) == len(layers):
+                raise _Seen
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items()]
+    try:
+        velocity(transformer, to_device(arguments, next(transformer.parameters()).device))
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def modulation_inputs(
+    transformer: nn.Module, layers: Mapping[Layer, nn.Module], calls: Iterable[dict[str, Any]]
+) -> dict[Layer, Tensor]:
+    """What layers are given in some calls, (rows, d) each; nothing that comes after the last of them runs."""
+    parts: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
+    for arguments in calls:
+        for layer, x in _inputs(transformer, layers, arguments).items():
+            parts[layer].append(x)
+    return {layer: torch.cat(found) for layer, found in parts.items()}
+
+
+def _calls(states: States, batch: int, name: str | None, points: Tensor | None) -> Iterator[dict[str, Any]]:
+    """Recorded calls as they are, or with these timesteps put in, states over again until all are used."""
+    if name is None or points is None:
+        yield from states.batches(batch, min(len(states), ROWS))
+        return
+    while len(points):
+        for arguments in states.batches(batch, min(len(states), len(points))):
+            size = batch_size(arguments)
+            yield {**arguments, name: points[:size]}
+            points = points[size:]
