@@ -93,9 +93,8 @@ def say_memory(run: Run, transformer: nn.Module, plan: CompressionPlan, states: 
         TrainingError: It would not fit into memory.
     """
     settings, device = run.config.distill, run.device
-    size = -(-settings.batch_size // (settings.accumulate * run.group.size))
     lower = run.config.precision == "bf16" or (run.config.precision == "auto" and device.type == "cuda")
-    arguments = states.largest(size)
+    arguments = states.largest(settings.batch_size, settings.accumulate * run.group.size)
     try:
         found = estimate_distill(
             *(transformer, adapter_for(transformer), plan, arguments, settings),
