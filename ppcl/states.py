@@ -158,6 +158,10 @@ class States:
         size = min(size, len(self))
         return self._roomiest([min(-(-size * len(g) // len(self)), -(-size // parts)) for g in self.groups])
 
+    def pieces(self, size: int, parts: int = 1) -> int:
+        """The most pieces that one part of a batch can be of; see :meth:`largest`."""
+        return min(len(self.groups), -(-min(size, len(self)) // parts))
+
     def _roomiest(self, counts: Sequence[int]) -> dict[str, Any]:
         """Of batches with so many states of each shape, the one with the most numbers."""
         pairs = zip(self.groups, counts, strict=True)
