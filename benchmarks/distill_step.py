@@ -33,7 +33,6 @@ from ppcl.student import RunKey, start_block
 from ppcl.tables import markdown_table, number
 from ppcl.teacher import describe
 from ppcl.trace import record_boundaries, run_traced
-from ppcl.training.loop import step_generator
 
 Substitutes = Mapping[RunKey, nn.Module]
 
@@ -253,7 +252,7 @@ def main(argv: list[str] | None = None) -> str:
         # twice as many as needed: prompts of other lengths do not share a batch
         num_prompts = max(4, -(-2 * args.batch_size // per_prompt))
         states = States(capture_states(args, pipeline, config, num_prompts, Path(scratch)), "train")
-        arguments = states.sample(args.batch_size, step_generator(config.seed, 0, 31))
+        arguments = states.alike(args.batch_size)
     text = measure(args, pipeline, adapter, config, arguments)
     return publish(args, argv, "distill_step.py", text, str(pipeline.device))
 

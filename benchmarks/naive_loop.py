@@ -39,7 +39,6 @@ from ppcl.distill.losses import state_loss
 from ppcl.student import RunKey
 from ppcl.tables import markdown_table, number
 from ppcl.trace import record_boundaries
-from ppcl.training.loop import step_generator
 
 
 def call_checkpointed(
@@ -163,7 +162,7 @@ def main(argv: list[str] | None = None) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         num_prompts = max(4, -(-2 * args.batch_size // config.capture.states_per_prompt))
         states = States(capture_states(args, pipeline, config, num_prompts, Path(scratch)), "train")
-        arguments = states.sample(args.batch_size, step_generator(config.seed, 0, 31))
+        arguments = states.alike(args.batch_size)
     substitutes = choose_substitutes(pipeline, adapter, config, None)
     text = measure(pipeline.transformer, adapter, arguments, substitutes, config.distill.loss, args)
     return publish(args, argv, "naive_loop.py", text, str(pipeline.device))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ppcl import trees
 from ppcl.capture import velocity
 from ppcl.eval.intervals import Array, Interval, interval
 from ppcl.teacher import autocast
 from ppcl.trees import batch_size, to_device
 
 BINS = 5
-TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ class StateErrors:
         )
 
 
-def _timesteps(arguments: Mapping[str, Any], count: int) -> Array:
-    for name in TIMESTEP_NAMES:
-        value = arguments.get(name)
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().double()
-            rows = flat.reshape(count, -1).amax(1) if flat.numel() % count == 0 and flat.ndim else flat.expand(count)
-            return np.asarray(rows.numpy(), dtype=np.float64)
-    return np.full(count, np.nan)
-
-
 @torch.no_grad()
 def state_errors(
     teacher: nn.Module, student: nn.Module, batches: Iterable[dict[str, Any]], precision: str = "fp32"
@@ -72,7 +62,7 @@ def state_errors(
         count = batch_size(arguments)
         differences.append((found - target).square().reshape(count, -1).sum(1).cpu().numpy())
         totals.append(target.square().reshape(count, -1).sum(1).cpu().numpy())
-        timesteps.append(_timesteps(arguments, count))
+        timesteps.append(np.asarray(trees.timesteps(arguments)))
     return StateErrors(*(np.concatenate(parts) for parts in (timesteps, differences, totals)))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl.capture import choose_calls, record_calls
+from ppcl.capture import record_calls
 from ppcl.config import RunConfig
 from ppcl.contestants import (
     Contestant,
@@ -59,9 +59,11 @@ from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.evaluation import extractor_with_note, references_for
 from ppcl.files import digest, lock_folder, remove_leftovers, write_json, write_text
+from ppcl.spread import choose_rows
 from ppcl.teacher import resolve_device
 from ppcl.training.loop import step_generator
 from ppcl.training.tracking import Tracker
+from ppcl.trees import batch_size
 
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
 
@@ -227,9 +229,10 @@ class Judge:
         steps = {"num_inference_steps": self.settings.num_inference_steps}
         settings = self.config.capture.model_copy(update=steps)
         calls = record_calls(first.pipeline, prompts, self.config.seed + 31, settings)
-        count = max(1, self.settings.velocity_states // len(prompts))
-        picked = choose_calls(len(calls), count, step_generator(self.config.seed, 0, 32))
-        return [calls[index].arguments for index in picked]
+        size = min(batch_size(call.arguments) for call in calls)
+        count = max(1, self.settings.velocity_states // size)
+        rows = choose_rows(len(calls), count, size, step_generator(self.config.seed, 0, 32))
+        return [calls[index].take(own).arguments for index, own in rows.items()]
 
     def costs(self, first: Side, second: Side) -> Costs:
         """Time two models alternately."""

@@ -23,7 +23,6 @@ from ppcl.capture import (
     Call,
     call_pipeline,
     capture,
-    choose_rows,
     guidance_arguments,
     prompt_length,
     recording,
@@ -36,6 +35,7 @@ from ppcl.data import BadSample, Sample, Skipped, bucket_sizes, choose_samples, 
 from ppcl.errors import ModelError, UserError
 from ppcl.files import digest, read_json, write_json
 from ppcl.progress import Progress
+from ppcl.spread import choose_rows
 from ppcl.teacher import seeds
 from ppcl.training.loop import step_generator
 
@@ -256,6 +256,7 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
     steps = choose_rows(settings.num_inference_steps, settings.states_per_prompt, len(ready), generator)
     noise = list(seeds(seed * 7919 + job.number, len(ready)))  # one a picture, which goes on from state to state
     calls: list[Call] = []
+    numbers: list[int] = []  # of the branch of each
     for place, (step, rows) in enumerate(steps.items()):
         prompts, pictures = [ready[i][0].caption for i in rows], [ready[i][1] for i in rows]
         found = record_noised(sibling, prompts, pictures, step, [noise[i] for i in rows], settings)
@@ -264,5 +265,6 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
             if own := [at + i for i in range((number + place) % len(branches), len(rows), len(branches))]:
                 # the call is of the step's pictures alone, and what is recorded are numbers of the file's captions
                 calls.append(replace(call.take(own), whole_rows=tuple(rows[i - at] for i in own)))
+                numbers.append(number)
     about = {"prompts": [sample.caption for sample, _ in ready], "pictures": [sample.entry.name for sample, _ in ready]}
-    write_calls(job.path, calls, **about, of=settings.num_inference_steps)
+    write_calls(job.path, calls, **about, of=settings.num_inference_steps, branches=numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ppcl.errors import ModelError
 
 Tree = Any
+TIMESTEPS = ("timestep", "timesteps", "t")
 MOST_AXES = 4  # of a position: picture, time, row and column
 
 
@@ -61,6 +63,41 @@ def batch_size(arguments: dict[str, Tree]) -> int:
         if isinstance(value, list):
             return len(value)
     raise ModelError("the transformer was called without any tensor")
+
+
+def timesteps(arguments: dict[str, Tree]) -> list[float]:
+    """The timestep of each sample as the transformer is told (0-1 or 0-1000, by family); NaN where it is told none."""
+    count = batch_size(arguments)
+    for name in TIMESTEPS:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().double()
+            whole = flat.ndim and flat.numel() % count == 0
+            return [float(t) for t in (flat.reshape(count, -1).amax(1) if whole else flat.expand(count))]
+    return [math.nan] * count
+
+
+def valid_tokens(arguments: dict[str, Tree]) -> dict[str, list[int]]:
+    """Valid tokens of each sample, by the argument that marks them.
+
+    A pipeline that has nothing to mask leaves ``x_mask`` out (None): then all tokens of ``x`` are valid.
+    """
+    found = {}
+    for name, mask in arguments.items():
+        if "mask" in name and isinstance(mask, Tensor) and mask.ndim == 2:
+            found[name] = [int(count) for count in mask.bool().sum(1)]
+        elif name.endswith("_mask") and mask is None:
+            masked = arguments.get(name.removesuffix("_mask"))
+            if isinstance(masked, Tensor) and masked.ndim > 1:
+                found[name] = [masked.shape[1]] * len(masked)
+    return found
+
+
+def numbers(arguments: dict[str, Tree]) -> int:
+    """Numbers in all tensors of a call: how much room it takes."""
+    tensors: dict[str, Tensor] = {}
+    flatten(arguments, "", tensors)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def per_sample(arguments: dict[str, Tree]) -> frozenset[str]:

@@ -23,7 +23,7 @@ from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
 from ppcl.candidates.options import WidthResult, width_options
 from ppcl.candidates.sensitivity import Job, output_errors
-from ppcl.capture import States
+from ppcl.capture import Call, States
 from ppcl.config import FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import digest, write_tensors
@@ -110,16 +110,29 @@ def spread_out(runs: Sequence[RunKey], errors: Mapping[RunKey, float]) -> list[R
 
 @torch.no_grad()
 def best_starts(
-    transformer: nn.Module, adapter: Adapter, arguments: dict[str, Any], runs: Sequence[RunKey], starts: Sequence[str]
+    transformer: nn.Module,
+    adapter: Adapter,
+    sample: Sequence[tuple[Call, Share]],
+    runs: Sequence[RunKey],
+    starts: Sequence[str],
 ) -> dict[RunKey, str]:
-    """The start of least state error on held-out states, for each run."""
-    best: dict[RunKey, tuple[float, str]] = {}
+    """The start of least state error for each run; of equals the first.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        sample: Held-out states, all batches of them, as :meth:`ppcl.states.States.weighed` yields them.
+        runs: Whose starts.
+        starts: What there is to choose from.
+    """
+    losses: dict[str, dict[RunKey, float]] = {}
     for start in starts:
         blocks = {run: start_block(_blocks(transformer, adapter, run), run[1], run[2], start) for run in runs}
-        for run, loss in local_backward(transformer, adapter, arguments, blocks, backward=False).items():
-            if run not in best or loss < best[run][0]:
-                best[run] = (loss, start)
-    return {run: start for run, (_, start) in best.items()}
+        losses[start] = add_up(
+            local_backward(transformer, adapter, call.arguments, blocks, backward=False, share=share)
+            for call, share in sample
+        )
+    return {run: min(starts, key=lambda start: losses[start][run]) for run in runs}
 
 
 def _jobs(runs: Sequence[RunKey], replacement: Callable[[RunKey], nn.Module]) -> dict[RunKey, Job]:
@@ -165,7 +178,8 @@ def fit(
     began = time.perf_counter()
     device = next(transformer.parameters()).device
     held_out, train = States(calibration, "held-out"), States(calibration, "train")
-    batches = list(held_out.batches(settings.eval_states, settings.eval_states))
+    sample = list(held_out.weighed(held_out.spread(settings.eval_states), settings.eval_states))
+    batches = [call.arguments for call, _ in sample]
     runs = all_runs(analysis, settings.max_run)
 
     def linear(run: RunKey) -> nn.Module:
@@ -181,7 +195,7 @@ def fit(
     probe_errors = errors(_jobs(runs, linear), "fit: sensitivity")
     always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
     chosen = shortlist(probe_errors, always, settings.max_candidates)
-    starts = group.on_main(lambda: best_starts(transformer, adapter, batches[0], chosen, settings.starts))
+    starts = group.on_main(lambda: best_starts(transformer, adapter, sample, chosen, settings.starts))
     substitutes = {
         run: start_block(_blocks(transformer, adapter, run), run[1], run[2], starts[run]).to(torch.float32)
         for run in chosen
@@ -190,7 +204,8 @@ def fit(
     fitted = errors(_jobs(chosen, substitutes.__getitem__), "fit: costs")
 
     def measure_width() -> WidthResult:
-        width = width_options(transformer, adapter, analysis, probes, batches, settings, train, seed, precision)
+        given = (analysis, probes, batches, settings, train, seed, precision, next(held_out.batches(1)))
+        width = width_options(transformer, adapter, *given)
         write_tensors(out / "width.safetensors", width.tensors)
         return replace(width, tensors={})
 

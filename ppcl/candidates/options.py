@@ -73,6 +73,7 @@ def width_options(
     train: States | None = None,
     seed: int = 0,
     precision: str = "auto",
+    example: dict[str, Any] | None = None,
 ) -> WidthResult:
     """Find and score all width options.
 
@@ -86,11 +87,13 @@ def width_options(
         train: Training states, behind fewer neurons and heads and the text stream; without them there are none.
         seed: For the criterion.
         precision: Autocast of the passes that measure errors.
+        example: What FLOPs are counted on, of the shape that the teacher's were counted on; the first batch if None.
     """
     if not settings.width:
         return WidthResult()
     first = {(spec.name, 0) for spec in adapter.stacks}
-    calls, _ = record_boundaries(transformer, adapter, batches[0], first)
+    example = example or batches[0]
+    calls, _ = record_boundaries(transformer, adapter, example, first)
     proposals = list(_closed_forms(transformer, adapter, analysis, settings))
     made: dict[str, Tensor] = {}
     scored: tuple[str, float | None] = ("", None)
@@ -111,7 +114,7 @@ def width_options(
             proposals += [Proposal(specs[name], index, "text", p) for (name, index), p in streams.items()]
     device = next(transformer.parameters()).device
     single = to_device(next(train.batches(1)), device) if train is not None else None
-    meter = _Meter(transformer, adapter, calls, batch_size(batches[0]), single, analysis.model.flops)
+    meter = _Meter(transformer, adapter, calls, batch_size(example), single, analysis.model.flops)
     options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter, precision)
     return WidthResult(options, made, *scored)
 

@@ -28,19 +28,17 @@ def draw_states(train: States, draws: int, size: int, states: int, seed: int) ->
 
     Args:
         train: The states to draw from.
-        draws: How many sets; the first is spread evenly over the states, the others are drawn at random.
-        size: States of a batch.
-        states: About so many states of each set.
+        draws: How many sets; the first is spread over the states, the others are drawn at random.
+        size: Most states of a batch.
+        states: Of each set (all there are, if fewer).
         seed: Fixes them.
     """
     sets: list[Batches] = [list(train.batches(size, states))]
     count = sum(batch_size(batch) for batch in sets[0])
     for draw in range(1, draws):
         generator = step_generator(seed, draw, 79)
-        made: list[dict[str, Any]] = []
-        while sum(batch_size(batch) for batch in made) < count:
-            made.append(train.sample(size, generator))
-        sets.append(made)
+        rows = [row for at in range(0, count, size) for row in train.draw(min(size, count - at), generator)]
+        sets.append([call.arguments for call, _ in train.weighed(rows, size)])
     return sets
 
 

@@ -64,6 +64,14 @@ class FreshStates(States):
         finally:
             self.calls.pop()
 
+    def largest(self, size: int, parts: int = 1) -> dict[str, Any]:
+        """See :meth:`States.largest`; a batch of pictures is of one shape."""
+        return self._roomiest([-(-size // parts)] * len(self.groups))
+
+    def pieces(self, size: int, parts: int = 1) -> int:
+        """One: a batch of pictures is of one shape."""
+        return 1
+
     def record(self, size: int, generator: torch.Generator, group: Group = SINGLE) -> Call | None:
         """Noise a batch of pictures of one size to one step; everything comes from the generator.
 

@@ -93,12 +93,15 @@ def say_memory(run: Run, transformer: nn.Module, plan: CompressionPlan, states: 
         TrainingError: It would not fit into memory.
     """
     settings, device = run.config.distill, run.device
-    size = -(-settings.batch_size // (settings.accumulate * run.group.size))
     lower = run.config.precision == "bf16" or (run.config.precision == "auto" and device.type == "cuda")
-    arguments = states.largest(size)
+    parts = settings.accumulate * run.group.size
+    arguments = states.largest(settings.batch_size, parts)
+    # a part of several pieces is accumulated, too: gradients of the pieces before stay
+    pieces = settings.accumulate * states.pieces(settings.batch_size, parts)
+    as_run = settings.model_copy(update={"accumulate": pieces})
     try:
         found = estimate_distill(
-            *(transformer, adapter_for(transformer), plan, arguments, settings),
+            *(transformer, adapter_for(transformer), plan, arguments, as_run),
             precision="bf16" if lower else "fp32",
             processes=run.group.size,
         )

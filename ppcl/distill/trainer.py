@@ -249,11 +249,11 @@ class Distiller:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
-        parts = self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate)
+        parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))
         blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
         with self.compiler.on(blocks):
             for call, share in parts:
-                self.last_part = len(rows) + 1 == self.settings.accumulate
+                self.last_part = len(rows) + 1 == len(parts)
                 with autocast(self.device, self.precision):
                     rows.append(backward(call, share))
         return add_up(rows)

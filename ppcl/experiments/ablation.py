@@ -23,6 +23,7 @@ from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, to_
 from ppcl.capture import States
 from ppcl.config import DistillConfig, PlanConfig
 from ppcl.config.memory import changed, for_tables
+from ppcl.distill.local import masks_of
 from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.experiments.compare import Judge, run_row
@@ -34,6 +35,7 @@ from ppcl.stages import Run
 from ppcl.summary import describe_plan
 from ppcl.tables import markdown_table, number, provenance, spread
 from ppcl.trace import BlockCall, run_traced
+from ppcl.trees import batch_size
 
 CKA_STATES = 32
 CKA_TOKENS = 1024
@@ -43,44 +45,66 @@ NEEDED = ("text", "ffn", "modulation")
 
 @torch.no_grad()
 def state_cka(
-    transformer: torch.nn.Module, adapter: Adapter, arguments: Mapping[str, Any], tokens: int = CKA_TOKENS
+    transformer: torch.nn.Module, adapter: Adapter, batches: Sequence[dict[str, Any]], tokens: int = CKA_TOKENS
 ) -> dict[str, list[list[float]]]:
     """CKA between what enters block u and what leaves block k, for every stack and u <= k; no probes.
 
     Args:
         transformer: The teacher.
         adapter: Its family.
-        arguments: A batch of states.
-        tokens: At most so many of each stream, evenly spread.
+        batches: Of states.
+        tokens: About so many of each stream, as many of each state; padding is left out.
 
     Returns:
         By stack an M x M table (0 for k < u), streams averaged by their number of tokens.
     """
-    states: dict[str, dict[str, list[Tensor]]] = {spec.name: {} for spec in adapter.stacks}
+    states: dict[str, dict[str, dict[int, list[Tensor]]]] = {spec.name: {} for spec in adapter.stacks}
     sizes: dict[str, dict[str, int]] = {spec.name: {} for spec in adapter.stacks}
-
-    def rows(state: Tensor) -> Tensor:
-        flat = state.flatten(0, 1)
-        return flat[:: max(1, len(flat) // tokens)].float().cpu()
+    quota = max(1, tokens // sum(map(batch_size, batches)))
 
     def visit(call: BlockCall) -> None:
-        kept = states[call.stack.name]
+        name = call.stack.name
+        masks = masks_of(call.stack, call.arguments, call.outputs)
         for stream, state in call.outputs.items():
-            if stream not in kept:
-                kept[stream] = [rows(call.inputs[stream])]
-                sizes[call.stack.name][stream] = state.shape[1]
-            kept[stream].append(rows(state))
+            valid = masks[stream].bool() if stream in masks else torch.ones(state.shape[:2], dtype=torch.bool)
+            chosen = _evenly(valid.cpu(), quota)
+            levels = states[name].setdefault(stream, {})
+            if call.index == 0:
+                sizes[name][stream] = sizes[name].get(stream, 0) + int(valid.sum())
+                levels.setdefault(0, []).append(_picked(call.inputs[stream], chosen))
+            levels.setdefault(call.index + 1, []).append(_picked(state, chosen))
 
-    run_traced(transformer, adapter, dict(arguments), visit)
+    for arguments in batches:
+        run_traced(transformer, adapter, arguments, visit)
     tables = {}
     for name, streams in states.items():
         total = sum(sizes[name].values())
-        count = len(next(iter(streams.values()))) - 1
+        whole = {stream: [torch.cat(parts) for parts in levels.values()] for stream, levels in streams.items()}
+        count = len(next(iter(whole.values()))) - 1
         table = [[0.0] * count for _ in range(count)]
         for u, k in itertools.combinations_with_replacement(range(count), 2):
-            table[u][k] = sum(sizes[name][s] / total * linear_cka(h[u], h[k + 1]) for s, h in streams.items())
+            table[u][k] = sum(sizes[name][s] / total * linear_cka(h[u], h[k + 1]) for s, h in whole.items())
         tables[name] = table
     return tables
+
+
+def _picked(states: Tensor, numbers: Tensor) -> Tensor:
+    return states.flatten(0, 1)[numbers.to(states.device)].float().cpu()
+
+
+def _evenly(valid: Tensor, quota: int) -> Tensor:
+    """Numbers, in all of a batch, of ``quota`` valid tokens of each state, the first one later in each state.
+
+    Args:
+        valid: (B, tokens) bool.
+        quota: All valid ones, where there are fewer.
+    """
+    picked = []
+    for row, own in enumerate(valid):
+        places = own.nonzero()[:, 0]
+        step = max(1, len(places) // quota)
+        picked.append(places[row % step :: step][:quota] + row * valid.shape[1])
+    return torch.cat(picked)
 
 
 def threshold_ladder(
@@ -147,8 +171,8 @@ def ablation_rows(run: Run) -> list[Row]:
     depth_keep = 1 - DEPTH_SHARE * (1 - keep)
     rungs = [plan_from_runs(model, runs, "paper", candidates) for runs in paper]
     depth = min(rungs, key=lambda rung: abs(rung.predicted.param_ratio - depth_keep))
-    states = next(States(run.out / "calibration", "held-out").batches(CKA_STATES, CKA_STATES))
-    tables = state_cka(run.teacher.transformer, run.adapter, states)
+    states = States(run.out / "calibration", "held-out").batches(CKA_STATES, CKA_STATES)
+    tables = state_cka(run.teacher.transformer, run.adapter, list(states))
     alike = nearest_rung(threshold_ladder(model, tables, settings), removed_blocks(run_keys(depth)))
     threshold = with_starts(run, plan_from_runs(model, alike, "threshold", candidates))
     depth = with_starts(run, depth)

@@ -112,8 +112,8 @@ def with_starts(run: Run, chosen: CompressionPlan) -> CompressionPlan:
     if not keys:
         return chosen
     states = States(run.out / "calibration", "held-out")
-    batch = next(states.batches(settings.eval_states, settings.eval_states))
-    starts = best_starts(run.teacher.transformer, run.adapter, batch, keys, settings.starts)
+    sample = list(states.weighed(states.spread(settings.eval_states), settings.eval_states))
+    starts = best_starts(run.teacher.transformer, run.adapter, sample, keys, settings.starts)
 
     def changed(stack: str, segment: Segment) -> Segment:
         start = starts.get((stack, segment.first, segment.last))

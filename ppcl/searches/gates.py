@@ -23,6 +23,7 @@ from ppcl.searches.base import Context
 from ppcl.searches.teacher import Teacher
 from ppcl.student import StandIn, with_blocks
 from ppcl.teacher import autocast
+from ppcl.training.distributed import WHOLE, Share
 from ppcl.training.loop import step_generator
 from ppcl.trees import to_device
 
@@ -92,33 +93,35 @@ class GatedStudent:
                 )
         call = next(self.teacher.train.answered(1))
         with torch.no_grad():
-            error = float(self.loss(call, torch.ones(len(self.gated))))
+            error = float(self.loss([(call, WHOLE)], torch.ones(len(self.gated))))
         if not error < 1e-2:
             raise ModelError(
                 f"{name} with open gates gives another velocity than without (error {error**0.5:.2g}); its blocks "
                 "cannot be gated: choose another plan.mode, e.g. optimal"
             )
 
-    def loss(self, call: Call, gates: Tensor) -> Tensor:
+    def loss(self, batch: Sequence[tuple[Call, Share]], gates: Tensor) -> Tensor:
         """Squared relative velocity error, averaged over a batch of states.
 
         Args:
-            call: The batch, with the teacher's answers.
+            batch: Its pieces, with the teacher's answers.
             gates: (number of gated blocks,).
         """
         device = self.teacher.device
         for block, gate in zip(self.gated, gates.to(device), strict=True):
             block.gate = gate
-        moved = to_device(call.arguments, device)
+        losses = []
         with checkpointed(self.student), autocast(device, self.teacher.precision):
-            return velocity_loss(velocity(self.student, moved), call.velocity.to(device))
+            for call, share in batch:
+                found = velocity(self.student, to_device(call.arguments, device))
+                losses.append(share.samples * velocity_loss(found, call.velocity.to(device)))
+        return torch.stack(losses).sum()
 
 
-def draw(states: States, context: Context, step: int, stream: int) -> Call:
-    """The batch of a step, a function of (seed, step, stream) alone."""
+def draw(states: States, context: Context, step: int, stream: int) -> list[tuple[Call, Share]]:
+    """The batch of a step, in pieces; a function of (seed, step, stream) alone."""
     generator = step_generator(context.seed, step, stream)
-    call, _ = next(states.parts(context.settings.search_batch, generator))
-    return call
+    return list(states.parts(context.settings.search_batch, generator))
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -94,8 +94,8 @@ class Rarts:
                 one, other = draw(train_half, context, step, 74), draw(validation_half, context, step, 75)
                 gauss_seidel(
                     *(w, y, a),
-                    lambda call=one: first.loss(call, logits.sigmoid()),  # type: ignore[misc]
-                    lambda call=other: second.loss(call, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=one: first.loss(batch, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=other: second.loss(batch, logits.sigmoid()),  # type: ignore[misc]
                     lambda: (1 + LAMBDA) * HINGE * excess(context, blocks, logits.sigmoid()),
                     LAMBDA,
                     BETA,

@@ -205,9 +205,9 @@ def connect(cpu: bool, asked: int | None = None) -> Group:
     return group
 
 
-def add_up(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def add_up(rows: Iterable[Mapping[K, float]]) -> dict[K, float]:
     """Sum rows of equal names, e.g. the weighed losses of the parts of a batch."""
-    total: dict[str, float] = {}
+    total: dict[K, float] = {}
     for row in rows:
         for key, value in row.items():
             total[key] = total[key] + value if key in total else value

@@ -22,7 +22,7 @@ SETTINGS = [f"fit.width=[{','.join(NEEDED)}]", "fit.max_candidates=12", "plan.ke
 def test_plain_cka_compares_what_enters_with_what_leaves():
     teacher, call = tiny_qwen(4), qwen_call(6)
     adapter = adapter_for(teacher)
-    table = state_cka(teacher, adapter, call)[DUAL]
+    table = state_cka(teacher, adapter, [call])[DUAL]
     calls, _ = record_boundaries(teacher, adapter, call)
     first, last = calls[DUAL, 1].inputs, calls[DUAL, 2].outputs
     by_hand = {s: linear_cka(first[s].flatten(0, 1), last[s].flatten(0, 1)) for s in first}
@@ -77,5 +77,5 @@ def test_width_must_have_been_measured(tiny_model, prompts_file, small_config, t
 
 def test_states_may_be_few():
     torch.manual_seed(0)
-    table = state_cka(tiny_qwen(2), adapter_for(tiny_qwen(2)), qwen_call(2), tokens=4)
+    table = state_cka(tiny_qwen(2), adapter_for(tiny_qwen(2)), [qwen_call(2)], tokens=4)
     assert all(0 <= abs(v) <= 1.5 for row in table[DUAL] for v in row)

@@ -17,8 +17,6 @@ from ppcl.capture import (
     Call,
     States,
     capture,
-    choose_calls,
-    choose_rows,
     guidance_arguments,
     record_calls,
     split_prompts,
@@ -29,6 +27,7 @@ from ppcl.capture import (
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, UserError
 from ppcl.files import read_tensors, write_tensors
+from ppcl.spread import choose_rows
 
 SETTINGS = CaptureConfig(**CAPTURE)
 LONG = "a very old blue house by the sea"
@@ -80,21 +79,6 @@ def test_noise_of_a_prompt_does_not_depend_on_the_batch() -> None:
     alone, together = (record_calls(shared_pipeline(), PROMPTS[:n], 5, SETTINGS)[0].arguments for n in (1, 3))
     assert torch.equal(alone["hidden_states"][0], together["hidden_states"][0])
     assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
-
-
-@pytest.mark.parametrize(("total", "count"), [(40, 8), (10, 3), (7, 7), (3, 8)])
-def test_chosen_calls_are_stratified(total: int, count: int) -> None:
-    for seed in range(30):
-        chosen = choose_calls(total, count, torch.Generator().manual_seed(seed))
-        assert chosen == choose_calls(total, count, torch.Generator().manual_seed(seed))
-        assert len(chosen) == len(set(chosen)) == min(total, count)
-        for index, call in enumerate(chosen):
-            assert index * total // len(chosen) <= call < (index + 1) * total / len(chosen)
-
-
-def test_every_call_can_be_chosen() -> None:
-    chosen = {c for seed in range(60) for c in choose_calls(10, 3, torch.Generator().manual_seed(seed))}
-    assert chosen == set(range(10))
 
 
 @pytest.mark.parametrize(
@@ -228,23 +212,21 @@ def test_batches_yield_every_state_once(calibration: Path, size: int) -> None:
 def test_a_limit_is_kept(calibration: Path, limit: int) -> None:
     states = States(calibration, "train")
     count = sum(trees.batch_size(batch) for batch in states.batches(3, limit))
-    assert 1 <= count <= min(limit, len(states))
-    assert count >= min(limit, len(states)) // 2
+    assert count == min(limit, len(states))
 
 
-def test_samples_depend_on_the_generator_alone(calibration: Path) -> None:
+def test_draws_depend_on_the_generator_alone(calibration: Path) -> None:
     states = States(calibration, "train")
 
-    def draw(seed: int) -> list[tuple[float, float]]:
-        return fingerprints(states.sample(5, torch.Generator().manual_seed(seed)))
+    def draw(seed: int) -> list[tuple[int, int]]:
+        return states.draw(5, torch.Generator().manual_seed(seed))
 
     expected = draw(0)
     draw(1)
     torch.manual_seed(99)
     assert draw(0) == expected
     assert len({tuple(draw(seed)) for seed in range(8)}) > 4
-    everything = {f for call in states.calls for f in fingerprints(call.arguments)}
-    assert {f for seed in range(40) for f in draw(seed)} == everything
+    assert {row for seed in range(40) for row in draw(seed)} == set(states.marks)
 
 
 def test_batches_from_several_calls_replay_like_their_samples(calibration: Path) -> None:

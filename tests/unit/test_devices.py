@@ -54,7 +54,7 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(distill_run, "estimate_distill", lambda *_, **__: {})
     monkeypatch.setattr(distill_run, "free_bytes", lambda _: 1200)
     monkeypatch.setattr(distill_run, "check_memory", lambda _, __, free: found.append(free))
-    states: Any = SimpleNamespace(largest=lambda _: {})
+    states: Any = SimpleNamespace(largest=lambda *_: {}, pieces=lambda *_: 1)
     for local in ("3", "6"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         run: Any = SimpleNamespace(config=load_config([], []), device=torch.device("cpu"), group=Group(1, 6, 1))

@@ -13,6 +13,7 @@ from tiny_models import (
     SINGLE,
     describe_alone,
     noise,
+    padded_batch,
     qwen_call,
     random_substitutes,
     tiny_flux,
@@ -26,7 +27,7 @@ from ppcl.analysis.analyze import analyze
 from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
 from ppcl.candidates.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
 from ppcl.candidates.sensitivity import output_errors
-from ppcl.capture import velocity
+from ppcl.capture import States, velocity
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
@@ -110,19 +111,30 @@ def test_an_exact_replacement_costs_nothing() -> None:
     assert found["same"] < 1e-6
 
 
-def test_best_start_is_the_one_of_least_loss() -> None:
-    transformer = tiny_qwen(5)
+def test_best_start_is_the_one_of_least_loss_over_all_batches(tmp_path: Path) -> None:
+    """Texts of two lengths: what is best for the first batch alone is not what is best for all."""
+    transformer = tiny_qwen(6)
     adapter = adapter_for(transformer)
-    runs = [(DUAL, 0, 2), (DUAL, 1, 4), (DUAL, 3, 4)]
-    call = qwen_call(padded=True)
-    best = best_starts(transformer, adapter, call, runs, STARTS)
-    for run in runs:
-        losses = {}
-        for start in STARTS:
-            block = start_block(transformer.transformer_blocks, run[1], run[2], start)
-            losses[start] = local_backward(transformer, adapter, call, {run: block}, backward=False)[run]
-        assert losses[best[run]] == min(losses.values())
-    assert best_starts(transformer, adapter, call, runs, ["last"]) == dict.fromkeys(runs, "last")
+    runs = [(DUAL, first, last) for first in range(5) for last in range(first + 1, 6)]
+    calls = [qwen_call(3, padded=True), qwen_call(9, text=7, seed=40, padded=True)]
+    write_states(tmp_path, "held-out", calls)
+    states = States(tmp_path, "held-out")
+    sample = list(states.weighed(states.spread(12), 12))
+    assert [len(call.velocity) for call, _ in sample] == [3, 9]
+    losses: dict[Any, list[dict[str, float]]] = {run: [] for run in runs}
+    for call in [padded_batch(calls), *(call.arguments for call, _ in sample)]:
+        for run in runs:
+            blocks = {
+                start: {run: start_block(transformer.transformer_blocks, run[1], run[2], start)} for start in STARTS
+            }
+            found = {
+                start: local_backward(transformer, adapter, call, b, backward=False) for start, b in blocks.items()
+            }
+            losses[run].append({start: loss[run] for start, loss in found.items()})
+    best = best_starts(transformer, adapter, sample, runs, STARTS)
+    assert best == {run: min(together, key=together.__getitem__) for run, (together, *_) in losses.items()}
+    assert best != {run: min(first, key=first.__getitem__) for run, (_, first, _) in losses.items()}
+    assert best_starts(transformer, adapter, sample, runs, ["last"]) == dict.fromkeys(runs, "last")
 
 
 SETTINGS = FitConfig(max_run=3, max_candidates=3, steps=8, batch_size=4, eval_states=8, learning_rate=3e-3, width=())

@@ -132,9 +132,9 @@ def test_every_state_keeps_its_caption(data: Path, tmp_path: Path) -> None:
     for split in ("train", "held-out"):
         states = States(tmp_path, split)
         texts: dict[str, set[bytes]] = {}
-        for (call, row), prompt in states.prompts.items():
+        for (call, row), mark in states.marks.items():
             text = states.calls[call].arguments["encoder_hidden_states"][row, -1]
-            texts.setdefault(prompt, set()).add(text.numpy().tobytes())
+            texts.setdefault(mark.prompt, set()).add(text.numpy().tobytes())
         assert len(texts) == 2
         one, other = texts.values()
         assert not one & other

@@ -163,12 +163,12 @@ def test_open_gates_are_the_teacher_and_halves_share_no_prompt(tmp_path: Path) -
     context = tiny_context(tiny_qwen(5), qwen_call, tmp_path)
     teacher = context.teacher
     student = GatedStudent(teacher, context.removable(), 0)
-    call = next(teacher.train.answered(3))
-    assert float(student.loss(call, torch.ones(2)).detach()) < 1e-10
-    assert float(student.loss(call, torch.zeros(2)).detach()) > 1e-4
+    batch = list(teacher.train.weighed(teacher.train.spread(), 3))
+    assert float(student.loss(batch, torch.ones(2)).detach()) < 1e-10
+    assert float(student.loss(batch, torch.zeros(2)).detach()) > 1e-4
     one, other = teacher.train.halves()
     assert len(one) + len(other) == len(teacher.train)
-    prompts = [{teacher.train.prompts[row] for group in half.groups for row in group} for half in (one, other)]
+    prompts = [{teacher.train.marks[row].prompt for group in half.groups for row in group} for half in (one, other)]
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
 
 

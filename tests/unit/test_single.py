@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_distributed import assert_close
-from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, tiny_flux, write_states
+from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, tiny_flux, write_states
 from train_worker import new_distiller, weights, write_all_states
 
 from ppcl.adapters import adapter_for
@@ -69,11 +69,13 @@ def test_gradients_are_released_wherever_nothing_needs_them_together(changes: di
 
 
 def test_by_default_the_gradients_of_one_substitute_are_there_at_a_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a batch of one shape; one of several pieces is accumulated."""
+    write_states(tmp_path / "states", "train", [qwen_call(batch=7, padded=True)])
     seen: dict[Any, list[int]] = {"auto": [], False: []}
     for setting, counts in seen.items():
-        distiller = new_distiller(folder, "local", ALONE, release_gradients=setting, local_steps=1)
+        distiller = new_distiller(tmp_path, "local", ALONE, release_gradients=setting, local_steps=1)
         blocks = distiller.substitutes.values()
         real = local_module.run_loss
 
@@ -84,7 +86,7 @@ def test_by_default_the_gradients_of_one_substitute_are_there_at_a_time(
         with monkeypatch.context() as patch:
             patch.setattr(local_module, "run_loss", count)
             distiller.run()
-        shutil.rmtree(folder / "local" / "checkpoints")
+        shutil.rmtree(tmp_path / "local" / "checkpoints")
     assert seen == {"auto": [0, 0], False: [0, 1]}
 
 

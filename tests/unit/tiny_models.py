@@ -89,6 +89,25 @@ def qwen_call(batch: int = 3, text: int = 5, seed: int = 0, padded: bool = False
     }
 
 
+def padded_batch(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """Qwen-Image calls of different text lengths as one, padded with noise that the mask hides."""
+    length = max(call["encoder_hidden_states"].shape[1] for call in calls)
+    texts, masks = [], []
+    for call in calls:
+        text, mask = call["encoder_hidden_states"], call["encoder_hidden_states_mask"]
+        mask = torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
+        missing = length - text.shape[1]
+        texts.append(torch.cat([text, noise(len(text), missing, text.shape[2], seed=99)], 1))
+        masks.append(torch.cat([mask, torch.zeros(len(text), missing, dtype=torch.bool)], 1))
+    return {
+        "hidden_states": torch.cat([call["hidden_states"] for call in calls]),
+        "encoder_hidden_states": torch.cat(texts),
+        "encoder_hidden_states_mask": torch.cat(masks),
+        "timestep": torch.cat([call["timestep"] for call in calls]),
+        "img_shapes": [shape for call in calls for shape in call["img_shapes"]],
+    }
+
+
 def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
     """Arguments of a FLUX transformer: 6 image tokens."""
     ids = torch.stack([torch.zeros(6), torch.arange(6.0) // 3, torch.arange(6.0) % 3], 1)
