@@ -256,7 +256,7 @@ def _train(
     loop_settings = LoopSettings(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        warmup_steps=min(5, settings.steps),
+        warmup_steps=5,
         clip_each=True,  # one candidate's large gradient must not shrink the others' steps
         ema_decay=0.0,
         checkpoint_every=max(10, settings.steps // 4),

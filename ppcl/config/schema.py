@@ -132,7 +132,7 @@ class DistillConfig(MemorySettings, Section):
     batch_size: int = Field(24, ge=1)
     local_learning_rate: float = Field(1e-3, gt=0)
     output_learning_rate: float = Field(3e-4, gt=0)
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(20, ge=0, description="of each stage, a tenth of its steps at most")
     weight_decay: float = Field(0.02, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.98, ge=0, lt=1, description="0 turns the moving average off")

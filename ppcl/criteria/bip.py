@@ -8,8 +8,10 @@ weights z theta:
     dl/dm = theta g - (1/gamma) m g^2, summed here over the weights of a unit.
 
 The published code squares the mask's gradient in the second part and lets scores and weights share memory; this is the
-paper's formula, on copies. Differences from the paper: masks are of units, not of single weights; 1/gamma is the lower
-level's own step size, of which it is the derivative, instead of 1e-4, which belongs to another loss's scale.
+paper's formula, on copies. Scores are trained by SGD with momentum, as there; its rate is not 0.1, which belongs to
+another loss's scale, but follows from how far scores may go (:class:`ppcl.training.optimizers.ScaledSGD`): a few times
+their spread when they start, which is that of the weights' norms. Other differences from the paper: masks are of units,
+not of single weights; 1/gamma is the lower level's own step size, of which it is the derivative, instead of 1e-4.
 
 Decision: BiP is a criterion and not a search, because its gates are of neurons and heads. What it finds out is which
 of them are worth keeping; how many stay where is the planner's.
@@ -29,11 +31,12 @@ from ppcl.adapters import Adapter
 from ppcl.capture import velocity
 from ppcl.criteria.base import BACKWARD, Site, checkpointed, unit_sums
 from ppcl.criteria.gradients import _Tap
+from ppcl.training.optimizers import ScaledSGD
 from ppcl.trees import to_device
 
 KEEP = 0.5  # share of a module's units that the masks leave in
 EPOCHS = 4
-MASK_RATE = 0.1  # Adam's, of scores with mean 1
+TRAVEL = 5.0  # of a module's scores, in their spread when they start (ScaledSGD)
 WEIGHT_RATE = 1e-3  # a step of the lower level, relative to the norm of the layer's weights
 
 Layer = tuple[int, str]  # number of the site, path in its module
@@ -75,13 +78,14 @@ class Bip:
         """See :class:`ppcl.criteria.base.Criterion`; with one batch alone, both levels see that."""
         if not sites or not batches:
             return [torch.ones(site.units.count, dtype=torch.float64) for site in sites]
-        state = _State(transformer, adapter, sites)
+        steps = EPOCHS * len(batches)
+        state = _State(transformer, adapter, sites, steps)
         device = next(transformer.parameters()).device
         moved = [to_device(arguments, device) for arguments in batches]
         with torch.no_grad():
             targets = [velocity(transformer, arguments) for arguments in moved]
         pairs = list(zip(moved, targets, strict=True))
-        for step in range(EPOCHS * len(pairs)):
+        for step in range(steps):
             state.backward(*pairs[step % len(pairs)], state.lower)
             state.begin_upper()
             state.backward(*pairs[(step + 1) % len(pairs)], state.upper)
@@ -92,7 +96,7 @@ class Bip:
 class _State:
     """Scores, masks and copies of the layers that read units."""
 
-    def __init__(self, transformer: nn.Module, adapter: Adapter, sites: Sequence[Site]) -> None:
+    def __init__(self, transformer: nn.Module, adapter: Adapter, sites: Sequence[Site], steps: int) -> None:
         self.transformer, self.sites = transformer, sites
         self.layers: dict[Layer, nn.Linear] = {
             (number, name): layer
@@ -102,7 +106,8 @@ class _State:
         self.theta = {key: layer.weight.detach().float() for key, layer in self.layers.items()}
         self.rates = dict.fromkeys(self.theta, 0.0)
         self.scores = [self._first_score(number) for number in range(len(sites))]
-        self.optimizer = torch.optim.Adam(self.scores, MASK_RATE)
+        distances = [TRAVEL * float(score.std(correction=0)) for score in self.scores]
+        self.optimizer = ScaledSGD([[score] for score in self.scores], distances, steps)
 
     def _first_score(self, number: int) -> Tensor:
         """Scores start at the size of the weights, with mean 1."""

@@ -216,7 +216,7 @@ class Distiller:
         loop_settings = LoopSettings(
             steps=steps,
             learning_rate=rate,
-            warmup_steps=min(settings.warmup_steps, steps),
+            warmup_steps=settings.warmup_steps,
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
             clip_each=stage == "local",

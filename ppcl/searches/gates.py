@@ -43,14 +43,20 @@ class GatedBlock(StandIn):
     def __init__(self, adapter: Adapter, stack: StackSpec, block: nn.Module) -> None:
         super().__init__(block)
         self.adapter, self.stack, self.block = adapter, stack, block
-        self.gate: Tensor | float = 1.0
+        self.gate = torch.ones(1)  # of all samples, or (samples,)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The states before the block, and the gate's share of what it does to them."""
         before = self.adapter.input_states(self.stack, self.adapter.bind(self.block, args, kwargs))
         after = self.adapter.output_states(self.stack, self.block(*args, **kwargs))
-        gate = self.gate
-        return self.adapter.pack(self.stack, {s: h + gate * (after[s] - h) for s, h in before.items()})
+        samples = len(next(iter(before.values())))
+        if len(self.gate) not in (1, samples):
+            raise ModelError(
+                f"{len(self.gate)} masks for {samples} samples: blocks of {self.stack.name} take states without an "
+                "axis of samples and cannot be gated one by one; choose another plan.mode, e.g. optimal"
+            )
+        gate = self.gate[:, None, None]  # of states (samples, tokens, features)
+        return self.adapter.pack(self.stack, {s: h + gate.to(h) * (after[s] - h) for s, h in before.items()})
 
 
 class GatedStudent:
@@ -104,12 +110,13 @@ class GatedStudent:
         """Squared relative velocity error, averaged over a batch of states.
 
         Args:
-            batch: Its pieces, with the teacher's answers.
-            gates: (number of gated blocks,).
+            batch: Its pieces, with the teacher's answers; one alone where samples have gates of their own, which
+                blocks that are run again for the gradient look up once more.
+            gates: (number of gated blocks,) for all samples, or (samples, number of gated blocks).
         """
         device = self.teacher.device
-        for block, gate in zip(self.gated, gates.to(device), strict=True):
-            block.gate = gate
+        for block, gate in zip(self.gated, gates.to(device).unbind(-1), strict=True):
+            block.gate = gate.reshape(-1)
         losses = []
         with checkpointed(self.student), autocast(device, self.teacher.precision):
             for call, share in batch:

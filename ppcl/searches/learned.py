@@ -1,9 +1,15 @@
 """Learned depth masks (TinyFusion, arXiv 2412.01199): which blocks of each group stay is trained with LoRA.
 
 Blocks lie in groups of four neighbours, and of each group a given number goes. A group has one logit for each way to
-do that. A step draws a way by Gumbel-softmax, straight through: the mask is hard in the forward pass, its gradient that
-of the soft one. Logits and LoRA are trained jointly, so what counts is not the loss after pruning but the loss after
-recovery, as far as LoRA can foretell it. At the end each group's likeliest way is taken.
+do that. Each sample of a batch draws its own way by Gumbel-softmax, straight through: the mask is hard in the forward
+pass, its gradient that of the soft one. Logits and LoRA are trained jointly, so what counts is not the loss after
+pruning but the loss after recovery, as far as LoRA can foretell it. At the end each group's likeliest way is taken.
+
+As in the authors' code: a mask a sample, LoRA of rank 8, AdamW without decay (of the logits, too), logits that move by
+0.1 a step (there a rate of 1e-3 times a scale of 100), temperatures from 4 to 0.1. Different: the loss is on the
+teacher's velocity, not on the data; the temperature falls by a factor and not by a difference, and LoRA's rate is 1e-3
+and not 1e-4, since a search has a hundred steps; the last logits decide, not their moving average; gradients are not
+clipped; groups may be uneven, and how many blocks of each go follows from the budget.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from ppcl.artifacts import CompressionPlan
 from ppcl.planning.planner import Runs, removal_ladder, shares
 from ppcl.progress import Progress
 from ppcl.searches.base import Context
-from ppcl.searches.gates import PASSES, GatedStudent, apply_gradients, draw
+from ppcl.searches.gates import PASSES, GatedStudent, draw
+from ppcl.training.distributed import WHOLE
 from ppcl.training.loop import step_generator
 
 GROUP = 4
@@ -60,12 +67,18 @@ class Learned:
                 generator = step_generator(context.seed, step, 73)
                 share = step / max(1, steps - 1)
                 temperature = TEMPERATURES[0] ** (1 - share) * TEMPERATURES[1] ** share
-                drawn = [
-                    gumbel(logit, temperature, generator) @ mask for logit, mask in zip(logits, masks, strict=True)
-                ]
-                loss = student.loss(draw(context.teacher.train, context, step, 72), torch.cat(drawn))
-                apply_gradients(optimizer, loss, [*logits, *student.parameters])
-                progress.advance(loss=float(loss.detach()))
+                losses = []
+                for call, part in draw(context.teacher.train, context, step, 72):
+                    drawn = [
+                        gumbel(logit, temperature, generator, len(call.velocity)) @ mask
+                        for logit, mask in zip(logits, masks, strict=True)
+                    ]
+                    loss = part.samples * student.loss([(call, WHOLE)], torch.cat(drawn, 1))
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    losses.append(float(loss.detach()))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                progress.advance(loss=sum(losses))
         kept = [mask[int(logit.argmax())] for logit, mask in zip(logits, masks, strict=True)]
         gone = [b for group, mask in zip(groups, kept, strict=True) for b, k in zip(group, mask, strict=True) if not k]
         return context.first_that_fits(removal_ladder(gone)[-1:], "first")
@@ -116,9 +129,9 @@ def ways(size: int, quota: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def gumbel(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw one of n ways, one-hot (n,); the gradient is that of the soft choice (straight through)."""
-    uniform = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-    soft = torch.softmax((logits - torch.log(-torch.log(uniform))) / temperature, 0)
-    hard = torch.nn.functional.one_hot(soft.argmax(), len(logits)).float()
+def gumbel(logits: Tensor, temperature: float, generator: torch.Generator, samples: int) -> Tensor:
+    """Draw one of n ways a sample, one-hot (samples, n); the gradient is that of the soft choice (straight through)."""
+    uniform = torch.rand(samples, len(logits), generator=generator).clamp(1e-6, 1 - 1e-6)
+    soft = torch.softmax((logits - torch.log(-torch.log(uniform))) / temperature, -1)
+    hard = torch.nn.functional.one_hot(soft.argmax(-1), len(logits)).float()
     return hard + soft - soft.detach()

@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 def schedule_at(step: int, settings: LoopSettings) -> float:
     """The share of the peak learning rate: linear warm-up, then cosine decay to ``final_fraction``."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    span = max(1, settings.steps - settings.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    span = max(1, settings.steps - settings.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup) / span)))
     return settings.final_fraction + (1 - settings.final_fraction) * cosine
 
 

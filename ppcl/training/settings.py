@@ -12,6 +12,7 @@ class LoopSettings:
     Attributes:
         steps: Number of optimizer steps.
         learning_rate: Peak of the schedule (linear warm-up, cosine to ``final_fraction`` of it).
+        warmup_steps: Of the warm-up; of a short stage fewer (:attr:`warmup`).
         clip_norm: Largest global gradient norm.
         clip_each: Clip the gradients of each module by themselves: those of modules that learn independently.
         ema_decay: Final decay of the moving average; it warms up as (1 + n) / (10 + n). 0 turns it off.
@@ -42,3 +43,8 @@ class LoopSettings:
     seed: int = 0
     muon_learning_rate: float = 0.0
     optimizer: str = "adamw"
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: ``warmup_steps``, at most a tenth of all; a stage that is all warm-up never settles."""
+        return min(self.warmup_steps, max(1, self.steps // 10))

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from test_criteria import setting
-from tiny_models import noise, qwen_call
+from test_slicing import site_of
+from tiny_models import noise, qwen_call, tiny_qwen
 from torch import Tensor
 
+from ppcl.adapters import adapter_for
 from ppcl.criteria import CRITERIA
 from ppcl.criteria.bip import upper_gradient
 
@@ -102,3 +104,26 @@ def test_data_move_the_scores_away_from_where_they_start() -> None:
     assert float(moved.std()) > 0.02
     (again,) = CRITERIA["bip"].score(transformer, adapter, sites[1:], [call], 1)
     assert torch.equal(score, again)  # nothing is drawn
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_two_draws_agree_and_agree_with_taylor() -> None:
+    """Neurons whose reading weights differ by 17%, as in the embedded teacher, and their activations by much more."""
+    transformer = tiny_qwen(2)
+    adapter, sites = adapter_for(transformer), []
+    for index, block in enumerate(transformer.transformer_blocks):
+        with torch.no_grad():
+            for number, mlp in enumerate((block.img_mlp, block.txt_mlp)):
+                mlp.net[2].weight.mul_(1 + 0.17 * noise(128, seed=7 * index + number))
+                mlp.net[0].proj.weight.mul_((0.8 * noise(128, seed=50 + 7 * index + number)).exp()[:, None])
+        sites.append(site_of(transformer, index, "img_mlp"))
+    draws = [[qwen_call(8, seed=100 * draw + 10 * number) for number in range(4)] for draw in (1, 2)]
+    first, second = (CRITERIA["bip"].score(transformer, adapter, sites, draw, 0) for draw in draws)
+    taylor = CRITERIA["taylor"].score(transformer, adapter, sites, draws[1], 0)
+    for site in range(2):
+        assert spearman(first[site], second[site]) > 0.9
+        assert spearman(first[site], taylor[site]) > 0.35

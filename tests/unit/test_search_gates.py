@@ -17,11 +17,12 @@ from ppcl.adapters import adapter_for
 from ppcl.errors import ArtifactError, BudgetError, ModelError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.planning.planner import meets
-from ppcl.searches import choose, gates, learned, rarts
+from ppcl.searches import choose, gates, learned
 from ppcl.searches.gates import GatedStudent
 from ppcl.searches.learned import Learned, groups_of, gumbel, quotas_of, ways
 from ppcl.searches.rarts import Player, Rarts, excess, gauss_seidel
 from ppcl.searches.teacher import Teacher
+from ppcl.training.distributed import WHOLE
 
 
 def play(factor: float, beta: float, rounds: int, rate: float) -> tuple[float, float, float]:
@@ -75,11 +76,42 @@ def test_ways_and_draws() -> None:
     assert ways(3, 0).tolist() == [[1, 1, 1]]
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
-    draws = torch.stack([gumbel(logits, 1.0, generator) for _ in range(4000)])
+    draws = gumbel(logits, 1.0, generator, 4000)
     assert sorted(draws[0].tolist()) == pytest.approx([0, 0, 1], abs=1e-6)
     torch.testing.assert_close(draws.mean(0), logits.softmax(0), atol=0.03, rtol=0)  # a categorical sample
     (gradient,) = torch.autograd.grad(draws[:200, 2].sum(), [logits])
     assert gradient[2] > 0 > gradient[0]
+
+
+def test_each_sample_has_its_own_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context(tiny_qwen(6), qwen_call, tmp_path, keep=0.8, search_steps=2, search_batch=2)
+    seen: list[Tensor] = []
+    plain = GatedStudent.loss
+    monkeypatch.setattr(GatedStudent, "loss", lambda self, call, g: seen.append(g.detach()) or plain(self, call, g))
+    choose("learned", context)
+    masks = [mask for mask in seen if mask.ndim == 2]
+    assert [tuple(mask.shape) for mask in masks] == [(2, len(context.removable()))] * 2
+    assert any(not torch.equal(*mask.round()) for mask in masks)
+    assert len({float(row.sum().round()) for mask in masks for row in mask}) == 1  # as many blocks go in each
+
+
+@pytest.mark.parametrize(("make", "call"), [(tiny_qwen, qwen_call), (tiny_flux, flux_call)], ids=["qwen", "flux"])
+def test_a_batch_of_masks_is_each_sample_behind_its_own(make: Any, call: Any, tmp_path: Path) -> None:
+    context = tiny_context(make(), call, tmp_path, protect_first=0, protect_last=0)
+    student = GatedStudent(context.teacher, context.removable(), 0)
+    batch = next(context.teacher.train.answered(2))
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(2, len(context.removable()), generator=generator).requires_grad_()
+    together = student.loss([(batch, WHOLE)], masks)
+    (gradient,) = torch.autograd.grad(together, [masks])
+    alone, wanted = [], torch.zeros_like(masks)
+    for row in range(2):
+        alone.append(student.loss([(batch.take([row]), WHOLE)], masks[row]) / 2)
+        wanted += torch.autograd.grad(alone[-1], [masks])[0]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ModelError, match="3 masks for 2 samples"):
+        student.loss([(batch, WHOLE)], torch.ones(3, len(context.removable())))
 
 
 def test_groups_are_of_neighbours_of_one_stack(tmp_path: Path) -> None:
@@ -110,7 +142,6 @@ def idle(transformer: Any, blocks: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("name", ["learned", "rarts"])
 def test_blocks_that_do_nothing_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "checkpointed", contextlib.nullcontext)  # half the time
-    monkeypatch.setattr(rarts, "GATE_RATE", 0.6)
     monkeypatch.setattr(learned, "LOGIT_RATE", 0.6)
     transformer = idle(tiny_qwen(5), (2,))
     before = {key: value.clone() for key, value in transformer.state_dict().items()}

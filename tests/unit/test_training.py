@@ -87,7 +87,7 @@ def test_both_optimizers_follow_the_schedule(tmp_path: Path) -> None:
     loop = new_loop(tmp_path, MUON)
     loop.run(until=1)
     first = [group["lr"] for optimizer in loop.optimizers for group in optimizer.param_groups]
-    assert first == pytest.approx([0.025, 0.05])
+    assert first == pytest.approx([0.05, 0.1])
 
 
 def test_muon_of_an_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,11 +193,28 @@ def test_learning_rate_schedule() -> None:
     assert schedule_at(0, LoopSettings(steps=1, learning_rate=1.0)) == 1.0
 
 
+@pytest.mark.parametrize("steps", [10, 20, 40, 80, 240])
+def test_a_short_stage_is_not_all_warm_up(steps: int) -> None:
+    settings = LoopSettings(steps=steps, learning_rate=1.0, warmup_steps=20)
+    rates = [schedule_at(step, settings) for step in range(steps)]
+    assert rates.index(max(rates)) < max(1, steps // 10)
+    assert sum(rates) / steps == pytest.approx(0.525, abs=0.12)  # of a whole cosine to 0.05
+    first, last = sum(rates[: steps // 2]) / (steps // 2), sum(rates[-(steps // 2) :]) / (steps // 2)
+    assert first > 0.75 > 0.35 > last  # all warm-up has the same mean rate, the wrong way round
+    assert rates[-1] < 0.25
+
+
+def test_a_stage_may_have_no_warm_up() -> None:
+    assert LoopSettings(steps=100, learning_rate=1.0).warmup == 0
+
+
 def test_the_schedule_clipping_and_average_are_applied(tmp_path: Path) -> None:
     """One parameter with a constant gradient: every number can be worked out by hand."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
-    settings = LoopSettings(steps=3, learning_rate=0.1, warmup_steps=2, clip_norm=0.5, ema_decay=0.5)
+    settings = LoopSettings(
+        steps=20, learning_rate=0.1, warmup_steps=20, clip_norm=0.5, ema_decay=0.5, checkpoint_every=20
+    )
 
     def backward(_: int) -> dict[str, float]:
         (4 * module.weight).sum().backward()
@@ -205,7 +222,7 @@ def test_the_schedule_clipping_and_average_are_applied(tmp_path: Path) -> None:
 
     rows: list[dict[str, Any]] = []
     loop = TrainingLoop({"m": module}, backward, settings, tmp_path, "f", rows.append)
-    loop.run()
+    loop.run(until=3)
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.05, 0.1, 0.1])
     assert [row["gradient_norm"] for row in rows] == pytest.approx([4.0] * 3)
     assert loop.optimizers[0].state[module.weight]["exp_avg"].item() == pytest.approx(0.5 * (1 - 0.9**3), rel=1e-5)
