@@ -17,7 +17,6 @@ from ppcl.distill.local import local_backward
 from ppcl.distill.memory import (
     check_memory,
     estimate_distill,
-    local_step_bytes,
     optimizer_bytes,
     weight_bytes,
 )
@@ -110,10 +109,10 @@ def test_checkpointing_and_depth_show_in_the_output_stage() -> None:
 def test_a_model_without_weights_will_do() -> None:
     real = tiny_qwen(4)
     meta = build_on_meta({"_class_name": type(real).__name__, **real.config})
-    runs = [(DUAL, 1, 2)]
-    peaks = [local_step_bytes(m, adapter_for(m), qwen_call(), runs, "fp32") for m in (real, meta)]
-    assert peaks[0] == peaks[1]
-    assert peaks[0][DUAL] > 0
+    plan, settings = plan_for(real, [(DUAL, 1, 2)]), DistillConfig()
+    found = [estimate_distill(m, adapter_for(m), plan, qwen_call(), settings) for m in (real, meta)]
+    assert found[0] == found[1]
+    assert all(estimate.step > 0 for estimate in found[0].values())
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy() -> None:
@@ -130,9 +129,9 @@ def test_what_will_not_fit_is_refused_with_a_remedy() -> None:
 def test_bfloat16_takes_less_for_large_batches() -> None:
     transformer = tiny_qwen(4).to(torch.bfloat16)
     arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in qwen_call(batch=64).items()}
-    adapter = adapter_for(transformer)
-    low, full = (local_step_bytes(transformer, adapter, arguments, [(DUAL, 1, 2)], p) for p in ("bf16", "fp32"))
-    assert low[DUAL] < full[DUAL]
+    common = (transformer, adapter_for(transformer), plan_for(transformer, [(DUAL, 1, 2)]), arguments)
+    low, full = (estimate_distill(*common, DistillConfig(output_steps=0), p)["local"] for p in ("bf16", "fp32"))
+    assert low.step < full.step
 
 
 def test_processes_share_a_teacher_that_is_split() -> None:
