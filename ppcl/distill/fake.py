@@ -61,6 +61,11 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
+def lasting_tensors(*modules: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and tables (of positions, no buffers in some families), which are there before any step."""
+    return [tensor for module in modules for part in module.modules() for tensor in _tensors(part.__dict__)]
+
+
 def bare_copy(module: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """Copy a module without its numbers.
 
@@ -73,8 +78,7 @@ def bare_copy(module: nn.Module, mode: FakeTensorMode | None = None) -> nn.Modul
     """
     memo: dict[int, Any] = {}
     with mode or nullcontext():
-        for part in module.modules():  # tables of positions are no buffers in some families
-            memo |= {id(t): _empty(t, "cpu" if mode else "meta") for t in _tensors(part.__dict__)}
+        memo |= {id(t): _empty(t, "cpu" if mode else "meta") for t in lasting_tensors(module)}
         for p in module.parameters():
             memo[id(p)] = nn.Parameter(memo[id(p)], requires_grad=p.requires_grad)
     copied: nn.Module = copy.deepcopy(module, memo)  # outside the mode: what it does not find there stays real
@@ -95,12 +99,12 @@ def fake_tree(tree: Tree) -> Tree:
 
 
 def simulated_peak(step: Callable[[], object], *modules: nn.Module) -> int:
-    """Bytes that ``step`` allocates at most, beyond the parameters of the modules it runs.
+    """Bytes that ``step`` allocates at most, beyond the tensors of the modules it runs.
 
     Args:
         step: Runs on fake tensors, inside a ``FakeTensorMode``.
         modules: Run in the step.
     """
-    with LiveBytes(p for module in modules for p in module.parameters()) as meter:
+    with LiveBytes(lasting_tensors(*modules)) as meter:
         step()
     return int(meter.peak)
