@@ -115,7 +115,7 @@ def own_names(segment: Segment, names: Sequence[str]) -> list[str]:
 
 
 def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:
-    """Return a shallow copy of a transformer with other block lists; all else is shared.
+    """Return a shallow copy of a transformer with other block lists; all else is shared, but for its own hooks.
 
     Args:
         transformer: The teacher's transformer or a student.
@@ -125,6 +125,9 @@ def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]]
     """
     clone = copy.copy(transformer)
     clone.__dict__["_modules"] = dict(transformer._modules)
+    for name, value in transformer.__dict__.items():
+        if name.endswith("_hooks") or "_hooks_" in name:
+            clone.__dict__[name] = copy.copy(value)
     if own:
         for kind in ("_parameters", "_buffers"):
             clone.__dict__[kind] = copy.deepcopy(transformer.__dict__[kind])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,7 +30,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, lasting: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known = {tensor.untyped_storage()._cdata for tensor in lasting}
+        self.lasting = [tensor.untyped_storage() for tensor in lasting]  # held, so that no other takes its address
+        self.known = {storage._cdata for storage in self.lasting}
         self.now: int = 0
         self.peak: int = 0
 
@@ -58,46 +61,50 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def fake_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Copy a module with fake tensors on the CPU; call it inside a ``FakeTensorMode``.
+def lasting_tensors(*modules: nn.Module) -> list[Tensor]:
+    """Parameters, buffers and tables (of positions, no buffers in some families), which are there before any step."""
+    return [tensor for module in modules for part in module.modules() for tensor in _tensors(part.__dict__)]
+
+
+def bare_copy(module: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
+    """Copy a module without its numbers.
+
+    What is to be changed in it (smaller modules, dtypes) is changed on the meta device, before its tensors are fake:
+    ``Module.to`` and ``copy.deepcopy`` of fake parameters damage the memory of the process.
 
     Args:
         module: On any device.
-        dtype: Of the parameters; their own if None.
+        mode: The copy has fake tensors of this mode, on the CPU; without one it is on the meta device.
     """
-
-    def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
     memo: dict[int, Any] = {}
-    for part in module.modules():
-        plain = {k: v for k, v in part.__dict__.items() if not k.startswith("_") or k == "_buffers"}
-        memo |= {id(t): fake(t) for t in _tensors(plain)}  # tables of positions are no buffers in some families
-    for p in module.parameters():
-        kind = dtype if dtype is not None and p.is_floating_point() else p.dtype
-        memo[id(p)] = nn.Parameter(fake(p).to(kind), requires_grad=p.requires_grad)
-    copied: nn.Module = copy.deepcopy(module, memo)
+    with mode or nullcontext():
+        memo |= {id(t): _empty(t, "cpu" if mode else "meta") for t in lasting_tensors(module)}
+        for p in module.parameters():
+            memo[id(p)] = nn.Parameter(memo[id(p)], requires_grad=p.requires_grad)
+    copied: nn.Module = copy.deepcopy(module, memo)  # outside the mode: what it does not find there stays real
     return copied
+
+
+def _empty(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def fake_tree(tree: Tree) -> Tree:
     """A batch of states with fake tensors on the CPU; call it inside a ``FakeTensorMode``."""
     if isinstance(tree, Tensor):
-        return torch.empty(tree.shape, dtype=tree.dtype, device="cpu")
+        return _empty(tree, "cpu")
     if isinstance(tree, list | tuple):
         return type(tree)(map(fake_tree, tree))
     return {key: fake_tree(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def simulated_peak(module: nn.Module, step: Callable[[], object], more: Iterable[nn.Module] = ()) -> int:
-    """Bytes that ``step`` allocates at most, beyond the parameters of the modules it runs.
+def simulated_peak(step: Callable[[], object], *modules: nn.Module) -> int:
+    """Bytes that ``step`` allocates at most, beyond the tensors of the modules it runs.
 
     Args:
-        module: Runs in the step.
         step: Runs on fake tensors, inside a ``FakeTensorMode``.
-        more: Other modules that run.
+        modules: Run in the step.
     """
-    lasting = [p for m in (module, *more) for p in m.parameters()]
-    with LiveBytes(lasting) as meter:
+    with LiveBytes(lasting_tensors(*modules)) as meter:
         step()
     return int(meter.peak)

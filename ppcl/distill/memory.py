@@ -4,13 +4,13 @@ Everything that lives throughout is counted from shapes: the teacher's weights a
 for each trained number its weight, gradient, optimizer state and moving average. What a step allocates beyond that
 (activations, the teacher's working set, temporaries) follows no simple formula, so the step itself is run on fake
 tensors (shapes and dtypes, no numbers; :class:`torch._subclasses.FakeTensorMode`), and every storage that an operator
-makes is counted while it lives. Blocks of a stack are alike: one substitute stands for all, and the depth of a whole
-student is extrapolated from one and two blocks.
+makes is counted while it lives. Teacher, substitutes and student are built on the meta device by the functions that
+build them for training, and nothing is changed in a module once its tensors are fake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,19 +19,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppcl.adapters import Adapter, StackSpec
-from ppcl.artifacts import CompressionPlan, start_index
+from ppcl.artifacts import CompressionPlan
 from ppcl.capture import velocity
 from ppcl.config import DistillConfig
 from ppcl.cost import count_params
-from ppcl.distill.fake import fake_copy, fake_tree, simulated_peak
+from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
 from ppcl.distill.local import local_losses
 from ppcl.distill.losses import velocity_loss
+from ppcl.distill.thaw import thawed, with_factors
 from ppcl.errors import TrainingError
 from ppcl.sparsity import sparse_plan
-from ppcl.student import RunKey, with_blocks
+from ppcl.student import RunKey, assemble_student, substitute_block, with_blocks
 from ppcl.tables import size_text
 from ppcl.teacher import autocast
-from ppcl.width import apply_width
+from ppcl.training.distributed import SINGLE
 
 FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
 
@@ -71,6 +72,11 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
+def trained_params(module: nn.Module) -> int:
+    """Numbers in a module that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def optimizer_bytes(numbers: int, kind: str) -> int:
     """Bytes of the optimizer's states for so many trained numbers.
 
@@ -81,10 +87,33 @@ def optimizer_bytes(numbers: int, kind: str) -> int:
     return 2 * FLOAT * numbers if kind == "adamw" else 2 * numbers + 2 * FLOAT * numbers // 256
 
 
+def bare_substitutes(transformer: nn.Module, adapter: Adapter, plan: CompressionPlan) -> dict[RunKey, nn.Module]:
+    """The substitutes of a plan as training builds them, without numbers.
+
+    Args:
+        transformer: The teacher's, on the meta device.
+        adapter: Its family.
+        plan: The plan.
+
+    Returns:
+        Blocks on the meta device, in the order in which a pass comes to them.
+    """
+    return {
+        (spec.name, segment.first, segment.last): substitute_block(adapter.blocks(transformer, spec), segment).float()
+        for spec in adapter.stacks
+        for segment in plan.stacks[spec.name]
+        if segment.is_substitute
+    }
+
+
 def local_step_bytes(
-    transformer: nn.Module, adapter: Adapter, arguments: dict[str, Any], runs: Iterable[RunKey], precision: str
-) -> dict[str, int]:
-    """What a local step of one substitute allocates at most, in each stack that has one.
+    transformer: nn.Module,
+    adapter: Adapter,
+    arguments: dict[str, Any],
+    substitutes: Mapping[RunKey, nn.Module],
+    precision: str,
+) -> dict[RunKey, int]:
+    """What a local step of each substitute allocates at most; of alike ones one is run.
 
     Of the teacher two blocks of the stack run, as at the end of any run: blocks before them leave nothing behind.
 
@@ -92,121 +121,105 @@ def local_step_bytes(
         transformer: The teacher's, on any device.
         adapter: Its family.
         arguments: A batch of states.
-        runs: The plan's.
+        substitutes: See :func:`bare_substitutes`.
         precision: ``fp32`` or ``bf16``.
     """
     # a mean over valid tokens has a size that depends on numbers; one over all tokens takes no less memory
-    bare = replace(adapter, stacks=tuple(replace(spec, masks={}) for spec in adapter.stacks))
-    peaks, known = {}, list(runs)
-    for spec in adapter.stacks:
-        members = [run for run in known if run[0] == spec.name]
-        if not members:
-            continue
-        _, first, last = max(members, key=lambda run: run[2] - run[1])
+    unmasked = replace(adapter, stacks=tuple(replace(spec, masks={}) for spec in adapter.stacks))
+    peaks: dict[RunKey, int] = {}
+    alike: dict[Any, int] = {}
+    for run, block in substitutes.items():
+        stack, first, last = run
         lists = {s.name: list(adapter.blocks(transformer, s))[:1] for s in adapter.stacks}
-        blocks = list(adapter.blocks(transformer, spec))
-        lists[spec.name] = blocks[first : min(first + 2, last + 1)]
-        short = (spec.name, 0, len(lists[spec.name]) - 1)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            teacher = fake_copy(with_blocks(transformer, lists))
-            block = fake_copy(blocks[start_index(first, last, "middle")], torch.float32).requires_grad_(True)
-            batch = fake_tree(arguments)
+        lists[stack] = list(adapter.blocks(transformer, _spec(adapter, stack)))[first : min(first + 2, last + 1)]
+        short = (stack, 0, len(lists[stack]) - 1)
+        shapes = (stack, *(_shapes(module) for module in (*lists[stack], block)))
+        if shapes not in alike:
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            teacher, trained = bare_copy(with_blocks(transformer, lists), fake), {short: bare_copy(block, fake)}
+            with fake:
+                batch = fake_tree(arguments)
 
-            def step(
-                teacher: nn.Module = teacher, batch: Any = batch, short: RunKey = short, block: nn.Module = block
-            ) -> None:
-                with autocast(torch.device("cpu"), precision):
-                    local_losses(teacher, bare, batch, {short: block})
+                def step(teacher: nn.Module = teacher, batch: Any = batch, trained: Any = trained) -> None:
+                    with autocast(torch.device("cpu"), precision):
+                        local_losses(teacher, unmasked, batch, trained)
 
-            peaks[spec.name] = simulated_peak(teacher, step, [block])
+                alike[shapes] = simulated_peak(step, teacher, *trained.values())
+        peaks[run] = alike[shapes]
     return peaks
 
 
-def output_step_bytes(
-    transformer: nn.Module,
-    adapter: Adapter,
-    arguments: dict[str, Any],
-    depths: Mapping[str, int],
-    precision: str,
-    checkpointing: bool,
-) -> int:
-    """What a step through a whole student allocates at most, with the gradients of all of its blocks.
+def _shapes(module: nn.Module) -> tuple[Any, ...]:
+    """What tells modules apart in memory."""
+    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters())
+
+
+def output_step_bytes(student: nn.Module, arguments: dict[str, Any], precision: str, checkpointing: bool) -> int:
+    """What a step through a whole student allocates at most, with the gradients of all that is trained in it.
 
     Args:
-        transformer: The teacher's, on any device.
-        adapter: Its family.
+        student: On any device; its trained weights ask for gradients.
         arguments: A batch of states.
-        depths: Blocks of each stack of the student.
         precision: ``fp32`` or ``bf16``.
         checkpointing: Blocks are run again in the backward pass.
     """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copied: Any = bare_copy(student, fake)
+    if checkpointing:
+        copied.enable_gradient_checkpointing()
+    with fake:
+        batch = fake_tree(arguments)
 
-    def peak(counts: Mapping[str, int]) -> int:
-        lists = {s.name: list(adapter.blocks(transformer, s))[: counts[s.name]] for s in adapter.stacks}
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            student: Any = fake_copy(with_blocks(transformer, lists), torch.float32).requires_grad_(True)
-            if checkpointing:
-                student.enable_gradient_checkpointing()
-            batch = fake_tree(arguments)
+        def step() -> None:
+            with autocast(torch.device("cpu"), precision):
+                output = velocity(copied, batch)
+            velocity_loss(output, torch.empty_like(output)).backward()  # type: ignore[no-untyped-call]
 
-            def step() -> None:
-                with autocast(torch.device("cpu"), precision):
-                    output = velocity(student, batch)
-                velocity_loss(output, torch.empty_like(output)).backward()  # type: ignore[no-untyped-call]
+        return simulated_peak(step, copied)
 
-            return simulated_peak(student, step)
 
-    few = {name: min(2, count) for name, count in depths.items()}
-    least = peak(few)
-    return least + sum(
-        (depth - few[name]) * (peak({**few, name: few[name] + 1}) - least)
-        for name, depth in depths.items()
-        if depth > few[name] and len(adapter.blocks(transformer, _spec(adapter, name))) > few[name]
-    )
+def output_student(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    substitutes: Mapping[RunKey, nn.Module],
+    settings: DistillConfig,
+) -> Any:
+    """The student as the output stage trains it; see :func:`ppcl.distill.thaw.thawed` for what becomes of the parts."""
+    student = assemble_student(transformer, adapter, plan, substitutes)
+    if settings.train == "all":
+        return thawed(student, adapter, substitutes, SINGLE)
+    if settings.train == "lora":
+        return with_factors(student, adapter, plan, settings.lora_rank, torch.Generator())
+    return student
 
 
 def _spec(adapter: Adapter, name: str) -> StackSpec:
     return next(spec for spec in adapter.stacks if spec.name == name)
 
 
-def substitute_sizes(transformer: nn.Module, adapter: Adapter, plan: CompressionPlan) -> dict[RunKey, tuple[int, int]]:
-    """Numbers in each substitute's weights, and how many of them are trained; nothing is built."""
-    sizes = {}
-    for spec in adapter.stacks:
-        blocks = adapter.blocks(transformer, spec)
-        for segment in (s for s in plan.stacks[spec.name] if s.is_substitute):
-            index = start_index(segment.first, segment.last, segment.start or "middle")
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                block = fake_copy(blocks[index])
-                apply_width(block, segment.width)
-                new = sum(count_params(block.get_submodule(path)) for path in segment.width)
-                whole = count_params(block)
-            trained = whole if segment.is_run or segment.sparsity else new
-            sizes[spec.name, segment.first, segment.last] = (whole, trained)
-    return sizes
-
-
 def _local(
-    sizes: Mapping[RunKey, tuple[int, int]], teacher: int, peaks: Mapping[str, int], settings: DistillConfig, masks: int
+    substitutes: Mapping[RunKey, nn.Module],
+    teacher: int,
+    peaks: Mapping[RunKey, int],
+    settings: DistillConfig,
+    masks: int,
 ) -> MemoryEstimate:
-    """The local stage, from the sizes of its substitutes and the peak of one in each stack."""
+    """The local stage, from its substitutes and what a step of each allocates."""
     join = max if settings.one_at_a_time else sum
-    resident = join(numbers for numbers, _ in sizes.values())
-    numbers = join(trained for _, trained in sizes.values())
-    # when the last substitute of a stack runs, the gradients of all before it may be waiting for the step
-    order = list(peaks)
-    waiting = {
-        stack: sum(sizes[run][1] for run in [run for run in sizes if run[0] in order[: index + 1]][:-1])
-        for index, stack in enumerate(order)
-    }
+    trained = {run: trained_params(block) for run, block in substitutes.items()}
+    numbers = join(trained.values())
+    order = list(substitutes)
+    # the gradients of all substitutes before one may be waiting for the step
+    waiting = {run: sum(trained[before] for before in order[:index]) for index, run in enumerate(order)}
     if settings.one_at_a_time or (settings.releases_gradients and settings.accumulate == 1):
         waiting = dict.fromkeys(order, 0)
     elif settings.accumulate > 1:  # those of the parts before stay
-        waiting = dict.fromkeys(order, sum(trained for _, trained in sizes.values()))
-    worst = max(order, key=lambda stack: FLOAT * waiting[stack] + peaks[stack])
+        waiting = dict.fromkeys(order, sum(trained.values()))
+    worst = max(order, key=lambda run: FLOAT * waiting[run] + peaks[run])
     return MemoryEstimate(
         teacher=teacher,
-        trained=FLOAT * resident + masks,
+        trained=join(weight_bytes(block) for block in substitutes.values()) + masks,
         gradients=FLOAT * waiting[worst],
         optimizer=optimizer_bytes(numbers, settings.optimizer),
         average=FLOAT * numbers if settings.ema_decay else 0,
@@ -235,45 +248,46 @@ def estimate_distill(
         processes: How many of them train; they share the teacher's blocks under ``distill.shard_teacher``.
     """
     plan = sparse_plan(plan, settings.sparsity)
-    sizes = substitute_sizes(transformer, adapter, plan)
-    masks = sum(numbers for numbers, _ in sizes.values()) if settings.sparsity.zeros else 0
-    teacher = weight_bytes(transformer)
-    in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(transformer, s)] for s in adapter.stacks}
+    bare: Any = bare_copy(transformer)
+    substitutes = bare_substitutes(bare, adapter, plan)
+    masks = sum(map(count_params, substitutes.values())) if settings.sparsity.zeros else 0
+    teacher = weight_bytes(bare)
+    in_blocks = {s.name: [weight_bytes(b) for b in adapter.blocks(bare, s)] for s in adapter.stacks}
     together, largest = sum(map(sum, in_blocks.values())), max(map(max, in_blocks.values()))
     streamed = teacher - together + largest
     if settings.splits_teacher(processes):
         teacher += -together + -(-together // processes) + 2 * largest  # one that arrives, and what it is copied to
     found = {}
-    if sizes and settings.local_steps:
+    if substitutes and settings.local_steps:
         resident = streamed if settings.offload != "none" else teacher
-        peaks = local_step_bytes(transformer, adapter, arguments, sizes, precision)
-        found["local"] = _local(sizes, resident, peaks, settings, masks)
-    stages = {
-        "alternating": settings.alternating_steps if sizes else 0,
-        "output": settings.output_steps if sizes or settings.train != "substitutes" else 0,
-    }
-    for stage in (name for name, steps in stages.items() if steps):
-        depths = {name: len(segments) for name, segments in plan.stacks.items()}
-        if stage == "alternating":  # a hybrid of hardly any substitute is as deep as the teacher
-            depths = {name: len(blocks) for name, blocks in in_blocks.items()}
-        weights = FLOAT * sum(numbers for numbers, _ in sizes.values())
-        numbers = sum(trained for _, trained in sizes.values())
-        if stage == "output" and settings.train == "all":
-            numbers = sum(numbers for numbers, _ in sizes.values()) + count_params(transformer)
-            for name, segments in plan.stacks.items():
-                blocks = adapter.blocks(transformer, _spec(adapter, name))
-                gone = (i for s in segments if s.is_substitute for i in range(s.first, s.last + 1))
-                numbers -= sum(count_params(blocks[i]) for i in gone)
-            weights = FLOAT * numbers
-        found[stage] = MemoryEstimate(
-            teacher=teacher,
-            trained=weights + masks,
-            gradients=0,
-            optimizer=optimizer_bytes(numbers, settings.optimizer),
-            average=FLOAT * numbers if settings.ema_decay else 0,
-            step=output_step_bytes(transformer, adapter, arguments, depths, precision, settings.checkpointing),
-        )
+        peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
+        found["local"] = _local(substitutes, resident, peaks, settings, masks)
+    resident = sum(map(weight_bytes, substitutes.values()))
+    if substitutes and settings.alternating_steps:
+        # a hybrid of hardly any substitute is as deep as the teacher
+        deepest = thawed(bare, adapter, {}, SINGLE)
+        step = output_step_bytes(deepest, arguments, precision, settings.checkpointing)
+        numbers = sum(map(trained_params, substitutes.values()))
+        found["alternating"] = _whole(teacher, resident + masks, numbers, step, settings)
+    if settings.output_steps and (substitutes or settings.train != "substitutes"):
+        student = output_student(bare, adapter, plan, substitutes, settings)
+        step = output_step_bytes(student, arguments, precision, settings.checkpointing)
+        shared = set(map(id, bare.parameters()))
+        resident = sum(p.numel() * p.element_size() for p in student.parameters() if id(p) not in shared)
+        found["output"] = _whole(teacher, resident + masks, trained_params(student), step, settings)
     return found
+
+
+def _whole(teacher: int, trained: int, numbers: int, step: int, settings: DistillConfig) -> MemoryEstimate:
+    """A stage that trains so many numbers through a whole student."""
+    return MemoryEstimate(
+        teacher=teacher,
+        trained=trained,
+        gradients=0,
+        optimizer=optimizer_bytes(numbers, settings.optimizer),
+        average=FLOAT * numbers if settings.ema_decay else 0,
+        step=step,
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -31,9 +31,6 @@ def shard(student: nn.Module, adapter: Adapter, again: bool = True) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    for name, value in list(student.__dict__.items()):
-        if name.endswith("_hooks") or "_hooks_" in name:  # a student is a shallow copy: the teacher must not see these
-            student.__dict__[name] = copy.copy(value)
     for spec in adapter.stacks:
         for block in adapter.blocks(student, spec):
             shard_block(block, again)

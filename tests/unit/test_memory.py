@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,18 +14,17 @@ from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, random_sub
 from torch import nn
 
 from ppcl.adapters import adapter_for
+from ppcl.artifacts import CompressionPlan
+from ppcl.capture import velocity
 from ppcl.config import DistillConfig
-from ppcl.distill.fake import LiveBytes
+from ppcl.distill.fake import LiveBytes, lasting_tensors
 from ppcl.distill.local import local_backward
-from ppcl.distill.memory import (
-    check_memory,
-    estimate_distill,
-    local_step_bytes,
-    optimizer_bytes,
-    weight_bytes,
-)
+from ppcl.distill.losses import velocity_loss
+from ppcl.distill.memory import check_memory, estimate_distill, optimizer_bytes, output_student, weight_bytes
 from ppcl.errors import TrainingError
 from ppcl.inspection.blueprint import build_on_meta
+from ppcl.slicing import heads_of, neurons_of
+from ppcl.student import RunKey, substitute_block
 
 CASES: dict[str, Any] = {
     "qwen": (lambda: tiny_qwen(6), lambda: qwen_call(batch=8, padded=True), [(DUAL, 1, 2), (DUAL, 3, 4)]),
@@ -34,13 +36,12 @@ def measured(transformer: nn.Module, call: dict[str, Any], runs: list[Any], rele
     """Peak of one local step beyond the weights, counted operator by operator."""
     adapter = adapter_for(transformer)
     blocks = random_substitutes(transformer, adapter, runs)
-    lasting = [p for module in (transformer, *blocks.values()) for p in module.parameters()]
 
     def drop(run: Any) -> None:
         if released:
             blocks[run].zero_grad(set_to_none=True)
 
-    with LiveBytes(lasting) as meter:
+    with LiveBytes(lasting_tensors(transformer, *blocks.values())) as meter:
         local_backward(transformer, adapter, call, blocks, done=drop)
     return meter.peak
 
@@ -59,6 +60,106 @@ def test_the_local_step_is_predicted(case: Any, released: bool) -> None:
     assert estimate.gradients + estimate.step == pytest.approx(
         measured(transformer, arguments, runs, released), rel=0.03
     )
+
+
+def with_width(transformer: nn.Module, runs: list[RunKey]) -> CompressionPlan:
+    """A plan of these runs in which every block has smaller modules of each kind that its class has."""
+    plan, stacks = plan_for(transformer, runs), {}
+    for spec in adapter_for(transformer).stacks:
+        parts: dict[str, Any] = {path: {"kind": "low_rank", "size": 4} for path in spec.modulation.values()}
+        block = getattr(transformer, spec.name)[0]
+        networks = list(spec.ffn.values())
+        parts |= {path: {"kind": "linear", "size": 0} for path in networks[1:]}
+        for units in filter(None, [heads_of(block.attn), *(neurons_of(block.get_submodule(n)) for n in networks[:1])]):
+            path = "attn" if units.kind == "heads" else networks[0]
+            parts[path] = units.part(range(units.count // 2))
+        stacks[spec.name] = tuple(replace(segment, width=parts) for segment in plan.stacks[spec.name])
+    return replace(plan, stacks=stacks)
+
+
+def real_substitutes(transformer: nn.Module, plan: CompressionPlan) -> dict[RunKey, nn.Module]:
+    return {
+        (name, segment.first, segment.last): substitute_block(getattr(transformer, name), segment).float()
+        for name, segments in plan.stacks.items()
+        for segment in segments
+        if segment.is_substitute
+    }
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Peak of what a call takes from the allocator beyond what was there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("released", [False, True])
+def test_the_local_step_of_smaller_modules_is_predicted(case: Any, released: bool) -> None:
+    new, call, runs = case
+    transformer, arguments = new(), call()
+    plan, adapter = with_width(transformer, runs), adapter_for(transformer)
+    settings = DistillConfig(output_steps=0, release_gradients=released)
+    (estimate,) = estimate_distill(transformer, adapter, plan, arguments, settings).values()
+    blocks = real_substitutes(transformer, plan)
+    numbers = sum(p.numel() for block in blocks.values() for p in block.parameters() if p.requires_grad)
+    assert estimate.trained == sum(map(weight_bytes, blocks.values()))
+    assert (estimate.optimizer, estimate.average) == (8 * numbers, 4 * numbers)
+
+    def drop(run: RunKey) -> None:
+        if released:
+            blocks[run].zero_grad(set_to_none=True)
+
+    peak = allocated(lambda: local_backward(transformer, adapter, arguments, blocks, done=drop))
+    assert estimate.gradients + estimate.step == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("train", ["all", "substitutes", "lora"])
+@pytest.mark.parametrize("width", [False, True], ids=["depth", "width"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_output_step_is_predicted(case: Any, width: bool, train: Any) -> None:
+    new, call, runs = case
+    transformer, arguments = new(), call()
+    adapter = adapter_for(transformer)
+    plan = with_width(transformer, runs) if width else plan_for(transformer, runs)
+    settings = DistillConfig(local_steps=0, train=train)
+    (estimate,) = estimate_distill(transformer, adapter, plan, arguments, settings).values()
+    student = output_student(transformer, adapter, plan, real_substitutes(transformer, plan), settings)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    teacher = set(map(id, transformer.parameters()))
+    assert estimate.trained == sum(4 * p.numel() for p in student.parameters() if id(p) not in teacher)
+    assert estimate.optimizer == 8 * sum(p.numel() for p in trained)
+
+    def step() -> None:
+        output = velocity(student, arguments)
+        velocity_loss(output, torch.zeros_like(output)).backward()
+
+    assert estimate.step == pytest.approx(allocated(step), rel=0.05)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_estimates_leave_the_memory_of_the_process_alone(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake parameters must never be swapped, copied or cut: torch damages the heap then."""
+    new, call, runs = case
+    transformer, arguments = new(), call()
+    plan, adapter = with_width(transformer, runs), adapter_for(transformer)
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the tensors of two parameters were swapped")
+
+    monkeypatch.setattr(torch.utils, "swap_tensors", refuse)
+    settings = DistillConfig(alternating_steps=1, checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where the numbers of a fake tensor are asked for
+        found = [estimate_distill(transformer, adapter, plan, arguments, settings) for _ in range(4)]
+    assert set(found[0]) == {"local", "alternating", "output"}
+    assert all(estimate == found[0] for estimate in found)
+    for name, tensor in transformer.state_dict().items():
+        assert type(tensor) is torch.Tensor
+        assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("runs", [[], [(DUAL, 1, 2)]])
@@ -110,10 +211,10 @@ def test_checkpointing_and_depth_show_in_the_output_stage() -> None:
 def test_a_model_without_weights_will_do() -> None:
     real = tiny_qwen(4)
     meta = build_on_meta({"_class_name": type(real).__name__, **real.config})
-    runs = [(DUAL, 1, 2)]
-    peaks = [local_step_bytes(m, adapter_for(m), qwen_call(), runs, "fp32") for m in (real, meta)]
-    assert peaks[0] == peaks[1]
-    assert peaks[0][DUAL] > 0
+    plan, settings = plan_for(real, [(DUAL, 1, 2)]), DistillConfig()
+    found = [estimate_distill(m, adapter_for(m), plan, qwen_call(), settings) for m in (real, meta)]
+    assert found[0] == found[1]
+    assert all(estimate.step > 0 for estimate in found[0].values())
 
 
 def test_what_will_not_fit_is_refused_with_a_remedy() -> None:
@@ -130,9 +231,9 @@ def test_what_will_not_fit_is_refused_with_a_remedy() -> None:
 def test_bfloat16_takes_less_for_large_batches() -> None:
     transformer = tiny_qwen(4).to(torch.bfloat16)
     arguments = {k: v.bfloat16() if k.endswith("states") else v for k, v in qwen_call(batch=64).items()}
-    adapter = adapter_for(transformer)
-    low, full = (local_step_bytes(transformer, adapter, arguments, [(DUAL, 1, 2)], p) for p in ("bf16", "fp32"))
-    assert low[DUAL] < full[DUAL]
+    common = (transformer, adapter_for(transformer), plan_for(transformer, [(DUAL, 1, 2)]), arguments)
+    low, full = (estimate_distill(*common, DistillConfig(output_steps=0), p)["local"] for p in ("bf16", "fp32"))
+    assert low.step < full.step
 
 
 def test_processes_share_a_teacher_that_is_split() -> None:

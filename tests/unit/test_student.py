@@ -30,6 +30,7 @@ from ppcl.student import (
     patched,
     register_plan,
     start_block,
+    with_blocks,
 )
 from ppcl.trace import record_boundaries
 
@@ -188,3 +189,23 @@ def test_linear_run_equals_probes_chained_by_hand() -> None:
         for index in (1, 2, 3):
             h = h + h @ probes[f"{DUAL}/{index}/{stream}/weight"] + probes[f"{DUAL}/{index}/{stream}/bias"]
         assert torch.allclose(output[stream], h, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_on_a_student_is_not_on_its_teacher() -> None:
+    """A shallow copy has its modules' tables in common, hooks among them, unless it is given its own."""
+    teacher = tiny_qwen()
+    for own in (False, True):
+        called: list[int] = []
+        student = with_blocks(teacher, {DUAL: list(teacher.transformer_blocks)[:2]}, own)
+        handles = [
+            student.register_forward_hook(lambda *_, called=called, **__: called.append(1), with_kwargs=True),
+            student.register_forward_pre_hook(lambda *_, called=called: called.append(2)),
+        ]
+        velocity(teacher, qwen_call())
+        assert not called
+        velocity(student, qwen_call())
+        assert called == [2, 1]
+        for handle in handles:
+            handle.remove()
+        velocity(student, qwen_call())
+        assert called == [2, 1]
