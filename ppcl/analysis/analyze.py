@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
+from ppcl.adapters.masks import valid_rows, valid_tokens
 from ppcl.analysis.cka import chained_cka, combine, sample_rows
 from ppcl.analysis.intervals import detect_intervals
 from ppcl.analysis.statistics import Moments, best_ridge
@@ -120,14 +121,14 @@ class Collector:
 
     def _visit(self, call: BlockCall) -> None:
         stack, index = call.stack.name, call.index
+        masks = valid_tokens(call.stack, call.arguments)
         for stream, before in call.inputs.items():
             after = call.outputs[stream]
             if after is None:
                 continue
-            mask = call.arguments.get(call.stack.masks.get(stream, ""))
-            valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
+            valid = masks.get(stream)
             rows = self._sampled(call, stream, before, valid)
-            x, y = _rows(before, rows), _rows(after, rows)
+            x, y = valid_rows(before, rows), valid_rows(after, rows)
             self._add((stack, "probe", index, stream), x, y - x)
             if self.quota:
                 similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
@@ -162,11 +163,11 @@ class Collector:
     def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
         stack, index = call.stack.name, call.index
         if (signal := self._signals.pop((stack, index, stream), None)) is not None and signal[0].ndim == 3:
-            self._add((stack, "ffn", index, stream), _rows(signal[0], valid), _rows(signal[1], valid))
+            self._add((stack, "ffn", index, stream), valid_rows(signal[0], valid), valid_rows(signal[1], valid))
         if stream == "text" and (now := self._text_inputs.get((stack, index))) is not None:
             earlier = self._text_inputs.pop((stack, index - 1), None)
             if earlier is not None:
-                self._add((stack, "text", index, stream), _rows(earlier, valid), _rows(now, valid))
+                self._add((stack, "text", index, stream), valid_rows(earlier, valid), valid_rows(now, valid))
 
     def _keep_tokens(self, call: BlockCall, stream: str, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
         """Keep a few tokens of each state, the same ones at every block; independent of the batch size."""
@@ -201,11 +202,6 @@ class Collector:
                 "raise capture.num_prompts or capture.states_per_prompt"
             )
         return states
-
-
-def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
-    """(B, tokens, d) to (rows, d), only the chosen ones."""
-    return states.flatten(0, -2) if chosen is None else states[chosen]
 
 
 def collect(
