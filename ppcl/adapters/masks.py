@@ -52,7 +52,8 @@ def valid_tokens(stack: StackSpec, arguments: Mapping[str, Any]) -> dict[str, Te
         batch = stack.turn(arguments[stack.inputs[stream]]).shape[0]
         valid = as_bool(mask)
         if valid.shape[-1] == sum(counts.values()):
-            valid = dict(zip(counts, valid.split(list(counts.values()), dim=-1), strict=True))[stream]
+            before = sum(counts[other] for other in list(counts)[: list(counts).index(stream)])
+            valid = valid[:, before : before + counts[stream]]
         elif valid.shape[-1] != counts[stream]:
             raise ModelError(
                 f"{stack.name}: got a mask {stack.masks[stream]} of {tuple(mask.shape)}, expected {counts[stream]} "
@@ -95,9 +96,9 @@ def valid_of(stack: StackSpec, arguments: Mapping[str, Any], path: str, x: Tenso
     if own:
         mask = valid.get(own)
     elif tokens == sum(counts.values()):
-        rows = x.new_ones(stack.turn(x).shape[0], tokens, dtype=torch.bool)
-        pieces = dict(zip(counts, rows.split(list(counts.values()), dim=1), strict=True))
-        mask = torch.cat([valid.get(stream, piece) for stream, piece in pieces.items()], dim=1)
+        batch = stack.turn(x).shape[0]
+        every = {stream: x.new_ones(batch, count, dtype=torch.bool) for stream, count in counts.items()}
+        mask = torch.cat(list({**every, **valid}.values()), dim=1)
     else:
         mask = None
     return mask if mask is None else stack.turn(mask)
