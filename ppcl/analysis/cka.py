@@ -22,10 +22,13 @@ def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     The product of two such matrices holds all sums of the estimator; sums over groups of rows add up.
     """
-    x = x.double()
-    x = x - x.mean(0)
-    x = x / x.pow(2).sum(1).mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)  # CKA does not see scale
-    return torch.cat([x, x.pow(2).sum(1, keepdim=True), torch.ones_like(x[:, :1])], 1).to(dtype)
+    made = torch.empty(len(x), x.shape[1] + 2, dtype=dtype, device=x.device)
+    torch.sub(x, x.mean(0, dtype=torch.float64).to(dtype), out=made[:, :-2])
+    norms = torch.linalg.vector_norm(made[:, :-2], dim=1)
+    scale = norms.double().pow(2).mean().sqrt().clamp_min(torch.finfo(dtype).tiny).to(dtype)
+    made[:, :-2] /= scale  # CKA does not see scale
+    made[:, -2], made[:, -1] = (norms / scale).pow(2), 1
+    return made
 
 
 def _products(x: Tensor, y: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -62,7 +65,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """
     if len(x) < 4 or len(x) != len(y):
         raise ValueError(f"CKA needs at least 4 aligned rows, got {len(x)} and {len(y)}")
-    x, y = _prepared(x, torch.float64), _prepared(y, torch.float64)
+    x, y = _prepared(x.double(), torch.float64), _prepared(y.double(), torch.float64)
     found = [_hsic(_products(a, b, [len(x)])) for a, b in ((x, y), (x, x), (y, y))]
     return float(found[0] / (found[1] * found[2]).clamp_min(1e-300).sqrt())
 
@@ -105,7 +108,7 @@ def chained_ckas(
 
     def hsic(x: Tensor, y: Tensor) -> Tensor:
         products = _products(x, y, sizes)
-        return _hsic((draws @ products.flatten(1)).unflatten(1, products.shape[1:]))
+        return _hsic((draws @ products.flatten(1)).reshape(-1, *products.shape[1:]))
 
     maps = [(weight.to(dtype), bias.to(dtype)) for weight, bias in probes]
     chains: list[Tensor] = []
@@ -116,7 +119,7 @@ def chained_ckas(
         chains.append(states[k])
         for u in range(k + 1):
             h = chains[u].to(device)
-            h = h + h @ weight + bias
+            h = torch.addmm(h + bias, h, weight)
             chains[u] = h.to(states[0].device)
             y = _prepared(h, dtype)
             found = (hsic(y, target) / (hsic(y, y) * own).clamp_min(1e-300).sqrt()).tolist()
