@@ -27,9 +27,10 @@ from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
 from ppcl.candidates.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
 from ppcl.candidates.sensitivity import output_errors
 from ppcl.capture import velocity
-from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig
+from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
+from ppcl.stages import Run
 from ppcl.student import STARTS, patched, start_block
 
 CPU = torch.device("cpu")
@@ -60,6 +61,19 @@ def test_all_runs_are_short_ones_and_the_papers_intervals() -> None:
 def test_protected_blocks_are_in_no_run() -> None:
     runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {}), 3, PlanConfig(protect_first=1, protect_last=2))
     assert runs == [(DUAL, 1, 2), (SINGLE, 0, 1), (SINGLE, 0, 2), (SINGLE, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "again"), [("plan.protect_last=2", ("analyze", "fit", "plan")), ("plan.keep=0.7", ("plan",))]
+)
+def test_other_protected_blocks_run_the_analysis_again(setting: str, again: tuple[str, ...]) -> None:
+    def digests(*settings: str) -> dict[str, str]:
+        run = Run.__new__(Run)
+        run.identity, run.config = "x", load_config([], list(settings))
+        return {stage: run.depends(stage) for stage in ("capture", "analyze", "fit", "plan")}
+
+    before, after = digests(), digests(setting)
+    assert tuple(stage for stage in before if before[stage] != after[stage]) == again
 
 
 def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
