@@ -43,12 +43,13 @@ def _hsic(sums: Tensor) -> Tensor:
     K and L have their diagonals a_i = |x_i|^2 and b_i = |y_i|^2 taken out. The estimator does not change when rows
     are shifted, so the rows of a draw need not be centred anew.
     """
-    cross, edge = sums[:, :-2, :-2], sums.double()
-    by_b, sum_x, by_a, sum_y = edge[:, :-2, -2], edge[:, :-2, -1], edge[:, -2, :-2], edge[:, -1, :-2]
-    both, sum_a, sum_b, n = edge[:, -2, -2], edge[:, -2, -1], edge[:, -1, -2], edge[:, -1, -1]
+    cross, right, below = sums[:, :-2, :-2], sums[:, :, -2:].double(), sums[:, -2:, :-2].double()
+    by_b, sum_x, by_a, sum_y = right[:, :-2, 0], right[:, :-2, 1], below[:, 0], below[:, 1]
+    both, sum_a, sum_b, n = right[:, -2, 0], right[:, -2, 1], right[:, -1, 0], right[:, -1, 1]
     trace = cross.pow(2).sum((1, 2), dtype=torch.float64) - both
     total = (sum_x.pow(2).sum(1) - sum_a) * (sum_y.pow(2).sum(1) - sum_b)
-    chained = torch.einsum("rd,rde,re->r", sum_x, edge[:, :-2, :-2], sum_y) + both
+    turned = (cross @ sum_y.to(cross.dtype)[:, :, None])[:, :, 0].double()
+    chained = (sum_x * turned).sum(1) + both
     chained = chained - (sum_x * by_b).sum(1) - (sum_y * by_a).sum(1)
     return (trace + total / ((n - 1) * (n - 2)) - 2 / (n - 2) * chained) / (n * (n - 3))
 
@@ -110,16 +111,16 @@ def chained_ckas(
         products = _products(x, y, sizes)
         return _hsic((draws @ products.flatten(1)).reshape(-1, *products.shape[1:]))
 
-    maps = [(weight.to(dtype), bias.to(dtype)) for weight, bias in probes]
+    # CKA does not see shifts: of centred rows and without biases a chain is one product a block
+    maps = [(torch.eye(len(weight), dtype=weight.dtype, device=device) + weight).to(dtype) for weight, _ in probes]
     chains: list[Tensor] = []
     tables: list[Table] = [[[None] * num_blocks for _ in range(num_blocks)] for _ in draws]
-    for k, (weight, bias) in enumerate(maps):
+    for k, chain in enumerate(maps):
         target = _prepared(states[k + 1].to(device), dtype)
         own = hsic(target, target)
-        chains.append(states[k])
+        chains.append(states[k] - states[k].mean(0, dtype=torch.float64).to(dtype))
         for u in range(k + 1):
-            h = chains[u].to(device)
-            h = torch.addmm(h + bias, h, weight)
+            h = chains[u].to(device) @ chain
             chains[u] = h.to(states[0].device)
             y = _prepared(h, dtype)
             found = (hsic(y, target) / (hsic(y, y) * own).clamp_min(1e-300).sqrt()).tolist()
