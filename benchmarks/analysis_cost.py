@@ -82,7 +82,7 @@ def time_rows(
         analysis = load_artifact(Analysis, out / "analysis.json")
         device = str(next(transformer.parameters()).device)
         probes = read_tensors(out / "analysis.safetensors", device)[0]
-        fit(transformer, adapter, analysis, probes, calibration, out, config.fit, seed)
+        fit(transformer, adapter, analysis, probes, calibration, out, config.fit, seed, protected=config.plan)
 
     times[f"fit stage ({config.fit.max_candidates} candidates, {config.fit.steps} steps; once)"] = seconds(fit_stage)
     bare = times["bare teacher passes"]

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
+from ppcl.artifacts import Analysis, Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
+from ppcl.tables import markdown_table
 
 DASH = "\N{EN DASH}"
 NUM_HUES = 4
@@ -124,8 +125,33 @@ def _interval_row(run: RunData, name: str) -> Iterable[str]:
     stack = next((s for s in (run.analysis.stacks if run.analysis else ()) if s.name == name), None)
     if not stack or not stack.intervals:
         return []
-    cells = [_cell(span(a, b), "open", a, b, f"eqs. 4-5: blocks {a} to {b}") for a, b in stack.intervals]
-    return [_caption("intervals that the paper's rule finds (eqs. 4\N{EN DASH}5), before any budget"), *cells]
+    found = stack.interval_stability or (None,) * len(stack.intervals)
+    cells = []
+    for (a, b), stable in zip(stack.intervals, found, strict=False):
+        label = f"{span(a, b)} <small>{percent(stable.same, 0)}</small>" if stable else span(a, b)
+        hint = f"eqs. 4-5: blocks {a} to {b}"
+        if stable:
+            hint += f"; in {percent(stable.same, 0)} of {stack.interval_draws} draws of half of the held-out prompts"
+            hint += f"; starts here in {percent(stable.first, 0)}, ends here in {percent(stable.last, 0)}"
+        cells.append(_cell(label, "open", a, b, hint))
+    caption = "intervals that the paper's rule finds (eqs. 4\N{EN DASH}5), before any budget"
+    if stack.interval_stability:
+        caption += f"; %: how many of {stack.interval_draws} draws of half of the held-out prompts find the same one"
+    return [_caption(caption), *cells]
+
+
+def intervals_table(analysis: Analysis) -> str:
+    """The paper's intervals and how often draws of the held-out prompts find them again, as Markdown."""
+    rows = [
+        [f"{stack.name} {a}-{b}", *(percent(share, 0) for share in (stable.same, stable.first, stable.last))]
+        for stack in analysis.stacks
+        for (a, b), stable in zip(stack.intervals, stack.interval_stability, strict=False)
+    ]
+    draws = max((stack.interval_draws for stack in analysis.stacks), default=0)
+    if not rows:
+        return ""
+    note = f"Share of {draws} draws of half of the held-out prompts that find the interval, its start, its end again."
+    return "\n\n".join([note, markdown_table(("interval", "the same", "its start", "its end"), rows)])
 
 
 def _student_cell(segment: Segment, hues: dict[int, str]) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ppcl.artifacts import CompressionPlan, load_artifact
+from ppcl.artifacts import Analysis, CompressionPlan, load_artifact
 from ppcl.errors import ArtifactError
 from ppcl.eval.results import DIALECT, NAMES, Number, Speed, Step, speed_table
 from ppcl.files import read_json, write_json, write_text
 from ppcl.tables import markdown_table, number
 
+T = TypeVar("T")
 Limits = tuple[float | None, float | None] | None
 HEADER = ("", "teacher", "student", "teacher's spread over seeds")
 COSTS = (
@@ -165,13 +166,17 @@ def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return [*_score_lines(metrics), *rows]
 
 
-def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) -> str:
+def run_report(
+    metrics: Mapping[str, Any], plan: CompressionPlan | None = None, analysis: Analysis | None = None
+) -> str:
     """Lay the numbers of a run out as Markdown.
 
     Args:
         metrics: Content of ``RUN/eval/metrics.json``.
         plan: What was replaced.
+        analysis: Which intervals were found, and how stable they are.
     """
+    from ppcl.eval.report_blocks import intervals_table
     from ppcl.export.card import draw_plan
 
     samples, found = metrics["samples"], metrics["intervals"]
@@ -179,6 +184,7 @@ def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) 
     against = references.get(str(metrics["fid_reference"]), "nothing")
     speed = [[Speed(**row) for row in metrics["speed"][side]] for side in ("teacher", "student")]
     table = speed_table(["teacher", "student"], speed)
+    intervals = intervals_table(analysis) if analysis else ""
     parts = [
         "# Student against teacher",
         _headline(metrics),
@@ -189,6 +195,7 @@ def run_report(metrics: Mapping[str, Any], plan: CompressionPlan | None = None) 
         markdown_table(HEADER, table_rows(metrics)),
         *(["## Speed and memory", table] if table else []),
         *(["## Plan", draw_plan(plan)] if plan else []),
+        *(["## The paper's intervals", intervals] if intervals else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -217,9 +224,13 @@ def write_run_report(run: Path) -> Path | None:
     except (ArtifactError, ValidationError):
         path.unlink(missing_ok=True)  # of an evaluation that is gone
         return None
-    try:
-        plan = load_artifact(CompressionPlan, run / "plan.json")
-    except ArtifactError:
-        plan = None
-    write_text(path, run_report(metrics, plan))
+    write_text(path, run_report(metrics, _optional(CompressionPlan, run), _optional(Analysis, run)))
     return path
+
+
+def _optional(kind: type[T], run: Path) -> T | None:
+    """The plan or the analysis of a run; None where it is missing or damaged."""
+    try:
+        return load_artifact(kind, run / ("plan.json" if kind is CompressionPlan else "analysis.json"))
+    except ArtifactError:
+        return None

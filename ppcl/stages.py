@@ -196,6 +196,8 @@ class Run:
         """Digest of everything a stage depends on."""
         section: Any = getattr(self.config, stage, None)  # the report has no settings
         shared = [self.identity, self.config.seed, self.config.precision]
+        if stage == "analyze":  # intervals are found among the blocks that may go
+            shared += [self.config.plan.protect_first, self.config.plan.protect_last]
         upstream = self.depends(STAGES[STAGES.index(stage) - 1]) if stage != STAGES[0] else ""
         return digest(stage, section.identity() if section else None, shared, upstream)
 
@@ -331,7 +333,8 @@ def analyze_stage(run: Run) -> None:
     with torch.no_grad():
         flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), batch_size(one))
     model = describe(run.teacher, flops)
-    analyze(transformer, run.adapter, model, calibration, run.out, run.config.analyze, run.config.seed)
+    config = run.config
+    analyze(transformer, run.adapter, model, calibration, run.out, config.analyze, config.seed, config.plan)
 
 
 def fit_stage(run: Run) -> None:
@@ -350,6 +353,7 @@ def fit_stage(run: Run) -> None:
         lambda row: run.log({"stage": "fit", **row}),
         run.group,
         run.config.precision,
+        run.config.plan,
     )
 
 

@@ -33,7 +33,8 @@ class StackSpec:
         outputs: Streams in the order in which the block returns them (one entry: a bare tensor).
         ffn: Submodule path of each stream's feed-forward network.
         modulation: Path of each stream's linear layer that makes shifts, scales and gates out of the conditioning.
-        masks: Block argument that marks each stream's valid tokens, (B, tokens), if there is one.
+        masks: Block argument that marks each stream's valid tokens, if there is one, in any form that
+            :mod:`ppcl.adapters.masks` reads; one over all streams has them in the order of ``inputs``.
         text_qkv: Submodule path of a projection that sees the text input of the attention (eq. 8).
         text_parts: Modules of the text stream, and what each becomes where the stream becomes two linear maps
             (:mod:`ppcl.text_stream`); empty where the block's forward does not allow it.

@@ -21,22 +21,27 @@ def _dual(
     outputs: tuple[str, ...] = _TEXT_FIRST,
     ffn: dict[str, str] | None = None,
     text_qkv: str | None = None,
+    masks: dict[str, str] | None = None,
 ) -> StackSpec:
     streams = {"image": "hidden_states", "text": "encoder_hidden_states"}
-    return StackSpec(name, count_field, streams, outputs, ffn or {}, text_qkv=text_qkv)
+    return StackSpec(name, count_field, streams, outputs, ffn or {}, text_qkv=text_qkv, masks=masks or {})
 
 
-def _one(name: str, count_field: str, argument: str = "hidden_states", ffn: str | None = None) -> StackSpec:
-    return StackSpec(name, count_field, {"image": argument}, ("image",), {"image": ffn} if ffn else {})
+def _one(
+    name: str, count_field: str, argument: str = "hidden_states", ffn: str | None = None, mask: str | None = None
+) -> StackSpec:
+    masks = {"image": mask} if mask else {}
+    return StackSpec(name, count_field, {"image": argument}, ("image",), {"image": ffn} if ffn else {}, masks=masks)
 
 
 _FLUX_LIKE = (
     _dual("transformer_blocks", "num_layers", ffn=_FF, text_qkv="attn.add_q_proj"),
     _dual("single_transformer_blocks", "num_single_layers"),
 )
+_BOTH = {"image": "attention_mask", "text": "attention_mask"}  # one mask over both streams, the image first
 _HUNYUAN = (
-    _dual("transformer_blocks", "num_layers", _IMAGE_FIRST, _FF, "attn.add_q_proj"),
-    _dual("single_transformer_blocks", "num_single_layers", _IMAGE_FIRST),
+    _dual("transformer_blocks", "num_layers", _IMAGE_FIRST, _FF, "attn.add_q_proj", _BOTH),
+    _dual("single_transformer_blocks", "num_single_layers", _IMAGE_FIRST, masks=_BOTH),
 )
 _COG = (_dual("transformer_blocks", "num_layers", _IMAGE_FIRST),)
 _CROSS = (_one("transformer_blocks", "num_layers", ffn="ff"),)
@@ -69,7 +74,7 @@ FAMILIES: tuple[Adapter, ...] = (
         ),
         _HUNYUAN,
     ),
-    Adapter(("HunyuanVideo15Transformer3DModel",), _HUNYUAN[:1]),
+    Adapter(("HunyuanVideo15Transformer3DModel",), (replace(_HUNYUAN[0], masks={"text": "attention_mask"}),)),
     Adapter(
         (
             "CogView3PlusTransformer2DModel",
@@ -80,7 +85,7 @@ FAMILIES: tuple[Adapter, ...] = (
         _COG,
     ),
     # Mochi's last block has no text output (context_pre_only).
-    Adapter(("MochiTransformer3DModel",), (replace(_COG[0], fixed_tail=1),)),
+    Adapter(("MochiTransformer3DModel",), (replace(_COG[0], fixed_tail=1, masks={"text": "encoder_attention_mask"}),)),
     Adapter(("JoyImageEditTransformer3DModel",), (_dual("double_blocks", "num_layers", _IMAGE_FIRST),)),
     Adapter(
         (
@@ -90,18 +95,22 @@ FAMILIES: tuple[Adapter, ...] = (
             "PixArtTransformer2DModel",
             "SanaTransformer2DModel",
             "SanaVideoTransformer3DModel",
-            "Krea2Transformer2DModel",
         ),
         _CROSS,
     ),
+    Adapter(("Krea2Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="ff", mask="attention_mask"),)),
     Adapter(
         ("ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel", "WanTransformer3DModel"),
         _WAN,
     ),
-    Adapter(("LuminaNextDiT2DModel", "Lumina2Transformer2DModel"), (_one("layers", "num_layers", ffn="feed_forward"),)),
-    Adapter(("ZImageTransformer2DModel",), (_one("layers", "n_layers", "x", "feed_forward"),)),
+    Adapter(("LuminaNextDiT2DModel",), (_one("layers", "num_layers", ffn="feed_forward"),)),
+    Adapter(("Lumina2Transformer2DModel",), (_one("layers", "num_layers", ffn="feed_forward", mask="attention_mask"),)),
+    Adapter(("ZImageTransformer2DModel",), (_one("layers", "n_layers", "x", "feed_forward", "attn_mask"),)),
     Adapter(("QwenImage21Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="img_mlp"),)),
-    Adapter(("ErnieImageTransformer2DModel",), (replace(_one("layers", "num_layers", "x", "mlp"), tokens_first=True),)),
+    Adapter(
+        ("ErnieImageTransformer2DModel",),
+        (replace(_one("layers", "num_layers", "x", "mlp", "attention_mask"), tokens_first=True),),
+    ),
     Adapter(("Ideogram4Transformer2DModel",), (_one("layers", "num_layers"),)),
     Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth"),)),
     Adapter(

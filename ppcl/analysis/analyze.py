@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec
-from ppcl.analysis.cka import chained_cka, combine, sample_rows
-from ppcl.analysis.intervals import detect_intervals
+from ppcl.adapters.masks import valid_rows, valid_tokens
+from ppcl.analysis.cka import GROUPS, combine, drawn_ckas, sample_rows
+from ppcl.analysis.intervals import detect_intervals, stability
 from ppcl.analysis.modulation import Conditioning, Layer, conditioning
 from ppcl.analysis.statistics import Moments, best_ridge
 from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
 from ppcl.capture import States
-from ppcl.config import AnalyzeConfig
+from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.files import write_tensors
+from ppcl.planning.planner import free_blocks
 from ppcl.progress import Progress
 from ppcl.trace import BlockCall, run_traced
 from ppcl.training.loop import step_generator
@@ -35,7 +37,7 @@ class Collector:
     Args:
         transformer: The teacher's transformer.
         adapter: Its family.
-        cka_tokens: Tokens a stream to keep for CKA, 0 for none.
+        cka_tokens: Tokens a stream to keep for CKA, at most; 0 for none.
         num_states: States of the split, over which these tokens are spread.
         seed: Fixes which tokens.
         rows_per_feature: Tokens that enter the sums, per feature of a stream; 0 takes all. A regression of d features
@@ -61,19 +63,28 @@ class Collector:
         self.quota = max(1, cka_tokens // max(1, num_states)) if cka_tokens else 0
         self.stride = -(-num_states // cka_tokens) if cka_tokens else 1
         self.kept: dict[tuple[str, str], list[list[Tensor]]] = {}
+        self.groups: dict[tuple[str, str], list[int]] = {}  # of each kept token
+        self._groups: Sequence[int] = ()  # of each state of the present batch
         self.state_index = 0
         self._signals: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
         self._text_inputs: dict[tuple[str, int], Tensor] = {}
 
-    def run(self, arguments: dict[str, Any]) -> None:
-        """Run the teacher on a batch of states."""
+    def run(self, arguments: dict[str, Any], groups: Sequence[int] | None = None) -> None:
+        """Run the teacher on a batch of states.
+
+        Args:
+            arguments: Of the batch.
+            groups: Which of ``GROUPS`` groups of prompts each state belongs to; by turns if None.
+        """
+        size = batch_size(arguments)
+        self._groups = groups or [(self.state_index + row) % GROUPS for row in range(size)]
         handles = [handle for spec in self.adapter.stacks for handle in self._watch(spec)]
         try:
             run_traced(self.transformer, self.adapter, arguments, self._visit)
         finally:
             for handle in handles:
                 handle.remove()
-        self.state_index += batch_size(arguments)
+        self.state_index += size
 
     def _watch(self, spec: StackSpec) -> list[Any]:
         """Hook the FFNs and the text projections of a stack."""
@@ -110,14 +121,14 @@ class Collector:
 
     def _visit(self, call: BlockCall) -> None:
         stack, index = call.stack.name, call.index
+        masks = valid_tokens(call.stack, call.arguments)
         for stream, before in call.inputs.items():
             after = call.outputs[stream]
             if after is None:
                 continue
-            mask = call.arguments.get(call.stack.masks.get(stream, ""))
-            valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
+            valid = masks.get(stream)
             rows = self._sampled(call, stream, before, valid)
-            x, y = _rows(before, rows), _rows(after, rows)
+            x, y = valid_rows(before, rows), valid_rows(after, rows)
             self._add((stack, "probe", index, stream), x, y - x)
             if self.quota:
                 similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
@@ -152,11 +163,11 @@ class Collector:
     def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
         stack, index = call.stack.name, call.index
         if (signal := self._signals.pop((stack, index, stream), None)) is not None and signal[0].ndim == 3:
-            self._add((stack, "ffn", index, stream), _rows(signal[0], valid), _rows(signal[1], valid))
+            self._add((stack, "ffn", index, stream), valid_rows(signal[0], valid), valid_rows(signal[1], valid))
         if stream == "text" and (now := self._text_inputs.get((stack, index))) is not None:
             earlier = self._text_inputs.pop((stack, index - 1), None)
             if earlier is not None:
-                self._add((stack, "text", index, stream), _rows(earlier, valid), _rows(now, valid))
+                self._add((stack, "text", index, stream), valid_rows(earlier, valid), valid_rows(now, valid))
 
     def _keep_tokens(self, call: BlockCall, stream: str, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
         """Keep a few tokens of each state, the same ones at every block; independent of the batch size."""
@@ -168,6 +179,9 @@ class Collector:
             available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
             chosen = available[sample_rows(len(available), self.quota, generator)]
             picked.append(chosen + row * before.shape[1])
+            if call.index == 0:
+                owners = self.groups.setdefault((call.stack.name, stream), [])
+                owners += [self._groups[row]] * len(chosen)
         if not picked:
             return
         rows = torch.cat(picked).to(before.device)
@@ -178,24 +192,21 @@ class Collector:
             levels[0].append(before.flatten(0, 1)[rows].float().cpu())
         levels[call.index + 1].append(after.flatten(0, 1)[rows].float().cpu())
 
-    def cka_states(self, stack: str, stream: str) -> Tensor:
-        """Kept tokens of a stack, (M + 1, n, d).
+    def cka_states(self, stack: str, stream: str) -> tuple[list[Tensor], list[int]]:
+        """Kept tokens of a stack, M + 1 levels of (n, d), by groups of prompts; and the tokens of each group.
 
         Raises:
             UserError: There are too few for CKA.
         """
-        states = torch.stack([torch.cat(parts) for parts in self.kept[stack, stream]])
-        if states.shape[1] < 4:
+        owners = torch.tensor(self.groups[stack, stream])
+        if len(owners) < 4:
             raise UserError(
-                f"CKA needs at least 4 held-out tokens of the {stream} stream, got {states.shape[1]}; "
+                f"CKA needs at least 4 held-out tokens of the {stream} stream, got {len(owners)}; "
                 "raise capture.num_prompts or capture.states_per_prompt"
             )
-        return states
-
-
-def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
-    """(B, tokens, d) to (rows, d), only the chosen ones."""
-    return states.flatten(0, -2) if chosen is None else states[chosen]
+        order = owners.argsort(stable=True)
+        states = [torch.cat(parts)[order] for parts in self.kept[stack, stream]]
+        return states, owners.bincount(minlength=GROUPS).tolist()
 
 
 def collect(
@@ -207,9 +218,11 @@ def collect(
         for name, states in splits.items():
             tokens = settings.cka_tokens if name == "held-out" else 0
             collectors[name] = Collector(transformer, adapter, tokens, len(states), seed, settings.rows_per_feature)
-            for arguments in states.batches(settings.batch_size):
-                collectors[name].run(arguments)
-                progress.advance(batch_size(arguments))
+            numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(states.prompts.values()))}
+            for call in states.answered(settings.batch_size):
+                groups = [numbers[states.prompts[place]] % GROUPS for place in call.rows]
+                collectors[name].run(call.arguments, groups)
+                progress.advance(len(groups))
     return collectors
 
 
@@ -221,6 +234,7 @@ def analyze(
     out: Path,
     settings: AnalyzeConfig,
     seed: int,
+    protected: PlanConfig | None = None,
 ) -> Analysis:
     """Analyze the teacher; write ``analysis.safetensors`` and then ``analysis.json`` into ``out``.
 
@@ -231,7 +245,8 @@ def analyze(
         calibration: The captured states.
         out: The run directory.
         settings: See :class:`AnalyzeConfig`.
-        seed: Fixes the tokens kept for CKA.
+        seed: Fixes the tokens kept for CKA, and the draws of them.
+        protected: Names the protected blocks, which no interval takes; those of the default settings if None.
     """
     began = time.perf_counter()
     splits = {name: States(calibration, name) for name in ("train", "held-out")}
@@ -242,7 +257,9 @@ def analyze(
         blocks = adapter.blocks(transformer, spec)
         if len(blocks) == 0:
             continue
-        found, maps = _analyze_stack(spec, blocks, collectors, settings)
+        info = next(stack for stack in model.stacks if stack.name == spec.name)
+        free = free_blocks(model, info, protected or PlanConfig())  # type: ignore[call-arg]
+        found, maps = _analyze_stack(spec, blocks, collectors, settings, free)
         stacks.append(replace(found, modulation_residual=_modulation_residual(spec, blocks, conditions)))
         for (index, signal), (weight, bias) in maps.items():
             matrices[f"{spec.name}/{index}/{signal}/weight"] = weight.float()
@@ -272,6 +289,7 @@ def _analyze_stack(
     blocks: nn.ModuleList,
     collectors: dict[str, Collector],
     settings: AnalyzeConfig,
+    free: tuple[int, int],
 ) -> tuple[StackAnalysis, Maps]:
     """Solve probes, CKA, intervals and linearity of one stack from the sums."""
     train, held_out, num_blocks = collectors["train"], collectors["held-out"], len(blocks)
@@ -286,14 +304,14 @@ def _analyze_stack(
             probes[index, stream] = (weight, bias)
             errors.setdefault(stream, []).append(error)
             ridges.setdefault(stream, []).append(ridge)
-    tables = {
-        stream: chained_cka(
-            held_out.cka_states(spec.name, stream).to(probes[0, stream][0].device),
-            [probes[i, stream] for i in range(num_blocks)],
-        )
-        for stream in streams
-    }
-    cka = combine(tables, {stream: float(train.tokens[spec.name, stream]) for stream in streams})
+    tokens = {stream: held_out.cka_states(spec.name, stream) for stream in streams}
+    chains = {stream: [probes[i, stream] for i in range(num_blocks)] for stream in streams}
+    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, 21))
+    shares = {stream: float(train.tokens[spec.name, stream]) for stream in streams}
+    cka = combine(tables, shares)
+    low, high = free
+    intervals = detect_intervals(cka, low, high - 1)
+    again = [detect_intervals(combine(one, shares), low, high - 1) for one in drawn]
 
     maps = dict(probes)
 
@@ -315,7 +333,9 @@ def _analyze_stack(
         name=spec.name,
         cka=tuple(map(tuple, cka)),
         cka_by_stream={stream: tuple(map(tuple, table)) for stream, table in tables.items()},
-        intervals=tuple(detect_intervals(cka, 0, num_blocks - 1)),
+        intervals=tuple(intervals),
+        interval_draws=len(again),
+        interval_stability=stability(intervals, again) if again else (),
         probe_error={stream: tuple(values) for stream, values in errors.items()},
         ridge={stream: tuple(values) for stream, values in ridges.items()},
         influence=tuple(

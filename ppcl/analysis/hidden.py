@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec
+from ppcl.adapters import Adapter
+from ppcl.adapters.masks import valid_of, valid_rows
 from ppcl.analysis.statistics import Moments
 from ppcl.trace import BlockCall, run_traced
 
@@ -119,18 +120,11 @@ def _pass(
 
 
 def _add(sums: dict[Signal, Moments], signal: Signal, call: BlockCall, x: Tensor) -> None:
-    x = _valid(call.stack, call, signal.stream, x)
+    valid = valid_of(call.stack, call.arguments, signal.path, x)
+    x = valid_rows(x, valid)
     y = x[:, :0]
     if signal.norm is not None:
-        x, y = _valid(call.stack, call, signal.stream, signal.norm(call.inputs[signal.stream])), x
+        x, y = valid_rows(signal.norm(call.stack.turn(call.inputs[signal.stream])), valid), x
     if signal not in sums:
         sums[signal] = Moments(x.shape[-1], y.shape[-1], x.device)
     sums[signal].update(x, y)
-
-
-def _valid(spec: StackSpec, call: BlockCall, stream: str, x: Tensor) -> Tensor:
-    """The rows of valid tokens, (N, features)."""
-    mask = call.arguments.get(spec.masks.get(stream, ""))
-    if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
-        return x[mask.bool()]
-    return x.flatten(0, -2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ppcl.artifacts import Stability
+
 CkaTable = Sequence[Sequence[float | None]]
 
 
@@ -36,6 +38,27 @@ def detect_intervals(cka: CkaTable, first: int, last: int) -> list[tuple[int, in
             intervals.append((u, v))
         u = v + 1
     return intervals
+
+
+def stability(
+    intervals: Sequence[tuple[int, int]], draws: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Stability, ...]:
+    """How often each interval, and each of its ends, is found in other draws of the tokens.
+
+    Args:
+        intervals: Of all tokens.
+        draws: The intervals of each draw, at least one.
+    """
+    firsts = [{first for first, _ in found} for found in draws]
+    lasts = [{last for _, last in found} for found in draws]
+    return tuple(
+        Stability(
+            sum((first, last) in found for found in draws) / len(draws),
+            sum(first in found for found in firsts) / len(draws),
+            sum(last in found for found in lasts) / len(draws),
+        )
+        for first, last in intervals
+    )
 
 
 def threshold_intervals(cka: CkaTable, first: int, last: int, threshold: float) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The fit stage: what would it cost to let one block replace this run?
 
-Every run of 2..max_run blocks is scored by how far the teacher's final velocity moves when
+Every run of 2..max_run unprotected blocks is scored by how far the teacher's final velocity moves when
 the run alone is replaced by its chained probes (output sensitivity). The most promising
 ones are then fitted for a few steps, all at once, since non-sequential training lets one
 teacher pass serve them all, and scored again with the fitted block. Smaller modules inside
@@ -24,9 +24,10 @@ from ppcl.artifacts import Analysis, Candidate, Candidates, save_artifact
 from ppcl.candidates.options import WidthResult, width_options
 from ppcl.candidates.sensitivity import Job, output_errors
 from ppcl.capture import Call, States
-from ppcl.config import FitConfig
+from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.local import local_backward
 from ppcl.files import digest, write_tensors
+from ppcl.planning.planner import free_blocks
 from ppcl.student import LinearRun, RunKey, run_name, start_block
 from ppcl.teacher import autocast
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
@@ -34,12 +35,13 @@ from ppcl.training.loop import TrainingLoop, step_generator
 from ppcl.training.settings import LoopSettings
 
 
-def all_runs(analysis: Analysis, max_run: int) -> list[RunKey]:
-    """Every run of 2..max_run blocks of every stack, and the paper's intervals whatever their length."""
+def all_runs(analysis: Analysis, max_run: int, settings: PlanConfig) -> list[RunKey]:
+    """Every run of 2..max_run unprotected blocks of every stack, and the paper's intervals whatever their length."""
     runs: set[RunKey] = set()
     for stack in analysis.model.stacks:
-        for first in range(stack.num_blocks):
-            runs |= {(stack.name, first, last) for last in range(first + 1, min(first + max_run, stack.num_blocks))}
+        low, high = free_blocks(analysis.model, stack, settings)
+        for first in range(low, high):
+            runs |= {(stack.name, first, last) for last in range(first + 1, min(first + max_run, high))}
     for found in analysis.stacks:
         runs |= {(found.name, *interval) for interval in found.intervals}
     order = [stack.name for stack in analysis.model.stacks]
@@ -159,6 +161,7 @@ def fit(
     log: Callable[[dict[str, Any]], None] | None = None,
     group: Group = SINGLE,
     precision: str = "auto",
+    protected: PlanConfig | None = None,
 ) -> Candidates:
     """Score candidate runs; write ``candidates.safetensors``, ``width.safetensors`` and then ``candidates.json``.
 
@@ -174,13 +177,14 @@ def fit(
         log: Receives one dict a training step.
         group: The processes that share the work; the first one writes.
         precision: Autocast of the passes: substitutes are float32, the teacher may not be.
+        protected: Names the protected blocks, which no run takes; those of the default settings if None.
     """
     began = time.perf_counter()
     device = next(transformer.parameters()).device
     held_out, train = States(calibration, "held-out"), States(calibration, "train")
     sample = list(held_out.weighed(held_out.spread(settings.eval_states), settings.eval_states))
     batches = [call.arguments for call, _ in sample]
-    runs = all_runs(analysis, settings.max_run)
+    runs = all_runs(analysis, settings.max_run, protected or PlanConfig())  # type: ignore[call-arg]
 
     def linear(run: RunKey) -> nn.Module:
         spec = _spec(adapter, run[0])

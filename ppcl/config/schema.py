@@ -38,7 +38,9 @@ class AnalyzeConfig(Section):
 
     batch_size: int = Field(64, ge=1, description="states a teacher pass")
     ridges: tuple[float, ...] = Field((1e-6, 1e-4, 1e-2), description="relative to the mean diagonal of the Gram")
-    cka_tokens: int = Field(2048, ge=16, description="held-out tokens a stream kept for CKA")
+    cka_tokens: int = Field(
+        16384, ge=16, description="held-out tokens a stream kept for CKA, at most; of more a sample over all states"
+    )
     rows_per_feature: int = Field(128, ge=0, description="about so many tokens per feature enter the sums; 0: all")
 
 
@@ -102,8 +104,12 @@ class PlanConfig(SearchConfig, Section):
     width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
-    protect_first: int = Field(1, ge=0, description="first blocks of the first stack that stay")
-    protect_last: int = Field(1, ge=0, description="last blocks of the last stack that stay")
+    protect_first: int = Field(
+        1, ge=0, description="first blocks of the first stack that stay; read from the analyze stage on"
+    )
+    protect_last: int = Field(
+        1, ge=0, description="last blocks of the last stack that stay; read from the analyze stage on"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
+from ppcl.adapters.masks import valid_rows, watch_valid
 from ppcl.capture import velocity
 from ppcl.slicing import Units
 from ppcl.training.loop import step_generator
@@ -118,23 +119,30 @@ def watch_inputs(
     batches: Sequence[dict[str, Any]],
     see: Callable[[int, nn.Linear, Tensor], None],
 ) -> None:
-    """Show a criterion what every layer that reads units is given, in one forward pass a batch.
+    """Show a criterion what every layer that reads units is given, in one forward pass a batch; padding is left out.
 
     Args:
         transformer: The teacher's transformer.
         adapter: Its family.
         sites: Whose layers.
         batches: Calibration states.
-        see: Called with the number of the site, the layer, and (tokens of all states, h) in float32.
+        see: Called with the number of the site, the layer, and (valid tokens of all states, h) in float32.
     """
-
-    def watch(number: int, _: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: see(number, layer, args[0].flatten(0, -2).float())
-
     device = next(transformer.parameters()).device
-    with hooked(transformer, adapter, sites, watch):
-        for arguments in batches:
-            velocity(transformer, to_device(arguments, device))
+    with watch_valid(transformer, adapter) as valid_of:
+
+        def watch(number: int, site: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            name = next(name for name, one in site.layers(transformer, adapter).items() if one is layer)
+
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                see(number, layer, valid_rows(x, valid_of(f"{site.path}.{name}", x)).float())
+
+            return hook
+
+        with hooked(transformer, adapter, sites, watch):
+            for arguments in batches:
+                velocity(transformer, to_device(arguments, device))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
+from ppcl.adapters.masks import valid_rows
 from ppcl.criteria.base import BACKWARD, Site, unit_sums
 from ppcl.criteria.gradients import Seen, watch_gradients
 from ppcl.criteria.masks import at_same_median
@@ -47,8 +48,9 @@ class Gblm:
 
         def see(seen: Seen) -> None:
             key, size = (seen.number, seen.name), seen.layer.weight.detach().float().abs()
-            squares[key] = squares.get(key, 0) + seen.x.flatten(0, 1).pow(2).sum(0).double()
-            counts[key] = counts.get(key, 0) + seen.x.shape[0] * seen.x.shape[1]
+            rows = valid_rows(seen.x, seen.valid)
+            squares[key] = squares.get(key, 0) + rows.pow(2).sum(0).double()
+            counts[key] = counts.get(key, 0) + len(rows)
             for x, delta in zip(seen.x, seen.delta, strict=True):
                 sums = unit_sums((delta.T @ x).abs() * size, sites[seen.number].units, seen.side)
                 slopes[key] = slopes.get(key, 0) + sums.double()

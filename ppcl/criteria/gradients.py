@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter
+from ppcl.adapters.masks import watch_valid
 from ppcl.criteria.base import Site, checkpointed, signed_output
 
 
@@ -28,7 +29,8 @@ class Seen:
         layer: The layer.
         side: 0 if its rows are the units', 1 if its columns are.
         x: What it was given, (states, tokens, i) in float32; a layer that sees no batch axis has one state a call.
-        delta: Gradient of <u, v> by what it gave, (states, tokens, o) in float32.
+        delta: Gradient of <u, v> by what it gave, (states, tokens, o) in float32; padding has none.
+        valid: (states, tokens) bool, true where a token is no padding; None where all count.
     """
 
     number: int
@@ -37,6 +39,7 @@ class Seen:
     side: int
     x: Tensor
     delta: Tensor
+    valid: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -82,12 +85,15 @@ def watch_gradients(
         for name, (layer, side) in site.weights(transformer, adapter).items():
 
             def show(
-                x: Tensor, delta: Tensor, at: tuple[int, str, nn.Linear, int] = (number, name, layer, side)
+                x: Tensor,
+                delta: Tensor,
+                valid: Tensor | None,
+                at: tuple[int, str, nn.Linear, int] = (number, name, layer, side),
             ) -> None:
-                see(Seen(*at, x, delta))
+                see(Seen(*at, x, delta, valid))
 
-            taps.append(Tap(layer, first[site.stack], show))
-    tap_gradients(transformer, taps, batches, seed)
+            taps.append(Tap(layer, f"{site.path}.{name}" if name else site.path, first[site.stack], show))
+    tap_gradients(transformer, adapter, taps, batches, seed)
 
 
 @dataclass(frozen=True)
@@ -96,20 +102,25 @@ class Tap:
 
     Attributes:
         layer: The layer.
+        path: Where it is inside its block.
         tokens_first: It is given (tokens, states, i).
-        see: Called with x and delta as in :class:`Seen`, once a batch and call.
+        see: Called with x, delta and valid as in :class:`Seen`, once a batch and call.
     """
 
     layer: nn.Linear
+    path: str
     tokens_first: bool
-    see: Callable[[Tensor, Tensor], None]
+    see: Callable[[Tensor, Tensor, Tensor | None], None]
 
 
-def tap_gradients(transformer: nn.Module, taps: Sequence[Tap], batches: Sequence[dict[str, Any]], seed: int) -> None:
+def tap_gradients(
+    transformer: nn.Module, adapter: Adapter, taps: Sequence[Tap], batches: Sequence[dict[str, Any]], seed: int
+) -> None:
     """Run one backward pass of :func:`ppcl.criteria.base.signed_output` a batch, with some layers tapped.
 
     Args:
         transformer: No gradient is left in it.
+        adapter: Its family.
         taps: Whose gradients are looked at; nothing before the first of them takes part in the backward pass.
         batches: Calibration states.
         seed: For the signs.
@@ -123,19 +134,23 @@ def tap_gradients(transformer: nn.Module, taps: Sequence[Tap], batches: Sequence
             return values.movedim(int(tap.tokens_first), 0).flatten(1, -2).float()
 
         def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> Any:
+            valid = valid_of(tap.path, args[0])
+            valid = valid.T if valid is not None and tap.tokens_first else valid
+
             def seen(x: Tensor, delta: Tensor) -> None:
-                tap.see(states_first(x), states_first(delta))
+                tap.see(states_first(x), states_first(delta), valid)
 
             return _Tap.apply(output, args[0], anchor, seen)  # type: ignore[no-untyped-call]
 
         return hook
 
-    handles = [tap.layer.register_forward_hook(hook_of(tap)) for tap in taps]
-    try:
-        for step, arguments in enumerate(batches):
-            with checkpointed(transformer), torch.enable_grad():
-                inner = signed_output(transformer, arguments, seed, step)
-                torch.autograd.grad(inner, [anchor], allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watch_valid(transformer, adapter) as valid_of:
+        handles = [tap.layer.register_forward_hook(hook_of(tap)) for tap in taps]
+        try:
+            for step, arguments in enumerate(batches):
+                with checkpointed(transformer), torch.enable_grad():
+                    inner = signed_output(transformer, arguments, seed, step)
+                    torch.autograd.grad(inner, [anchor], allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -11,7 +11,7 @@ a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, Protocol, cast
@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ppcl.adapters import Adapter, adapter_for
+from ppcl.adapters.masks import valid_rows, watch_valid
 from ppcl.capture import velocity
 from ppcl.criteria.base import BACKWARD
 from ppcl.criteria.gradients import Tap, tap_gradients
@@ -172,7 +174,7 @@ class Layer:
     """A linear layer whose weights are scored.
 
     Attributes:
-        name: Unlike any other's.
+        name: Unlike any other's; after the last slash its path inside its block.
         block: Layers of one block are looked at together.
         module: The layer.
         tokens_first: See :class:`ppcl.criteria.gradients.Tap`.
@@ -182,6 +184,11 @@ class Layer:
     block: str
     module: nn.Linear
     tokens_first: bool = False
+
+    @property
+    def path(self) -> str:
+        """Where it is inside its block."""
+        return self.name.rpartition("/")[2].removesuffix(".weight")
 
 
 class _Sums:
@@ -195,13 +202,13 @@ class _Sums:
         self.norm: Tensor | float = 0.0
         self.power: Tensor | float = 0.0
 
-    def see_inputs(self, x: Tensor) -> None:
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
+    def see_inputs(self, x: Tensor, valid: Tensor | None) -> None:
+        flat = valid_rows(x.detach(), valid).float()
         self.squares += flat.pow(2).sum(0).double()
         self.tokens += len(flat)
 
-    def see(self, x: Tensor, delta: Tensor) -> None:
-        self.see_inputs(x)
+    def see(self, x: Tensor, delta: Tensor, valid: Tensor | None) -> None:
+        self.see_inputs(x, valid)
         if self.batched:
             x, delta = x.flatten(0, 1)[None], delta.flatten(0, 1)[None]
         for one, slope in zip(x, delta, strict=True):
@@ -246,16 +253,17 @@ def weight_scores(
         ConfigError: The criterion gives something else.
     """
     needs = getattr(criterion, "needs", "gradients")
+    adapter = adapter_for(transformer)
     sums = {layer.name: _Sums(layer, needs == "batch_gradients") for layer in layers}
     if needs == "inputs":
-        _watch_inputs(transformer, {sums[layer.name].see_inputs: layer.module for layer in layers}, batches)
+        _watch_inputs(transformer, adapter, list(sums.values()), batches)
     order = {block: i // blocks_at_once for i, block in enumerate(dict.fromkeys(layer.block for layer in layers))}
     number = 0
     for _, group in groupby(sorted(layers, key=lambda layer: order[layer.block]), key=lambda one: order[one.block]):
         members = list(group)
         if "gradients" in needs:
-            taps = [Tap(layer.module, layer.tokens_first, sums[layer.name].see) for layer in members]
-            tap_gradients(transformer, taps, batches, seed)
+            taps = [Tap(layer.module, layer.path, layer.tokens_first, sums[layer.name].see) for layer in members]
+            tap_gradients(transformer, adapter, taps, batches, seed)
         for layer in members:
             with torch.no_grad():
                 score = criterion.score(sums.pop(layer.name).seen(step_generator(seed, number, 71)))
@@ -265,23 +273,22 @@ def weight_scores(
 
 @torch.no_grad()
 def _watch_inputs(
-    transformer: nn.Module,
-    layers: Mapping[Callable[[Tensor], None], nn.Linear],
-    batches: Sequence[dict[str, Any]],
+    transformer: nn.Module, adapter: Adapter, sums: Sequence[_Sums], batches: Sequence[dict[str, Any]]
 ) -> None:
     """Show what layers are given, in one forward pass a batch."""
+    with watch_valid(transformer, adapter) as valid_of:
 
-    def hook_of(see: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: see(args[0])
+        def hook_of(one: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, args: one.see_inputs(args[0], valid_of(one.layer.path, args[0]))
 
-    handles = [layer.register_forward_pre_hook(hook_of(see)) for see, layer in layers.items()]
-    try:
-        device = next(transformer.parameters()).device
-        for arguments in batches:
-            velocity(transformer, to_device(arguments, device))
-    finally:
-        for handle in handles:
-            handle.remove()
+        handles = [one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums]
+        try:
+            device = next(transformer.parameters()).device
+            for arguments in batches:
+                velocity(transformer, to_device(arguments, device))
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _checked(score: Any, layer: Layer, name: str) -> Tensor:

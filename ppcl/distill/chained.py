@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.adapters import Adapter, StackSpec, States
+from ppcl.adapters.masks import valid_tokens
 from ppcl.artifacts import CompressionPlan
 from ppcl.capture import velocity
-from ppcl.distill.local import last_block, masks_of, weights_of
+from ppcl.distill.local import last_block, weights_of
 from ppcl.distill.losses import state_loss, velocity_loss
 from ppcl.errors import UserError
 from ppcl.student import RunKey, assemble_student
@@ -135,6 +136,6 @@ def _state_losses(
     losses = {}
     for run, output in outputs.items():
         call = targets[run[0], run[2]]
-        masks = masks_of(call.stack, call.arguments, call.outputs)
+        masks = valid_tokens(call.stack, call.arguments)
         losses[run] = state_loss(output, call.outputs, masks, kind, weights_of(call.stack, share))
     return losses

@@ -15,17 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec, States
+from ppcl.adapters import Adapter, StackSpec
+from ppcl.adapters.masks import valid_tokens
 from ppcl.distill.losses import state_loss
 from ppcl.student import RunKey
 from ppcl.trace import BlockCall, run_traced
 from ppcl.training.distributed import WHOLE, Share
-
-
-def masks_of(stack: StackSpec, arguments: Mapping[str, Any], states: States) -> dict[str, Tensor]:
-    """Masks of valid tokens of a block call, for the streams that have one."""
-    found = {stream: arguments.get(name) for stream, name in stack.masks.items()}
-    return {s: m for s, m in found.items() if isinstance(m, Tensor) and m.shape == states[s].shape[:2]}
 
 
 def weights_of(stack: StackSpec, share: Share) -> dict[str, float]:
@@ -122,5 +117,5 @@ def run_loss(
         share: What the batch counts, if it is a part of one.
     """
     output = adapter.call(end.stack, substitute, start.inputs, start.arguments)
-    masks = masks_of(end.stack, end.arguments, end.outputs)
+    masks = valid_tokens(end.stack, end.arguments)
     return state_loss(output, end.outputs, masks, kind, weights_of(end.stack, share))

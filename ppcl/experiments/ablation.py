@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ppcl.adapters import Adapter
+from ppcl.adapters.masks import valid_tokens
 from ppcl.analysis.cka import linear_cka
 from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, to_jsonable
 from ppcl.capture import States
 from ppcl.config import DistillConfig, PlanConfig
 from ppcl.config.memory import changed, for_tables
-from ppcl.distill.local import masks_of
 from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.experiments.compare import Judge, run_row
@@ -64,9 +64,9 @@ def state_cka(
 
     def visit(call: BlockCall) -> None:
         name = call.stack.name
-        masks = masks_of(call.stack, call.arguments, call.outputs)
+        masks = valid_tokens(call.stack, call.arguments)
         for stream, state in call.outputs.items():
-            valid = masks[stream].bool() if stream in masks else torch.ones(state.shape[:2], dtype=torch.bool)
+            valid = masks[stream] if stream in masks else torch.ones(state.shape[:2], dtype=torch.bool)
             chosen = _evenly(valid.cpu(), quota)
             levels = states[name].setdefault(stream, {})
             if call.index == 0:

@@ -3,7 +3,7 @@
 ``optimal``: dynamic programming over non-overlapping candidate runs, least summed squared
 velocity error under the budget; where smaller modules were measured also over those
 (:mod:`ppcl.planning.knapsack`). ``paper``: the intervals of eqs. 4-5, in order of least
-damage. ``uniform`` and ``influence`` are baselines with the same kind of substitute. ``allocation``
+damage a removed block. ``uniform`` and ``influence`` are baselines with the same kind of substitute. ``allocation``
 removes no block: it cuts neurons and heads by class (:mod:`ppcl.planning.allocations`). :mod:`ppcl.searches` has
 these modes and others, which look at the teacher itself, behind one interface.
 """
@@ -11,7 +11,7 @@ these modes and others, which look at the teacher itself, behind one interface.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ppcl.artifacts import (
@@ -27,7 +27,7 @@ from ppcl.artifacts import (
 )
 from ppcl.config import PlanConfig
 from ppcl.cost import predict
-from ppcl.errors import BudgetError
+from ppcl.errors import BudgetError, ConfigError
 from ppcl.planning.allocations import allotted_layouts, layout_of
 from ppcl.planning.knapsack import Layout, best_layouts, best_subsets
 
@@ -226,18 +226,20 @@ def _stack_table(stack: Stack, candidates: Sequence[Candidate]) -> dict[int, tup
 def paper_ladder(
     analysis: Analysis, costs: Mapping[tuple[str, int, int], Candidate], settings: PlanConfig
 ) -> list[Runs]:
-    """The paper's intervals, added one after another in order of least damage."""
-    intervals = []
-    for found in analysis.stacks:
-        stack = next(s for s in analysis.model.stacks if s.name == found.name)
-        for first, last in found.intervals:
-            low = max(first, settings.protect_first if stack is analysis.model.stacks[0] else 0)
-            end = stack.num_blocks - (settings.protect_last if stack is analysis.model.stacks[-1] else 0)
-            high = min(last, end - 1)
-            if high > low:
-                intervals.append((found.name, low, high))
-    damage: Callable[[tuple[str, int, int]], float] = lambda run: cost_of(costs.get(run))  # noqa: E731
-    ordered = sorted(intervals, key=lambda run: (damage(run), run))
+    """The paper's intervals, added one after another in order of least damage for each block that they remove.
+
+    Raises:
+        ConfigError: The intervals were found with other protected blocks.
+    """
+    intervals = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
+    for name, first, last in intervals:
+        if not is_allowed_segment(analysis.model, name, first, last, settings):
+            raise ConfigError(
+                f"the paper's interval {name} {first}-{last} takes a block that plan.protect_first="
+                f"{settings.protect_first} and plan.protect_last={settings.protect_last} keep; intervals are found "
+                "among unprotected blocks, so run ppcl analyze again with these settings"
+            )
+    ordered = sorted(intervals, key=lambda run: (cost_of(costs.get(run)) / (run[2] - run[1]), run))
     return [tuple(sorted(ordered[:count])) for count in range(len(ordered) + 1)]
 
 

@@ -19,6 +19,7 @@ from ppcl.artifacts import (
     ModelInfo,
     Prediction,
     Segment,
+    Stability,
     Stack,
     StackAnalysis,
     save_artifact,
@@ -58,6 +59,8 @@ def make_analysis(num_blocks: int = NUM_BLOCKS) -> Analysis:
         influence=tuple(float(x) for x in 3 * effect),
         ffn_linearity={"img": tuple(1.4 * e for e in error), "txt": (None, *error[1:])},
         text_linearity={"input": (None, *error[1:]), "output": (None, *(0.5 * e for e in error[1:]))},
+        interval_draws=20,
+        interval_stability=(Stability(0.85, 1.0, 0.85), Stability(0.4, 0.55, 0.65), Stability(0.05, 0.1, 0.95)),
     )
     return Analysis(make_model(num_blocks), (stack,), 1024, {"img": 36_864, "txt": 12_288}, 41.2)
 

@@ -13,6 +13,7 @@ from tiny_models import (
     SINGLE,
     describe_alone,
     flux_call,
+    noise,
     qwen_call,
     tiny_flux,
     tiny_qwen,
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 
 from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import Collector, analyze
-from ppcl.analysis.cka import chained_cka
+from ppcl.analysis.cka import DRAWS, chained_cka, drawn_ckas
 from ppcl.analysis.intervals import detect_intervals
 from ppcl.artifacts import Analysis, load_artifact
 from ppcl.capture import States
-from ppcl.config import AnalyzeConfig
+from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.files import read_tensors
 from ppcl.trace import BlockCall, record_boundaries
@@ -47,12 +48,14 @@ def in_float64(call: dict[str, Any]) -> dict[str, Any]:
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
 
 
-def run(transformer: nn.Module, calls: Calls, folder: Path, **settings: Any) -> Analysis:
+def run(
+    transformer: nn.Module, calls: Calls, folder: Path, plan: PlanConfig | None = None, **settings: Any
+) -> Analysis:
     for split, recorded in calls.items():
         write_states(folder / "calibration", split, recorded)
     config = AnalyzeConfig(**{"cka_tokens": 64, "batch_size": 3, "ridges": RIDGES, **settings})
-    adapter = adapter_for(transformer)
-    return analyze(transformer, adapter, describe_alone(transformer), folder / "calibration", folder, config, seed=0)
+    adapter, model = adapter_for(transformer), describe_alone(transformer)
+    return analyze(transformer, adapter, model, folder / "calibration", folder, config, 0, plan)
 
 
 def numbers(analysis: Analysis) -> list[float]:
@@ -154,7 +157,7 @@ def test_numbers_are_those_of_the_states(tmp_path: Path) -> None:
     assert found.text_linearity["input"][0] is None
     assert all(isinstance(value, float) for value in found.text_linearity["input"][1:])
     assert set(found.ffn_linearity) == {"image", "text"}
-    assert list(found.intervals) == detect_intervals(found.cka, 0, 2)
+    assert list(found.intervals) == detect_intervals(found.cka, 1, 1)  # of three blocks the ends are protected
 
 
 def test_cka_is_that_of_all_held_out_tokens_when_all_are_kept(tmp_path: Path) -> None:
@@ -175,6 +178,34 @@ def test_cka_is_that_of_all_held_out_tokens_when_all_are_kept(tmp_path: Path) ->
                 assert analysis.stacks[0].cka_by_stream[stream][u][k] == pytest.approx(table[u][k], abs=1e-5)
             share = (image * tables["image"][u][k] + text * tables["text"][u][k]) / (image + text)
             assert analysis.stacks[0].cka[u][k] == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 1), (2, 1), (3, 3)])
+def test_intervals_are_found_among_blocks_that_may_go(first: int, last: int, tmp_path: Path) -> None:
+    """Nothing is clipped afterwards: detection starts at the first unprotected block."""
+    calls = {"train": [qwen_call(8, seed=s) for s in (0, 10)], "held-out": [qwen_call(8, seed=30)]}
+    plan = PlanConfig(protect_first=first, protect_last=last)
+    found = run(tiny_qwen(6), calls, tmp_path, plan, cka_tokens=10_000).stacks[0]
+    assert list(found.intervals) == detect_intervals(found.cka, first, 5 - last)
+    assert len(found.interval_stability) == len(found.intervals)
+    assert found.interval_draws == DRAWS
+    for share in found.interval_stability:
+        assert 0 <= share.same <= min(share.first, share.last) <= 1
+    if found.intervals:
+        assert found.interval_stability[0].first == 1  # all draws start where this one does
+
+
+def test_draws_are_half_of_the_prompts(tmp_path: Path) -> None:
+    """A table of a draw is that of its prompts' tokens alone; with tokens of too few there are no draws."""
+    states = [noise(40, 6, seed=level) for level in range(3)]
+    probes = [(0.2 * noise(6, 6, seed=i), noise(6, seed=10 + i)) for i in range(2)]
+    whole, drawn = drawn_ckas({"image": (states, [5] * 8)}, {"image": probes}, torch.Generator().manual_seed(3))
+    assert whole["image"][0][1] == pytest.approx(chained_cka(states, probes)[0][1], abs=1e-6)
+    halves = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(3))]) < 4
+    own = halves[0].repeat_interleave(5)
+    assert drawn[0]["image"][0][1] == pytest.approx(chained_cka([s[own] for s in states], probes)[0][1], abs=1e-5)
+    assert len(drawn) == DRAWS
+    assert drawn_ckas({"text": (states, [40, *[0] * 7])}, {"text": probes}, torch.Generator())[1] == []
 
 
 def test_ffn_of_a_linear_network_is_linear(tmp_path: Path) -> None:
@@ -220,6 +251,7 @@ def held(collector: Collector) -> tuple[int, int]:
     parts = dict(vars(collector))
     del parts["adapter"]
     kept = parts.pop("kept")
+    del parts["groups"]  # one number a kept token
     return sum(t.numel() for levels in kept.values() for level in levels for t in level), visit(parts)
 
 

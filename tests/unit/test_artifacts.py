@@ -141,6 +141,15 @@ def test_wrong_types_are_refused(tmp_path: Path, path: tuple[Any, ...], value: A
     assert "\n" not in str(caught.value)
 
 
+def test_an_analysis_from_before_the_draws_is_read(tmp_path: Path) -> None:
+    save_artifact(ANALYSIS, tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    for stack in data["stacks"]:
+        del stack["interval_draws"], stack["interval_stability"]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    assert load_artifact(Analysis, tmp_path / "a.json") == ANALYSIS
+
+
 def test_an_interval_has_two_ends(tmp_path: Path) -> None:
     save_artifact(ANALYSIS, tmp_path / "a.json")
     data = json.loads((tmp_path / "a.json").read_text())

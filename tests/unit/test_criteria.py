@@ -236,3 +236,15 @@ def test_equal_scores_keep_the_first(tmp_path: Path) -> None:
     settings = FitConfig(criterion=name, width=("ffn",), width_shares=(0.25,))
     parts, _ = cut_options(transformer, adapter, [("ffn.image", sites[1], "image")], [call], settings, 0)
     assert int(parts[0][0]["kept"], 16) == (1 << 32) - 1
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "activation", "gblm"])
+def test_what_stands_in_the_padding_changes_no_score(criterion: str) -> None:
+    """Qwen-Image: the text's padding is masked in the attention, so nothing else can change either."""
+    model = tiny_qwen(2)
+    adapter, clean = adapter_for(model), qwen_call(4, text=6, padded=True)
+    noisy = {**clean, "encoder_hidden_states": clean["encoder_hidden_states"].clone()}
+    noisy["encoder_hidden_states"][~clean["encoder_hidden_states_mask"].bool()] = 30.0
+    site = site_of(model, 0, "txt_mlp")  # the last block's text feeds nothing
+    one, other = (unit_scores(criterion, model, adapter, [site], [call], 0)[0] for call in (clean, noisy))
+    assert torch.allclose(one, other, rtol=1e-3)

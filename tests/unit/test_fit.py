@@ -28,12 +28,14 @@ from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
 from ppcl.candidates.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
 from ppcl.candidates.sensitivity import output_errors
 from ppcl.capture import States, velocity
-from ppcl.config import AnalyzeConfig, FitConfig
+from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.local import local_backward
 from ppcl.files import read_tensors
+from ppcl.stages import Run
 from ppcl.student import STARTS, patched, start_block
 
 CPU = torch.device("cpu")
+NONE = PlanConfig(protect_first=0, protect_last=0)
 
 
 def analysis_of(transformer: nn.Module, intervals: dict[str, tuple[tuple[int, int], ...]]) -> Analysis:
@@ -43,7 +45,7 @@ def analysis_of(transformer: nn.Module, intervals: dict[str, tuple[tuple[int, in
 
 
 def test_all_runs_are_short_ones_and_the_papers_intervals() -> None:
-    runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {SINGLE: ((0, 4),)}), max_run=2)
+    runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {SINGLE: ((0, 4),)}), max_run=2, settings=NONE)
     assert runs == [
         (DUAL, 0, 1),
         (DUAL, 1, 2),
@@ -53,8 +55,26 @@ def test_all_runs_are_short_ones_and_the_papers_intervals() -> None:
         (SINGLE, 2, 3),
         (SINGLE, 3, 4),
     ]
-    four = all_runs(analysis_of(tiny_qwen(4), {}), max_run=9)
+    four = all_runs(analysis_of(tiny_qwen(4), {}), max_run=9, settings=NONE)
     assert [run[1:] for run in four] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+def test_protected_blocks_are_in_no_run() -> None:
+    runs = all_runs(analysis_of(tiny_flux(dual=3, single=5), {}), 3, PlanConfig(protect_first=1, protect_last=2))
+    assert runs == [(DUAL, 1, 2), (SINGLE, 0, 1), (SINGLE, 0, 2), (SINGLE, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "again"), [("plan.protect_last=2", ("analyze", "fit", "plan")), ("plan.keep=0.7", ("plan",))]
+)
+def test_other_protected_blocks_run_the_analysis_again(setting: str, again: tuple[str, ...]) -> None:
+    def digests(*settings: str) -> dict[str, str]:
+        run = Run.__new__(Run)
+        run.identity, run.config = "x", load_config([], list(settings))
+        return {stage: run.depends(stage) for stage in ("capture", "analyze", "fit", "plan")}
+
+    before, after = digests(), digests(setting)
+    assert tuple(stage for stage in before if before[stage] != after[stage]) == again
 
 
 def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
@@ -147,7 +167,7 @@ def prepared(tmp_path: Path) -> tuple[Any, Analysis, Path]:
     write_states(tmp_path / "calibration", "train", [qwen_call(4, seed=s, padded=True) for s in (0, 10, 20)])
     write_states(tmp_path / "calibration", "held-out", [qwen_call(4, seed=30, padded=True)])
     about = adapter_for(transformer), describe_alone(transformer)
-    analysis = analyze(transformer, *about, tmp_path / "calibration", tmp_path, AnalyzeConfig(), seed=0)
+    analysis = analyze(transformer, *about, tmp_path / "calibration", tmp_path, AnalyzeConfig(), 0, NONE)
     return transformer, analysis, tmp_path
 
 
@@ -156,7 +176,8 @@ def run_fit(
 ) -> Candidates:
     transformer, analysis, folder = prepared
     probes, _ = read_tensors(folder / "analysis.safetensors")
-    return fit(transformer, adapter_for(transformer), analysis, probes, folder / "calibration", out, settings, 0, log)
+    states = folder / "calibration"
+    return fit(transformer, adapter_for(transformer), analysis, probes, states, out, settings, 0, log, protected=NONE)
 
 
 def test_fit_scores_all_runs_and_fits_the_promising_ones(prepared: tuple[Any, Analysis, Path]) -> None:
@@ -164,7 +185,7 @@ def test_fit_scores_all_runs_and_fits_the_promising_ones(prepared: tuple[Any, An
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     rows: list[dict[str, Any]] = []
     found = run_fit(prepared, folder, log=rows.append)
-    assert [(c.stack, c.first, c.last) for c in found.candidates] == all_runs(analysis, SETTINGS.max_run)
+    assert [(c.stack, c.first, c.last) for c in found.candidates] == all_runs(analysis, SETTINGS.max_run, NONE)
     assert all(c.probe_error > 0 for c in found.candidates)
     fitted = [c for c in found.candidates if c.fitted_error is not None]
     wanted = {(found.name, *interval) for found in analysis.stacks for interval in found.intervals}

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from ppcl.analysis.intervals import detect_intervals, difference, interval_end, threshold_intervals
+from ppcl.analysis.intervals import detect_intervals, difference, interval_end, stability, threshold_intervals
+from ppcl.artifacts import Stability
 
 
 def table(rows: dict[int, list[float]], size: int) -> list[list[float | None]]:
@@ -67,3 +68,8 @@ def test_threshold_variant() -> None:
     assert threshold_intervals(cka, 0, 6, 0.9) == [(0, 2), (4, 6)]
     assert threshold_intervals(cka, 0, 6, 0.95) == [(0, 1), (2, 6)]
     assert threshold_intervals(table({u: [1.0, 0.1] for u in range(7)}, 7), 0, 6, 0.5) == []
+
+
+def test_stability_is_the_share_of_draws() -> None:
+    draws = [[(1, 3), (4, 5)], [(1, 2), (3, 5)], [(1, 3), (4, 6)], [(1, 3), (4, 5)]]
+    assert stability([(1, 3), (4, 5)], draws) == (Stability(0.75, 1.0, 0.75), Stability(0.5, 0.75, 0.75))

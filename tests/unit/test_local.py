@@ -11,7 +11,8 @@ from tiny_models import DUAL, SINGLE, flux_call, qwen_call, random_substitutes, 
 from torch import Tensor, nn
 
 from ppcl.adapters import adapter_for
-from ppcl.distill.local import last_block, local_backward, masks_of
+from ppcl.adapters.masks import valid_tokens
+from ppcl.distill.local import last_block, local_backward
 from ppcl.distill.losses import state_loss
 from ppcl.student import RunKey
 from ppcl.trace import record_boundaries
@@ -34,7 +35,7 @@ def naive(
     for run, block in substitutes.items():
         start, end = calls[run[:2]], calls[run[0], run[2]]
         output = adapter.call(start.stack, block, start.inputs, start.arguments)
-        losses[run] = state_loss(output, end.outputs, masks_of(end.stack, end.arguments, end.outputs), kind)
+        losses[run] = state_loss(output, end.outputs, valid_tokens(end.stack, end.arguments), kind)
     torch.stack(list(losses.values())).sum().backward()
     return losses
 

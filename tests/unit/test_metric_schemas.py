@@ -93,6 +93,8 @@ def test_report_md_of_a_run(tmp_path: Path) -> None:
     assert "| pictures, 20 steps | 4 | 20.5 (20.0 to 23.0) | 10.2 (20.0 to 23.0) | 5.00 | - |" in text
     assert "> LPIPS is left out" in text
     assert "## Plan" in text
+    assert "Share of 20 draws of half of the held-out prompts" in text
+    assert "| transformer_blocks 8-10 | 40% | 55% | 65% |" in text
 
 
 def test_unknown_numbers_are_dashes() -> None:

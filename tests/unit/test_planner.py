@@ -17,7 +17,7 @@ from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, Mod
 from ppcl.bundle import Bundle, build_student
 from ppcl.config import PlanConfig
 from ppcl.cost import count_params
-from ppcl.errors import BudgetError
+from ppcl.errors import BudgetError, ConfigError
 from ppcl.planning import planner
 
 Run = tuple[str, int, int]
@@ -147,7 +147,7 @@ def test_fitted_errors_come_before_probe_errors() -> None:
 @pytest.mark.parametrize("mode", ["optimal", "paper", "uniform", "influence"])
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (2, 0), (0, 2)])
 def test_protected_blocks_stay(mode: str, first: int, last: int) -> None:
-    intervals = {"a": [(0, 2), (3, 5)], "b": [(0, 1), (2, 4)]}
+    intervals = {"a": [(first, 3), (4, 5)], "b": [(0, 4 - last)]}
     settings = PlanConfig(mode=mode, keep=0.7, protect_first=first, protect_last=last)
     found = planner.plan(analysis_of(MODEL, intervals), random_candidates(MODEL, 3), settings)
     for name, segment in found.runs:
@@ -221,16 +221,23 @@ def test_influence_removes_the_least_influential_blocks() -> None:
 
 
 def test_paper_adds_intervals_by_damage() -> None:
-    costs = {("a", 1, 2): 0.5, ("a", 3, 5): 0.1, ("b", 0, 1): 0.3, ("b", 2, 3): 0.2}
+    """Damage is the squared error of each removed block: 0.25, 0.045 (twice), 0.09 and 0.04."""
+    costs = {("a", 1, 2): 0.5, ("a", 3, 5): 0.3, ("b", 0, 1): 0.3, ("b", 2, 3): 0.2}
     candidates = {run: Candidate(*run, probe_error=9.0, fitted_error=error) for run, error in costs.items()}
-    analysis = analysis_of(MODEL, {"a": [(0, 2), (3, 5)], "b": [(0, 1), (2, 4)]})  # the ends are protected
+    analysis = analysis_of(MODEL, {"a": [(1, 2), (3, 5)], "b": [(0, 1), (2, 3)]})
     ladder = planner.paper_ladder(analysis, candidates, PlanConfig())
     order = [set(runs) for runs in ladder]
     assert order[0] == set()
     added = [(order[i + 1] - order[i]).pop() for i in range(len(order) - 1)]
-    assert added == [("a", 3, 5), ("b", 2, 3), ("b", 0, 1), ("a", 1, 2)]
+    assert added == [("b", 2, 3), ("a", 3, 5), ("b", 0, 1), ("a", 1, 2)]
     for runs in ladder:
         check_runs(runs, MODEL, PlanConfig())
+
+
+def test_intervals_are_not_clipped_to_what_was_never_fitted() -> None:
+    analysis = analysis_of(MODEL, {"a": [(0, 3)]})
+    with pytest.raises(ConfigError, match=r"interval a 0-3 takes a block that plan.protect_first=1.*run ppcl analyze"):
+        planner.paper_ladder(analysis, {}, PlanConfig())
 
 
 @pytest.mark.parametrize("mode", ["paper", "uniform", "influence"])

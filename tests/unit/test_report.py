@@ -306,6 +306,12 @@ def test_verdict(student: float | None, values: list[float], lower: bool, expect
     assert expected in verdict(10.0, student, values, lower)
 
 
+def test_the_strip_says_how_stable_an_interval_is(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path, ["a cat"])).read_text()
+    assert "8\N{EN DASH}10 <small>40%</small>" in page
+    assert "in 40% of 20 draws of half of the held-out prompts; starts here in 55%, ends here in 65%" in page
+
+
 def test_differences_are_equation_4() -> None:
     cka = ((1.0, 0.9, 0.7), (None, 0.95, 0.85), (None, None, 0.99))
     stack = StackAnalysis(STACK, cka, {}, (), {}, {}, (0.0, 0.0, 0.0))
