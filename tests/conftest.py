@@ -1,18 +1,37 @@
-"""A tiny pipeline and runs on it."""
+"""A tiny pipeline and runs on it, and a check that no test changes the process for the others."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from global_state import changes, global_state
 from tiny_pipeline import PROMPTS, SMALL, tiny_qwen_pipeline
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# what the command line sets, too
+os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+STATE_BEFORE = pytest.StashKey[dict[str, object]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture: the same random numbers whatever ran before, and the state that the test must leave."""
+    torch.manual_seed(0)
+    item.stash[STATE_BEFORE] = global_state()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that changes the process it runs in, and undo nothing: the next one would hide who it was."""
+    yield
+    assert not (left := changes(request.node.stash[STATE_BEFORE], global_state())), f"global state changed: {left}"
 
 
 @pytest.fixture(scope="session")

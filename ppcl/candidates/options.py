@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_clock
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.adapters import Adapter, StackSpec
 from ppcl.artifacts import Analysis, StackAnalysis, WidthOption
@@ -26,7 +25,7 @@ from ppcl.candidates.narrowing import criterion_cost, cut_options, find_sites, t
 from ppcl.candidates.sensitivity import Job, output_errors
 from ppcl.capture import States, velocity
 from ppcl.config import FitConfig
-from ppcl.cost import count_params
+from ppcl.cost import count_flops, count_params
 from ppcl.criteria.draws import draw_states
 from ppcl.student import fill_width, with_blocks
 from ppcl.trace import BlockCall, record_boundaries
@@ -237,10 +236,10 @@ class _Meter:
         parts = [(path, part["kind"], part["size"]) for path, part in proposal.parts.items()]
         alike = (shape, *parts)
         if shape not in self.whole:
-            self.whole[shape] = _flops(self.adapter, block, call) // self.samples
+            self.whole[shape] = self._flops(block, call)
         if alike not in self.known:
             smaller = make()
-            flops = self.whole[shape] - _flops(self.adapter, smaller, call) // self.samples
+            flops = self.whole[shape] - self._flops(smaller, call)
             self.known[alike] = count_params(block) - count_params(smaller), flops
         if self.single is None or not self.flops:
             return Saving(*self.known[alike], None)
@@ -249,6 +248,11 @@ class _Meter:
         if like not in self.times:
             self.times[like] = self._time(proposal, shape[1])
         return Saving(*self.known[alike], self.times[like])
+
+    def _flops(self, block: nn.Module, call: BlockCall) -> int:
+        """FLOPs of a block for one sample."""
+        arguments = (call.stack, block, call.inputs, call.arguments)
+        return int(count_flops(block, {}, lambda: self.adapter.call(*arguments), self.samples)["total"])
 
     def _time(self, proposal: Proposal, shapes: Any) -> int:
         """Time in FLOPs that one block saves: all blocks of its shape made smaller, on a whole call."""
@@ -266,13 +270,6 @@ class _Meter:
 
 def _shapes(block: nn.Module) -> tuple[Any, ...]:
     return tuple(p.shape for p in block.parameters())
-
-
-@torch.no_grad()
-def _flops(adapter: Adapter, block: nn.Module, call: BlockCall) -> int:
-    with FlopCounterMode(display=False) as counter:
-        adapter.call(call.stack, block, call.inputs, call.arguments)
-    return int(counter.get_total_flops())
 
 
 @torch.no_grad()

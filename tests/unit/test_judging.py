@@ -29,15 +29,6 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices on a busy machine: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pipeline of six blocks and the same with five."""
@@ -133,6 +124,7 @@ def test_the_file_keeps_to_the_schema_that_ships(judged: tuple[Path, str]) -> No
 
 def test_speed_and_flops(judged: tuple[Path, str], models: tuple[Path, Path]) -> None:
     """Transformer and pictures at two step counts and two batch sizes; FLOPs are those of torch's counter."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     from ppcl.eval.costs import picture_call
@@ -146,7 +138,7 @@ def test_speed_and_flops(judged: tuple[Path, str], models: tuple[Path, Path]) ->
         assert all(0 < row.latency_p10_ms <= row.latency_ms <= row.latency_p90_ms for row in one.speed)
         pipeline = load_pipeline(str(path), torch.device("cpu"))
         sizes = {"height": 16, "width": 16, "true_cfg_scale": 1.0}
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             picture_call(pipeline, PROMPTS[:1], 2, sizes, 0)()
         of_transformer = counter.get_flop_counts()[type(pipeline.transformer).__name__]
         assert 2 * one.costs["flops"] == sum(of_transformer.values()) > 0  # two steps
