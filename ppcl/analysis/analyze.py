@@ -218,9 +218,10 @@ def collect(
         for name, states in splits.items():
             tokens = settings.cka_tokens if name == "held-out" else 0
             collectors[name] = Collector(transformer, adapter, tokens, len(states), seed, settings.rows_per_feature)
-            numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(states.prompts.values()))}
+            prompts = dict.fromkeys(mark.prompt for mark in states.marks.values())
+            numbers = {prompt: number for number, prompt in enumerate(prompts)}
             for call in states.answered(settings.batch_size):
-                groups = [numbers[states.prompts[place]] % GROUPS for place in call.rows]
+                groups = [numbers[states.marks[place].prompt] % GROUPS for place in call.rows]
                 collectors[name].run(call.arguments, groups)
                 progress.advance(len(groups))
     return collectors
