@@ -19,13 +19,14 @@ import torch
 from common import load, parser, publish
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
 from ppcl.analysis.modulation import Conditioning, conditioning, modulation_inputs, modulation_layers, sources_of
-from ppcl.capture import SPLITS, States, capture, velocity_error
-from ppcl.cost import count_params
-from ppcl.prompts import prompts_for
-from ppcl.tables import markdown_table
-from ppcl.width import LowRankLinear, Metric, fill_low_rank, set_module
+from ppcl.capture.prompts import prompts_for
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import SPLITS, capture, velocity_error
+from ppcl.common.tables import markdown_table
+from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank, set_module
+from ppcl.teacher.families import Adapter
+from ppcl.teacher.flops import count_params
 
 STEPS = (8, 12, 20, 50)
 Layers = Mapping[Any, nn.Linear]

@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec
-from ppcl.adapters.masks import valid_rows, valid_tokens
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.cka import GROUPS, combine, drawn_ckas, sample_rows
 from ppcl.analysis.intervals import detect_intervals, stability
 from ppcl.analysis.modulation import Conditioning, Layer, conditioning
-from ppcl.analysis.statistics import Moments, best_ridge
-from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
-from ppcl.capture import States
+from ppcl.analysis.moments import Moments, best_ridge
+from ppcl.capture.states import States
+from ppcl.common.artifacts import save_artifact
+from ppcl.common.files import write_tensors
+from ppcl.common.progress import Progress
+from ppcl.common.streams import step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
-from ppcl.files import write_tensors
-from ppcl.planning.planner import free_blocks
-from ppcl.progress import Progress
-from ppcl.trace import BlockCall, run_traced
-from ppcl.training.loop import step_generator
-from ppcl.trees import batch_size
+from ppcl.student.plan import free_blocks
+from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.families.masks import valid_rows, valid_tokens
+from ppcl.teacher.model_info import ModelInfo
+from ppcl.teacher.trace import BlockCall, run_traced
 
 Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
 

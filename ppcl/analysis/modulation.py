@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
-from ppcl.capture import Call, States, velocity
-from ppcl.training.loop import step_generator
-from ppcl.trees import batch_size, to_device
-from ppcl.width import Metric, residuals
+from ppcl.capture.states import States
+from ppcl.common.streams import step_generator
+from ppcl.modules.replacements import Metric, residuals
+from ppcl.teacher.call_arguments import batch_size, to_device
+from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.families import Adapter
 
 logger = logging.getLogger(__name__)
 Layer = tuple[str, int, str]  # stack, block, stream

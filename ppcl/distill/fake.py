@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ppcl.trees import Tree
+from ppcl.teacher.call_arguments import Tree
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec
-from ppcl.adapters.masks import valid_tokens
-from ppcl.distill.losses import state_loss
-from ppcl.student import RunKey
-from ppcl.trace import BlockCall, run_traced
+from ppcl.student.assembly import RunKey
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.families.masks import valid_tokens
+from ppcl.teacher.trace import BlockCall, run_traced
 from ppcl.training.distributed import WHOLE, Share
+from ppcl.training.losses import state_loss
 
 
 def weights_of(stack: StackSpec, share: Share) -> dict[str, float]:

@@ -18,21 +18,21 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppcl.adapters import Adapter, StackSpec
-from ppcl.artifacts import CompressionPlan
-from ppcl.capture import velocity
+from ppcl.common.devices import autocast
+from ppcl.common.tables import size_text
 from ppcl.config import DistillConfig
-from ppcl.cost import count_params
 from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
 from ppcl.distill.local import local_losses
-from ppcl.distill.losses import velocity_loss
-from ppcl.distill.thaw import thawed, with_factors
+from ppcl.distill.trainable import thawed, with_factors
 from ppcl.errors import TrainingError
-from ppcl.sparsity import sparse_plan
-from ppcl.student import RunKey, assemble_student, substitute_block, with_blocks
-from ppcl.tables import size_text
-from ppcl.teacher import autocast
+from ppcl.pruning.sparsity import sparse_plan
+from ppcl.student.assembly import RunKey, assemble_student, substitute_block, with_blocks
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.flops import count_params
 from ppcl.training.distributed import SINGLE
+from ppcl.training.losses import velocity_loss
 
 FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
 
@@ -185,7 +185,7 @@ def output_student(
     substitutes: Mapping[RunKey, nn.Module],
     settings: DistillConfig,
 ) -> Any:
-    """The student as the output stage trains it; see :func:`ppcl.distill.thaw.thawed` for what becomes of the parts."""
+    """The student as the output stage trains it; see :func:`ppcl.distill.trainable.thawed` for what becomes of the parts."""
     student = assemble_student(transformer, adapter, plan, substitutes)
     if settings.train == "all":
         return thawed(student, adapter, substitutes, SINGLE)

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts import CompressionPlan
+from ppcl.common.tables import markdown_table, number, provenance, spread
 from ppcl.config import DistillConfig
 from ppcl.eval.scoring import SCORES
 from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.experiments.noise import READING, cell, is_alike
-from ppcl.tables import markdown_table, number, provenance, spread
+from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 MEASURES = ("fid", *SCORES, "average_drop")
 

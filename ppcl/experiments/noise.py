@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ppcl.common.tables import measured, number, with_limits
 from ppcl.eval.intervals import Array, Interval, interval, seeds_interval
 from ppcl.eval.scoring import SHARES, Measured
-from ppcl.tables import measured, number, with_limits
 
 Rows = Sequence[Mapping[str, Any]]  # for each training seed the numbers of a row, see compare.run_row
 READING = (

@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny import TINY
 
-from ppcl.adapters import StackSpec, adapter_for
-from ppcl.adapters.masks import stream_of, valid_of, valid_tokens, watch_valid
-from ppcl.analysis.hidden import Signal, moments_of
-from ppcl.criteria import unit_scores
-from ppcl.criteria.base import Site
-from ppcl.criteria.weights import WEIGHT_CRITERIA, Layer, weight_scores
+from ppcl.analysis.layer_inputs import Signal, moments_of
 from ppcl.errors import ModelError
-from ppcl.slicing import neurons_of
-from ppcl.trace import record_boundaries
+from ppcl.modules.slicing import neurons_of
+from ppcl.pruning.criteria import unit_scores
+from ppcl.pruning.criteria.base import Site
+from ppcl.pruning.criteria.weights import WEIGHT_CRITERIA, Layer, weight_scores
+from ppcl.teacher.families import StackSpec, adapter_for
+from ppcl.teacher.families.masks import stream_of, valid_of, valid_tokens, watch_valid
+from ppcl.teacher.trace import record_boundaries
 
 KEPT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
 QUERIES = KEPT[:, None, None, :].expand(-1, 1, 5, -1)

@@ -11,9 +11,9 @@ from test_slicing import site_of
 from tiny_models import noise, qwen_call, tiny_qwen
 from torch import Tensor
 
-from ppcl.adapters import adapter_for
-from ppcl.criteria import CRITERIA
-from ppcl.criteria.bip import upper_gradient
+from ppcl.pruning.criteria import CRITERIA
+from ppcl.pruning.criteria.bip import upper_gradient
+from ppcl.teacher.families import adapter_for
 
 
 def least_squares() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:

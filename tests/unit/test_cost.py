@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl.capture import velocity
-from ppcl.cost import count_flops, count_params, predict
 from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta
+from ppcl.student.prediction import predict
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.flops import count_flops, count_params
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 KERNELS = [kernel for name, kernel in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ppcl.analysis.intervals import detect_intervals, difference, interval_end, stability, threshold_intervals
-from ppcl.artifacts import Stability
+from ppcl.student.plan import Stability
 
 
 def table(rows: dict[int, list[float]], size: int) -> list[list[float | None]]:

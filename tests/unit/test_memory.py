@@ -13,18 +13,18 @@ import torch
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, random_substitutes, tiny_flux, tiny_qwen
 from torch import nn
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import CompressionPlan
-from ppcl.capture import velocity
 from ppcl.config import DistillConfig
 from ppcl.distill.fake import LiveBytes, lasting_tensors
 from ppcl.distill.local import local_backward
-from ppcl.distill.losses import velocity_loss
 from ppcl.distill.memory import check_memory, estimate_distill, optimizer_bytes, output_student, weight_bytes
 from ppcl.errors import TrainingError
 from ppcl.inspection.blueprint import build_on_meta
-from ppcl.slicing import heads_of, neurons_of
-from ppcl.student import RunKey, substitute_block
+from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.student.assembly import RunKey, substitute_block
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.training.losses import velocity_loss
 
 CASES: dict[str, Any] = {
     "qwen": (lambda: tiny_qwen(6), lambda: qwen_call(batch=8, padded=True), [(DUAL, 1, 2), (DUAL, 3, 4)]),

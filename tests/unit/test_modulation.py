@@ -12,14 +12,16 @@ import torch
 from tiny_models import DUAL, SINGLE, describe_alone, flux_call, noise, qwen_call, tiny_flux, tiny_qwen, write_states
 from torch import Tensor, nn
 
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
+from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.modulation import FIRST_SHARE, conditioning, timestep_argument, timesteps
-from ppcl.artifacts import Analysis
-from ppcl.capture import SPLITS, Call, States
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import SPLITS
+from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig
-from ppcl.files import read_tensors
-from ppcl.width import LowRankLinear, Metric, fill_low_rank
+from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank
+from ppcl.teacher.calls import Call
+from ppcl.teacher.families import adapter_for
 
 STEPS = 12  # of the schedule that is recorded
 

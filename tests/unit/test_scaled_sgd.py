@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppcl.training.loop import step_generator
+from ppcl.common.streams import step_generator
 from ppcl.training.optimizers import ScaledSGD
 
 

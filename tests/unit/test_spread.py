@@ -13,15 +13,17 @@ import torch
 from tiny_models import CAPTURE, DUAL, padded_batch, qwen_call, random_substitutes, shared_pipeline, tiny_qwen
 from tiny_models import write_states as write_plain
 
-from ppcl.adapters import adapter_for
-from ppcl.capture import Call, States, capture, write_calls
+from ppcl.capture.spread import Mark, allot, choose_rows, choose_states
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import capture, write_calls
+from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import CaptureConfig
 from ppcl.distill.local import local_backward
 from ppcl.experiments.ablation import state_cka
-from ppcl.files import read_tensors, write_tensors
-from ppcl.spread import Mark, allot, choose_rows, choose_states
+from ppcl.teacher.call_arguments import batch_size, timesteps
+from ppcl.teacher.calls import Call
+from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import Group, add_up
-from ppcl.trees import batch_size, timesteps
 
 TEXTS, CALLS, EACH = 64, 24, 4
 

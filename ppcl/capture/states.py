@@ -1,0 +1,258 @@
+"""The recorded states of one split: read, chosen from, and put together to batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl.capture.spread import Mark, allot, choose_states
+from ppcl.common.files import read_tensors
+from ppcl.common.progress import announce
+from ppcl.errors import ArtifactError
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import Call
+from ppcl.training.distributed import SINGLE, WHOLE, Group, Share
+
+Row = tuple[int, int]  # of a state: its call, and its place there
+
+
+def guidance_branches(calls: Sequence[dict[str, Any]]) -> list[int]:
+    """The branch of guidance of each call, where branches are calls of their own: its number among those of a timestep.
+
+    Args:
+        calls: Arguments in the order of the calls.
+    """
+    branches: list[int] = []
+    for number, arguments in enumerate(calls):
+        times = [set(trees.timesteps(other)) for other in (arguments, *calls[max(0, number - 1) : number])]
+        branches.append(branches[-1] + 1 if number and times[0] == times[1] else 0)
+    return branches
+
+
+class States:
+    """The recorded states of one split.
+
+    States of one shape (texts of equal length, above all) go through a model together. A batch may be of several
+    shapes: then it comes in pieces, each with its share in the means over the whole batch.
+
+    Args:
+        folder: What :func:`capture` wrote.
+        split: ``train`` or ``held-out``.
+
+    Attributes:
+        calls: As they were recorded.
+        groups: The states of each shape.
+        marks: What tells each state from the others.
+
+    Raises:
+        ArtifactError: Nothing was recorded, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        paths = sorted(folder.glob(f"{split}-*.safetensors"))
+        if not paths:
+            raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
+        self.split, self.calls = split, list[Call]()
+        groups: dict[str, list[Row]] = {}
+        told: dict[Row, tuple[float, Hashable, str]] = {}
+        for path in paths:
+            calls, meta = _read_calls(path)
+            branches = meta.get("branches") or guidance_branches([call.arguments for call in calls])
+            for call, branch in zip(calls, branches, strict=True):
+                # guidance may double the samples of a call, and pictures may share a caption
+                prompts = meta.get("prompts") or [f"{path.name} {row}" for row in call.whole_rows]
+                members = groups.setdefault(trees.signature(call.arguments, call.per_sample), [])
+                times = trees.timesteps(call.arguments)
+                for place, (whole_row, time) in enumerate(zip(call.whole_rows, times, strict=True)):
+                    members.append((len(self.calls), place))
+                    double, number = divmod(whole_row, len(prompts))
+                    told[members[-1]] = time, (branch, double), prompts[number]
+                self.calls.append(call)
+        self.groups = [groups[key] for key in sorted(groups)]
+        self.marks: dict[Row, Mark] = {}
+        for shape, group in enumerate(self.groups):
+            size = trees.numbers(self._assemble(group[:1]).arguments)
+            for row in group:
+                time, both, prompt = told[row]
+                self.marks[row] = Mark(time, both, shape, size, prompt)
+        self._said: set[int] = set()
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def halves(self) -> tuple[States, States]:
+        """Split the states into two sets of disjoint prompts.
+
+        Raises:
+            ArtifactError: They are of one prompt.
+        """
+        found = sorted({mark.prompt for mark in self.marks.values()})
+        if len(found) < 2:
+            raise ArtifactError("the recorded states are of one prompt and cannot be split; capture.num_prompts is low")
+        halves = copy.copy(self), copy.copy(self)
+        for number, half in enumerate(halves):
+            own = set(found[number::2])
+            groups = ([row for row in group if self.marks[row].prompt in own] for group in self.groups)
+            half.groups = [group for group in groups if group]
+        return halves
+
+    def _assemble(self, rows: Sequence[Row]) -> Call:
+        by_call: dict[int, list[int]] = {}
+        for call, row in rows:
+            by_call.setdefault(call, []).append(row)
+        parts = [self.calls[c].take(picked) for c, picked in by_call.items()]
+        own = parts[0].per_sample
+        joined: dict[str, Any] = trees.join([part.arguments for part in parts], own)
+        places = tuple((c, row) for c, picked in by_call.items() for row in picked)
+        return Call(joined, torch.cat([part.velocity for part in parts]), places, own)
+
+    def alike(self, size: int) -> dict[str, Any]:
+        """Arguments of ``size`` states of the commonest shape, for what looks at shapes alone, speed for one."""
+        group = max(self.groups, key=len)
+        return self._assemble([group[i % len(group)] for i in range(size)]).arguments
+
+    def largest(self, size: int, parts: int = 1) -> dict[str, Any]:
+        """Arguments of the piece of a batch that takes the most room; see :meth:`parts`.
+
+        Args:
+            size: Samples of the whole batch.
+            parts: Of all processes.
+        """
+        size = min(size, len(self))
+        return self._roomiest([min(-(-size * len(g) // len(self)), -(-size // parts)) for g in self.groups])
+
+    def pieces(self, size: int, parts: int = 1) -> int:
+        """The most pieces that one part of a batch can be of; see :meth:`largest`."""
+        return min(len(self.groups), -(-min(size, len(self)) // parts))
+
+    def _roomiest(self, counts: Sequence[int]) -> dict[str, Any]:
+        """Of batches with so many states of each shape, the one with the most numbers."""
+        pairs = zip(self.groups, counts, strict=True)
+        batches = (self._assemble([group[i % len(group)] for i in range(n)]).arguments for group, n in pairs)
+        return max(batches, key=trees.numbers)
+
+    def spread(self, limit: int | None = None) -> list[Row]:
+        """Choose which states a limited sample has, and say how many; the only place that does.
+
+        Args:
+            limit: How many are wanted; all if None.
+
+        Returns:
+            ``limit`` states, or all where there are fewer, by :func:`ppcl.capture.spread.choose_states`: every timestep,
+            branch of guidance, shape and prompt has its share. Shape by shape, in the order of recording.
+        """
+        rows = [row for group in self.groups for row in group]
+        if not limit:
+            return rows
+        rows = [rows[number] for number in choose_states([self.marks[row] for row in rows], limit)]
+        if limit not in self._said:
+            self._said.add(limit)
+            marks = [self.marks[row] for row in rows]
+            kinds = {name: len({getattr(m, name) for m in marks}) for name in ("prompt", "timestep", "branch", "shape")}
+            found = ", ".join(f"{number} {name}(s)" for name, number in kinds.items())
+            announce(f"{self.split}: {limit} states wanted, {len(rows)} of {len(self)} taken: {found}")
+        return rows
+
+    def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the arguments of :meth:`answered`."""
+        return (call.arguments for call in self.answered(size, limit))
+
+    def answered(self, size: int, limit: int | None = None) -> Iterator[Call]:
+        """Yield the states of :meth:`spread` once, in a fixed order, with the teacher's answers.
+
+        Args:
+            size: Most states of a batch; one batch is of one shape, so there may be fewer.
+            limit: See :meth:`spread`.
+        """
+        return (call for call, _ in self.weighed(self.spread(limit), size))
+
+    def weighed(self, rows: Sequence[Row], size: int) -> Iterator[tuple[Call, Share]]:
+        """Yield states in batches of one shape and at most ``size``, and what each counts in means over all of them."""
+        pieces = self._by_shape(rows, size)
+        return ((self._assemble(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
+
+    def _by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
+        shapes: dict[int, list[Row]] = {}
+        for row in rows:
+            shapes.setdefault(self.marks[row].shape if row in self.marks else -1, []).append(row)
+        return [own[start : start + size] for own in shapes.values() for start in range(0, len(own), size)]
+
+    def _shares(self, pieces: Sequence[Sequence[Row]]) -> list[Share]:
+        """What each piece of a batch counts; an empty one nothing."""
+        if len(pieces) == 1:
+            return [WHOLE]
+        counts = [self._valid_tokens(piece) for piece in pieces]
+        names = set.intersection(*(set(c) for c, piece in zip(counts, pieces, strict=True) if piece))
+        totals = {name: max(1, sum(c.get(name, 0) for c in counts)) for name in names}
+        samples = sum(map(len, pieces))
+        return [
+            Share(len(piece) / samples, {name: c.get(name, 0) / totals[name] for name in names})
+            for c, piece in zip(counts, pieces, strict=True)
+        ]
+
+    def _valid_tokens(self, rows: Sequence[Row]) -> dict[str, int]:
+        """Valid tokens of states of one shape, by the argument that marks them."""
+        counts: dict[str, int] = {}
+        known = {number: trees.valid_tokens(self.calls[number].arguments) for number, _ in rows}
+        for number, row in rows:
+            for name, tokens in known[number].items():
+                counts[name] = counts.get(name, 0) + tokens[row]
+        return counts
+
+    def draw(self, size: int, generator: torch.Generator) -> list[Row]:
+        """Draw a batch of ``size`` states (all there are, if fewer), each shape in proportion to its states."""
+        rows = []
+        places = allot([len(group) for group in self.groups], min(size, len(self)), generator)
+        for group, count in zip(self.groups, places, strict=True):
+            picks = torch.randint(len(group), (count,), generator=generator).tolist()
+            rows += [group[i] for i in sorted(picks)]
+        return rows
+
+    def parts(
+        self, size: int, generator: torch.Generator, group: Group = SINGLE, accumulate: int = 1
+    ) -> Iterator[tuple[Call, Share]]:
+        """Draw a batch, and yield this process's pieces of it, one after the other.
+
+        Args:
+            size: Samples of the whole batch, over all processes and parts.
+            generator: The same in all processes.
+            group: The processes that train.
+            accumulate: Parts of each process; a part of several shapes is as many pieces.
+
+        Returns:
+            Pieces with the teacher's answers, and what each counts. Every process gets as many pieces; one without a
+            sample is the batch's first sample with a share of 0.
+        """
+        return self.share_out(self.draw(size, generator), group, accumulate)
+
+    def share_out(self, rows: Sequence[Row], group: Group, accumulate: int) -> Iterator[tuple[Call, Share]]:
+        """Yield this process's pieces of a batch whose places are drawn; see :meth:`parts`."""
+        count = group.size * accumulate
+        parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
+        pieces = [self._by_shape(part, len(rows)) or [[]] for part in parts]
+        own = [[p for part in pieces[at : at + accumulate] for p in part] for at in range(0, count, accumulate)]
+        most = max(map(len, own))  # a model that is split over the processes runs in all of them at once
+        everything = [piece for each in own for piece in each + [[]] * (most - len(each))]
+        shares = self._shares(everything)
+        for index in range(group.rank * most, (group.rank + 1) * most):
+            yield self._assemble(everything[index] or rows[:1]), shares[index]
+
+
+def _read_calls(path: Path) -> tuple[list[Call], dict[str, Any]]:
+    """The calls of one file, and what was recorded with them."""
+    tensors, meta = read_tensors(path)
+    if meta is None:
+        raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
+    tensors |= {name: tensors[twin] for name, twin in meta["alias"].items()}
+    calls = []
+    for number, node in enumerate(meta["calls"]):
+        arguments, target = trees.unflatten(node, tensors), tensors.get(f"velocity.{number:02d}")
+        if target is None:
+            raise ArtifactError(f"{path} was written by an older ppcl; delete {path.parent} and run again")
+        rows, own = (meta[name][number] if name in meta else () for name in ("rows", "per_sample"))
+        calls.append(Call(arguments, target, per_sample=frozenset(own), whole_rows=tuple(rows)))
+    return calls, meta
