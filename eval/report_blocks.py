@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ppcl.analysis.artifacts import Analysis, StackAnalysis
-from ppcl.common.tables import markdown_table
+from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
@@ -140,20 +139,6 @@ def _interval_row(run: RunData, name: str) -> Iterable[str]:
     if stack.interval_stability:
         caption += f"; %: how many of {stack.interval_draws} draws of half of the held-out prompts find the same one"
     return [_caption(caption), *cells]
-
-
-def intervals_table(analysis: Analysis) -> str:
-    """The paper's intervals and how often draws of the held-out prompts find them again, as Markdown."""
-    rows = [
-        [f"{stack.name} {a}-{b}", *(percent(share, 0) for share in (stable.same, stable.first, stable.last))]
-        for stack in analysis.stacks
-        for (a, b), stable in zip(stack.intervals, stack.interval_stability, strict=False)
-    ]
-    draws = max((stack.interval_draws for stack in analysis.stacks), default=0)
-    if not rows:
-        return ""
-    note = f"Share of {draws} draws of half of the held-out prompts that find the interval, its start, its end again."
-    return "\n\n".join([note, markdown_table(("interval", "the same", "its start", "its end"), rows)])
 
 
 def _student_cell(segment: Segment, hues: dict[int, str]) -> str:

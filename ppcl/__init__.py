@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ppcl.common.moved import install
+
 __version__ = "0.1.0"
+install()
 
 _LAZY = {
-    "Run": "ppcl.run.stages",
+    "Run": "ppcl.run",
     "STAGES": "ppcl.run.stages",
     "RunConfig": "ppcl.config",
     "load_config": "ppcl.config",

@@ -20,19 +20,17 @@ from torch import Tensor
 from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import linear_cka
 from ppcl.capture.states import States
-from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import write_json, write_text
-from ppcl.common.tables import markdown_table, number, provenance, spread
+from ppcl.common.tables import number
 from ppcl.config import DistillConfig, PlanConfig
-from ppcl.config.memory import changed, for_tables
+from ppcl.config.memory import changed
 from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
-from ppcl.experiments.compare import Judge, run_row
-from ppcl.experiments.compare_text import MEASURES, Row
-from ppcl.experiments.noise import READING, cell, difference, without_items
+from ppcl.experiments.noise import READING, difference
+from ppcl.experiments.runner import MEASURES, Results, Row, RowRunner
+from ppcl.experiments.tables import as_json, finish, measured_with, row_cells, table, teacher_cells
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import Runs, paper_ladder, plan
-from ppcl.run.stages import Run
+from ppcl.run import Session
 from ppcl.run.summary import describe_plan
 from ppcl.student.plan import CompressionPlan, free_blocks
 from ppcl.teacher.call_arguments import batch_size
@@ -44,6 +42,7 @@ from ppcl.teacher.trace import BlockCall, run_traced
 CKA_STATES = 32
 CKA_TOKENS = 1024
 DEPTH_SHARE, TEXT_SHARE = 0.6, 0.8  # of what is to be saved, by depth alone and with the text stream, as in the paper
+COLUMNS = ("params", "share", "speedup", "before", "velocity_error", *MEASURES)
 NEEDED = ("text", "ffn", "modulation")
 
 
@@ -154,39 +153,39 @@ def with_fixed_depth(
     return plan(analysis, dataclasses.replace(candidates, candidates=taken), settings)
 
 
-def ablation_rows(run: Run) -> list[Row]:
+def ablation_rows(session: Session) -> list[Row]:
     """The rows, each with one ingredient more than the one before.
 
     Raises:
         UserError: Width options were not measured.
         BudgetError: A row's size cannot be reached.
     """
-    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
     measured = {option.group.split(".")[0] for option in candidates.width}
     if lacking := [group for group in NEEDED if group not in measured]:
         raise UserError(
             f"the ablation needs width options that were not measured: {', '.join(lacking)}; "
             f"run it with --set fit.width=[{','.join(NEEDED)}], or on a family that has them"
         )
-    settings, model = run.config.plan, analysis.model
+    settings, model = session.config.plan, analysis.model
     keep = settings.keep or 0.5
     known = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     paper = paper_ladder(analysis, known, settings)
     depth_keep = 1 - DEPTH_SHARE * (1 - keep)
     rungs = [plan_from_runs(model, runs, "paper", candidates) for runs in paper]
     depth = min(rungs, key=lambda rung: abs(rung.predicted.param_ratio - depth_keep))
-    states = States(run.out / "calibration", "held-out").batches(CKA_STATES, CKA_STATES)
-    tables = state_cka(run.teacher.transformer, run.adapter, list(states))
+    states = States(session.calibration, "held-out").batches(CKA_STATES, CKA_STATES)
+    tables = state_cka(session.teacher.transformer, session.adapter, list(states))
     alike = nearest_rung(threshold_ladder(model, tables, settings), removed_blocks(run_keys(depth)))
-    threshold = with_starts(run, plan_from_runs(model, alike, "threshold", candidates))
-    depth = with_starts(run, depth)
+    threshold = with_starts(session, plan_from_runs(model, alike, "threshold", candidates))
+    depth = with_starts(session, depth)
 
     def wider(groups: Sequence[str], share: float) -> CompressionPlan:
-        return with_starts(run, with_fixed_depth(analysis, candidates, depth, groups, share))
+        return with_starts(session, with_fixed_depth(analysis, candidates, depth, groups, share))
 
     text, ffn = wider(("text",), 1 - TEXT_SHARE * (1 - keep)), wider(("text", "ffn"), keep)
     every = wider(NEEDED, keep)
-    stages = _stages(run.config.distill)
+    stages = _stages(session.config.distill)
     return [
         Row("ablation-1-threshold", "CKA threshold, sequential distillation", threshold, stages["sequential"]),
         Row("ablation-2-probe", "+ linear probe (eqs. 4-5)", depth, stages["sequential"]),
@@ -218,15 +217,14 @@ def _stages(settings: DistillConfig) -> dict[str, DistillConfig]:
     }
 
 
-def ablate(run: Run, table: Path | None = None, seeds: Sequence[int] | None = None) -> str:
+def ablate(session: Session, place: Path | None = None, seeds: Sequence[int] | None = None) -> str:
     """Train and score all rows; resumable.
 
     Writes ``RUN/compare/ablation-*`` (bundle, pictures, metrics.json) and ``RUN/compare/ablation.md|json``.
 
     Args:
-        run: The run; capture, analyze and fit are done first if they are not. ``plan.keep`` is the size of the rows
-            with all width options.
-        table: A further place for the Markdown table.
+        session: Of a run whose fit stage is done. ``plan.keep`` is the size of the rows with all width options.
+        place: A further place for the Markdown table.
         seeds: Training seeds; the run's own if None.
 
     Returns:
@@ -235,51 +233,21 @@ def ablate(run: Run, table: Path | None = None, seeds: Sequence[int] | None = No
     Raises:
         UserError: Width options were not measured, or the budget cannot be met.
     """
-    for stage in ("capture", "analyze", "fit"):
-        run.run(stage)
-    run.config = for_tables(run.config)
-    chosen = tuple(seeds or (run.config.seed,))
-    rows = ablation_rows(run)
-    judge = Judge(run)
-    teacher = judge.teacher()
-    results = [(row, [run_row(run, judge, row, seed, teacher) for seed in chosen]) for row in rows]
-    text = write_up(run, teacher, results, chosen)
-    data = {
-        row.name: {"plan": to_jsonable(row.plan.stacks), "seeds": without_items(metrics)} for row, metrics in results
-    }
-    write_json(run.out / "compare" / "ablation.json", {"teacher": teacher, "rows": data})
-    for path in filter(None, (run.out / "compare" / "ablation.md", table)):
-        write_text(path, text)
-    return text
-
-
-Results = Sequence[tuple[Row, Sequence[Mapping[str, Any]]]]
-
-
-def write_up(run: Run, teacher: Mapping[str, Any], results: Results, seeds: Sequence[int]) -> str:
-    """The ablation as Markdown."""
-    settings, model = run.config.distill, results[0][0].plan.model
-    header = ["", "parameters", "share", "speed-up (predicted)", "velocity error before training", "after"]
-    header += ["FID", "CLIP score", "retrieval@1", "retrieval@5", "average drop, %"]
-    own = [spread([seed[name] for seed in teacher["seeds"]]) for name in MEASURES]
-    lines = [["teacher", f"{model.params:,}", "100%", "1.00", "0", "0", *own]]
-    for row, metrics in results:
-        params = metrics[0]["params"]
-        size = [f"{params:,}", f"{params / model.params:.1%}", f"{row.plan.predicted.speedup:.2f}"]
-        errors = [number(metrics[0]["velocity_error_before"]), cell(metrics, "velocity_error")]
-        lines.append([row.label, *size, *errors, *(cell(metrics, name) for name in MEASURES)])
+    runner = RowRunner(session)
+    training_seeds = tuple(seeds or (session.config.seed,))
+    results = runner.run_all(ablation_rows(runner.session), training_seeds)
+    settings, model = runner.session.config.distill, results[0][0].plan.model
+    lines = {"teacher": teacher_cells(model.params, runner.teacher_scores)}
+    lines |= {row.label: row_cells(row.plan, metrics) for row, metrics in results}
     total = settings.local_steps + settings.alternating_steps + settings.output_steps
     reading = (
         f"Every row adds one ingredient to the row before it and has {total} training steps of {settings.batch_size} "
-        f"states in all (training seeds {', '.join(map(str, seeds))}); where a row has several stages they share these "
-        f"steps. {len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
-        f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
-        "seeds of pictures, and the drop is against that mean. Velocity errors are relative, on held-out states. "
-        f"{READING}"
+        f"states in all (training seeds {', '.join(map(str, training_seeds))}); where a row has several stages they "
+        f"share these steps. {measured_with(runner)} {READING}"
     )
     plans = "\n".join(f"* {row.label}: {describe_plan(row.plan)}" for row, _ in results)
-    parts = ["# The paper's ablation", markdown_table(header, lines), reading, steps_taken(results), plans]
-    return "\n\n".join([*parts, provenance(run.command, str(run.device))]) + "\n"
+    parts = ["# The paper's ablation", table(COLUMNS, lines), reading, steps_taken(results), plans]
+    return finish(session, "ablation", parts, as_json(runner, results), place)
 
 
 def steps_taken(results: Results) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.capture.states import States
@@ -12,12 +11,10 @@ from ppcl.config import PlanConfig
 from ppcl.distill.fit import best_starts
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
+from ppcl.run import Session
 from ppcl.student.assembly import RunKey
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.teacher.model_info import ModelInfo
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 BASELINES = {"paper": "the paper's intervals", "uniform": "uniform", "influence": "block influence"}
 OURS = "optimal"
@@ -109,14 +106,14 @@ def run_keys(chosen: CompressionPlan) -> tuple[RunKey, ...]:
     return tuple((stack, segment.first, segment.last) for stack, segment in chosen.runs)
 
 
-def with_starts(run: Run, chosen: CompressionPlan) -> CompressionPlan:
+def with_starts(session: Session, chosen: CompressionPlan) -> CompressionPlan:
     """Choose the start of every substitute by its state error on held-out states, as the fit stage does."""
-    keys, settings = run_keys(chosen), run.config.fit
+    keys, settings = run_keys(chosen), session.config.fit
     if not keys:
         return chosen
-    states = States(run.out / "calibration", "held-out")
+    states = States(session.calibration, "held-out")
     sample = list(states.weighed(states.spread(settings.eval_states), settings.eval_states))
-    starts = best_starts(run.teacher.transformer, run.adapter, sample, keys, settings.starts)
+    starts = best_starts(session.teacher.transformer, session.adapter, sample, keys, settings.starts)
 
     def changed(stack: str, segment: Segment) -> Segment:
         start = starts.get((stack, segment.first, segment.last))

@@ -6,26 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import resolve_device
-from ppcl.common.files import digest, file_digest, read_json, write_json, write_text
-from ppcl.common.tables import markdown_table, number, provenance, spread
+from ppcl.common.files import digest, file_digest, read_json
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
-from ppcl.eval.velocity import state_errors
-from ppcl.experiments.compare import Judge, claim
-from ppcl.experiments.compare_text import MEASURES
-from ppcl.experiments.noise import READING, cell, is_alike, without_items
+from ppcl.experiments.noise import READING, is_alike, without_items
+from ppcl.experiments.runner import MEASURES, RowRunner
+from ppcl.experiments.tables import finish, measured_with, row_cells, table, teacher_cells
 from ppcl.export.pipeline import export
 from ppcl.pruning.selection import select_bundle
-from ppcl.run.stages import STAGES, Run
+from ppcl.run import Session
 from ppcl.run.summary import describe_plan
 from ppcl.student.bundle import Bundle, build_student, load_bundle
+from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
-from ppcl.teacher.flops import count_params
 from ppcl.teacher.loading import load_pipeline
+
+COLUMNS = ("params", "share", "speedup", "predicted", "velocity_error", *MEASURES)
 
 
 def export_size(
@@ -61,16 +60,16 @@ def export_size(
     return chosen
 
 
-def measure_ladder(run: Run, keeps: Sequence[float], table: Path | None = None) -> str:
+def measure_ladder(session: Session, keeps: Sequence[float], place: Path | None = None) -> str:
     """Score the bundle of a run at several sizes; resumable.
 
-    Writes ``RUN/ladder/keep-<share>`` (pictures, metrics.json), ``RUN/ladder/table.md|json``, and the report again,
-    which then shows the sizes.
+    Writes ``RUN/compare/ladder/keep-<share>`` (pictures, metrics.json), ``RUN/compare/ladder.md|json``, and the report
+    again, which then shows the sizes.
 
     Args:
-        run: The run; what comes before its bundle is done first if it is not.
+        session: Of a run whose distill stage is done.
         keeps: Shares of the transformer's parameters, largest first.
-        table: A further place for the Markdown table.
+        place: A further place for the Markdown table.
 
     Returns:
         The Markdown text.
@@ -79,80 +78,43 @@ def measure_ladder(run: Run, keeps: Sequence[float], table: Path | None = None) 
         BudgetError: The bundle does not reach a share.
         ArtifactError: The bundle's kept blocks were tuned together with all its substitutes.
     """
-    for stage in STAGES[: STAGES.index("distill") + 1]:
-        run.run(stage)
-    whole = load_bundle(run.out / "bundle", run.teacher.transformer, run.adapter)
+    whole = load_bundle(session.out / "bundle", session.teacher.transformer, session.adapter)
     rungs = [(keep, select_bundle(whole, "keep", keep)) for keep in keeps]
-    judge = Judge(run)
-    teacher = judge.teacher()
-    rows = [(keep, rung, _rung(run, judge, rung, keep, teacher)) for keep, rung in rungs]
-    text = _write_up(run, teacher, rows)
-    data = {
-        "teacher": teacher,
-        "rungs": [
-            {
-                "keep": keep,
-                "plan": to_jsonable(rung.plan.stacks),
-                "predicted": to_jsonable(rung.plan.predicted),
-                "metrics": without_items([metrics])[0],
-            }
-            for keep, rung, metrics in rows
-        ],
-    }
-    write_json(run.out / "ladder" / "table.json", data)
-    for path in filter(None, (run.out / "ladder" / "table.md", table)):
-        write_text(path, text)
-    write_report(run.out)
+    runner = RowRunner(session)
+    of_whole = file_digest(session.out / "bundle" / "bundle.json")
+    rows = []
+    for keep, rung in rungs:
+        weights = digest(of_whole, to_jsonable(rung.plan.stacks))
+
+        def make(rung: Bundle = rung) -> tuple[Any, dict[str, Any]]:
+            return build_student(session.teacher.transformer, session.adapter, rung), {}  # as it is exported
+
+        rows.append(
+            (keep, rung.plan, runner.measured(f"ladder/keep-{keep:g}", {"bundle": weights}, {"bundle": ()}, make))
+        )
+    data = {"teacher": runner.summary(), "rungs": [_rung_as_json(*row) for row in rows]}
+    text = finish(session, "ladder", _paragraphs(runner, rows), data, place)
+    write_report(session.out)
     return text
 
 
-def _rung(run: Run, judge: Judge, rung: Bundle, keep: float, teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of one size; what is done is kept."""
-    folder = run.out / "ladder" / f"keep-{keep:g}"
-    weights = digest(file_digest(run.out / "bundle" / "bundle.json"), to_jsonable(rung.plan.stacks))
-    evaluated, scored = digest(weights, judge.depends), digest(weights, judge.scored)
-    path = folder / "metrics.json"
-    if path.is_file() and (known := read_json(path)).get("digest") == scored:
-        return dict(known)
-    claim(folder, {"evaluated": evaluated}, {"evaluated": ("pictures", "metrics.json")})
-    student = build_student(run.teacher.transformer, run.adapter, rung)  # as it is exported
-    held_out, count = States(run.out / "calibration", "held-out"), judge.settings.velocity_states
-    error = state_errors(run.teacher.transformer, student, held_out.batches(count, count)).error
-    metrics = {
-        "digest": scored,
-        "params": count_params(student),
-        "velocity_error": error.value,
-        **judge.student(student, folder, weights, teacher),
-    }
-    metrics["intervals"]["velocity_error"] = [error.low, error.high]
-    write_json(path, metrics)
-    return metrics
+def _rung_as_json(keep: float, plan: CompressionPlan, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    stacks, predicted = to_jsonable(plan.stacks), to_jsonable(plan.predicted)
+    return {"keep": keep, "plan": stacks, "predicted": predicted, "metrics": without_items([metrics])[0]}
 
 
-def _write_up(run: Run, teacher: Mapping[str, Any], rows: Sequence[tuple[float, Bundle, Mapping[str, Any]]]) -> str:
-    """The ladder as Markdown."""
-    header = ["", "parameters", "share", "speed-up (predicted)", "velocity error, predicted", "measured"]
-    header += ["FID", "CLIP score", "retrieval@1", "retrieval@5", "average drop, %"]
-    model = rows[0][1].plan.model
-    own = [spread([seed[name] for seed in teacher["seeds"]]) for name in MEASURES]
-    lines = [["teacher", f"{model.params:,}", "100%", "1.00", "0", "0", *own]]
+def _paragraphs(runner: RowRunner, rows: Sequence[tuple[float, CompressionPlan, Mapping[str, Any]]]) -> list[str]:
+    """The ladder in words."""
+    lines = {"teacher": teacher_cells(rows[0][1].model.params, runner.teacher_scores)}
     larger: Mapping[str, Any] | None = None
-    for keep, rung, metrics in rows:
-        p = rung.plan.predicted
-        alike = " ~" if larger and is_alike([larger], [metrics], "average_drop") else ""
-        scores = [cell([metrics], name) for name in ("velocity_error", *MEASURES)]
-        scores[-1] += alike
-        larger = metrics
-        size = [f"{metrics['params']:,}", f"{metrics['params'] / model.params:.1%}", f"{p.speedup:.2f}"]
-        lines.append([f"keep {keep:g}", *size, number(p.error), *scores])
-    plans = "\n".join(f"* keep {keep:g}: {describe_plan(rung.plan)}" for keep, rung, _ in rows)
+    for keep, plan, metrics in rows:
+        cells = row_cells(plan, [metrics])
+        cells["average_drop"] += " ~" if larger and is_alike([larger], [metrics], "average_drop") else ""
+        lines[f"keep {keep:g}"], larger = cells, metrics
+    plans = "\n".join(f"* keep {keep:g}: {describe_plan(plan)}" for keep, plan, _ in rows)
     reading = (
         f"All sizes are one bundle, trained once: substitutes are put in or left out, nothing is trained again. "
-        f"{len(run.evaluation_prompts)} prompts, features: {teacher['features']}, FID against "
-        f"{teacher['fid_reference']}; the teacher's row is the mean ± standard deviation over {len(teacher['seeds'])} "
-        f"seeds of pictures. Velocity errors are relative, on held-out states; the predicted one is the root "
-        f"of the summed squares of the single substitutes' errors before distillation. {READING} `~`: the drop cannot "
-        "be told apart from that of the size above."
+        f"{measured_with(runner)} The predicted error is the root of the summed squares of the single substitutes' "
+        f"errors before distillation. {READING} `~`: the drop cannot be told apart from that of the size above."
     )
-    parts = ["# One bundle, many sizes", markdown_table(header, lines), reading, plans]
-    return "\n\n".join([*parts, provenance(run.command, str(run.device))]) + "\n"
+    return ["# One bundle, many sizes", table(COLUMNS, lines), reading, plans]

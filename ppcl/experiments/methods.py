@@ -9,30 +9,29 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import digest, read_json, remove, write_json, write_text
+from ppcl.common.files import digest
 from ppcl.common.plugins import valid_name
-from ppcl.config import CRITERION_NAMES, FitConfig, PlanConfig
-from ppcl.config.memory import changed, for_tables
+from ppcl.config import CRITERION_NAMES, PlanConfig
+from ppcl.config.memory import changed
 from ppcl.config.search import SEARCH_NAMES
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import BudgetError, ConfigError, UserError, nearest
 from ppcl.experiments.baselines import plan_from_runs, with_starts
-from ppcl.experiments.compare import Judge, run_row
-from ppcl.experiments.compare_text import Row
-from ppcl.experiments.methods_text import Entry, draw, write_up
-from ppcl.export.pipeline import link_file
-from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.experiments.methods_text import Entry, draw, paragraphs
+from ppcl.experiments.runner import Row, RowRunner
+from ppcl.experiments.tables import finish
+from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.criteria import CRITERIA, criterion_named
-from ppcl.pruning.searches import choose, context_of, search_named
+from ppcl.pruning.searches import choose, search_named
 from ppcl.pruning.sparsity import sparse_layers, sparsity_cost
-from ppcl.run.stages import PRODUCTS, Run
+from ppcl.run import Session
+from ppcl.run.fork import fork
 from ppcl.student.plan import CompressionPlan
 
 logger = logging.getLogger(__name__)
@@ -155,61 +154,11 @@ def budgets_named(text: str) -> list[dict[str, float]]:
     return found
 
 
-def forked(run: Run, criterion: str) -> Run:
-    """A run beside this one with the same capture and analysis and a fit stage of its own; it is done then.
-
-    Args:
-        run: Its capture and analyze stages are done.
-        criterion: What scores neurons and heads.
-
-    Raises:
-        UserError: The criterion does not fit the family.
-    """
-    folder = run.out / "fits" / re.sub(r"[^A-Za-z0-9]+", "-", criterion)
-    shared = {stage: run.stages[stage] for stage in ("capture", "analyze")}
-    record = folder / "stages.json"
-    if record.is_file() and {name: read_json(record).get(name) for name in shared} != shared:
-        remove(folder)
-    if not record.is_file():
-        remove(folder)
-        for stage, known in shared.items():
-            for source in (run.out / name for name in (*PRODUCTS[stage], *known["files"])):
-                place = folder / source.relative_to(run.out)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_file() and not link_file(source, place):
-                    shutil.copyfile(source, place)
-        rest = {name: value for name, value in run.stages.items() if not isinstance(value, dict) and "." not in name}
-        write_json(record, {**rest, **shared})
-    fit = FitConfig.model_validate({**run.config.fit.model_dump(), **UNITS, "criterion": criterion})
-    twin = Run(run.model, folder, run.config.model_copy(update={"fit": fit}), run.prompts, run.command)
-    twin.teacher = run.teacher  # one teacher in memory is enough
-    twin.run("fit")
-    _share_times(run, twin)
-    return twin
-
-
-def _share_times(run: Run, twin: Run) -> None:
-    """Let all criteria plan with the times that were measured first: units of one number take one time."""
-    path, found = run.out / "fits" / "times.json", twin.read(Candidates, "candidates.json")
-    fitted = run.depends("fit")
-
-    def key(option: WidthOption) -> str:
-        parts = sorted((name, part["kind"], part["size"]) for name, part in option.parts.items())
-        return digest(fitted, option.stack, option.block, parts)
-
-    own = {key(option): option.saved_time for option in run.read(Candidates, "candidates.json").width}
-    times = own | (read_json(path) if path.is_file() else {})
-    options = [replace(option, saved_time=times.setdefault(key(option), option.saved_time)) for option in found.width]
-    if tuple(options) != found.width:
-        save_artifact(replace(found, width=tuple(options)), twin.out / "candidates.json")
-    write_json(path, times)
-
-
-def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:
+def plan_for(session: Session, settings: PlanConfig, seed: int) -> CompressionPlan:
     """The plan of a search; one that was chosen before from the same is read.
 
     Args:
-        run: Whose candidates it is chosen from.
+        session: Whose candidates it is chosen from.
         settings: Search and budget.
         seed: Of what the search draws at random.
 
@@ -217,17 +166,19 @@ def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:
         BudgetError: No plan of this search meets the budget.
     """
     drawn = 0 if getattr(search_named(settings.mode), "deterministic", False) else seed
-    costs = (run.out / "candidates.json").read_text(encoding="utf-8")  # whose times may be shared after the stage
-    path = run.out / "compare" / "plans" / f"{digest(run.depends('fit'), costs, settings.identity(), drawn)}.json"
+    costs = (session.out / "candidates.json").read_text(encoding="utf-8")  # whose times may be shared after the stage
+    path = (
+        session.out / "compare" / "plans" / f"{digest(session.depends('fit'), costs, settings.identity(), drawn)}.json"
+    )
     if path.is_file():
         return load_artifact(CompressionPlan, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = with_starts(run, choose(settings.mode, context_of(run, settings, seed)))
+    found = with_starts(session, choose(settings.mode, session.search_context(settings, seed)))
     save_artifact(found, path)
     return found
 
 
-def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) -> tuple[Row, float]:
+def zeros_row(session: Session, name: str, method: Method, budget: Mapping[str, float]) -> tuple[Row, float]:
     """The row of a method that sets weights to zero, and its cost in teacher forwards.
 
     Raises:
@@ -236,9 +187,9 @@ def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) 
     """
     if "keep" not in budget:
         raise BudgetError("zeros make nothing faster by themselves")
-    transformer, adapter = run.teacher.transformer, run.adapter
-    candidates = run.read(Candidates, "candidates.json")
-    model = context_of(run).model
+    transformer, adapter = session.teacher.transformer, session.adapter
+    candidates = session.read(Candidates, "candidates.json")
+    model = session.search_context().model
     plan = plan_from_runs(model, (), "optimal", candidates)
     blocks = {
         (spec.name, index, index): block
@@ -251,27 +202,29 @@ def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) 
     if share > MOST_ZEROS:
         raise BudgetError(f"{share:.0%} of the blocks' weights would have to be zero")
     settings = settings.model_copy(update={"share": share})
-    distill = changed(run.config.distill, from_fit=False, sparsity=settings)
+    distill = changed(session.config.distill, from_fit=False, sparsity=settings)
     cost = sparsity_cost(settings, settings.states, len(blocks))
     return Row(f"{slug(budget)}/{name}", method.label, plan, distill), cost
 
 
-def row_of(run: Run, name: str, method: Method, budget: Mapping[str, float], seed: int) -> tuple[Row, float | None]:
+def row_of(
+    session: Session, name: str, method: Method, budget: Mapping[str, float], seed: int
+) -> tuple[Row, float | None]:
     """The row of a method under a budget, and its cost in teacher forwards (None: it does not say).
 
     Raises:
         BudgetError: It has no plan that meets the budget.
     """
     if method.zeros is not None:
-        return zeros_row(run, name, method, budget)
-    base = forked(run, method.criterion) if method.criterion else run
+        return zeros_row(session, name, method, budget)
+    base = fork(session, method.criterion, UNITS) if method.criterion else session
     limits = {"keep": None, "speedup": None, "fit_gb": None, **budget}
-    settings = PlanConfig.model_validate({**run.config.plan.model_dump(), **limits, **method.plan})
+    settings = PlanConfig.model_validate({**session.config.plan.model_dump(), **limits, **method.plan})
     plan = plan_for(base, settings, seed)
     cost: float | None = plan.teacher_forwards
     if method.criterion:
         cost = base.read(Candidates, "candidates.json").criterion_forwards
-    distill = run.config.distill.model_copy(update={"from_fit": False})
+    distill = session.config.distill.model_copy(update={"from_fit": False})
     return Row(f"{slug(budget)}/{name}", method.label, plan, distill, fitted_by=base), cost
 
 
@@ -281,45 +234,39 @@ def slug(budget: Mapping[str, float]) -> str:
 
 
 def compare_methods(
-    run: Run,
+    session: Session,
     methods: Mapping[str, Method],
     budgets: Sequence[Mapping[str, float]],
     seeds: Sequence[int],
-    table: Path | None = None,
+    place: Path | None = None,
 ) -> str:
     """Compare methods under equal budgets and equal recovery; resumable.
 
     Writes ``RUN/compare/<budget>/<method>/seed-<s>`` and ``RUN/compare/methods.md|json|png``.
 
     Args:
-        run: The run; capture, analyze and fit are done first if they are not.
+        session: Of a run whose fit stage is done.
         methods: By name.
         budgets: One kind and value each.
         seeds: Of training, and of searches that draw at random.
-        table: A further place for the Markdown table; the plot goes beside it.
+        place: A further place for the Markdown table; the plot goes beside it.
 
     Returns:
         The Markdown text.
     """
-    for stage in ("capture", "analyze", "fit"):
-        run.run(stage)
-    run.config = for_tables(run.config)
-    judge = Judge(run)
-    teacher = judge.teacher()
+    runner = RowRunner(session)
     entries: list[Entry] = []
     for budget in budgets:
         for name, method in methods.items():
             try:
-                rows = [row_of(run, name, method, budget, seed) for seed in seeds]
+                rows = [row_of(runner.session, name, method, budget, seed) for seed in seeds]
             except UserError as error:  # the other methods are worth their hours
                 entries.append(Entry(slug(budget), name, method.label, method.units, why_not=str(error)))
                 continue
-            metrics = [run_row(run, judge, row, seed, teacher) for (row, _), seed in zip(rows, seeds, strict=True)]
+            metrics = [runner.run(row, seed) for (row, _), seed in zip(rows, seeds, strict=True)]
             plans = [row.plan for row, _ in rows]
             entries.append(Entry(slug(budget), name, method.label, method.units, plans, metrics, rows[0][1]))
-    text = write_up(run, teacher, entries, seeds)
-    write_json(run.out / "compare" / "methods.json", {"seeds": seeds, "rows": [entry.as_json() for entry in entries]})
-    for path in filter(None, (run.out / "compare" / "methods.md", table)):
+    data = {"seeds": seeds, "rows": [entry.as_json() for entry in entries]}
+    for path in filter(None, (session.out / "compare" / "methods.md", place)):
         draw(entries, path.with_suffix(".png"))
-        write_text(path, text.replace("methods.png", path.with_suffix(".png").name))
-    return text
+    return finish(session, "methods", paragraphs(runner, entries, seeds), data, place)

@@ -7,16 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ppcl.common.files import atomic_path
-from ppcl.common.tables import markdown_table, number, provenance, spread
+from ppcl.common.tables import markdown_table, number, spread
 from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.experiments.noise import READING, by_seed, cell, difference, is_alike, without_items
+from ppcl.experiments.runner import RowRunner
 from ppcl.student.plan import CompressionPlan
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 HEADER = (
     *("method", "takes away", "blocks removed", "parameters", "speed-up (predicted)", "teacher forwards"),
@@ -36,7 +34,7 @@ class Entry:
         label: Of the method, for people.
         units: What it takes away.
         plans: One a seed.
-        metrics: One a seed (:func:`ppcl.experiments.compare.run_row`).
+        metrics: One a seed (:meth:`ppcl.experiments.runner.RowRunner.run`).
         cost: Teacher forwards beyond the stages that all share; None if it does not say.
         why_not: Why there is no plan, if there is none.
     """
@@ -86,30 +84,28 @@ class Entry:
         ]
 
 
-def write_up(run: Run, teacher: Mapping[str, Any], entries: Sequence[Entry], seeds: Sequence[int]) -> str:
-    """The comparison as Markdown: a table for each budget, what has no plan and why, how to read it."""
-    settings, steps = run.config.evaluate, run.config.distill
-    model = next((plan.model for entry in entries for plan in entry.plans), None)
+def paragraphs(runner: RowRunner, entries: Sequence[Entry], training_seeds: Sequence[int]) -> list[str]:
+    """The comparison in words: a table for each budget, what has no plan and why, how to read it."""
+    settings, steps, about = runner.session.config.evaluate, runner.session.config.distill, runner.summary()
+    params = next((plan.model.params for entry in entries for plan in entry.plans), 1)
     parts = ["# Methods under equal budgets", "![average drop of every method](methods.png)"]
     for budget in dict.fromkeys(entry.budget for entry in entries):
-        own = sorted((entry for entry in entries if entry.budget == budget), key=lambda entry: entry.order)
-        tied = [is_alike(own[0].metrics, entry.metrics, "average_drop") for entry in own]
-        cells = [e.cells(model.params if model else 1, i > 0 and tied[i]) for i, e in enumerate(own)]
-        parts.append(f"## {budget.replace('-', ' = ', 1)}")
-        parts.append(markdown_table(HEADER, cells))
-        parts += ["\n".join(f"* {e.label}: no plan: {e.why_not}" for e in own if e.why_not) or ""]
-        parts.append(verdict(own))
+        ranked = sorted((entry for entry in entries if entry.budget == budget), key=lambda entry: entry.order)
+        first = ranked[0].metrics
+        cells = [e.cells(params, i > 0 and is_alike(first, e.metrics, "average_drop")) for i, e in enumerate(ranked)]
+        parts += [f"## {budget.replace('-', ' = ', 1)}", markdown_table(HEADER, cells)]
+        parts += ["\n".join(f"* {e.label}: no plan: {e.why_not}" for e in ranked if e.why_not), verdict(ranked)]
     parts.append(
         f"Every method has {steps.local_steps} local, {steps.alternating_steps} alternating and {steps.output_steps} "
-        f"output steps of {steps.batch_size} states. Training seeds: {', '.join(map(str, seeds))}; picture seeds of "
-        f"each: {settings.picture_seeds}. {settings.num_prompts} prompts, {settings.num_inference_steps} steps, "
-        f"features: {teacher['features']}; drops are against the mean of {len(teacher['seeds'])} picture seeds of the "
-        f"teacher. {READING} `~`: not told apart from the first row. Parameters: those that are not zero; equal "
+        f"output steps of {steps.batch_size} states. Training seeds: {', '.join(map(str, training_seeds))}; picture "
+        f"seeds of each: {settings.picture_seeds}. {settings.num_prompts} prompts, {settings.num_inference_steps} "
+        f"steps, features: {about['features']}; drops are against the mean of {len(about['seeds'])} picture seeds of "
+        f"the teacher. {READING} `~`: not told apart from the first row. Parameters: those that are not zero; equal "
         "parameters are not equal speed: zeros make no common kernel faster. Teacher forwards: what a method costs "
         "beyond capture, analysis and fit stage, which all share; one transformer call on one state, a backward pass "
         "counts as two."
     )
-    return "\n\n".join([*filter(None, parts), provenance(run.command, str(run.device))]) + "\n"
+    return parts
 
 
 def verdict(entries: Sequence[Entry]) -> str:
@@ -147,7 +143,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     """Write a plot: for each budget the drop of every method, with the range over seeds or the interval.
 
     Args:
-        entries: See :func:`write_up`.
+        entries: See :func:`paragraphs`.
         path: A ``.png``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -44,7 +44,7 @@ from ppcl.experiments.baselines import (
 from ppcl.experiments.study_text import write_up
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import cost_of, is_allowed, optimal_ladder
-from ppcl.run.stages import Run
+from ppcl.run import Session
 from ppcl.student.assembly import LinearRun, assemble_student, with_blocks
 from ppcl.student.bundle import load_bundle
 from ppcl.student.plan import CompressionPlan
@@ -94,12 +94,12 @@ class Ruler:
         return self._by_state(student).error
 
 
-def removable(run: Run) -> list[list[Position]]:
+def removable(session: Session) -> list[list[Position]]:
     """Blocks of each stack that may go, in order; the protected first and last ones stay."""
-    settings, stacks = run.config.plan, []
-    specs = run.adapter.stacks
+    settings, stacks = session.config.plan, []
+    specs = session.adapter.stacks
     for number, spec in enumerate(specs):
-        count = len(run.adapter.blocks(run.teacher.transformer, spec))
+        count = len(session.adapter.blocks(session.teacher.transformer, spec))
         low = settings.protect_first if number == 0 else 0
         high = count - (settings.protect_last if number == len(specs) - 1 else 0)
         stacks.append([(spec.name, index) for index in range(low, high)])
@@ -156,15 +156,15 @@ def without_blocks(
     return with_blocks(transformer, lists)
 
 
-def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[dict[str, Any]]:
+def study_contiguity(session: Session, ruler: Ruler, draws: int) -> list[dict[str, Any]]:
     """(a) Errors of contiguous and of scattered removals, by number of blocks and by what takes their place.
 
     Returns:
         The fields of :class:`ppcl.experiments.study_text.Comparison`, one row a size and form.
     """
-    transformer, adapter, seed = run.teacher.transformer, run.adapter, run.config.seed
-    probes = read_tensors(run.out / "analysis.safetensors", str(run.device))[0]
-    stacks = removable(run)
+    transformer, adapter, seed = session.teacher.transformer, session.adapter, session.config.seed
+    probes = read_tensors(session.out / "analysis.safetensors", str(session.device))[0]
+    stacks = removable(session)
     drawn = {
         size: (contiguous_removals(stacks, size, draws, seed), scattered_removals(stacks, size, draws, seed))
         for size in SIZES
@@ -187,33 +187,33 @@ def study_contiguity(run: Run, ruler: Ruler, draws: int) -> list[dict[str, Any]]
     return found
 
 
-def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequence[int]) -> dict[str, Any]:
+def study_sequence(session: Session, ruler: Ruler, plan: CompressionPlan, seeds: Sequence[int]) -> dict[str, Any]:
     """(b) Local distillation of one plan in both ways: errors and seconds of training by training seed."""
-    transformer, adapter = run.teacher.transformer, run.adapter
+    transformer, adapter = session.teacher.transformer, session.adapter
     with torch.no_grad():
         start = assemble_student(transformer, adapter, plan, new_substitutes(transformer, adapter, plan, None))
-        result: dict[str, Any] = {"before": ruler.error(start), "steps": run.config.distill.local_steps}
+        result: dict[str, Any] = {"before": ruler.error(start), "steps": session.config.distill.local_steps}
     for sequence in SEQUENCES:
         # what sequential training cannot do
         alike = {"one_at_a_time": False, "release_gradients": "auto", "shard": False}
         how = {"sequence": sequence, "output_steps": 0, "from_fit": False, "train": "substitutes"}
-        settings = changed(run.config.distill, **alike, **how)
+        settings = changed(session.config.distill, **alike, **how)
         rows = []
         for seed in seeds:
             # the digest is in the folder's name: an interrupted training of other settings is not resumed
-            made_of = digest(run.depends("fit"), to_jsonable(plan.stacks), settings.identity(), seed)
-            folder = run.out / "study" / sequence / f"seed-{seed}" / made_of
+            made_of = digest(session.depends("fit"), to_jsonable(plan.stacks), settings.identity(), seed)
+            folder = session.out / "study" / sequence / f"seed-{seed}" / made_of
             times: list[float] = []
             if not (folder / "bundle").is_dir():
                 Distiller(
                     transformer,
                     adapter,
                     plan,
-                    run.out / "calibration",
+                    session.calibration,
                     folder,
                     settings,
                     seed,
-                    run.config.precision,
+                    session.config.precision,
                     lambda row, times=times: times.append(row["seconds"]),  # type: ignore[misc]
                 ).run()
                 write_json(
@@ -229,16 +229,16 @@ def study_sequence(run: Run, ruler: Ruler, plan: CompressionPlan, seeds: Sequenc
     return result
 
 
-def study_squares(run: Run, ruler: Ruler) -> list[dict[str, Any]]:
+def study_squares(session: Session, ruler: Ruler) -> list[dict[str, Any]]:
     """(c) For every size of plan: predicted error by squares and by plain sum, against the measured one.
 
     The plans are the planner's own; every run holds its fitted candidate, nothing is trained further.
     """
-    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
     fitted = [
         c
         for c in candidates.candidates
-        if c.fitted_error is not None and is_allowed(analysis.model, c, run.config.plan)
+        if c.fitted_error is not None and is_allowed(analysis.model, c, session.config.plan)
     ]
     costs = {(c.stack, c.first, c.last): c for c in fitted}
     rows = []
@@ -247,7 +247,7 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, Any]]:
             continue
         plan = plan_from_runs(analysis.model, runs, OURS, candidates)
         errors = [cost_of(costs[key]) ** 0.5 for key in run_keys(plan)]
-        measured = ruler.interval(fitted_student(run, plan))
+        measured = ruler.interval(fitted_student(session, plan))
         squares = sum(error**2 for error in errors) ** 0.5
         rows.append(
             {
@@ -262,27 +262,27 @@ def study_squares(run: Run, ruler: Ruler) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["removed"])
 
 
-def fitted_student(run: Run, plan: CompressionPlan) -> Any:
+def fitted_student(session: Session, plan: CompressionPlan) -> Any:
     """A plan's student with the fitted candidates put in, and plain starts where a run was not fitted."""
-    transformer, adapter = run.teacher.transformer, run.adapter
-    substitutes = new_substitutes(transformer, adapter, plan, run.out / "candidates.safetensors")
+    transformer, adapter = session.teacher.transformer, session.adapter
+    substitutes = new_substitutes(transformer, adapter, plan, session.out / "candidates.safetensors")
     return assemble_student(transformer, adapter, plan, substitutes)
 
 
-def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) -> list[dict[str, Any]]:
+def study_planner(session: Session, ruler: Ruler, plans: Mapping[str, CompressionPlan]) -> list[dict[str, Any]]:
     """(d) Predicted and measured error of each criterion's plan of equal size, undistilled."""
-    candidates = run.read(Candidates, "candidates.json").candidates
+    candidates = session.read(Candidates, "candidates.json").candidates
     fitted = {(c.stack, c.first, c.last) for c in candidates if c.fitted_error is not None}
     rows = []
     for mode, plan in plans.items():
         keys = run_keys(plan)
         plain = assemble_student(
-            run.teacher.transformer,
-            run.adapter,
+            session.teacher.transformer,
+            session.adapter,
             plan,
-            new_substitutes(run.teacher.transformer, run.adapter, plan, None),
+            new_substitutes(session.teacher.transformer, session.adapter, plan, None),
         )
-        fit_start, plain_start = ruler.interval(fitted_student(run, plan)), ruler.interval(plain)
+        fit_start, plain_start = ruler.interval(fitted_student(session, plan)), ruler.interval(plain)
         rows.append(
             {
                 "mode": BASELINES.get(mode, mode),
@@ -301,9 +301,9 @@ def study_planner(run: Run, ruler: Ruler, plans: Mapping[str, CompressionPlan]) 
     return rows
 
 
-def kept(run: Run, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
+def kept(session: Session, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
     """Return the result of a part from ``RUN/study/<name>.json``, or work it out and keep it there."""
-    path, made_of = run.out / "study" / f"{name}.json", digest(run.depends("fit"), inputs)
+    path, made_of = session.out / "study" / f"{name}.json", digest(session.depends("fit"), inputs)
     if path.is_file() and (known := read_json(path)).get("digest") == made_of:
         return known["result"]
     result = part()
@@ -311,11 +311,11 @@ def kept(run: Run, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
     return result
 
 
-def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[int] = (0, 1)) -> str:
+def study(session: Session, table: Path | None = None, draws: int = 12, seeds: Sequence[int] = (0, 1)) -> str:
     """Test the paper's observations on this run's teacher; write ``RUN/study/table.md|json``.
 
     Args:
-        run: The run; capture, analyze and fit are done first if they are not.
+        session: Of a run whose fit stage is done.
         table: A further place for the Markdown text.
         draws: Random removals of each size and kind.
         seeds: Training seeds of (b).
@@ -326,36 +326,34 @@ def study(run: Run, table: Path | None = None, draws: int = 12, seeds: Sequence[
     Raises:
         UserError: The budget of the plan cannot be met, or an artifact is damaged.
     """
-    for stage in ("capture", "analyze", "fit"):
-        run.run(stage)
-    run.config = for_tables(run.config)
-    held_out = States(run.out / "calibration", "held-out")
-    count, costs = run.config.evaluate.velocity_states, run.config.fit.eval_states
-    analysis, candidates = run.read(Analysis, "analysis.json"), run.read(Candidates, "candidates.json")
-    plans, notes = plans_of_equal_size(analysis, candidates, run.config.plan)
-    plans = {mode: with_starts(run, plan) for mode, plan in plans.items()}
-    ruler = Ruler(run.teacher.transformer, list(held_out.batches(count, count)), run.config.precision)
+    session = session.with_config(for_tables(session.config))
+    held_out = States(session.calibration, "held-out")
+    count, costs = session.config.evaluate.velocity_states, session.config.fit.eval_states
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
+    plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
+    plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
+    ruler = Ruler(session.teacher.transformer, list(held_out.batches(count, count)), session.config.precision)
     # the costs behind a prediction were measured on these states: no difference comes from the choice of states
-    cost_ruler = Ruler(run.teacher.transformer, list(held_out.batches(costs, costs)), run.config.precision)
+    cost_ruler = Ruler(session.teacher.transformer, list(held_out.batches(costs, costs)), session.config.precision)
     parts: dict[str, Callable[[], Any]] = {
-        "contiguity": lambda: study_contiguity(run, ruler, draws),
-        "sequence": lambda: study_sequence(run, ruler, plans[OURS], seeds),
-        "squares": lambda: study_squares(run, cost_ruler),
-        "planner": lambda: study_planner(run, cost_ruler, plans),
+        "contiguity": lambda: study_contiguity(session, ruler, draws),
+        "sequence": lambda: study_sequence(session, ruler, plans[OURS], seeds),
+        "squares": lambda: study_squares(session, cost_ruler),
+        "planner": lambda: study_planner(session, cost_ruler, plans),
     }
-    config = run.config
+    config = session.config
     inputs = {  # beyond what the fit stage depends on
         "contiguity": [config.plan.model_dump(), count, draws],
         "sequence": [to_jsonable(plans[OURS].stacks), config.distill.identity(), count, list(seeds)],
         "squares": [config.plan.model_dump()],
         "planner": [{mode: to_jsonable(plan.stacks) for mode, plan in plans.items()}],
     }
-    results = {name: kept(run, name, inputs[name], part) for name, part in parts.items()}
-    name = Path(run.model).name if Path(run.model).is_dir() else run.model
+    results = {name: kept(session, name, inputs[name], part) for name, part in parts.items()}
+    name = Path(session.model).name if Path(session.model).is_dir() else session.model
     states = sum(map(len, ruler.targets))
     info = {"model": name, "states": states, "seeds": tuple(seeds), "notes": list(notes.values())}
-    text = write_up(results, info, run.command, str(run.device))
-    write_json(run.out / "study" / "table.json", to_jsonable({**results, **info}))
-    for path in filter(None, (run.out / "study" / "table.md", table)):
+    text = write_up(results, info, session.command, str(session.device))
+    write_json(session.out / "study" / "table.json", to_jsonable({**results, **info}))
+    for path in filter(None, (session.out / "study" / "table.md", table)):
         write_text(path, text)
     return text

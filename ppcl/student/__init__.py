@@ -1,1 +1,9 @@
 """The plan, and putting a student together from it."""
+
+from typing import Any
+
+from ppcl.common.moved import moved_attribute
+
+
+def __getattr__(name: str) -> Any:
+    return moved_attribute(__name__, name)

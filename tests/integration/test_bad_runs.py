@@ -154,7 +154,7 @@ def test_training_that_explodes(refuses, run_cli, common, run_copy):
     code, err = run_cli("compress", *common, "--set", "distill.local_learning_rate=1e-3", "--out", run_copy)
     assert code == 0, err
     metrics = json.loads((run_copy / "eval" / "metrics.json").read_text())
-    assert metrics["fidelity"]["velocity_error"] < 1
+    assert metrics["comparisons"][0]["fidelity"]["velocity_error"]["value"] < 1
 
 
 def test_not_a_number_in_the_fit(refuses, common, run_copy, monkeypatch):

@@ -74,7 +74,7 @@ def test_the_pipeline_is_what_the_plan_predicted(compressed):
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
     params = sum(p.numel() for p in pipeline.transformer.parameters())
-    assert params == plan["predicted"]["params"] == metrics["student"]["params"]
+    assert params == plan["predicted"]["params"] == metrics["models"][1]["params"]
     assert plan["predicted"]["param_ratio"] <= 0.8
 
 
@@ -128,7 +128,7 @@ def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, sm
     import shutil
 
     from ppcl.config import load_config
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
     out = shutil.copytree(finished_run, tmp_path / "run")
     shard = out / "calibration" / "train-0001.safetensors"
@@ -147,6 +147,6 @@ def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, sm
 def test_metrics_hold_the_error_before_training(finished_run):
     import json
 
-    fidelity = json.loads((finished_run / "eval" / "metrics.json").read_text())["fidelity"]
-    assert fidelity["velocity_error_undistilled"] > 0
-    assert fidelity["velocity_error"] > 0
+    row = json.loads((finished_run / "eval" / "metrics.json").read_text())["comparisons"][0]
+    assert row["scale"]["velocity_error"] > 0
+    assert row["fidelity"]["velocity_error"]["value"] > 0

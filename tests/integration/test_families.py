@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from types import SimpleNamespace
@@ -12,9 +11,9 @@ import torch
 from tiny_pipelines import PIPELINES
 
 from ppcl import cli
+from ppcl.eval.results import load_evaluation
 
 SIDE = 32
-OF_MANY = ("kid_std", "precision", "recall", "density", "coverage")  # measures that two pictures do not have
 FRAMES = 5
 # What a family's own shape asks for: Z-Image keeps most of its parameters outside of its blocks.
 KEEP = {"z_image": 0.93}
@@ -75,12 +74,14 @@ def test_plain_diffusers_loads_and_draws_what_the_command_wrote(compressed):
 
 
 def test_report_and_numbers(compressed):
-    metrics = json.loads((compressed.run / "eval" / "metrics.json").read_text())
-    for part in ("teacher", "student", "fidelity"):
-        known = {k: v for k, v in metrics[part].items() if k not in OF_MANY and not isinstance(v, list)}
-        assert not {k: v for k, v in known.items() if v is None or not math.isfinite(v)}
-    assert 0 < metrics["fidelity"]["velocity_error"] < 1
-    assert 0 < metrics["fidelity"]["ssim"] < 1  # the student draws something, and something else
+    result = load_evaluation(compressed.run / "eval" / "metrics.json")
+    (row,) = result.comparisons
+    for numbers in (*(model.numbers for model in result.models), row.fidelity):
+        assert not {name: entry for name, entry in numbers.items() if not math.isfinite(entry.value)}
+    for model in result.models:
+        assert not {name for name, value in model.costs.items() if value is None or not math.isfinite(value)}
+    assert 0 < row.fidelity["velocity_error"].value < 1
+    assert 0 < row.fidelity["ssim"].value < 1  # the student draws something, and something else
     pictures = sorted(p.name for p in (compressed.run / "eval" / "student" / "seed-0").glob("*.png"))
     assert pictures == ["0000.png", "0001.png"]
     assert "</html>" in (compressed.run / "report.html").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 
 from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
+from ppcl.eval.results import load_evaluation
 from ppcl.experiments.compare import compare_plans
 from ppcl.experiments.ladder import measure_ladder
-from ppcl.run.stages import STAGES, Run
+from ppcl.run import STAGES, Run
 from ppcl.teacher import loading as teacher
 
 
@@ -35,8 +35,8 @@ def test_every_stage_of_a_run_in_bf16(
     for stage in STAGES:
         run.run(stage)
     assert run.teacher.transformer.dtype == torch.bfloat16
-    fidelity = json.loads((run.out / "eval" / "metrics.json").read_text())["fidelity"]
-    assert 0 < fidelity["velocity_error"] < math.inf
-    assert 0 < fidelity["velocity_error_undistilled"] < math.inf
+    (row,) = load_evaluation(run.out / "eval" / "metrics.json").comparisons
+    assert 0 < row.fidelity["velocity_error"].value < math.inf
+    assert 0 < row.scale["velocity_error"] < math.inf
     assert "velocity error" in compare_plans(run)
     assert "keep 0.9" in measure_ladder(run, [0.9])

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_file import comparison, model, number, speed, step, write_evaluation
 from PIL import Image
 
 from ppcl.common.files import write_json
 from ppcl.eval.report import write_report
-from ppcl.eval.report_models import write_models_report
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -63,44 +63,33 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     for index, name in enumerate(("teacher/seed-0", "student/seed-0", "teacher/seed-1")):
         draw(run / "eval" / name, index)
-    write_json(run / "eval" / "metrics.json", {"teacher": {"fid": 3.0}, "student": {"fid": 4.0}})
+    sides = [model(name, {"fid": number(fid)}) for name, fid in (("teacher", 3.0), ("student", 4.0))]
+    write_evaluation(run / "eval", sides, [comparison("student", "teacher", {})])
     return write_report(run)
-
-
-def number(value: float) -> dict[str, float]:
-    """A number with its interval."""
-    return {"value": value, "low": 0.9 * value, "high": 1.2 * value}
 
 
 @pytest.fixture(scope="module")
 def models_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of an evaluation of three models."""
     out = tmp_path_factory.mktemp("models")
-    labels = {"A <b>": (4e6, 2.0), "B": (2e6, 12.0), "C": (3e6, 4.0)}
+    labels = {"A <b>": (4_000_000, 2.0), "B": (2_000_000, 12.0), "C": (3_000_000, 4.0)}
     models: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     for index, (label, (params, fid)) in enumerate(labels.items()):
         draw(out / "pictures" / label / "seed-0", index)
-        costs = {"latency_ms": params / 1e5, "peak_memory_bytes": None}
-        time = {"latency_ms": fid, "latency_p10_ms": 1.0, "latency_p90_ms": 20_000.0, "times_as_fast": 1.5 * index}
-        work = [{"part": "picture", "batch_size": 4, "num_inference_steps": steps, **time} for steps in (10, 20)]
+        work = [speed(fid, steps, latency_p90_ms=20_000.0, times_as_fast=1.5 * index) for steps in (10, 20)]
         blocks = [{"first": block, "last": block, "width": []} for block in range(60 * index)]
-        one = {"label": label, "model": label, "params": params, "numbers": {"fid": number(fid)}, "costs": costs}
-        models.append(one | {"speed": work, "blocks": {"transformer_blocks": blocks} if blocks else {}})
-        steps = [{"timestep_low": 0.0, "timestep_high": 1.0, "error": 0.1, "low": 0.1, "high": 0.2}]
-        made = {"label": label, "against": "A <b>", "average_drop": number(fid), "fidelity": {"psnr": number(30 + fid)}}
-        made |= {"velocity_error_by_timestep": steps, "param_ratio": 0.5, "speedup": 1.5, "verdict": f"{label} keeps"}
-        comparisons += [made] if index else []
-    settings = {
-        "prompts": 24,
-        "seed": 0,
-        "num_inference_steps": 2,
-        "features": "emoji",
-        "level": 0.95,
-        "notes": ["few"],
-    }
-    write_json(out / "metrics.json", {**settings, "models": models, "comparisons": comparisons})
-    return write_models_report(out)
+        costs = {"latency_ms": params / 1e5, "peak_memory_bytes": None}
+        numbers = {"fid": number(fid, 0.9 * fid, 1.2 * fid)}
+        more = {"speed": work, "blocks": {"transformer_blocks": blocks} if blocks else {}}
+        models.append(model(label, numbers, params, **{**more, "costs": costs}))
+        if index:
+            fidelity, drop = {"psnr": number(30 + fid)}, number(fid, 0.9 * fid, 1.2 * fid)
+            steps = [step(0.0, 1.0, 0.1)]
+            row = comparison(label, "A <b>", fidelity, average_drop=drop, verdict=f"{label} keeps")
+            comparisons.append(row | {"velocity_error_by_timestep": steps})
+    write_evaluation(out, models, comparisons, prompts=24)
+    return write_report(out)
 
 
 def visit(page: Any, path: Path, size: str, scheme: str) -> None:
@@ -198,7 +187,7 @@ def test_run(page: Any, run_page: Path, size: str, scheme: str) -> None:
 def test_models(page: Any, models_page: Path, size: str, scheme: str) -> None:
     visit(page, models_page, size, scheme)
     assert page.locator("svg").count() == 3
-    assert page.locator("#speed tbody tr").count() == 2
+    assert page.locator("#cost .times tbody tr").count() == 2
     assert page.locator("#blocks .strip").count() == 2
     sort_table(page)
     use_filter(page)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ppcl.experiments.compare_text import mean_scores
 from typer.testing import CliRunner
 
 from ppcl.analysis.artifacts import Analysis
@@ -22,13 +23,12 @@ from ppcl.experiments import compare as compare_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
 from ppcl.experiments.compare import Judge, claim, compare_plans, plan_rows, with_transformer
-from ppcl.experiments.compare_text import mean_scores
 from ppcl.experiments.noise import cell
 from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import uniform_ladder
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.student.assembly import LinearRun, patched
 from ppcl.teacher.calls import velocity
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_file import comparison, evaluation, model, number
 from huggingface_hub import ModelCard
 from test_bundle_export import draw, student_and_pipeline
 from tiny_models import DUAL, plan_for, shared_pipeline, tiny_flux, tiny_qwen
@@ -20,6 +21,8 @@ from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.common.files import read_tensor_header, weights_variant
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
+from ppcl.eval.markdown import measured_table
+from ppcl.eval.results import Evaluation
 from ppcl.export.card import (
     PLACEHOLDER,
     Facts,
@@ -35,17 +38,15 @@ from ppcl.student.plan import CompressionPlan, plan_digest
 from ppcl.teacher.loading import load_pipeline, source_name, stored_dtype
 
 LARGE = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
-METRICS: dict[str, Any] = {
-    "features": "emoji",
-    "num_inference_steps": 20,
-    "samples": {"prompts": 128, "references": 1806, "teacher_seeds": 2},
-    "fid_reference": "real",
-    "teacher": {"params": 14_354_320, "fid": 23.27, "kid": None, "clip_score": 59.2, "latency_ms": 86.2},
-    "student": {"params": 8_416_400, "fid": 27.97, "kid": None, "clip_score": 37.93, "latency_ms": 50.5},
-    "teacher_spread": {"fid": {"std": 0.59}},
-    "average_drop": 52.4,
-    "fidelity": {"velocity_error": 0.36},
-}
+TEACHER = model(
+    "teacher",
+    {"fid": number(23.27), "clip_score": number(59.2)},
+    14_354_320,
+    spread={"fid": {"mean": 23.0, "std": 0.59, "values": [22.6, 23.4]}},
+)
+STUDENT = model("student", {"fid": number(27.97), "clip_score": number(37.93)}, 8_416_400)
+ROW = comparison("student", "teacher", {"velocity_error": number(0.36)}, average_drop=number(52.4))
+METRICS = evaluation([TEACHER, STUDENT], [ROW], reference="real pictures", reference_count=1806)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +284,7 @@ def test_the_card_has_a_valid_header_numbers_and_counts(source: Path) -> None:
         pipeline_class="QwenImagePipeline",
         dtype="bfloat16",
         making=Making(("ppcl compress owner/Model-1 --out run --keep 0.5",), 3, "ppcl 1, torch 2", "cpu"),
-        metrics=METRICS,
+        measured=measured_table(Evaluation.model_validate(METRICS)),
         licence=source_licence(str(source)),
     )
     card = ModelCard(model_card(plan, facts))
@@ -298,11 +299,11 @@ def test_the_card_has_a_valid_header_numbers_and_counts(source: Path) -> None:
     for words in (
         "# Model-1, compressed by ppcl",
         "0 [1 2] 3",
-        "| FID | 23.27 | 27.97 | ± 0.59 |",
-        "| parameters of the transformer | 14,354,320 | 8,416,400 |  |",
+        "| FID ↓ | 23.3 ± 0.59 | 28.0 |",
+        "| Parameters (M) | 14.35 | 8.416 |",
         "128 prompts that were not used for calibration",
         "compare with real pictures (1,806)",
-        "Velocity error on held-out states 0.360",
+        "| Velocity error ↓ | - | 0.360 |",
         "ppcl compress owner/Model-1 --out run --keep 0.5",
         "Seed 3, cpu. Versions: ppcl 1, torch 2.",
         "states tiny-licence; it holds for this compressed model too",

@@ -17,9 +17,10 @@ from ppcl.cli import app
 from ppcl.common.tables import number
 from ppcl.config import load_config
 from ppcl.errors import ModelError, UserError
-from ppcl.eval.judge import judge_models
-from ppcl.eval.models import contestants, evaluation_prompts, settings_for
-from ppcl.eval.results import Evaluation, report
+from ppcl.eval.command import evaluate_models
+from ppcl.eval.markdown import report
+from ppcl.eval.models import evaluation_prompts, settings_for, sources
+from ppcl.eval.results import Evaluation, load_evaluation
 
 PROMPTS = ["a cat, red", 'a "house"', "old\nboat", "tiny 🐳 dog", " ".join(["long"] * 1000)]
 SETTINGS = [
@@ -111,12 +112,12 @@ def test_the_schema_describes_the_file(judged: tuple[Path, str]) -> None:
     schema = json.loads((judged[0] / "metrics.schema.json").read_text())
     found = json.loads((judged[0] / "metrics.json").read_text())
     assert set(schema["required"]) <= set(found) == set(schema["properties"])
-    assert set(schema["$defs"]) == {"Block", "Comparison", "ModelResult", "Number", "Speed", "Step"}
+    assert set(schema["$defs"]) == {"Block", "Comparison", "ModelResult", "Number", "Speed", "Spread", "Step"}
 
 
 def test_the_file_keeps_to_the_schema_that_ships(judged: tuple[Path, str]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    shipped = Path(__file__).resolve().parents[2] / "eval" / "schemas" / "evaluate.metrics.schema.json"
+    shipped = Path(__file__).resolve().parents[2] / "eval" / "schemas" / "metrics.schema.json"
     found = json.loads((judged[0] / "metrics.json").read_text())
     jsonschema.validate(found, json.loads(shipped.read_text()))
 
@@ -143,7 +144,7 @@ def test_speed_and_flops(judged: tuple[Path, str], models: tuple[Path, Path]) ->
         assert 2 * one.costs["flops"] == sum(of_transformer.values()) > 0  # two steps
     text = (judged[0] / "report.md").read_text()
     assert "| pictures, 2 steps | 3 |" in text
-    assert "transformer call for one prompt (GFLOPs)" in text
+    assert "FLOPs of a call for one prompt (GFLOPs)" in text
 
 
 def test_reports_can_be_written_again(judged: tuple[Path, str], finished_run: Path, tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_an_interrupted_evaluation_ends_up_the_same(
     stamps = {path: path.stat().st_mtime_ns for path in pictures}
     pictures[1].unlink()
     config = load_config([], [*SETTINGS, "wandb=offline"])
-    again = judge_models([str(model) for model in models], out, config, PROMPTS, out / "reference.npz")
+    again = evaluate_models([str(model) for model in models], out, config, PROMPTS, out / "reference.npz")
     patched.undo()
     (sent,) = fake.rows  # the same table, numbers and pictures in wandb
     assert sent["evaluate/table"]["columns"] == ["", "model", "model-2"]
@@ -198,18 +199,18 @@ def test_an_interrupted_evaluation_ends_up_the_same(
 
 def test_other_sizes_leave_paired_measures_out(models: tuple[Path, Path], tmp_path: Path) -> None:
     """A second model whose VAE makes larger pictures of the same latents; one that is alone compares with nothing."""
-    from ppcl.eval import judge as judging
+    from ppcl.eval import command
 
-    class Larger(judging.Judge):
-        def draw(self, one, pipeline, kwargs, seed):
-            if one.label == "model-2":
+    class Larger(command.Judge):
+        def draw(self, entrant, pipeline, kwargs, seed):
+            if entrant.label == "model-2":
                 kwargs = {**kwargs, "height": 24}
-            return super().draw(one, pipeline, kwargs, seed)
+            return super().draw(entrant, pipeline, kwargs, seed)
 
     config = load_config([], [*SETTINGS, "evaluate.teacher_seeds=1"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judging, "Judge", Larger)
-        found = judge_models([str(model) for model in models], tmp_path, config, PROMPTS[:4])
+        patch.setattr(command, "Judge", Larger)
+        found = evaluate_models([str(model) for model in models], tmp_path, config, PROMPTS[:4])
     assert set(found.comparisons[0].fidelity) == {"feature_cosine", "velocity_error"}
     assert any("another size" in note for note in found.notes)
     assert found.reference is None
@@ -218,32 +219,36 @@ def test_other_sizes_leave_paired_measures_out(models: tuple[Path, Path], tmp_pa
 
 def test_arguments_are_found_out(finished_run: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
     run = str(finished_run)
-    assert [one.label for one in contestants([run])] == ["teacher", "student"]
-    assert [one.shown for one in contestants([str(models[0]), run])] == ["model", "run/pipeline"]
-    bundle = contestants([str(finished_run / "bundle")])[0]
+    assert [one.label for one in sources([run])] == ["teacher", "student"]
+    assert [one.shown for one in sources([str(models[0]), run])] == ["model", "run/pipeline"]
+    bundle = sources([str(finished_run / "bundle")])[0]
     assert bundle.is_bundle
     assert settings_for([run], [], []).evaluate.num_inference_steps == 2  # the run's own settings
     assert settings_for([run], [], ["evaluate.num_inference_steps=3"]).evaluate.num_inference_steps == 3
     held = json.loads((finished_run / "eval" / "student" / "seed-0" / "prompts.json").read_text())["prompts"]
     assert evaluation_prompts([run], None, 128) == held
     with pytest.raises(UserError, match="given twice"):
-        contestants([str(models[0]), str(models[0])])
+        sources([str(models[0]), str(models[0])])
     with pytest.raises(ModelError, match=r"model_index\.json is missing"):
-        contestants([str(tmp_path)])
+        sources([str(tmp_path)])
     with pytest.raises(ModelError, match="neither a pipeline folder"):
-        contestants(["nothing"])
+        sources(["nothing"])
     with pytest.raises(UserError, match="is a run; choose another --out"):
-        judge_models([str(models[0])], finished_run, load_config([], SETTINGS), PROMPTS)
+        evaluate_models([str(models[0])], finished_run, load_config([], SETTINGS), PROMPTS)
 
 
 def test_a_run_in_its_own_folder_is_the_stage(finished_run: Path) -> None:
     """The command as it was: MODEL --out RUN runs (here: has run) the stage, with intervals beside the numbers."""
-    metrics = json.loads((finished_run / "eval" / "metrics.json").read_text())
-    assert metrics["intervals"]["average_drop"] is None or len(metrics["intervals"]["average_drop"]) == 2
-    assert metrics["intervals"]["student"]["clip_score"]
-    assert metrics["intervals"]["fidelity"]["velocity_error"]
-    assert metrics["fidelity"]["velocity_error_by_timestep"]
-    assert {"precision", "recall", "density", "coverage", "cmmd", "kid_std"} <= set(metrics["student"])
+    result = load_evaluation(finished_run / "eval" / "metrics.json")
+    teacher, student = result.models
+    (row,) = result.comparisons
+    assert (teacher.label, student.label, row.against) == ("teacher", "student", "teacher")
+    assert student.numbers["clip_score"].limits
+    assert row.fidelity["velocity_error"].limits
+    assert row.velocity_error_by_timestep
+    assert row.scale["velocity_error"] > 0
+    assert {"precision", "recall", "density", "coverage", "cmmd"} <= set(student.numbers)
+    assert len(teacher.spread["clip_score"].values) == 2
 
 
 def test_bad_references_are_one_line(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -251,5 +256,5 @@ def test_bad_references_are_one_line(models: tuple[Path, Path], tmp_path: Path) 
     empty.mkdir()
     for reference, said in ((empty, "holds no pictures"), (tmp_path / "x.npz", "does not exist")):
         with pytest.raises(UserError, match=said) as caught:
-            judge_models([str(models[0])], tmp_path / "out", load_config([], SETTINGS), PROMPTS, reference)
+            evaluate_models([str(models[0])], tmp_path / "out", load_config([], SETTINGS), PROMPTS, reference)
         assert "\n" not in str(caught.value)

@@ -32,11 +32,12 @@ from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_json
 from ppcl.errors import ArtifactError
 from ppcl.eval.figures import loss_points, select_candidates, smooth
+from ppcl.eval.metrics import SCORES
 from ppcl.eval.report import readme_picture, write_report
 from ppcl.eval.report_data import differences, pick, read_log, read_run
 from ppcl.eval.report_html import count, duration, number
+from ppcl.eval.report_numbers import verdict
 from ppcl.eval.report_pictures import find_pairs, spread, thumbnails
-from ppcl.eval.report_scores import verdict
 from ppcl.eval.report_sections import headline_sentence, load_lines
 from ppcl.pruning.artifacts import Candidate, Candidates
 from ppcl.student.plan import CompressionPlan
@@ -106,10 +107,10 @@ def test_complete_run(run: Path) -> None:
     assert "predicted 1.49\N{MULTIPLICATION SIGN}" in words
     assert f'DiffusionPipeline.from_pretrained("{run.as_posix()}/pipeline")' in words
     assert content.count("<li class=pair>") == 12 + 6 + 8  # gallery, other seed, least and most alike
-    assert content.count("<svg") == 5 + 3  # map, differences, scores, linearity, candidates; three loss curves
-    assert content.count("How to read:") == 8
+    assert content.count("<svg") == 2 + 5 + 3  # size, time; map, differences, scores, linearity, candidates; losses
+    assert content.count("How to read:") == 10
     assert "Of 24 blocks 16 are left: 4 runs" in words
-    assert "Outside the teacher's own spread: worse" in words
+    assert "Outside the first model's own spread: worse" in words
     assert "Small sample: 128 prompts" in words
     assert "ppcl compress emoji --out runs/emoji --keep 0.7" in words
     assert "Nothing to show yet" not in words
@@ -151,7 +152,7 @@ def test_empty_run(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not a run directory"):
+    with pytest.raises(ArtifactError, match="is not a folder"):
         write_report(tmp_path / "nowhere")
 
 
@@ -174,7 +175,7 @@ def test_null_metrics(run: Path, null: float | None) -> None:
     path = write_report(run)
     parse(path)
     words = body_text(path)
-    assert "Not measured." in words
+    assert "Left out:" in words
     assert "nan" not in words.lower().split()
     assert "None" not in words
 
@@ -242,7 +243,7 @@ def test_unreadable_picture_is_left_out_and_said(run: Path) -> None:
     source.write_bytes(source.read_bytes()[:60])
     path = write_report(run)
     assert path.read_text(encoding="utf-8").count("<li class=pair>") == 11 + 5 + 8
-    assert "1 pair is left out" in body_text(path)
+    assert "1 prompt is left out" in body_text(path)
 
 
 def test_pairs_share_prompt_and_seed(run: Path) -> None:
@@ -295,11 +296,11 @@ def test_headline_says_what_is_predicted(run: Path) -> None:
         (8.0, [10.0, 10.6], True, "better"),
         (8.0, [10.0, 10.6], False, "worse"),
         (12.0, [10.0], True, "unknown"),
-        (None, [10.0, 10.6], True, "Not measured"),
     ],
 )
-def test_verdict(student: float | None, values: list[float], lower: bool, expected: str) -> None:
-    assert expected in verdict(10.0, student, values, lower)
+def test_verdict(student: float, values: list[float], lower: bool, expected: str) -> None:
+    metric = SCORES["fid" if lower else "clip_score"]
+    assert expected in verdict(10.0, student, values, metric)
 
 
 def test_the_strip_says_how_stable_an_interval_is(tmp_path: Path) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from evaluation_file import comparison, model, number, step, write_evaluation
 from PIL import Image
 
-from ppcl.common.files import write_json
 from ppcl.eval.fidelity import psnr
 from ppcl.eval.report import write_report
-from ppcl.eval.report_data import limits
 from ppcl.eval.report_gallery import Card, extremes, gallery, lay_out, pair_psnr
 from ppcl.eval.report_html import ranged
 from ppcl.eval.report_pictures import Pair
-from ppcl.eval.report_scores import velocity_steps
 
 SIDE = 24
 
@@ -43,11 +38,6 @@ def pairs(tmp_path: Path) -> list[Pair]:
         second = save(tmp_path / "student" / f"{index}.png", (pixels + noise).astype(np.uint8))
         made.append(Pair(f"prompt {index}", first, second))
     return made
-
-
-def step(low: float, high: float, error: float) -> dict[str, Any]:
-    """A row of the velocity error by timestep."""
-    return {"timestep_low": low, "timestep_high": high, "error": error, "low": 0.9 * error, "high": 1.2 * error}
 
 
 def test_psnr_is_that_of_the_evaluation(pairs: list[Pair]) -> None:
@@ -90,29 +80,17 @@ def test_cards_of_unreadable_pictures_are_left_out(pairs: list[Pair]) -> None:
     assert gallery([]) == ""
 
 
-def test_intervals_are_read_and_shown() -> None:
-    data = {"a": {"b": [1, 2.5], "c": [1.0], "d": [None, 1.0], "e": "12", "f": [1.0, math.inf]}}
-    assert limits(data, "a", "b") == (1.0, 2.5)
-    assert [limits(data, "a", key) for key in "cdefx"] == [None] * 5
+def test_intervals_are_shown() -> None:
     assert ranged("1.5", (1.0, 2.5)) == "1.5 <small>1.00 to 2.50</small>"
     assert ranged("1.5", None) == "1.5"
 
 
-def test_steps_with_a_hole_are_left_out() -> None:
-    rows = [step(0.5, 1.0, 0.1), {**step(0.0, 0.5, 0.2), "low": None}, 3]
-    assert [row["error"] for row in velocity_steps(rows)] == [0.1]
-    assert velocity_steps(None) == velocity_steps({}) == []
-
-
 def test_the_page_shows_intervals_and_the_error_by_timestep(tmp_path: Path) -> None:
-    metrics = {
-        "teacher": {"fid": 31.0, "recall": 0.5},
-        "student": {"fid": 36.4, "recall": 0.4},
-        "average_drop": 2.0,
-        "intervals": {"level": 0.95, "student": {"fid": [33.3, 38.8]}, "average_drop": [1.1, 2.7]},
-        "fidelity": {"velocity_error_by_timestep": [step(0.5, 1.0, 0.1), step(0.0, 0.5, 0.2)]},
-    }
-    write_json(tmp_path / "eval" / "metrics.json", json.loads(json.dumps(metrics)))
+    fid, recall = [number(31.0), number(36.4, 33.3, 38.8)], [number(0.5), number(0.4)]
+    models = [model(f"m{i}", {"fid": fid[i], "recall": recall[i]}) for i in range(2)]
+    row = comparison("m1", "m0", {"psnr": number(20.0)}, average_drop=number(2.0, 1.1, 2.7))
+    row["velocity_error_by_timestep"] = [step(0.5, 1.0, 0.1), step(0.0, 0.5, 0.2)]
+    write_evaluation(tmp_path, models, [row])
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "36.4 <small>33.3 to 38.8</small>" in page
     assert "interval 1.1% to 2.7%" in page
@@ -120,4 +98,4 @@ def test_the_page_shows_intervals_and_the_error_by_timestep(tmp_path: Path) -> N
     assert "Velocity error by timestep" in page
     assert "Recall" in page
     assert "Density" not in page  # measured for neither
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 3  # size, time, timesteps

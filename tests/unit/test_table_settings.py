@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ppcl.experiments.compare_text import Row
 from tiny_models import DUAL, plan_for, tiny_qwen
 
 from ppcl.config import DistillConfig, RunConfig, load_config
@@ -14,7 +15,6 @@ from ppcl.experiments import compare as compare_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.ablation import _stages
 from ppcl.experiments.compare import Judge, run_row
-from ppcl.experiments.compare_text import Row
 from ppcl.experiments.study import study_sequence
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
