@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppcl.config import load_config
-from ppcl.distill import stage as distill_run
+from ppcl.distill import preparation
 from ppcl.eval.results import load_evaluation
 from ppcl.experiments.compare import compare_plans
 from ppcl.experiments.ladder import measure_ladder
@@ -26,7 +26,7 @@ def test_every_stage_of_a_run_in_bf16(
     def in_bf16(model: str, device: torch.device, dtype: torch.dtype | None, variant: str | None = None) -> Any:
         return original(model, device, torch.bfloat16, variant)
 
-    for module in (teacher, distill_run):
+    for module in (teacher, preparation):
         monkeypatch.setattr(module, "open_pipeline", in_bf16)
     config = load_config(
         [small_config], ["precision=bf16", "device=cpu", "plan.keep=0.8", "fit.width=[modulation,ffn]"]

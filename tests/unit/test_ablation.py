@@ -44,6 +44,7 @@ def test_a_stricter_threshold_makes_shorter_runs():
 
 def test_the_whole_table(tiny_model, prompts_file, small_config, tmp_path):
     run = Run(str(tiny_model), tmp_path / "run", load_config([small_config], SETTINGS), prompts_file, "ppcl ablate")
+    run.through("fit")
     text = ablate(run, tmp_path / "table.md")
     assert (tmp_path / "table.md").read_text() == text
     rows = ablation_rows(run)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ppcl.experiments.compare_text import mean_scores
 from typer.testing import CliRunner
 
 from ppcl.analysis.artifacts import Analysis
@@ -19,11 +18,12 @@ from ppcl.cli import app, parse_seeds
 from ppcl.common.tables import markdown_table, measured, number, spread
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
-from ppcl.experiments import compare as compare_module
+from ppcl.experiments import runner as runner_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
-from ppcl.experiments.compare import Judge, claim, compare_plans, plan_rows, with_transformer
+from ppcl.experiments.compare import compare_plans, plan_rows
 from ppcl.experiments.noise import cell
+from ppcl.experiments.runner import RowRunner, claim, mean_scores, with_transformer
 from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
 from ppcl.pruning.artifacts import Candidates
@@ -52,6 +52,7 @@ def open_run(tiny_model, prompts_file, small_config, tmp_path_factory):
 def compared(open_run):
     """A run that was compared with two training seeds, and the Markdown text."""
     run = open_run()
+    run.through("fit")
     return run, compare_plans(run, None, (0, 1))
 
 
@@ -194,10 +195,9 @@ def test_every_number_of_one_seed_has_an_interval(compared):
     line = next(line for line in text.splitlines() if line.startswith("| ours, undistilled"))
     assert measured([plain], "velocity_error") in line
     assert cell([plain], "clip_score") in line
-    judge = Judge(run)
-    assert judge.captions["clip_score"].value == pytest.approx(
-        np.mean([seed["clip_score"] for seed in judge.teacher()["seeds"]])
-    )
+    runner = RowRunner(run)
+    scores = [seed["clip_score"] for seed in runner.teacher_scores]
+    assert runner.captions["clip_score"].value == pytest.approx(np.mean(scores))
 
 
 def test_students_are_drawn_with_several_picture_seeds(compared):
@@ -226,11 +226,11 @@ def test_a_folder_of_one_picture_seed_is_drawn_on(open_run, compared, monkeypatc
     folder = compared[0].out / "compare" / "uniform" / "seed-0"
     metrics = json.loads((folder / "metrics.json").read_text())
     trained = json.loads((folder / "depends.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps({"digest": trained["evaluated"]}))  # as it was called then
+    (folder / "metrics.json").write_text(json.dumps({"digest": trained["drawn"]}))  # not all seeds' scores
     for seed in (1, 2):
         shutil.rmtree(folder / "pictures" / f"seed-{seed}")
     first = (folder / "pictures" / "seed-0" / "0000.png").stat().st_mtime_ns
-    monkeypatch.setattr(compare_module.Distiller, "run", refuse)
+    monkeypatch.setattr(runner_module.Distiller, "run", refuse)
     assert compare_plans(open_run(), None, (0, 1)) == compared[1]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert (folder / "pictures" / "seed-0" / "0000.png").stat().st_mtime_ns == first
@@ -246,7 +246,7 @@ def test_measured_writes_intervals_or_spread():
 
 def test_the_teacher_has_a_spread(compared):
     run, text = compared
-    teacher = json.loads((run.out / "compare" / "teacher" / "metrics.json").read_text())
+    teacher = json.loads((run.out / "compare" / "table.json").read_text())["teacher"]
     assert len(teacher["seeds"]) == 3  # although the config asks for one
     assert teacher["seeds"][1]["fid"] is None  # the reference is not compared with itself
     assert teacher["seeds"][0]["fid"] is not None
@@ -256,22 +256,23 @@ def test_the_teacher_has_a_spread(compared):
 
 def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared, monkeypatch, tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(compare_module, "references_for", lambda model: pictures)
+    monkeypatch.setattr(runner_module, "references_for", lambda model: pictures)
     run = open_run()
     run.out = tmp_path / "run"
     shutil.copytree(compared[0].out / "compare" / "teacher" / "pictures", run.out / "compare" / "teacher" / "pictures")
-    (run.out / "compare" / "teacher" / "depends.json").write_text(json.dumps({"evaluated": Judge(run).depends}))
-    teacher = Judge(run).teacher()
+    drawn = {"drawn": RowRunner(run).drawn_by}
+    (run.out / "compare" / "teacher" / "depends.json").write_text(json.dumps(drawn))
+    teacher = RowRunner(run).summary()
     assert teacher["fid_reference"] == "real pictures"
     assert all(each["fid"] is not None for each in teacher["seeds"])
-    own = json.loads((compared[0].out / "compare" / "teacher" / "metrics.json").read_text())
+    own = json.loads((compared[0].out / "compare" / "table.json").read_text())["teacher"]
     assert teacher["seeds"][0]["clip_score"] == own["seeds"][0]["clip_score"]
     assert teacher["seeds"][0]["fid"] != own["seeds"][0]["fid"]
 
 
 def test_a_second_call_only_reads(open_run, compared, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare_module, "Distiller", refuse)
-    monkeypatch.setattr(compare_module, "generate", refuse)
+    monkeypatch.setattr(runner_module, "Distiller", refuse)
+    monkeypatch.setattr("ppcl.eval.generate.draw", refuse)
     assert compare_plans(open_run(), tmp_path / "table.md", (0, 1)) == compared[1]
     assert (tmp_path / "table.md").read_text() == compared[1]
 

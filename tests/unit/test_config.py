@@ -190,7 +190,7 @@ def test_a_file_of_ones_own_that_is_no_text(tmp_path: Path) -> None:
 def test_one_place_for_a_models_defaults(tmp_path: Path) -> None:
     """The command line, the Python calls and an open run agree; what the user sets stays."""
     from ppcl.cli.options import resolve
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
     own = resolve("emoji", None, ["plan.keep=0.3"], None, None, None, None)
     assert (own.capture.height, own.capture.guidance_scale, own.plan.keep) == (48, 3.0, 0.3)
@@ -205,7 +205,7 @@ def test_one_place_for_a_models_defaults(tmp_path: Path) -> None:
 def test_compress_in_python_uses_the_models_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ppcl
     from ppcl.cli.options import resolve
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
     seen = []
     monkeypatch.setattr(Run, "run", lambda run, stage: seen.append(run.config))

@@ -26,7 +26,7 @@ from ppcl.pruning.criteria.masks import (
     row_mask,
     wanda_scores,
 )
-from ppcl.run import stages
+from ppcl.run import STAGES
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
@@ -213,11 +213,10 @@ def test_names_that_cannot_be_are_found_with_the_config(tmp_path: Path) -> None:
     assert criterion_named("ppcl.pruning.criteria.wanda:Wanda").score is not None
 
 
-def test_the_fit_stage_looks_at_it_before_it_removes_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "READS", {})
+def test_the_fit_stage_looks_at_it_before_it_removes_anything(tmp_path: Path) -> None:
     config = load_config([], ["fit.criterion=" + outside(tmp_path, "class Own:\n    pass\n")])
     with pytest.raises(ConfigError, match="has no method score"):
-        stages.Run._check(SimpleNamespace(out=tmp_path, config=config), "fit")
+        STAGES["fit"].prepare(SimpleNamespace(out=tmp_path, config=config))
 
 
 def test_another_criterion_in_the_same_file_is_another_fit(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,10 +13,13 @@ from tiny_models import tiny_qwen
 
 from ppcl.common.devices import resolve_device
 from ppcl.config import load_config
-from ppcl.distill import stage as distill_run
+from ppcl.distill import preparation
 from ppcl.run import Run
 from ppcl.teacher import loading as teacher_module
 from ppcl.training.distributed import Group
+
+if TYPE_CHECKING:
+    from ppcl.student.plan import CompressionPlan
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
@@ -51,27 +54,25 @@ def test_a_run_in_fp32_has_a_teacher_in_float32(
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
-    monkeypatch.setattr(distill_run, "estimate_distill", lambda *_, **__: {})
-    monkeypatch.setattr(distill_run, "free_bytes", lambda _: 1200)
-    monkeypatch.setattr(distill_run, "check_memory", lambda _, __, free: found.append(free))
+    monkeypatch.setattr(preparation, "estimate_distill", lambda *_, **__: {})
+    monkeypatch.setattr(preparation, "free_bytes", lambda _: 1200)
+    monkeypatch.setattr(preparation, "check_memory", lambda _, __, free: found.append(free))
     states: Any = SimpleNamespace(largest=lambda *_: {}, pieces=lambda *_: 1)
     for local in ("3", "6"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        run: Any = SimpleNamespace(config=load_config([], []), device=torch.device("cpu"), group=Group(1, 6, 1))
-        distill_run.say_memory(run, tiny_qwen(2), SimpleNamespace(), states)  # type: ignore[arg-type]
+        settings, plan, group = load_config([], []).distill, cast("CompressionPlan", SimpleNamespace()), Group(1, 6, 1)
+        preparation.say_memory(tiny_qwen(2), plan, states, settings, "auto", torch.device("cpu"), group)
     assert found == [400, 200]
     assert Group().local_size == 1
 
 
-def test_blocks_that_stay_do_not_wait_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_stay_do_not_wait_with_the_others() -> None:
     """SD3's last block is no part of a stack, so nothing would bring it to the device."""
     transformer = SD3Transformer2DModel(
         sample_size=8, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
         caption_projection_dim=16, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
-    config = load_config([], ["distill.offload=cpu"])
-    run: Any = SimpleNamespace(config=config, device=torch.device("meta"), group=Group(), teacher=None)
-    run.teacher = SimpleNamespace(transformer=transformer)
-    distill_run.take_transformer(run)
+    settings, pipeline = load_config([], ["distill.offload=cpu"]).distill, SimpleNamespace(transformer=transformer)
+    preparation.training_transformer(pipeline, "", torch.device("meta"), settings, "auto", 1)
     blocks = [next(block.parameters()).device.type for block in transformer.transformer_blocks]
     assert blocks == ["cpu"] * (len(blocks) - 1) + ["meta"]

@@ -33,7 +33,7 @@ from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.fit import all_runs, best_starts, fit, shortlist, spread_out
 from ppcl.distill.local import local_backward
 from ppcl.pruning.artifacts import Candidates
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.student.assembly import STARTS, patched, start_block
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for

@@ -39,13 +39,14 @@ def run(tiny_model, prompts_file, small_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(run, tmp_path_factory):
     table = tmp_path_factory.mktemp("table") / "ladder.md"
+    run.through("distill")
     written = measure_ladder(run, [0.9, 0.75, 0.6], table)
     assert table.read_text() == written
     return written
 
 
 def test_every_rung_is_scored_at_its_size(run, text):
-    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    data = json.loads((run.out / "compare" / "ladder.json").read_text())
     total = count_params(run.teacher.transformer)
     params = [rung["metrics"]["params"] for rung in data["rungs"]]
     assert params == sorted(params, reverse=True)
@@ -68,7 +69,7 @@ def test_the_report_shows_the_sizes(run, text):
     assert 'href="#ladder"' in html
     assert all(f"<td>keep {keep}" in html or f">keep {keep}<" in html for keep in ("0.9", "0.75", "0.6"))
     assert "One teacher seed differs from the mean" in html
-    ladder = run.out / "ladder" / "table.json"
+    ladder = run.out / "compare" / "ladder.json"
     kept = ladder.read_bytes()
     ladder.unlink()
     write_report(run.out)
@@ -93,14 +94,14 @@ def test_a_size_is_exported_without_training(run, text, tmp_path):
     result = CliRunner().invoke(app, ["export", str(run.out), "--keep", "0.75", "--out", str(tmp_path / "p")])
     assert result.exit_code == 0, result.output
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "p")
-    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    data = json.loads((run.out / "compare" / "ladder.json").read_text())
     assert count_params(pipeline.transformer) == data["rungs"][1]["metrics"]["params"]
     with pytest.raises(ArtifactError, match="already there"):
         export_size(run.out, tmp_path / "p", "keep", 0.9)
 
 
 def test_a_loaded_bundle_changes_its_size_at_once(run, text, tmp_path):
-    data = json.loads((run.out / "ladder" / "table.json").read_text())
+    data = json.loads((run.out / "compare" / "ladder.json").read_text())
     pipeline = load_bundle(run.out, keep=0.75)
     transformer = pipeline.transformer
     assert count_params(transformer) == data["rungs"][1]["metrics"]["params"]

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ppcl.experiments.compare_text import Row
 from tiny_models import DUAL, plan_for, tiny_qwen
 
 from ppcl.config import DistillConfig, RunConfig, load_config
-from ppcl.experiments import compare as compare_module
+from ppcl.experiments import runner as runner_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.ablation import _stages
-from ppcl.experiments.compare import Judge, run_row
+from ppcl.experiments.runner import Row, RowRunner
 from ppcl.experiments.study import study_sequence
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
@@ -35,7 +34,10 @@ def fake_run(folder: Path, config: RunConfig) -> Any:
     transformer = tiny_qwen(4)
     teacher = SimpleNamespace(transformer=transformer)
     more = {"identity": "x", "evaluation_prompts": ["a"], "model": "m", "device": "cpu", "depends": lambda stage: stage}
-    return SimpleNamespace(config=config, out=folder, teacher=teacher, adapter=adapter_for(transformer), **more)
+    found = SimpleNamespace(config=config, out=folder, teacher=teacher, adapter=adapter_for(transformer), **more)
+    found.calibration = folder / "calibration"
+    found.with_config = lambda config: found
+    return found
 
 
 def plan() -> CompressionPlan:
@@ -73,11 +75,11 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> s
         seen.append(depends)
         raise Stop
 
-    monkeypatch.setattr(compare_module, "claim", claim)
+    monkeypatch.setattr(runner_module, "claim", claim)
     config = load_config([], list(overrides))
     run = fake_run(folder, config)
     with pytest.raises(Stop):
-        run_row(run, Judge(run), Row("a", "a", plan(), config.distill), 0, {})
+        RowRunner(run).run(Row("a", "a", plan(), config.distill), 0)
     return seen[0]["trained"]
 
 
@@ -91,15 +93,3 @@ def test_a_row_depends_on_what_is_trained_alone(tmp_path: Path, monkeypatch: pyt
     before = trained(tmp_path, monkeypatch, *sparse)
     own.write_text("class Own: x = 1")
     assert trained(tmp_path, monkeypatch, *sparse) != before
-
-
-def test_pictures_of_a_row_are_announced_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels: list[str] = []
-    monkeypatch.setattr(compare_module, "generate", lambda *_, label, **__: labels.append(label))
-    monkeypatch.setattr(compare_module, "describe", lambda *_, label: labels.append(label))
-    monkeypatch.setattr(compare_module, "guidance_arguments", lambda *_: {})
-    judge = Judge(fake_run(tmp_path, load_config([], [])))
-    judge.__dict__["extractor"] = None
-    for place in ("teacher", "ours/seed-1"):
-        judge.draw(None, tmp_path / place / "pictures" / "seed-0", 0, "")
-    assert labels == ["teacher: pictures", "teacher: features", "ours, seed-1: pictures", "ours, seed-1: features"]
