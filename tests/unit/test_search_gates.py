@@ -17,7 +17,7 @@ from ppcl.adapters import adapter_for
 from ppcl.errors import ArtifactError, BudgetError, ModelError
 from ppcl.files import read_tensors, write_tensors
 from ppcl.planning.planner import meets
-from ppcl.searches import choose, gates, learned
+from ppcl.searches import choose, gates, learned, rarts
 from ppcl.searches.gates import GatedStudent
 from ppcl.searches.learned import Learned, groups_of, gumbel, quotas_of, ways
 from ppcl.searches.rarts import Player, Rarts, excess, gauss_seidel
@@ -142,6 +142,7 @@ def idle(transformer: Any, blocks: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("name", ["learned", "rarts"])
 def test_blocks_that_do_nothing_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "checkpointed", contextlib.nullcontext)  # half the time
+    monkeypatch.setattr(rarts, "GATE_RATE", 0.6)
     monkeypatch.setattr(learned, "LOGIT_RATE", 0.6)
     transformer = idle(tiny_qwen(5), (2,))
     before = {key: value.clone() for key, value in transformer.state_dict().items()}
