@@ -55,7 +55,7 @@ def new_optimizers(
 
 
 class ScaledSGD(torch.optim.SGD):
-    """SGD with momentum for scores and gates, whose order is the result: steps are in proportion to the gradients.
+    """SGD with momentum for scores, whose order is the result: steps are in proportion to the gradients.
 
     Adam's are not: it divides each score's gradient by that gradient's own size, so all scores move about as far, and
     their order is that of noise. A rate is then in units of the scores over those of the gradient, which differ by

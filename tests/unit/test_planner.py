@@ -224,8 +224,8 @@ def test_influence_removes_the_least_influential_blocks() -> None:
 
 
 def test_paper_adds_intervals_by_damage() -> None:
-    """Damage is the squared error of each removed block: 0.25, 0.045 (twice), 0.09 and 0.04."""
-    costs = {("a", 1, 2): 0.5, ("a", 3, 5): 0.3, ("b", 0, 1): 0.3, ("b", 2, 3): 0.2}
+    """Damage is the squared error of each removed block: 0.25, 0.061 (twice: 0.1225 in all), 0.09 and 0.04."""
+    costs = {("a", 1, 2): 0.5, ("a", 3, 5): 0.35, ("b", 0, 1): 0.3, ("b", 2, 3): 0.2}
     candidates = {run: Candidate(*run, probe_error=9.0, fitted_error=error) for run, error in costs.items()}
     analysis = analysis_of(MODEL, {"a": [(1, 2), (3, 5)], "b": [(0, 1), (2, 3)]})
     ladder = planner.paper_ladder(analysis, candidates, PlanConfig())

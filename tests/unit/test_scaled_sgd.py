@@ -1,4 +1,4 @@
-"""SGD for scores and gates: their order follows from the size of their gradients, not from the optimizer."""
+"""SGD for scores: their order follows from the size of their gradients, not from the optimizer."""
 
 from __future__ import annotations
 

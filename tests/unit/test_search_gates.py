@@ -16,7 +16,7 @@ from torch import Tensor
 from ppcl.common.files import read_tensors, write_tensors
 from ppcl.errors import ArtifactError, BudgetError, ModelError
 from ppcl.pruning.planner import meets
-from ppcl.pruning.searches import choose, gates, learned
+from ppcl.pruning.searches import choose, gates, learned, rarts
 from ppcl.pruning.searches.gates import GatedStudent
 from ppcl.pruning.searches.learned import Learned, groups_of, gumbel, quotas_of, ways
 from ppcl.pruning.searches.rarts import Player, Rarts, excess, gauss_seidel
@@ -142,6 +142,7 @@ def idle(transformer: Any, blocks: tuple[int, ...]) -> Any:
 @pytest.mark.parametrize("name", ["learned", "rarts"])
 def test_blocks_that_do_nothing_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "checkpointed", contextlib.nullcontext)  # half the time
+    monkeypatch.setattr(rarts, "GATE_RATE", 0.6)
     monkeypatch.setattr(learned, "LOGIT_RATE", 0.6)
     transformer = idle(tiny_qwen(5), (2,))
     before = {key: value.clone() for key, value in transformer.state_dict().items()}

@@ -8,8 +8,7 @@ data. RARTS makes one level of it with a second set of weights y, tied to the fi
 and goes down it one set after the other (Gauss-Seidel), each with what the others have become. No second derivatives
 are needed. Here a are gates of blocks, w and y two sets of LoRA on one frozen teacher, and the two losses are of
 disjoint prompts. A hinge on the cost of sigmoid(a) asks for the budget; at the end blocks go by the order of their
-gates, so that the budget is met exactly. Gates are trained by SGD with momentum and not by Adam, whose steps have one
-size for all of them (:class:`ppcl.training.optimizers.ScaledSGD`).
+gates, so that the budget is met exactly.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ from ppcl.pruning.planner import removal_ladder
 from ppcl.pruning.searches.base import Context
 from ppcl.pruning.searches.gates import PASSES, GatedStudent, apply_gradients, draw
 from ppcl.student.plan import CompressionPlan
-from ppcl.training.optimizers import ScaledSGD
 
 LAMBDA, BETA = 10.0, 10.0
 OPEN = 0.9  # of the gates at first, slightly below 1, so that each has a gradient
-LORA_RATE = 1e-3
-TRAVEL = 10.0  # of the gates' logits (ScaledSGD): from OPEN, 2.2, past closed
+GATE_RATE, LORA_RATE = 0.2, 1e-3
 HINGE = 1.0  # beside the loss of the velocity, for a share of the model that is too much
 
 Loss = Callable[[], Tensor]
@@ -91,7 +88,7 @@ class Rarts:
         first, second = (GatedStudent(context.teacher, blocks, context.seed) for _ in range(2))
         logits = torch.full((len(blocks),), math.log(OPEN / (1 - OPEN)), requires_grad=True)
         w, y = (Player(s.parameters, torch.optim.AdamW(s.parameters, LORA_RATE, fused=True)) for s in (first, second))
-        a = Player([logits], ScaledSGD([[logits]], [TRAVEL], context.settings.search_steps))
+        a = Player([logits], torch.optim.AdamW([logits], GATE_RATE, weight_decay=0.0))
         with Progress("plan: gates", total=context.settings.search_steps) as progress:
             for step in range(context.settings.search_steps):
                 one, other = draw(train_half, context, step, 74), draw(validation_half, context, step, 75)
