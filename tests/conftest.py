@@ -14,6 +14,7 @@ from tiny_pipeline import PROMPTS, SMALL, tiny_qwen_pipeline
 
 # what the command line sets, too
 os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as open_clip does when imported
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -14,8 +14,9 @@ import torch
 from diffusers.models import attention_dispatch
 from torch.nn.modules import module as module_hooks
 from torch.utils import flop_counter
+from transformers.utils.logging import get_verbosity as verbosity
 
-LOGGERS = ("", "ppcl", "torch", "diffusers", "transformers")
+LOGGERS = ("", "ppcl", "torch", "diffusers")
 HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 KERNELS = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 
@@ -27,7 +28,6 @@ def global_state() -> dict[str, Any]:
     return {
         "working directory": Path.cwd(),
         "umask": mask,
-        "sys.path": list(sys.path),
         "garbage collection": gc.isenabled(),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "default dtype": torch.get_default_dtype(),
@@ -43,9 +43,11 @@ def global_state() -> dict[str, Any]:
         "diffusers' attention": attention_dispatch._AttentionBackendRegistry._active_backend,
         **{f"attention kernels: {name}": getattr(torch.backends.cuda, name)() for name in KERNELS},
         **{f"hooks of all modules: {name}": len(getattr(module_hooks, name)) for name in HOOKS},
+        "log level: transformers": verbosity(),  # which sets it at its first use
         **{f"log level: {name or 'root'}": logging.getLogger(name).level for name in LOGGERS},
+        **{f"sys.path: {entry}": True for entry in sys.path},
         **{f"environment: {k}": v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
-        **{f"module: {name}": id(module) for name, module in sys.modules.items()},
+        **{f"module: {name}": name.startswith("ppcl") and id(sys.modules[name]) for name in tuple(sys.modules)},
     }
 
 
