@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
-IMPORTS = $(BIN)/python -c "import open_clip, peft, torchmetrics, ppcl.pipelines, ppcl.stages"
+IMPORTS = $(BIN)/python -c "import open_clip, peft, torchmetrics, ppcl.pipelines, ppcl.run"
 
 .PHONY: setup demo test check clean
 

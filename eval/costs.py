@@ -146,7 +146,7 @@ def step_counts(settings: EvaluateConfig) -> list[int]:
 
 
 def flops_of(pipeline: Any, call: Call | None) -> int | None:
-    """FLOPs of a call of the transformer, counted by torch as :mod:`ppcl.student.prediction` does; None without a call."""
+    """FLOPs of a call of the transformer, as :func:`ppcl.teacher.flops.count_flops` counts; None without a call."""
     module = denoiser_of(pipeline)
     return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
 

@@ -274,8 +274,8 @@ def cost_section(run: RunData) -> str:
         measure = MEMORY.get(result.memory_measure if result else "", "as evaluate measured it")
         parts.append(
             paragraph(
-                "Parameters are counted before anything is built. The predicted time counts blocks by FLOPs and smaller "
-                "modules by times that the fit stage measured; the text encoder and VAE come on top of it. "
+                "Parameters are counted before anything is built. The predicted time counts blocks by FLOPs and "
+                "smaller modules by times that the fit stage measured; the text encoder and VAE come on top of it. "
                 f"Peak memory is {measure}.",
                 "soft small",
             )

@@ -1,7 +1,7 @@
 """Say which versions an environment has: a file of constraints, or a row of docs/tested_sets.md.
 
-    python tests/tested_set.py constraints > tests/constraints.txt
-    python tests/tested_set.py row NAME  # runs the whole suite twice, each time in another random order
+python tests/tested_set.py constraints > tests/constraints.txt
+python tests/tested_set.py row NAME  # runs the whole suite twice, each time in another random order
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
             pins = "\n".join(f"{name}=={version}" for name, version in sorted(closure().items()))
             print(f"# A set of versions that all tests passed with: docs/tested_sets.md\n{pins}")
         case ["row", name]:
-            cells = [name, platform.python_version(), *(Version(distribution(column).version).public for column in COLUMNS)]
+            versions = (Version(distribution(column).version).public for column in COLUMNS)
+            cells = [name, platform.python_version(), *versions]
             print("| " + " | ".join([*cells, "; ".join(run_suite(seed) for seed in SEEDS)]) + " |")
         case _:
             sys.exit(__doc__)

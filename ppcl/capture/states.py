@@ -142,8 +142,8 @@ class States:
             limit: How many are wanted; all if None.
 
         Returns:
-            ``limit`` states, or all where there are fewer, by :func:`ppcl.capture.spread.choose_states`: every timestep,
-            branch of guidance, shape and prompt has its share. Shape by shape, in the order of recording.
+            ``limit`` states, or all where there are fewer, by :func:`ppcl.capture.spread.choose_states`: every
+            timestep, branch of guidance, shape and prompt has its share. Shape by shape, in the order of recording.
         """
         rows = [row for group in self.groups for row in group]
         if not limit:

@@ -186,7 +186,10 @@ def test_one_process_a_folder(tmp_path):
     descriptor = lock_folder(tmp_path / "run")
     if descriptor is None:
         pytest.skip("no POSIX locks here")
-    code = "import sys; from pathlib import Path; from ppcl.common.files import lock_folder; lock_folder(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from ppcl.common.files import lock_folder; "
+        "lock_folder(Path(sys.argv[1]))"
+    )
     refused = python(code, str(tmp_path / "run"))
     assert refused.returncode == 1
     assert f"is in use by process {os.getpid()}; wait" in refused.stderr

@@ -123,7 +123,7 @@ def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
 
 
 def write_states(folder: Path, split: str, calls: list[dict[str, Any]], transformer: nn.Module | None = None) -> None:
-    """Write calls as :func:`ppcl.capture.trajectories.capture` would, one a file; without a transformer its answers are zeros."""
+    """Write calls as the capture stage would, one a file; without a transformer its answers are zeros."""
     for index, call in enumerate(calls):
         tensors: dict[str, Tensor] = {}
         node = trees.flatten(call, "00", tensors)

@@ -1,4 +1,4 @@
-"""Path search (Paths-over-Graph, arXiv 2410.14211) on the layer graph: :mod:`ppcl.pruning.searches.graph` with the teacher.
+"""Path search (Paths-over-Graph, arXiv 2410.14211) on the layer graph of :mod:`ppcl.pruning.searches.graph`.
 
 Edges are what the fit stage made: fitted substitutes of runs (chained probes for those it did not fit), and blocks
 with smaller modules. Paths are measured by the velocity error on held-out states of all timesteps. These are states
