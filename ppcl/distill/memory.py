@@ -185,7 +185,7 @@ def output_student(
     substitutes: Mapping[RunKey, nn.Module],
     settings: DistillConfig,
 ) -> Any:
-    """The student as the output stage trains it; :func:`ppcl.distill.trainable.thawed` says what becomes of the parts."""
+    """The student as the output stage trains it; see :func:`ppcl.distill.trainable.thawed`."""
     student = assemble_student(transformer, adapter, plan, substitutes)
     if settings.train == "all":
         return thawed(student, adapter, substitutes, SINGLE)

@@ -1,7 +1,8 @@
 """The code file of a compressed pipeline for people who do not have ppcl.
 
 It is made out of :mod:`ppcl.modules.replacements`, what that needs, and
-:func:`ppcl.modules.compressed.compressed_class` themselves, so that what it builds is what ppcl builds. diffusers runs it only with ``trust_remote_code=True``.
+:func:`ppcl.modules.compressed.compressed_class` themselves, so that what it builds is what ppcl builds. diffusers runs
+it only with ``trust_remote_code=True``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Searches: who chooses the plan. The third extension point, beside criteria and allocations.
 
 A search is a class with two methods (:class:`ppcl.pruning.searches.base.Search`) and an entry here, or a class in a
-file of yours; ``plan.mode`` names it. Entries are places, not classes, so that a search that needs torch is imported when it
-is used. What every plan must be (:func:`checked`) is looked at here, so no search can hand on a wrong one.
+file of yours; ``plan.mode`` names it. Entries are places, not classes, so that a search that needs torch is imported
+when it is used. What every plan must be (:func:`checked`) is looked at here, so no search can hand on a wrong one.
 """
 
 from __future__ import annotations
