@@ -15,7 +15,7 @@ import torch
 
 from ppcl.capture.prompts import prompts_for
 from ppcl.capture.trajectories import capture
-from ppcl.cli import resolve
+from ppcl.cli.options import Budget, Settings, resolve
 from ppcl.common.devices import resolve_device
 from ppcl.common.files import write_text
 from ppcl.common.tables import provenance
@@ -34,14 +34,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=2, help="CPU threads")
     made.add_argument("--repeats", type=int, default=7, help="the median of so many is reported")
     made.add_argument("--quick", action="store_true", help="as little as possible, to see that it works")
-    made.add_argument("--table", type=Path, help="also write the table here, e.g. docs/benchmark.md")
+    made.add_argument("--table", type=Path, help="also write the table here, e.g. docs/NAME.md")
     return made
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Adapter, RunConfig]:
     """Load the teacher, its adapter, and the config."""
     torch.set_num_threads(args.threads)
-    config = resolve(args.model, args.config, args.set, None, None, None, None)
+    config = resolve(args.model, Settings(args.config, args.set), Budget())
     pipeline = load_pipeline(args.model, resolve_device(config.device))
     return pipeline, adapter_for(pipeline.transformer), config
 

@@ -25,13 +25,14 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.tables import markdown_table, number
 from ppcl.config import RunConfig
-from ppcl.distill.local import last_block, local_backward, masks_of
+from ppcl.distill.local import last_block, local_backward
 from ppcl.experiments.baselines import nearest_rung, run_keys
 from ppcl.pruning.planner import uniform_ladder
 from ppcl.student.assembly import RunKey, start_block
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter
+from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import record_boundaries, run_traced
 from ppcl.training.losses import state_loss
 
@@ -125,7 +126,7 @@ def ordinary_backward(
     for (stack, first, last), block in substitutes.items():
         start, end = calls[stack, first], calls[stack, last]
         output = adapter.call(start.stack, block, start.inputs, start.arguments)
-        losses.append(state_loss(output, end.outputs, masks_of(end.stack, end.arguments, end.outputs), kind))
+        losses.append(state_loss(output, end.outputs, valid_tokens(end.stack, end.arguments), kind))
     total = torch.stack(losses).sum()
     total.backward()
     return total.item()

@@ -33,10 +33,11 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.capture.states import States
 from ppcl.common.tables import markdown_table, number
 from ppcl.distill.fake import LiveBytes
-from ppcl.distill.local import local_backward, masks_of
+from ppcl.distill.local import local_backward
 from ppcl.student.assembly import RunKey
 from ppcl.teacher.families import Adapter, StackSpec
 from ppcl.teacher.families import States as BlockStates
+from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import record_boundaries
 from ppcl.training.losses import state_loss
 
@@ -66,7 +67,7 @@ def naive_backward(
             end = calls[spec.name, run[2] if run else index]
             if run:
                 output = call_checkpointed(adapter, spec, block, call.inputs, call.arguments)
-                losses.append(state_loss(output, end.outputs, masks_of(end.stack, end.arguments, end.outputs), kind))
+                losses.append(state_loss(output, end.outputs, valid_tokens(end.stack, end.arguments), kind))
             states = call_checkpointed(adapter, spec, block, states, call.arguments)  # the chained path: dropped
             index = end.index + 1
     total = torch.stack(losses).sum()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import parser, publish
 
-from ppcl.cli import resolve
+from ppcl.cli.options import Budget, Settings, resolve
 from ppcl.common.tables import markdown_table
 from ppcl.run import Run
 
@@ -34,7 +34,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> list[str]:
     common = [*QUICK_FIT, *size, f"distill.local_steps={steps}", f"distill.output_steps={steps}"]
     settings = [*common, "distill.keep_start=false", "distill.from_fit=false", f"threads={args.threads}"]
     settings += [f"distill.batch_size={args.batch_size}", *(args.set or [])]
-    run = Run(args.model, folder, resolve(args.model, args.config, settings, None, None, None, None), args.prompts)
+    run = Run(args.model, folder, resolve(args.model, Settings(args.config, settings), Budget()), args.prompts)
     for stage in ("capture", "analyze", "fit", "plan"):
         run.run(stage)
     return settings

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from ppcl.errors import UserError
 from ppcl.eval.features import FeatureExtractor, load_extractor
 
-logger = logging.getLogger(__name__)
 DEFAULT_FEATURES = "ViT-B-32/openai"
-
-
-def choose_extractor(model: str, features: str, device: str) -> FeatureExtractor:
-    """Load the feature extractor: the embedded one for the embedded model, ViT-B-32 otherwise."""
-    extractor, note = extractor_with_note(model, features, device)
-    if note:
-        logger.warning("%s", note)
-    return extractor
 
 
 def extractor_with_note(model: str, features: str, device: str) -> tuple[FeatureExtractor, str | None]:

@@ -117,4 +117,5 @@ COSTS = {
     "flops": Metric("FLOPs of a call for one prompt", "lower", shown_as="count", unit=(1e-9, "GFLOPs")),
 }
 METRICS: dict[str, Metric] = {**DROP, **FIDELITY, **SCORES}
+SHARES = tuple(name for name, metric in METRICS.items() if metric.shown_as == "share")
 CAPTION_SCORES = ("clip_score", "retrieval_at_1", "retrieval_at_5")  # behind the average drop

@@ -203,7 +203,8 @@ def pictures_section(run: RunData) -> str:
 STAGE_NAMES = {
     "fit": "Fitting candidate runs",
     "distill.local": "Distillation 1: substitutes one by one",
-    "distill.output": "Distillation 2: the whole student",
+    "distill.alternating": "Distillation 2: hybrids of teacher and substitutes",
+    "distill.output": "Distillation 3: the whole student",
 }
 
 

@@ -20,12 +20,10 @@ from ppcl.eval.clip import caption_ranks, clip_items
 from ppcl.eval.fid import FeatureStatistics, frechet_distance, kid
 from ppcl.eval.influence import cmmd, frechet_items, kid_items, kid_subsets
 from ppcl.eval.intervals import Array, Interval, drop_interval, interval, share_interval
+from ppcl.eval.metrics import CAPTION_SCORES, SHARES
 from ppcl.eval.neighbours import NEIGHBOURS, manifold
 
 Over = Literal["pictures", "references", "states"]
-SCORES = ("clip_score", "retrieval_at_1", "retrieval_at_5")
-SHARES = ("retrieval_at_1", "retrieval_at_5", "precision", "recall", "coverage")
-SET_MEASURES = ("fid", "kid", "kid_std", "cmmd", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def paired(values: Mapping[str, Sequence[float]]) -> dict[str, Measured]:
 
 def drop(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> Interval | None:
     """What the second lost of the first: mean relative loss of the scores in percent, paired by prompt."""
-    names = [name for name in SCORES if name in first and name in second]
+    names = [name for name in CAPTION_SCORES if name in first and name in second]
     pairs = [(first[name].items, second[name].items) for name in names]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return drop_interval([a for a, _ in known], [b for _, b in known]) if known else None
@@ -182,7 +180,7 @@ def drop_by_prompt(first: Mapping[str, Measured], second: Mapping[str, Measured]
         second: What lost; its items are about the same prompts.
     """
     shares = []
-    for name in SCORES:
+    for name in CAPTION_SCORES:
         if name in first and name in second and first[name].value != 0:
             a, b = (np.asarray(side[name].items) for side in (first, second))
             kept = b.mean() / a.mean()

@@ -5,8 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ppcl.common.artifacts import SCHEMA_VERSION
-from ppcl.student.plan import Stability
 from ppcl.teacher.model_info import ModelInfo
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How often an interval is found again with other tokens: shares of the draws.
+
+    Attributes:
+        same: Draws with exactly this interval.
+        first: Draws in which some interval starts where this one does.
+        last: Draws in which some interval ends where this one does.
+    """
+
+    same: float
+    first: float
+    last: float
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppcl.student.plan import Stability
+from ppcl.analysis.artifacts import Stability
 
 CkaTable = Sequence[Sequence[float | None]]
 

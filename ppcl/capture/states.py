@@ -40,7 +40,7 @@ class States:
     shapes: then it comes in pieces, each with its share in the means over the whole batch.
 
     Args:
-        folder: What :func:`capture` wrote.
+        folder: What :func:`ppcl.capture.trajectories.capture` wrote.
         split: ``train`` or ``held-out``.
 
     Attributes:

@@ -95,7 +95,7 @@ def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: Cap
 
 
 def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
-    """Write calls as one file that :class:`States` reads.
+    """Write calls as one file that :class:`ppcl.capture.states.States` reads.
 
     Args:
         path: The file.

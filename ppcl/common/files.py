@@ -265,3 +265,23 @@ def file_digest(path: Path) -> str:
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read: {error.strerror or error}") from error
     return sha.hexdigest()
+
+
+def link_file(source: Path, place: Path) -> bool:
+    """Make ``place`` another name of a file: a hard link, or else a relative symbolic link.
+
+    A hard link outlives the source folder (and a cleaned cache). The relative path holds after
+    the folder of ``place`` is renamed beside itself.
+
+    Returns:
+        Whether the file system allowed either.
+    """
+    real = source.resolve()  # files of the hub's cache are links themselves
+    try:
+        place.hardlink_to(real)
+    except OSError:  # another file system, another owner, or no links at all
+        try:
+            place.symlink_to(os.path.relpath(real, place.parent.resolve()))
+        except (OSError, ValueError):  # ValueError: another drive
+            return False
+    return True

@@ -14,7 +14,6 @@ from typing import Any
 
 from ppcl import __version__
 
-INTERVALS = "In brackets: 95% bootstrap intervals over prompts (velocity errors: over states)."
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from ppcl.common.tables import measured, number, with_limits
 from ppcl.eval.intervals import Array, Interval, interval, seeds_interval
-from ppcl.eval.scoring import SHARES, Measured
+from ppcl.eval.metrics import SHARES
+from ppcl.eval.scoring import Measured
 
 Rows = Sequence[Mapping[str, Any]]  # for each training seed the numbers of a row, see compare.run_row
 READING = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from ppcl import __version__
-from ppcl.common.files import atomic_path, read_json, write_json, write_text
+from ppcl.common.files import atomic_path, link_file, read_json, write_json, write_text
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.card import Facts, model_card
@@ -164,26 +163,6 @@ def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
-
-
-def link_file(source: Path, place: Path) -> bool:
-    """Make ``place`` another name of a file: a hard link, or else a relative symbolic link.
-
-    A hard link outlives the source folder (and a cleaned cache). The relative path holds after
-    the folder of ``place`` is renamed beside itself.
-
-    Returns:
-        Whether the file system allowed either.
-    """
-    real = source.resolve()  # files of the hub's cache are links themselves
-    try:
-        place.hardlink_to(real)
-    except OSError:  # another file system, another owner, or no links at all
-        try:
-            place.symlink_to(os.path.relpath(real, place.parent.resolve()))
-        except (OSError, ValueError):  # ValueError: another drive
-            return False
-    return True
 
 
 def _name_class(index: Path, library: str, name: str) -> None:

@@ -60,8 +60,10 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
         ladder = paper_ladder(analysis, costs, settings)
     elif settings.mode == "influence":
         ladder = influence_ladder(analysis, settings)
-    else:
+    elif settings.mode == "uniform":
         ladder = uniform_ladder(model, settings)
+    else:
+        raise ConfigError(f"plan.mode={settings.mode} has no planner")
     return from_ladder(model, ladder, costs, settings, by_error=settings.mode == "optimal")
 
 

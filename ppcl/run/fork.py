@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import digest, read_json, remove, write_json
+from ppcl.common.files import digest, link_file, read_json, remove, write_json
 from ppcl.config import FitConfig
-from ppcl.export.pipeline import link_file
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.run.folder import LEDGER
 from ppcl.run.run import Run

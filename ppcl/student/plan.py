@@ -1,4 +1,4 @@
-"""What the stages hand to each other: typed, frozen, versioned, stored as JSON (no torch here).
+"""The plan: which blocks stay, which runs become one, what is smaller inside; frozen, stored as JSON (no torch here).
 
 Blocks are numbered from 0 in execution order inside their stack (a block list of the
 transformer). A run ``first..last`` is inclusive. The paper numbers blocks from 1 and
@@ -15,21 +15,6 @@ from typing import Any
 from ppcl.common.artifacts import SCHEMA_VERSION, to_jsonable
 from ppcl.config import PlanConfig
 from ppcl.teacher.model_info import ModelInfo, Stack
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How often an interval is found again with other tokens: shares of the draws.
-
-    Attributes:
-        same: Draws with exactly this interval.
-        first: Draws in which some interval starts where this one does.
-        last: Draws in which some interval ends where this one does.
-    """
-
-    same: float
-    first: float
-    last: float
 
 
 def start_index(first: int, last: int, start: str | None) -> int:
@@ -51,7 +36,7 @@ class Segment:
         saved_flops: Forward FLOPs that ``width`` saves for one sample.
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
-        saved_time: See :class:`WidthOption`.
+        saved_time: See :class:`ppcl.pruning.artifacts.WidthOption`.
         sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.pruning.sparsity`).
     """
 

@@ -30,7 +30,7 @@ class Call:
     Attributes:
         arguments: By name.
         velocity: What the teacher answered, (B, ...).
-        rows: Where each sample was recorded, (call, row), if it came from :class:`States`.
+        rows: Where each sample was recorded, (call, row), if it came from :class:`ppcl.capture.states.States`.
         per_sample: Which arguments have an entry for each sample, see
             :func:`ppcl.teacher.call_arguments.per_sample`; found if empty.
         whole_rows: The row of each sample in the call that the pipeline made, which tells its prompt; all of them in

@@ -11,11 +11,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.analysis.artifacts import Analysis, Stability, StackAnalysis
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_json
 from ppcl.pruning.artifacts import Candidate, Candidates
-from ppcl.student.plan import CompressionPlan, Prediction, Segment, Stability
+from ppcl.student.plan import CompressionPlan, Prediction, Segment
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 NUM_BLOCKS = 24

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ppcl import cli
 from ppcl.analysis.artifacts import Analysis
+from ppcl.cli.options import Budget, Settings, resolve
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import lock_folder, remove_leftovers
 from ppcl.config import PlanConfig, load_config, parse_size
@@ -62,16 +63,16 @@ def test_bad_size(text):
 def test_a_budget_option_replaces_the_budget_of_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("plan: {keep: 0.5}\n")
-    config = cli.resolve("x/y", [path], None, None, 1.5, None, "paper")
+    config = resolve("x/y", Settings([path]), Budget(speedup=1.5, mode="paper"))
     assert config.plan.budget == ("speedup", 1.5)
     assert config.plan.mode == "paper"
 
 
 def test_two_budgets():
     with pytest.raises(ConfigError, match="give one budget"):
-        cli.resolve("x/y", None, None, 0.5, 1.5, None, None)
+        resolve("x/y", Settings(), Budget(keep=0.5, speedup=1.5))
     with pytest.raises(ConfigError, match="keep and speedup are both set; give one budget"):
-        cli.resolve("x/y", None, ["plan.keep=0.5", "plan.speedup=2"], None, None, None, None)
+        resolve("x/y", Settings(overrides=["plan.keep=0.5", "plan.speedup=2"]), Budget())
 
 
 @pytest.mark.parametrize(

@@ -189,10 +189,10 @@ def test_a_file_of_ones_own_that_is_no_text(tmp_path: Path) -> None:
 
 def test_one_place_for_a_models_defaults(tmp_path: Path) -> None:
     """The command line, the Python calls and an open run agree; what the user sets stays."""
-    from ppcl.cli.options import resolve
+    from ppcl.cli.options import Budget, Settings, resolve
     from ppcl.run import Run
 
-    own = resolve("emoji", None, ["plan.keep=0.3"], None, None, None, None)
+    own = resolve("emoji", Settings(overrides=["plan.keep=0.3"]), Budget())
     assert (own.capture.height, own.capture.guidance_scale, own.plan.keep) == (48, 3.0, 0.3)
     run = Run("emoji", tmp_path / "run", load_config([], ["plan.keep=0.3"]))
     assert run.config == own == for_model("emoji", run.config)
@@ -204,11 +204,11 @@ def test_one_place_for_a_models_defaults(tmp_path: Path) -> None:
 
 def test_compress_in_python_uses_the_models_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ppcl
-    from ppcl.cli.options import resolve
+    from ppcl.cli.options import Budget, Settings, resolve
     from ppcl.run import Run
 
     seen = []
     monkeypatch.setattr(Run, "run", lambda run, stage: seen.append(run.config))
     ppcl.compress("emoji", tmp_path / "run")
-    assert seen[0] == resolve("emoji", None, None, None, None, None, None)
+    assert seen[0] == resolve("emoji", Settings(), Budget())
     assert seen[0].capture.height == 48

@@ -18,7 +18,7 @@ from tiny_models import DUAL, plan_for, shared_pipeline, tiny_flux, tiny_qwen
 
 from ppcl import __version__
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import read_tensor_header, weights_variant
+from ppcl.common.files import link_file, read_tensor_header, weights_variant
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
 from ppcl.eval.markdown import measured_table
@@ -33,7 +33,7 @@ from ppcl.export.card import (
     shown_command,
     source_licence,
 )
-from ppcl.export.pipeline import cast, export, link_file
+from ppcl.export.pipeline import cast, export
 from ppcl.student.plan import CompressionPlan, plan_digest
 from ppcl.teacher.loading import load_pipeline, source_name, stored_dtype
 

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ppcl import api, cli
+from ppcl.cli.options import Budget, Push, Settings
 from ppcl.errors import HubError
 from ppcl.export.hub import check_repo_id, push
 from ppcl.training.distributed import SINGLE
@@ -139,7 +140,7 @@ def test_wrong_names_are_found_before_the_work(tmp_path: Path, name: str) -> Non
     with pytest.raises(HubError, match="write it like user/name"):
         check_repo_id(name)
     with pytest.raises(HubError, match="write it like user/name"):
-        cli.compress("emoji", tmp_path / "run", push_to_hub=name)
+        cli.compress("emoji", tmp_path / "run", Settings(), Budget(), Push(name))
     with pytest.raises(HubError, match="write it like user/name"):
         api.compress("emoji", tmp_path / "run", push_to_hub=name)
     assert not (tmp_path / "run").exists()

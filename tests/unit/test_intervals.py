@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from ppcl.analysis.artifacts import Stability
 from ppcl.analysis.intervals import detect_intervals, difference, interval_end, stability, threshold_intervals
-from ppcl.student.plan import Stability
 
 
 def table(rows: dict[int, list[float]], size: int) -> list[list[float | None]]:

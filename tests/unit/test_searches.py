@@ -47,7 +47,8 @@ def test_the_table_is_known_to_the_config_and_needs_no_torch() -> None:
     for name in SEARCHES:
         assert load_config([], [f"plan.mode={name}"]).plan.mode == name
     code = (
-        "import sys; from ppcl import searches; searches.search_named('optimal'); searches.search_named('random'); "
+        "import sys; from ppcl.pruning import searches; "
+        "searches.search_named('optimal'); searches.search_named('random'); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

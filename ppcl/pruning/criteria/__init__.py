@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppcl.common.plugins import load_object
+from ppcl.config.schema import CRITERION_NAMES
 from ppcl.pruning.criteria.activation import Activation
 from ppcl.pruning.criteria.base import Criterion, Site
 from ppcl.pruning.criteria.bip import Bip
@@ -22,15 +23,12 @@ from ppcl.pruning.criteria.nirvana import Nirvana
 from ppcl.pruning.criteria.random import Random
 from ppcl.pruning.criteria.taylor import Taylor
 from ppcl.pruning.criteria.wanda import Wanda
-from ppcl.pruning.criteria.weights import weight_criterion_named
 from ppcl.teacher.families import Adapter
 
 __all__ = [
     "CRITERIA",
-    "WEIGHT_CRITERIA",
     "Criterion",
     "Site",
-    "check_criterion",
     "criterion_named",
     "unit_cost",
     "unit_scores",
@@ -46,6 +44,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Taylor(),
     "wanda": Wanda(),
 }
+assert tuple(CRITERIA) == CRITERION_NAMES  # the config knows the names without torch
 
 
 def criterion_named(name: str) -> Criterion:
@@ -64,22 +63,6 @@ def unit_cost(name: str, states: int) -> float | None:
     """What a criterion costs, in runs of the transformer on one state; None where one from outside does not say."""
     cost = getattr(criterion_named(name), "cost", None)
     return None if cost is None else float(cost) * states
-
-
-def check_criterion(config: Any, stage: str) -> None:
-    """Load what a stage scores with, to find what is wrong with it before anything of an earlier attempt is removed.
-
-    Args:
-        config: A :class:`ppcl.config.RunConfig`.
-        stage: ``fit`` (units) or ``distill`` (weights, if it is sparse).
-
-    Raises:
-        ConfigError: It cannot be loaded.
-    """
-    if stage == "fit":
-        criterion_named(config.fit.criterion)
-    elif config.distill.sparsity.zeros:
-        weight_criterion_named(config.distill.sparsity.criterion)
 
 
 def unit_scores(

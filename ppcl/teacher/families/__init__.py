@@ -1,6 +1,6 @@
 """Families of diffusion transformers: which are supported, which are refused, and what to make of the rest.
 
-A simple family is a line in ``families.py``, any other a file like ``qwenimage.py`` and an
+A simple family is a line in ``table.py``, any other a file like ``qwenimage.py`` and an
 entry here; either way a tiny model of it goes into the test suite. A class that is in
 neither table is inferred from its source (``generic.py``) and checked on its first call.
 """
