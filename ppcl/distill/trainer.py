@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,7 +28,7 @@ from ppcl.distill.sparse import masks_for
 from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.thaw import kept_blocks, thawed, tuned, with_factors
 from ppcl.errors import ArtifactError
-from ppcl.files import digest, remove
+from ppcl.files import digest, read_tensors, remove, write_tensors
 from ppcl.sparsity import Masks, sparse_plan, zero_shares
 from ppcl.student import RunKey, assemble_student, run_name
 from ppcl.teacher import autocast
@@ -120,7 +119,9 @@ class Distiller:
         Closed-form starts of smaller modules can be closer to the teacher than any training with a rate meant for
         whole blocks; where training ends further away on held-out states, the start is kept.
         """
-        start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
+        start = self.out / "checkpoints" / "distill-start.safetensors"  # a copy in memory would be one of all of them
+        if self.settings.keep_start:
+            self.group.on_main(lambda: write_tensors(start, self._weights(), {}))
         with self._teacher_split(), ExitStack() as teacher:
             teacher.enter_context(self._teacher_waits())
             before = self._held_out_error()
@@ -136,7 +137,12 @@ class Distiller:
                 self._output()
             return self._finished(before, start)
 
-    def _finished(self, before: float, start: Mapping[RunKey, dict[str, Tensor]]) -> Bundle:
+    def _weights(self) -> dict[str, Tensor]:
+        """The substitutes' weights by run and name; they are not copied."""
+        blocks = self.substitutes.items()
+        return {f"{run_name(run)}/{name}": t for run, block in blocks for name, t in block.state_dict().items()}
+
+    def _finished(self, before: float, start: Path) -> Bundle:
         """Write the bundle, of the start where training led away from the teacher."""
         bundle = Bundle(
             self.plan,
@@ -152,11 +158,15 @@ class Distiller:
                 "start is kept; lower distill.local_learning_rate and distill.output_learning_rate",
                 *(before, after),
             )
-            for key, block in self.substitutes.items():
-                block.load_state_dict(start[key])
+            first, weights = read_tensors(start)[0], self._weights()
+            with torch.no_grad():
+                for name, tensor in weights.items():
+                    tensor.copy_(first[name])
             bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
         how = {"distill": to_jsonable(self.settings.model_dump())}
         self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
+        self.group.barrier()
+        self.group.on_main(lambda: remove(start))
         return bundle
 
     @torch.no_grad()
