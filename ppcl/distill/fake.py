@@ -69,8 +69,8 @@ def lasting_tensors(*modules: nn.Module) -> list[Tensor]:
 def bare_copy(module: nn.Module, mode: FakeTensorMode | None = None) -> nn.Module:
     """Copy a module without its numbers.
 
-    What is to be changed in it (smaller modules, dtypes) is changed on the meta device, before its tensors are fake:
-    ``Module.to`` and ``copy.deepcopy`` of fake parameters damage the memory of the process.
+    What is to be changed in it (smaller modules, dtypes) is changed on the meta device, before its tensors are fake: a
+    ``copy.deepcopy`` of fake parameters reads their data pointers, and what is cut out of the copy damages the heap.
 
     Args:
         module: On any device.

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ppcl.common.devices import autocast
 from ppcl.common.tables import size_text
 from ppcl.config import DistillConfig
-from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
+from ppcl.distill.fake import bare_copy, fake_tree, lasting_tensors, simulated_peak
 from ppcl.distill.local import local_losses
 from ppcl.distill.trainable import thawed, with_factors
 from ppcl.errors import TrainingError
@@ -43,7 +43,7 @@ class MemoryEstimate:
 
     Attributes:
         teacher: Weights of the frozen model that are there.
-        trained: Trained weights (float32), and a byte for each that may be one of the zeros.
+        trained: The substitutes and what else the student has for itself, and a byte for each number that may be zero.
         gradients: Of the trained weights that have left their backward pass when the last one runs.
         optimizer: Its states.
         average: The moving average.
@@ -272,8 +272,9 @@ def estimate_distill(
     if settings.output_steps and (substitutes or settings.train != "substitutes"):
         student = output_student(bare, adapter, plan, substitutes, settings)
         step = output_step_bytes(student, arguments, precision, settings.checkpointing)
-        shared = set(map(id, bare.parameters()))
-        resident = sum(p.numel() * p.element_size() for p in student.parameters() if id(p) not in shared)
+        shared = set(map(id, lasting_tensors(bare)))
+        own = {id(t): t.numel() * t.element_size() for t in lasting_tensors(student) if id(t) not in shared}
+        resident = sum(own.values())
         found["output"] = _whole(teacher, resident + masks, trained_params(student), step, settings)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import digest, remove
+from ppcl.common.files import digest, read_tensors, remove, write_tensors
 from ppcl.common.streams import step_generator
 from ppcl.config import DistillConfig
 from ppcl.distill.compiled import BlockCompiler, blocks_of
@@ -124,7 +123,9 @@ class Distiller:
         Closed-form starts of smaller modules can be closer to the teacher than any training with a rate meant for
         whole blocks; where training ends further away on held-out states, the start is kept.
         """
-        start = {key: copy.deepcopy(block.state_dict()) for key, block in self.substitutes.items()}
+        start = self.out / "checkpoints" / "distill-start.safetensors"  # a copy in memory would be one of all of them
+        if self.settings.keep_start:
+            self.group.on_main(lambda: write_tensors(start, self._weights(), {}))
         with self._teacher_split(), ExitStack() as teacher:
             teacher.enter_context(self._teacher_waits())
             before = self._held_out_error()
@@ -140,7 +141,12 @@ class Distiller:
                 self._output()
             return self._finished(before, start)
 
-    def _finished(self, before: float, start: Mapping[RunKey, dict[str, Tensor]]) -> Bundle:
+    def _weights(self) -> dict[str, Tensor]:
+        """The substitutes' weights by run and name; they are not copied."""
+        blocks = self.substitutes.items()
+        return {f"{run_name(run)}/{name}": t for run, block in blocks for name, t in block.state_dict().items()}
+
+    def _finished(self, before: float, start: Path) -> Bundle:
         """Write the bundle, of the start where training led away from the teacher."""
         bundle = Bundle(
             self.plan,
@@ -156,11 +162,15 @@ class Distiller:
                 "start is kept; lower distill.local_learning_rate and distill.output_learning_rate",
                 *(before, after),
             )
-            for key, block in self.substitutes.items():
-                block.load_state_dict(start[key])
+            first, weights = read_tensors(start)[0], self._weights()
+            with torch.no_grad():
+                for name, tensor in weights.items():
+                    tensor.copy_(first[name])
             bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
         how = {"distill": to_jsonable(self.settings.model_dump())}
         self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
+        self.group.barrier()
+        self.group.on_main(lambda: remove(start))
         return bundle
 
     @torch.no_grad()

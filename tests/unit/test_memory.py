@@ -6,17 +6,29 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, random_substitutes, tiny_flux, tiny_qwen
+from tiny_models import (
+    DUAL,
+    SINGLE,
+    flux_call,
+    plan_for,
+    qwen_call,
+    random_substitutes,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
 from torch import nn
 
 from ppcl.config import DistillConfig
 from ppcl.distill.fake import LiveBytes, lasting_tensors
 from ppcl.distill.local import local_backward
 from ppcl.distill.memory import check_memory, estimate_distill, optimizer_bytes, output_student, weight_bytes
+from ppcl.distill.trainer import Distiller
 from ppcl.errors import TrainingError
 from ppcl.inspection.blueprint import build_on_meta
 from ppcl.modules.slicing import heads_of, neurons_of
@@ -128,8 +140,9 @@ def test_the_output_step_is_predicted(case: Any, width: bool, train: Any) -> Non
     (estimate,) = estimate_distill(transformer, adapter, plan, arguments, settings).values()
     student = output_student(transformer, adapter, plan, real_substitutes(transformer, plan), settings)
     trained = [p for p in student.parameters() if p.requires_grad]
-    teacher = set(map(id, transformer.parameters()))
-    assert estimate.trained == sum(4 * p.numel() for p in student.parameters() if id(p) not in teacher)
+    teacher = set(map(id, lasting_tensors(transformer)))
+    own = {id(t): t.nbytes for t in lasting_tensors(student) if id(t) not in teacher}
+    assert estimate.trained == sum(own.values())
     assert estimate.optimizer == 8 * sum(p.numel() for p in trained)
 
     def step() -> None:
@@ -137,6 +150,24 @@ def test_the_output_step_is_predicted(case: Any, width: bool, train: Any) -> Non
         velocity_loss(output, torch.zeros_like(output)).backward()
 
     assert estimate.step == pytest.approx(allocated(step), rel=0.05)
+
+
+@pytest.mark.parametrize("stage", ["local", "output"])
+def test_the_peak_of_a_whole_training_is_predicted(stage: str, tmp_path: Path) -> None:
+    """Weights, optimizer and average in it, and nothing beside them: the start is not kept in memory."""
+    transformer, call = tiny_qwen(8), qwen_call(batch=2)
+    adapter, plan = adapter_for(transformer), plan_for(transformer, [(DUAL, i, i + 1) for i in (1, 3, 5)])
+    for split in ("train", "held-out"):
+        write_states(tmp_path / "calibration", split, [call], transformer)
+    steps = {f"{name}_steps": 3 if name == stage else 0 for name in ("local", "output")}
+    settings = DistillConfig(batch_size=2, from_fit=False, release_gradients=False, **steps)
+    (estimate,) = estimate_distill(transformer, adapter, plan, call, settings).values()
+
+    def train() -> None:
+        Distiller(transformer, adapter, plan, tmp_path / "calibration", tmp_path, settings, seed=0).run()
+
+    assert estimate.total - estimate.teacher == pytest.approx(allocated(train), rel=0.05)
+    assert not (tmp_path / "checkpoints" / "distill-start.safetensors").exists()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
