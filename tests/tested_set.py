@@ -1,7 +1,7 @@
 """Say which versions an environment has: a file of constraints, or a row of docs/tested_sets.md.
 
-    python tests/tested_set.py constraints > tests/constraints.txt
-    python tests/tested_set.py row NAME  # runs the whole suite twice, each time in another random order
+python tests/tested_set.py constraints > tests/constraints.txt
+python tests/tested_set.py row NAME  # runs the whole suite twice, each time in another random order
 """
 
 from __future__ import annotations
@@ -58,9 +58,13 @@ def main() -> None:
     match sys.argv[1:]:
         case ["constraints"]:
             pins = "\n".join(f"{name}=={version}" for name, version in sorted(closure().items()))
-            print(f"# A set of versions that all tests passed with: docs/tested_sets.md\n{pins}")
+            print(f"# Versions that were run together: docs/tested_sets.md\n{pins}")
         case ["row", name]:
-            cells = [name, platform.python_version(), *(Version(distribution(column).version).public for column in COLUMNS)]
+            cells = [
+                name,
+                platform.python_version(),
+                *(Version(distribution(column).version).public for column in COLUMNS),
+            ]
             print("| " + " | ".join([*cells, "; ".join(run_suite(seed) for seed in SEEDS)]) + " |")
         case _:
             sys.exit(__doc__)
