@@ -47,7 +47,7 @@ def global_state() -> dict[str, Any]:
         **{f"log level: {name or 'root'}": logging.getLogger(name).level for name in LOGGERS},
         **{f"sys.path: {entry}": True for entry in sys.path},
         **{f"environment: {k}": v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
-        **{f"module: {name}": name.startswith("ppcl") and id(sys.modules[name]) for name in tuple(sys.modules)},
+        **{f"module: {name}": name.split(".")[0] == "ppcl" and id(sys.modules[name]) for name in tuple(sys.modules)},
     }
 
 

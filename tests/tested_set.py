@@ -58,7 +58,7 @@ def main() -> None:
     match sys.argv[1:]:
         case ["constraints"]:
             pins = "\n".join(f"{name}=={version}" for name, version in sorted(closure().items()))
-            print(f"# A set of versions that all tests passed with: docs/tested_sets.md\n{pins}")
+            print(f"# Versions that were run together: docs/tested_sets.md\n{pins}")
         case ["row", name]:
             versions = (Version(distribution(column).version).public for column in COLUMNS)
             cells = [name, platform.python_version(), *versions]

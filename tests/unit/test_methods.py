@@ -224,8 +224,10 @@ def test_more_zeros_than_weights_are_refused(compared):
         row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.01}, 0)
 
 
-def test_zeros_that_do_not_go_with_how_a_run_trains_are_no_row(open_run, compared, monkeypatch):
+def test_zeros_that_do_not_go_with_how_a_run_trains_are_no_row(open_run, compared, monkeypatch, tmp_path):
     run = open_run()
+    run.out = tmp_path / "run"  # the rows of the others stay as they are
+    shutil.copytree(compared[0].out, run.out)
     run.config = run.config.model_copy(update={"distill": changed(run.config.distill, release_gradients=True)})
     with pytest.raises(ConfigError, match="sparsity holds all gradients together"):
         row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.9}, 0)
