@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ppcl.capture.spread import Mark, allot, choose_states
-from ppcl.common.files import read_tensors
+from ppcl.common.files import read_json, read_tensors
 from ppcl.common.progress import announce
 from ppcl.errors import ArtifactError
 from ppcl.teacher import call_arguments as trees
@@ -18,6 +18,8 @@ from ppcl.teacher.calls import Call
 from ppcl.training.distributed import SINGLE, WHOLE, Group, Share
 
 Row = tuple[int, int]  # of a state: its call, and its place there
+PADDING = "padding.json"  # beside the states, where :func:`ppcl.capture.padding.check_padding` looked at them
+MOST_PADDED = 2  # a text is padded to at most so many times the shortest text beside it
 
 
 def guidance_branches(calls: Sequence[dict[str, Any]]) -> list[int]:
@@ -36,28 +38,34 @@ def guidance_branches(calls: Sequence[dict[str, Any]]) -> list[int]:
 class States:
     """The recorded states of one split.
 
-    States of one shape (texts of equal length, above all) go through a model together. A batch may be of several
-    shapes: then it comes in pieces, each with its share in the means over the whole batch.
+    States of one shape (texts of equal length, above all) go through a model together. So do texts of other lengths,
+    padded to the longest of the batch, where the model heeds its mask for them; no text is beside one of more than
+    ``MOST_PADDED`` times its length. A batch of what cannot go together comes in pieces, each with its share in the
+    means over the whole batch.
 
     Args:
         folder: What :func:`ppcl.capture.trajectories.capture` wrote.
         split: ``train`` or ``held-out``.
+        text_mask: The argument that hides the padding of texts; as :func:`ppcl.capture.padding.check_padding` wrote
+            it down, if empty.
 
     Attributes:
         calls: As they were recorded.
-        groups: The states of each shape.
+        groups: The states of each shape; shapes that go together stand side by side.
         marks: What tells each state from the others.
 
     Raises:
         ArtifactError: Nothing was recorded, or a file is damaged.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, text_mask: str = "") -> None:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))
         if not paths:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
         self.split, self.calls = split, list[Call]()
+        self.text_mask = text_mask or (read_json(folder / PADDING)["mask"] if (folder / PADDING).is_file() else "")
         groups: dict[str, list[Row]] = {}
+        fits: dict[str, tuple[str, int]] = {}  # of each shape: what else must be equal to go together, length of text
         told: dict[Row, tuple[float, Hashable, str]] = {}
         for path in paths:
             calls, meta = _read_calls(path)
@@ -65,20 +73,24 @@ class States:
             for call, branch in zip(calls, branches, strict=True):
                 # guidance may double the samples of a call, and pictures may share a caption
                 prompts = meta.get("prompts") or [f"{path.name} {row}" for row in call.whole_rows]
-                members = groups.setdefault(trees.signature(call.arguments, call.per_sample), [])
+                shape = trees.signature(call.arguments, call.per_sample)
+                fits[shape] = trees.without_length(call.arguments, call.per_sample, self.text_mask)
+                members = groups.setdefault(shape, [])
                 times = trees.timesteps(call.arguments)
                 for place, (whole_row, time) in enumerate(zip(call.whole_rows, times, strict=True)):
                     members.append((len(self.calls), place))
                     double, number = divmod(whole_row, len(prompts))
                     told[members[-1]] = time, (branch, double), prompts[number]
                 self.calls.append(call)
-        self.groups = [groups[key] for key in sorted(groups)]
+        shapes = sorted(groups, key=lambda shape: (*fits[shape], shape))
+        self.groups = [groups[shape] for shape in shapes]
+        self._first_of = _first_shapes([fits[shape] for shape in shapes])
         self.marks: dict[Row, Mark] = {}
-        for shape, group in enumerate(self.groups):
-            size = trees.numbers(self._assemble(group[:1]).arguments)
+        for number, group in enumerate(self.groups):
+            size = trees.numbers(self.batch(group[:1]).arguments)
             for row in group:
                 time, both, prompt = told[row]
-                self.marks[row] = Mark(time, both, shape, size, prompt)
+                self.marks[row] = Mark(time, both, number, size, prompt)
         self._said: set[int] = set()
 
     def __len__(self) -> int:
@@ -100,20 +112,23 @@ class States:
             half.groups = [group for group in groups if group]
         return halves
 
-    def _assemble(self, rows: Sequence[Row]) -> Call:
+    def batch(self, rows: Sequence[Row]) -> Call:
+        """Put states that go together to one call."""
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
         parts = [self.calls[c].take(picked) for c, picked in by_call.items()]
-        own = parts[0].per_sample
-        joined: dict[str, Any] = trees.join([part.arguments for part in parts], own)
+        arguments = trees.pad([part.arguments for part in parts], self.text_mask)
+        has_mask = isinstance(arguments[0].get(self.text_mask), torch.Tensor)
+        per_sample = parts[0].per_sample | ({self.text_mask} if has_mask else set())
+        joined: dict[str, Any] = trees.join(arguments, per_sample)
         places = tuple((c, row) for c, picked in by_call.items() for row in picked)
-        return Call(joined, torch.cat([part.velocity for part in parts]), places, own)
+        return Call(joined, torch.cat([part.velocity for part in parts]), places, per_sample)
 
     def alike(self, size: int) -> dict[str, Any]:
         """Arguments of ``size`` states of the commonest shape, for what looks at shapes alone, speed for one."""
         group = max(self.groups, key=len)
-        return self._assemble([group[i % len(group)] for i in range(size)]).arguments
+        return self.batch([group[i % len(group)] for i in range(size)]).arguments
 
     def largest(self, size: int, parts: int = 1) -> dict[str, Any]:
         """Arguments of the piece of a batch that takes the most room; see :meth:`parts`.
@@ -123,16 +138,22 @@ class States:
             parts: Of all processes.
         """
         size = min(size, len(self))
-        return self._roomiest([min(-(-size * len(g) // len(self)), -(-size // parts)) for g in self.groups])
+        return self._roomiest([min(-(-size * len(g) // len(self)), -(-size // parts)) for g in self.together()])
 
     def pieces(self, size: int, parts: int = 1) -> int:
         """The most pieces that one part of a batch can be of; see :meth:`largest`."""
-        return min(len(self.groups), -(-min(size, len(self)) // parts))
+        return min(len(self.together()), -(-min(size, len(self)) // parts))
+
+    def together(self) -> list[list[Row]]:
+        """The states that go through a model together, the shortest texts first."""
+        return self._by_shape([row for group in self.groups for row in group], len(self))
 
     def _roomiest(self, counts: Sequence[int]) -> dict[str, Any]:
-        """Of batches with so many states of each shape, the one with the most numbers."""
-        pairs = zip(self.groups, counts, strict=True)
-        batches = (self._assemble([group[i % len(group)] for i in range(n)]).arguments for group, n in pairs)
+        """Of batches with so many states of each of :meth:`together`, the one with the most numbers."""
+        batches = (
+            self.batch([rows[(i - 1) % len(rows)] for i in range(count)]).arguments  # the longest text comes first
+            for rows, count in zip(self.together(), counts, strict=True)
+        )
         return max(batches, key=trees.numbers)
 
     def spread(self, limit: int | None = None) -> list[Row]:
@@ -165,21 +186,22 @@ class States:
         """Yield the states of :meth:`spread` once, in a fixed order, with the teacher's answers.
 
         Args:
-            size: Most states of a batch; one batch is of one shape, so there may be fewer.
+            size: Most states of a batch; a batch is of states that go together, so there may be fewer.
             limit: See :meth:`spread`.
         """
         return (call for call, _ in self.weighed(self.spread(limit), size))
 
     def weighed(self, rows: Sequence[Row], size: int) -> Iterator[tuple[Call, Share]]:
-        """Yield states in batches of one shape and at most ``size``, and what each counts in means over all of them."""
+        """Yield states that go together, at most ``size``, and what each batch counts in means over all of them."""
         pieces = self._by_shape(rows, size)
-        return ((self._assemble(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
+        return ((self.batch(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
 
     def _by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
-        shapes: dict[int, list[Row]] = {}
+        """Pieces of at most ``size`` states that go through a model together."""
+        alike: dict[int, list[Row]] = {}
         for row in rows:
-            shapes.setdefault(self.marks[row].shape if row in self.marks else -1, []).append(row)
-        return [own[start : start + size] for own in shapes.values() for start in range(0, len(own), size)]
+            alike.setdefault(self._first_of[self.marks[row].shape] if row in self.marks else -1, []).append(row)
+        return [piece[start : start + size] for piece in alike.values() for start in range(0, len(piece), size)]
 
     def _shares(self, pieces: Sequence[Sequence[Row]]) -> list[Share]:
         """What each piece of a batch counts; an empty one nothing."""
@@ -195,7 +217,7 @@ class States:
         ]
 
     def _valid_tokens(self, rows: Sequence[Row]) -> dict[str, int]:
-        """Valid tokens of states of one shape, by the argument that marks them."""
+        """Valid tokens of states that go together, by the argument that marks them."""
         counts: dict[str, int] = {}
         known = {number: trees.valid_tokens(self.calls[number].arguments) for number, _ in rows}
         for number, row in rows:
@@ -221,7 +243,7 @@ class States:
             size: Samples of the whole batch, over all processes and parts.
             generator: The same in all processes.
             group: The processes that train.
-            accumulate: Parts of each process; a part of several shapes is as many pieces.
+            accumulate: Parts of each process; a part comes in pieces where not all of it goes together.
 
         Returns:
             Pieces with the teacher's answers, and what each counts. Every process gets as many pieces; one without a
@@ -239,7 +261,21 @@ class States:
         everything = [piece for each in own for piece in each + [[]] * (most - len(each))]
         shares = self._shares(everything)
         for index in range(group.rank * most, (group.rank + 1) * most):
-            yield self._assemble(everything[index] or rows[:1]), shares[index]
+            yield self.batch(everything[index] or rows[:1]), shares[index]
+
+
+def _first_shapes(fits: Sequence[tuple[str, int]]) -> list[int]:
+    """Number of the first of the shapes that each goes together with.
+
+    Args:
+        fits: Of each shape what must be equal, and the length of its text; sorted.
+    """
+    first_of: list[int] = []
+    for number, (others, length) in enumerate(fits):
+        first = first_of[-1] if number else 0
+        goes_along = fits[first][0] == others and length <= MOST_PADDED * fits[first][1]
+        first_of.append(first if goes_along else number)
+    return first_of
 
 
 def _read_calls(path: Path) -> tuple[list[Call], dict[str, Any]]:

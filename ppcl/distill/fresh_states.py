@@ -64,7 +64,7 @@ class FreshStates(States):
 
     def largest(self, size: int, parts: int = 1) -> dict[str, Any]:
         """See :meth:`States.largest`; a batch of pictures is of one shape."""
-        return self._roomiest([-(-size // parts)] * len(self.groups))
+        return self._roomiest([-(-size // parts)] * len(self.together()))
 
     def pieces(self, size: int, parts: int = 1) -> int:
         """One: a batch of pictures is of one shape."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ppcl.capture.states import States as Recorded
 from ppcl.common.devices import autocast
@@ -170,7 +171,7 @@ class Boundaries:
             return {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
 
     def read(self, place: Place, rows: Sequence[tuple[int, int]]) -> States:
-        """The states of some samples at a place, on the teacher's device.
+        """The states of some samples at a place, on the teacher's device; shorter texts get zeros at their end.
 
         Raises:
             ArtifactError: They are not there, or damaged.
@@ -184,7 +185,7 @@ class Boundaries:
                 for name in file.keys():  # noqa: SIM118
                     view = file.get_slice(name)
                     parts.setdefault(name, []).extend(view[row : row + 1] for row in picked)
-        return {name: torch.cat(found).to(self.device) for name, found in parts.items()}
+        return {name: torch.cat(_of_one_length(states)).to(self.device) for name, states in parts.items()}
 
     def _open(self, place: Place, number: int) -> Any:
         path = self.path(place) / f"{number}.safetensors"
@@ -192,6 +193,12 @@ class Boundaries:
             return safe_open(path, "pt")
         except Exception as error:  # safetensors raises errors of its own, and those of the system
             raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
+
+
+def _of_one_length(states: Sequence[Tensor]) -> list[Tensor]:
+    """Pad (B, tokens, features) to the most tokens; the mask of the batch they belong to leaves that out."""
+    longest = max(state.shape[1] for state in states)
+    return [functional.pad(state, (0, 0, 0, longest - state.shape[1])) for state in states]
 
 
 def train_each(

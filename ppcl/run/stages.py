@@ -26,6 +26,7 @@ def _check_capture(session: Session) -> None:
 
 
 def _capture(session: Session, _: None) -> None:
+    from ppcl.capture.padding import check_padding
     from ppcl.capture.pictures import capture_pictures
     from ppcl.capture.trajectories import capture
     from ppcl.config.sections import PROMPTS
@@ -35,6 +36,7 @@ def _capture(session: Session, _: None) -> None:
         capture(session.teacher, session.calibration_prompts, session.calibration, settings, seed)
     else:
         capture_pictures(session.teacher, session.calibration, settings, seed, session.evaluation_prompts)
+    check_padding(session.teacher.transformer, session.adapter, session.calibration)
 
 
 def _analyze(session: Session, _: None) -> None:

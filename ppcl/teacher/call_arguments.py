@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ppcl.errors import ModelError
 
@@ -166,6 +167,46 @@ def join(parts: list[Tree], own: Collection[str], path: str = "") -> Tree:
     if path not in own:
         return first
     return torch.cat(parts) if isinstance(first, Tensor) else [item for part in parts for item in part]
+
+
+def masked_text(arguments: dict[str, Tree], mask: str) -> Tensor | None:
+    """The text (B, tokens, features) that an argument masks, by its name (``x_mask``); None if there is none."""
+    text = arguments.get(mask.removesuffix("_mask")) if mask.endswith("_mask") and mask in arguments else None
+    return text if isinstance(text, Tensor) and text.ndim == 3 else None
+
+
+def pad(parts: list[dict[str, Tree]], mask: str) -> list[dict[str, Tree]]:
+    """Bring the texts of calls to the length of the longest, with zeros that their mask hides.
+
+    Args:
+        parts: Arguments of calls; they stay as they are where their texts are alike, or there is no such mask.
+        mask: Argument (B, tokens) that is true, or 1, where a token of the text counts; None in a call where all do.
+    """
+    texts = [masked_text(part, mask) for part in parts]
+    tokens = [text.shape[1] for text in texts if text is not None]
+    if not tokens or len({(count, part[mask] is None) for count, part in zip(tokens, parts, strict=True)}) == 1:
+        return parts
+    dtype = next((part[mask].dtype for part in parts if part[mask] is not None), torch.bool)
+    padded = []
+    for part, text in zip(parts, texts, strict=True):
+        assert text is not None
+        valid = torch.ones(text.shape[:2], dtype=dtype) if part[mask] is None else part[mask]
+        missing = max(tokens) - text.shape[1]
+        longer = functional.pad(text, (0, 0, 0, missing)), functional.pad(valid, (0, missing))
+        padded.append({**part, mask.removesuffix("_mask"): longer[0], mask: longer[1]})
+    return padded
+
+
+def without_length(arguments: dict[str, Tree], own: Collection[str], mask: str) -> tuple[str, int]:
+    """Equal but for the number for calls that :func:`pad` makes alike.
+
+    Returns:
+        The :func:`signature` of all else, and the tokens of the text; the whole signature and 0 where none is masked.
+    """
+    text = masked_text(arguments, mask)
+    if text is None:
+        return signature(arguments, own), 0
+    return signature({**arguments, mask.removesuffix("_mask"): text[:, :0], mask: None}, own), text.shape[1]
 
 
 def signature(tree: Tree, own: Collection[str]) -> str:

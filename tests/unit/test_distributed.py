@@ -75,6 +75,18 @@ def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch
     assert len(moved) > 50  # the comparison is of something
 
 
+def test_padded_texts_train_what_pieces_do_in_one_process_and_in_two(
+    alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_all_states(tmp_path, together=True)
+    write_all_states(tmp_path / "one", together=True)
+    assert_close(train_all(tmp_path / "one", SINGLE), alone)
+    done = start(TORCHRUN, "train", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together, _ = read_tensors(tmp_path / "result.safetensors")
+    assert_close({k: v for k, v in together.items() if not k.startswith("split/")}, alone)
+
+
 def test_gradients_and_optimizer_states_alone_are_split(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     done = start(TORCHRUN, "zero2", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -49,6 +49,17 @@ def test_one_at_a_time_trains_what_all_at_once_does(folder: Path) -> None:
     assert not list(folder.rglob("checkpoints/distill-local/states*"))
 
 
+def test_padded_texts_train_what_pieces_do(folder: Path) -> None:
+    expected = trained(folder)
+    for single in (False, True):
+        own = folder / f"together-{single}"
+        write_all_states(own, together=True)
+        distiller = new_distiller(own, "local", ALONE, clip_norm=1e9, one_at_a_time=single)
+        assert distiller.states.pieces(5) == 1
+        distiller.run()
+        assert_close(weights(distiller), expected)
+
+
 def test_each_substitute_is_clipped_by_itself(folder: Path) -> None:
     single = trained(folder, one_at_a_time=True, clip_norm=1e-4)
     assert_close(trained(folder, release_gradients=True, clip_norm=1e-4), single)

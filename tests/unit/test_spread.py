@@ -194,11 +194,13 @@ def test_pieces_make_up_the_padded_batch(tmp_path: Path, size: int, processes: i
                 assert torch.allclose(one.grad, other.grad, 1e-4, 1e-6)
 
 
+@pytest.mark.parametrize("text_mask", ["", "encoder_hidden_states_mask"])
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_the_largest_piece_is_the_largest_that_is_drawn(tmp_path: Path, parts: int) -> None:
+def test_the_largest_piece_is_the_largest_that_is_drawn(tmp_path: Path, parts: int, text_mask: str) -> None:
     calls = [qwen_call(13, 5, 0), qwen_call(4, 9, 20, padded=True), qwen_call(1, 40, 40)]
     write_plain(tmp_path, "train", calls)
-    states = States(tmp_path, "train")
+    states = States(tmp_path, "train", text_mask)
+    assert states.pieces(10) == (2 if text_mask else 3)
     room = [
         sum(value.numel() for value in call.arguments.values() if isinstance(value, torch.Tensor))
         for seed in range(60)

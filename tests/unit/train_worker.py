@@ -15,6 +15,7 @@ import torch
 from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
 
 import ppcl.distill.trainer as trainer
+from ppcl.capture.padding import check_padding
 from ppcl.capture.states import States
 from ppcl.common.files import write_tensors
 from ppcl.common.parts import is_part
@@ -154,10 +155,13 @@ def train_sparse(folder: Path, group: Group) -> dict[str, torch.Tensor]:
     return {**weights(distiller), **{f"mask/{name}": mask for name, mask in bundle.masks.items()}}
 
 
-def write_all_states(folder: Path) -> None:
-    """Padded states of two shapes, the second so few that a part of a batch stays empty."""
+def write_all_states(folder: Path, together: bool = False) -> None:
+    """Padded states of two shapes, the second so few that a part of a batch stays empty; ``together`` in one call."""
     calls = [qwen_call(batch=7, seed=3, padded=True), qwen_call(batch=1, text=4, seed=5)]
     write_states(folder / "states", "train", calls)
+    if together:
+        teacher = tiny_qwen(5)
+        check_padding(teacher, adapter_for(teacher), folder / "states")
 
 
 def main(task: str, folder: Path) -> None:
