@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from ppcl.emoji import teacher
 from ppcl.emoji.components import assemble, new_text_encoder, new_tokenizer, new_transformer
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
+from ppcl.emoji.evaluator import augment
+from ppcl.emoji.sheet import psnr_between_seeds, sheet
 from ppcl.emoji.vae import new_vae
 from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 from ppcl.files import read_tensors
@@ -63,6 +66,24 @@ def test_the_emoji_stays_within_the_picture():
     assert (border > 0.99).float().mean() > 0.9  # a round face on white
 
 
+def test_the_evaluator_is_trained_on_pictures_that_vary_more():
+    sprites = Sprites(load_pairs("train")[:1])
+    pictures = augment(sprites, torch.zeros(8, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert pictures.shape == (8, 3, SIZE, SIZE)
+    assert pictures.abs().max() <= 1
+    assert (pictures[1:] - pictures[0]).abs().mean((1, 2, 3)).min() > 0.05
+
+
+def test_a_sheet_shows_every_seed_and_tells_how_far_they_are_apart():
+    pictures = np.zeros((2, 3, SIZE, SIZE, 3), np.uint8)
+    pictures[:, 1:] = 51  # 14 dB from the first, and the last two are the same
+    assert psnr_between_seeds(pictures[:, :2]) == pytest.approx(13.979, abs=0.001)
+    assert psnr_between_seeds(pictures) > 30
+    page = sheet(pictures, pictures[:, 0], ["one", "two"])
+    assert page.height == 2 * (SIZE + 18)
+    assert page.width >= 2 * 2 * 4 * SIZE
+
+
 @pytest.fixture
 def tiny_pipeline():
     def make():
@@ -76,9 +97,7 @@ def tiny_pipeline():
 def test_training_that_was_interrupted_ends_with_the_same_bits(tiny_pipeline, tmp_path):
     settings = teacher.loop_settings(steps=3, batch_size=4, learning_rate=1e-3)
     assert teacher.train(tiny_pipeline(), tmp_path / "once", settings, compiled=False)
-    done = [
-        teacher.train(tiny_pipeline(), tmp_path / "thrice", settings, minutes=0, compiled=False) for _ in range(3)
-    ]
+    done = [teacher.train(tiny_pipeline(), tmp_path / "thrice", settings, minutes=0, compiled=False) for _ in range(3)]
     assert done == [False, False, True]
     name = "checkpoints/step-3/state.safetensors"
     (once, _), (thrice, _) = (read_tensors(tmp_path / folder / name) for folder in ("once", "thrice"))
