@@ -87,8 +87,8 @@ def new_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def new_transformer() -> QwenImageTransformer2DModel:
-    """24 dual-stream blocks of width 128 for 2x2 patches of four latent channels, 14.4M parameters.
+def new_transformer(num_blocks: int = NUM_BLOCKS) -> QwenImageTransformer2DModel:
+    """Dual-stream blocks of width 128 for 2x2 patches of four latent channels; 24 have 14.4M parameters.
 
     Modulation and output projections start at zero, as in DiT.
     """
@@ -96,7 +96,7 @@ def new_transformer() -> QwenImageTransformer2DModel:
         patch_size=2,
         in_channels=16,
         out_channels=4,
-        num_layers=NUM_BLOCKS,
+        num_layers=num_blocks,
         attention_head_dim=32,
         num_attention_heads=WIDTH // 32,
         joint_attention_dim=WIDTH,

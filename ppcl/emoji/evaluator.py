@@ -3,8 +3,10 @@
     python -m ppcl.emoji.evaluator --out ppcl/assets/evaluator
 
 It judges the embedded teacher offline: CLIP score, caption retrieval, Frechet features.
-It knows emoji and nothing else. Pictures are shifted, scaled, blurred and recoloured while
-training, so that it accepts drawings that are a little off, as a person would.
+It knows emoji and nothing else. Pictures vary while training as the teacher's do and a little
+more, and are blurred and recoloured, so that a caption is told whatever size and place and
+drawings that are a little off are accepted, as by a person. ``--start FOLDER`` trains an
+evaluator further.
 Loads with ``open_clip.create_model_from_pretrained("local-dir:FOLDER")``.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppcl.common.files import atomic_path, write_json, write_tensors
+from ppcl.common.files import atomic_path, read_tensors, write_json, write_tensors
 from ppcl.common.streams import step_generator
-from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
+from ppcl.emoji.data import SIZE, load_pairs, load_pictures
+from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
@@ -68,31 +72,25 @@ def save_tokenizer(captions: list[str], folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def augment(tiles: Tensor, grounds: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift and turn bare emoji, put them on their grounds, recolour, blur and soil the pictures.
+def augment(sprites: Sprites, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw pairs in other places and sizes each, recolour, blur and soil the pictures.
 
     Args:
-        tiles: (B, 4, H, W) in [0, 1], colour times alpha, and alpha.
-        grounds: (B, 3) in [0, 1].
+        sprites: What can be drawn.
+        indices: (B,) places of the pairs.
         generator: Source of all randomness.
 
     Returns:
         (B, 3, H, W) in [-1, 1].
     """
-    batch = len(tiles)
+    batch = len(indices)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator)
 
-    theta = torch.zeros(batch, 2, 3)
-    angle, scale = uniform(-0.12, 0.12), uniform(0.9, 1.15)
-    theta[:, 0, 0], theta[:, 0, 1] = scale * angle.cos(), -scale * angle.sin()
-    theta[:, 1, 0], theta[:, 1, 1] = scale * angle.sin(), scale * angle.cos()
-    theta[:, :, 2] = uniform(-0.1, 0.1, 2)
-    grid = F.affine_grid(theta, list(tiles.shape), align_corners=False)
-    moved = F.grid_sample(tiles, grid, align_corners=False)  # transparent outside
-    moved = moved[:, :3] + (1 - moved[:, 3:]) * grounds[:, :, None, None]
-    moved = moved * uniform(0.85, 1.1, 3, 1, 1) * 2 - 1
+    drawn = Variation.draw(batch, generator)
+    wider = replace(drawn, scale=drawn.scale * uniform(0.93, 1.07), turn=1.5 * drawn.turn)
+    moved = (sprites.draw(indices, wider) + 1) * uniform(0.85, 1.1, 3, 1, 1) - 1
     small = F.interpolate(moved, scale_factor=0.5, mode="area")
     blurred = F.interpolate(small, size=moved.shape[-2:], mode="bilinear", align_corners=False)
     moved = torch.lerp(moved, blurred, uniform(0, 1, 1, 1, 1))
@@ -108,15 +106,11 @@ def retrieval_at_1(model: torch.nn.Module, pictures: Tensor, tokens: Tensor) -> 
     return float((image @ text.T).argmax(1).eq(torch.arange(len(pictures))).float().mean())
 
 
-def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 0) -> None:
-    """Train the evaluator and write it, with its own check, to ``out``."""
+def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_size: int = 192, seed: int = 0) -> None:
+    """Train the evaluator, on from ``start`` if given, and write it, with its own check, to ``out``."""
     pairs = {split: load_pairs(split) for split in ("train", "new pair", "new emoji")}
     train_pairs = pairs["train"]
-    bare = torch.from_numpy(load_tiles()).permute(0, 3, 1, 2).float() / 255
-    bare = torch.cat([bare[:, :3] * bare[:, 3:], bare[:, 3:]], 1)
-    colours = torch.tensor(list(GROUNDS.values())) / 255
-    tile = torch.tensor([pair.tile for pair in train_pairs])
-    ground = torch.tensor([list(GROUNDS).index(pair.ground) for pair in train_pairs])
+    sprites = Sprites(train_pairs)
     captions = [pair.caption for pair in train_pairs]
     save_tokenizer(captions, work / "tokenizer")
     tokenize = open_clip.tokenizer.HFTokenizer(str(work / "tokenizer"), context_length=CONTEXT)
@@ -124,11 +118,13 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
     torch.manual_seed(seed)
     arguments = {k: v for k, v in MODEL["text_cfg"].items() if k != "hf_tokenizer_name"}
     model = open_clip.CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], arguments)
+    if start:
+        model.load_state_dict(read_tensors(start / "open_clip_model.safetensors")[0])
 
     def backward(step: int) -> dict[str, float]:
         generator = step_generator(seed, step)
         picked = torch.randperm(len(train_pairs), generator=generator)[:batch_size]
-        batch = augment(bare[tile[picked]], colours[ground[picked]], generator)
+        batch = augment(sprites, picked, generator)
         with torch.autocast("cpu", torch.bfloat16):
             image, text, scale = model(batch, tokens[picked])
         logits = scale.float().clamp(max=50) * image.float() @ text.float().T
@@ -137,7 +133,8 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
-    settings = LoopSettings(steps, 1e-3, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98), ema_decay=0.99)
+    rate = 5e-4 if start else 1e-3
+    settings = LoopSettings(steps, rate, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98), ema_decay=0.99)
     loop = TrainingLoop(
         {"clip": model}, backward, settings, work / "checkpoints", f"evaluator-{steps}", label="evaluator"
     )
@@ -146,10 +143,14 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
     model.eval()
     check: dict[str, float] = {"steps": steps}
     for split, members in pairs.items():
-        pictures = torch.from_numpy(load_pictures(members)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures, varied = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for images in (load_pictures(members), load_varied_pictures(members, seed))
+        )
         texts = tokenize([pair.caption for pair in members])
         name = split.replace(" ", "_")
         check[f"{name}_retrieval_at_1"] = retrieval_at_1(model, pictures, texts)
+        check[f"{name}_varied_retrieval_at_1"] = retrieval_at_1(model, varied, texts)
         check[f"{name}_chance"] = 1 / len(members)
         if split == "train":
             order = torch.randperm(len(texts), generator=step_generator(seed, 0))
@@ -170,6 +171,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/emoji-evaluator"))
+    parser.add_argument("--start", type=Path, help="evaluator folder whose weights are trained further")
     parser.add_argument("--steps", type=int, default=1000)
     given = parser.parse_args()
-    train(given.out, given.work, given.steps)
+    train(given.out, given.work, given.steps, given.start)

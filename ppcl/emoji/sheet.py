@@ -3,9 +3,10 @@
     python -m ppcl.emoji.sheet --out docs/teacher
 
 Draws 32 fixed captions of the training split, 32 pairs that were never seen together, and all
-emoji that were never seen at all, beside the real pictures. Writes ``sheet-train.png``,
-``sheet-new_pair.png``, ``sheet-new_emoji.png`` and ``sheet.json`` (the rank of each caption
-among all captions of the data set, by the evaluator).
+emoji that were never seen at all, each from several seeds, with the plain real picture beside
+them. Writes ``sheet-train.png``, ``sheet-new_pair.png``, ``sheet-new_emoji.png`` and
+``sheet.json``: the rank of each picture's caption among all captions of the data set, by the
+evaluator, and the PSNR between the seeds of a caption (the lower, the more they differ).
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from PIL import Image, ImageDraw
 from ppcl.common.files import atomic_path, write_json
 from ppcl.emoji.data import ASSETS, SIZE, Pair, load_emoji, load_pairs, load_pictures
 
-COLUMNS = 8
-CELL = 2 * SIZE + 8
-
 
 def fixed_pairs(split: str, count: int = 32) -> list[Pair]:
     """Evenly spaced pairs of a split's first round: different emoji on changing grounds."""
@@ -36,52 +34,66 @@ def fixed_pairs(split: str, count: int = 32) -> list[Pair]:
     return list(pairs[:: max(1, len(pairs) // count)][:count])
 
 
-def draw(pipeline: Any, captions: list[str], guidance: float, steps: int) -> list[Image.Image]:
-    """Draw captions, picture i from noise of seed i."""
+def draw(pipeline: Any, captions: list[str], guidance: float, steps: int, seeds: int) -> np.ndarray:
+    """Draw captions, each from seeds of its own.
+
+    Returns:
+        (captions, seeds, SIZE, SIZE, 3) uint8.
+    """
+    prompts = [caption for caption in captions for _ in range(seeds)]
     with torch.no_grad():
-        output = pipeline(
-            captions,
-            negative_prompt=[" "] * len(captions),
+        images = pipeline(
+            prompts,
+            negative_prompt=[" "] * len(prompts),
             true_cfg_scale=guidance,
             height=SIZE,
             width=SIZE,
             num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
-        )
-    images: list[Image.Image] = output.images
-    return images
+            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+        ).images
+    return np.stack([np.asarray(image) for image in images]).reshape(len(captions), seeds, SIZE, SIZE, 3)
 
 
-def ranks(pictures: list[Image.Image], wanted: list[Pair]) -> list[int]:
-    """Rank of each picture's own caption among all captions, by the evaluator; 0 is best."""
-    folder = f"local-dir:{ASSETS / 'evaluator'}"
+def ranks(pictures: np.ndarray, wanted: list[Pair], evaluator: Path) -> np.ndarray:
+    """Rank of each picture's own caption among all captions, by the evaluator; (captions, seeds), 0 is best."""
+    folder = f"local-dir:{evaluator}"
     model, preprocess = open_clip.create_model_from_pretrained(folder)
     tokenizer = open_clip.get_tokenizer(folder)
     pairs = load_pairs()
+    images = torch.stack([preprocess(Image.fromarray(p)) for p in pictures.reshape(-1, SIZE, SIZE, 3)])
     with torch.no_grad():
         text = model.encode_text(tokenizer([pair.caption for pair in pairs]), normalize=True)
-        image = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-    scores = image @ text.T
-    own = scores[torch.arange(len(wanted)), torch.tensor([pairs.index(pair) for pair in wanted])]
-    better: list[int] = (scores > own[:, None]).sum(1).tolist()
-    return better
+        scores = model.encode_image(images, normalize=True) @ text.T
+    own = torch.tensor([pairs.index(pair) for pair in wanted]).repeat_interleave(pictures.shape[1])
+    better = (scores > scores.gather(1, own[:, None])).sum(1)
+    rank: np.ndarray = better.view(pictures.shape[:2]).numpy()
+    return rank
 
 
-def sheet(drawn: list[Image.Image], real: np.ndarray, captions: list[str]) -> Image.Image:
-    """Drawn pictures with the real ones beside them and the caption below."""
-    rows = -(-len(drawn) // COLUMNS)
-    page = Image.new("RGB", (COLUMNS * CELL, rows * (SIZE + 18)), "white")
+def psnr_between_seeds(pictures: np.ndarray) -> float:
+    """Mean PSNR in dB over captions and pairs of seeds of (captions, seeds, H, W, 3) pictures."""
+    first, second = np.triu_indices(pictures.shape[1], 1)
+    values = pictures.astype(np.float64)
+    error = ((values[:, first] - values[:, second]) ** 2).mean((2, 3, 4))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))
+
+
+def sheet(drawn: np.ndarray, real: np.ndarray, captions: list[str]) -> Image.Image:
+    """The drawn pictures of a caption with the real one after them and the caption below."""
+    seeds = drawn.shape[1]
+    cell, columns = (seeds + 1) * SIZE + 8, max(1, 16 // (seeds + 1))
+    page = Image.new("RGB", (columns * cell, -(-len(drawn) // columns) * (SIZE + 18)), "white")
     pen = ImageDraw.Draw(page)
-    for index, picture in enumerate(drawn):
-        left, top = index % COLUMNS * CELL, index // COLUMNS * (SIZE + 18)
-        page.paste(picture, (left, top))
-        page.paste(Image.fromarray(real[index]), (left + SIZE, top))
-        pen.text((left + 2, top + SIZE + 2), captions[index][:19], fill="black")
+    for index, pictures in enumerate(drawn):
+        left, top = index % columns * cell, index // columns * (SIZE + 18)
+        for place, picture in enumerate([*pictures, real[index]]):
+            page.paste(Image.fromarray(picture), (left + place * SIZE, top))
+        pen.text((left + 2, top + SIZE + 2), captions[index][: cell // 6], fill="black")
     return page.resize((page.width * 2, page.height * 2), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
-    """Draw both lists and write the sheet."""
+    """Draw the captions of each split and write the sheets."""
     from diffusers import DiffusionPipeline
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,20 +101,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of a caption")
+    parser.add_argument("--captions", type=int, default=32, help="of a split")
+    parser.add_argument("--splits", nargs="+", default=["train", "new pair", "new emoji"])
+    parser.add_argument("--evaluator", type=Path, default=ASSETS / "evaluator")
     given = parser.parse_args()
     pipeline = DiffusionPipeline.from_pretrained(given.model)
     pipeline.set_progress_bar_config(disable=True)
-    record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "captions_ranked": len(load_pairs())}
-    for split in ("train", "new pair", "new emoji"):
-        name, chosen = split.replace(" ", "_"), fixed_pairs(split)
+    record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "seeds": given.seeds}
+    record["captions_ranked"] = len(load_pairs())
+    for split in given.splits:
+        name, chosen = split.replace(" ", "_"), fixed_pairs(split, given.captions)
         captions = [pair.caption for pair in chosen]
-        drawn = draw(pipeline, captions, given.guidance, given.steps)
-        found = ranks(drawn, chosen)
+        drawn = draw(pipeline, captions, given.guidance, given.steps, given.seeds)
+        found = ranks(drawn, chosen, given.evaluator)
         record[name] = {
-            "recognised_at_1": sum(r == 0 for r in found) / len(found),
-            "recognised_at_5": sum(r < 5 for r in found) / len(found),
-            "rank": dict(zip(captions, found, strict=True)),
+            "recognised_at_1": float((found == 0).mean()),
+            "recognised_at_5": float((found < 5).mean()),
+            "rank": dict(zip(captions, found.tolist(), strict=True)),
         }
+        if given.seeds > 1:
+            record[name]["psnr_between_seeds_db"] = round(psnr_between_seeds(drawn), 2)
         with atomic_path(given.out / f"sheet-{name}.png") as temporary:
             sheet(drawn, load_pictures(chosen), captions).save(temporary, format="PNG")
         print(split, {key: value for key, value in record[name].items() if key != "rank"})

@@ -1,26 +1,36 @@
 """Train the embedded teacher: text encoder and transformer together, by flow matching.
 
-    python -m ppcl.emoji.teacher --vae runs/emoji-vae/vae --out runs/emoji-teacher
+    python -m ppcl.emoji.teacher --start ppcl/assets/teacher --out runs/emoji-teacher --minutes 110
 
-Writes an ordinary QwenImagePipeline folder. Resumes when run again. ``--steps`` may be
-changed on the way: the learning rate follows the fraction that is done, so a smaller
-number brings a running training to its end.
+Goes on from a teacher's weights, or from none (``--vae FOLDER``). Pictures are drawn anew in
+every step, each another variation of its caption's picture (``variation.py``). Writes an
+ordinary QwenImagePipeline folder, ``OUT/pipeline``, with every checkpoint. Resumes when run
+again; ``--minutes`` ends this call, not the training. ``--steps`` may be changed on the way:
+the learning rate follows the fraction that is done, so a smaller number brings a running
+training to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppcl.common.files import atomic_path
+from ppcl.common.files import atomic_path, lock_folder
 from ppcl.common.streams import step_generator
 from ppcl.emoji.components import (
     assemble,
@@ -30,13 +40,16 @@ from ppcl.emoji.components import (
     new_transformer,
     pack,
 )
-from ppcl.emoji.data import SIZE, load_pairs, load_pictures
-from ppcl.emoji.vae import to_tensor
+from ppcl.emoji.data import SIZE, Pair, load_pairs
+from ppcl.emoji.vae import single_frame_forward
+from ppcl.emoji.variation import Sprites, Variation
+from ppcl.training import stopping
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt
 DROPOUT = 0.1
+SAVE_SECONDS = 240
 TEXT_TOKENS = 12  # after the template's prefix: room for every caption, and one shape to compile
 
 
@@ -65,96 +78,179 @@ class Captions:
         return self.ids[rows], self.mask[rows]
 
 
+class OutOfTimeError(Exception):
+    """The minutes of this call are over; the state is saved."""
+
+
+class Batches:
+    """What a step is trained on: captions, and one variation of each picture as latents."""
+
+    def __init__(self, pipeline: QwenImagePipeline, pairs: Sequence[Pair], device: str) -> None:
+        self.prompts = Captions(pipeline, [pair.caption for pair in pairs])
+        self.sprites, self.device = Sprites(pairs), device
+        self.vae = copy.deepcopy(pipeline.vae).requires_grad_(False)
+        for conv in self.vae.modules():
+            if isinstance(conv, QwenImageCausalConv3d):
+                conv.forward = partial(single_frame_forward, conv)
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token ids and mask, both (B, tokens), and clean latents, (B, SIZE / 8 squared, 16)."""
+        indices = torch.randint(len(self.sprites.tile), (size,), generator=generator)
+        dropped = torch.rand(size, generator=generator) < DROPOUT
+        pictures = self.sprites.draw(indices, Variation.draw(size, generator))
+        latents = pack(encode_pictures(self.vae, pictures.unsqueeze(2)))
+        ids, mask = self.prompts.batch(indices, dropped)
+        return ids.to(self.device), mask.to(self.device), latents.to(self.device)
+
+
+def velocity_loss(pipeline: QwenImagePipeline, batches: Batches, size: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity at one noise level a sample, levels logit-normal."""
+    ids, mask, clean = batches.draw(size, generator)
+    sigma = torch.randn(size, generator=generator).sigmoid().to(clean.device)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
+    prefix, device = batches.prompts.prefix, clean.device.type
+    # On a CPU, plain attention is a tenth faster than the fused kernel for sequences as short as these.
+    attention = [SDPBackend.MATH] if device == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(device, torch.bfloat16), sdpa_kernel(attention):
+        hidden = pipeline.text_encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, prefix:]
+        velocity = pipeline.transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=hidden,
+            encoder_hidden_states_mask=mask[:, prefix:].bool(),
+            timestep=sigma,
+            img_shapes=[[(1, SIZE // 8, SIZE // 8)]] * size,
+            return_dict=False,
+        )[0]
+    return F.mse_loss(velocity.float(), noise - clean)
+
+
+@torch.no_grad()
+def publish(pipeline: QwenImagePipeline, loop: TrainingLoop, folder: Path) -> None:
+    """Write the pipeline with the moving average of the weights; the training goes on with its own."""
+    parts = {name: copy.deepcopy(getattr(pipeline, name)).cpu() for name in ("text_encoder", "transformer")}
+    weights = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
+    for key, average in loop.ema.items():
+        weights[key].copy_(average)
+    # transformers loads a checkpoint in its own dtype, diffusers in float32: stored in float16, the text
+    # encoder would not fit the rest when somebody loads the folder without naming a dtype
+    parts["transformer"].half()
+    vae = copy.deepcopy(pipeline.vae).half()
+    vae.register_to_config(_name_or_path="emoji")  # not the folder it happened to be loaded from
+    with atomic_path(folder) as temporary:
+        assemble(vae, pipeline.tokenizer, **parts).save_pretrained(temporary)
+
+
 def train(
-    vae_path: Path,
+    pipeline: QwenImagePipeline,
     out: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    device: str,
-    seed: int = 0,
-) -> None:
-    """Train and write ``out/pipeline``; the training log goes to ``out/log.jsonl``."""
-    pairs = load_pairs("train")
-    captions = [pair.caption for pair in pairs]
-    vae = AutoencoderKLQwenImage.from_pretrained(vae_path)
-    latents = pack(encode_pictures(vae, to_tensor(load_pictures(pairs)))).to(device)
-    torch.manual_seed(seed)
-    tokenizer = new_tokenizer(captions)
-    text_encoder, transformer = new_text_encoder(tokenizer).to(device), new_transformer().to(device)
+    settings: LoopSettings,
+    minutes: float = float("inf"),
+    device: str = "cpu",
+    compiled: bool = True,
+) -> bool:
+    """Train a pipeline's text encoder and transformer, resuming what ``out`` holds.
+
+    Args:
+        pipeline: Whose parts are trained, in place, from the weights that they have.
+        out: Gets ``pipeline``, ``log.jsonl`` and ``checkpoints``.
+        settings: Of the loop; ``batch_size`` too.
+        minutes: After so many the state is saved and the call ends.
+        device: Where it is trained.
+        compiled: Whether the blocks are compiled.
+
+    Returns:
+        Whether all steps are done.
+    """
+    lock = lock_folder(out)
+    text_encoder, transformer = pipeline.text_encoder.to(device).train(), pipeline.transformer.to(device).train()
     text_encoder.model.visual.requires_grad_(False)
     # The last block's text half cannot reach the output.
     transformer.transformer_blocks[-1].txt_mlp.requires_grad_(False)
-    pipeline = assemble(vae, tokenizer, text_encoder, transformer)
-    prompts = Captions(pipeline, captions)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    grid = SIZE // 8
-    # On a CPU, plain attention is a tenth faster than the fused kernel for sequences as short as these.
-    attention = [SDPBackend.MATH] if device == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    batches = Batches(pipeline, load_pairs("train"), device)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
-        indices = torch.randint(len(captions), (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, generator=generator) < DROPOUT
-        ids, mask = (t.to(device) for t in prompts.batch(indices, dropped))
-        sigma = torch.randn(batch_size, generator=generator).sigmoid().to(device)
-        clean = latents[indices.to(device)]
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
-        with torch.autocast(torch.device(device).type, torch.bfloat16), sdpa_kernel(attention):
-            hidden = text_encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, prompts.prefix :]
-            velocity = transformer(
-                hidden_states=noisy,
-                encoder_hidden_states=hidden,
-                encoder_hidden_states_mask=mask[:, prompts.prefix :].bool(),
-                timestep=sigma,
-                img_shapes=[[(1, grid, grid)]] * batch_size,
-                return_dict=False,
-            )[0]
-        loss = F.mse_loss(velocity.float(), noise - clean)
+        loss = velocity_loss(pipeline, batches, settings.batch_size, step_generator(settings.seed, step))
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "log.jsonl").open("a") as log_file:
+    end, saved = time.monotonic() + 60 * minutes, time.monotonic()
 
-        def log(row: dict[str, Any]) -> None:
-            if row["step"] % 20 == 0:
-                print(json.dumps(row), file=log_file, flush=True)
+    def after(done: int) -> None:
+        nonlocal saved
+        late = time.monotonic() > end
+        if late or time.monotonic() > saved + SAVE_SECONDS:
+            loop.save(done)
+            publish(pipeline, loop, out / "pipeline")
+            saved = time.monotonic()
+        if late and done < settings.steps:
+            raise OutOfTimeError
 
-        settings = LoopSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup_steps=100,
-            ema_decay=0.998,
-            final_fraction=0.01,
-            weight_decay=0.01,
-            checkpoint_every=250,
-            seed=seed,
-            muon_learning_rate=5 * learning_rate,
-        )
-        modules = {"text_encoder": text_encoder, "transformer": transformer}
-        fingerprint = f"teacher-{batch_size}-{seed}"
-        loop = TrainingLoop(modules, backward, settings, out / "checkpoints", fingerprint, log, "teacher")
+    def log(row: dict[str, Any]) -> None:
+        if row["step"] % 20 == 0:
+            with (out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    modules = {"text_encoder": text_encoder, "transformer": transformer}
+    fingerprint = f"teacher-{settings.batch_size}-{settings.seed}"
+    loop = TrainingLoop(modules, backward, settings, out / "checkpoints", fingerprint, log, "teacher", after=after)
+    try:
         loop.run()
-        loop.load_ema()
-    with atomic_path(out / "pipeline") as temporary:
-        pipeline.to("cpu")
-        # transformers loads a checkpoint in its own dtype, diffusers in float32: stored in float16, the text
-        # encoder would not fit the rest when somebody loads the folder without naming a dtype
-        pipeline.transformer.half()
-        pipeline.vae.half()
-        vae.register_to_config(_name_or_path="emoji")  # not the folder it happened to be loaded from
-        pipeline.save_pretrained(temporary)
+        publish(pipeline, loop, out / "pipeline")
+    except OutOfTimeError:
+        return False
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return True
+
+
+def loop_settings(steps: int, batch_size: int, learning_rate: float) -> LoopSettings:
+    """What the teacher is trained with: Muon for the matrices at five times AdamW's rate for the rest."""
+    return LoopSettings(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=100,
+        ema_decay=0.998,
+        final_fraction=0.01,
+        weight_decay=0.01,
+        checkpoint_every=steps,  # and by the clock, see train
+        batch_size=batch_size,
+        muon_learning_rate=5 * learning_rate,
+    )
+
+
+def new_pipeline(vae: AutoencoderKLQwenImage, seed: int = 0) -> QwenImagePipeline:
+    """An untrained teacher around a trained VAE."""
+    torch.manual_seed(seed)
+    tokenizer = new_tokenizer([pair.caption for pair in load_pairs("train")])
+    return assemble(vae, tokenizer, new_text_encoder(tokenizer), new_transformer())
+
+
+def main() -> None:
+    """Train from the command line; SIGTERM saves and ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    begin = parser.add_mutually_exclusive_group(required=True)
+    begin.add_argument("--start", type=Path, help="pipeline folder whose weights are trained further")
+    begin.add_argument("--vae", type=Path, help="VAE folder: text encoder and transformer start from nothing")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="save and end this call after so many")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    if given.start:
+        pipeline = QwenImagePipeline.from_pretrained(given.start)
+    else:
+        pipeline = new_pipeline(AutoencoderKLQwenImage.from_pretrained(given.vae))
+    settings = loop_settings(given.steps, given.batch_size, given.learning_rate)
+    with contextlib.suppress(stopping.Stopped), stopping.on_sigterm():
+        done = train(pipeline, given.out, settings, given.minutes, given.device)
+        print("all steps are done" if done else "time is up; run the same command again to go on")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    train(given.vae, given.out, given.steps, given.batch_size, given.learning_rate, given.device)
+    main()
