@@ -13,6 +13,7 @@ from ppcl.capture.padding import check_padding
 from ppcl.capture.states import PADDING, States
 from ppcl.common.files import read_json
 from ppcl.distill.local import local_backward
+from ppcl.errors import ArtifactError
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import WHOLE, Group, add_up
@@ -122,3 +123,10 @@ def test_padding_is_what_a_pipeline_would_do(tmp_path: Path) -> None:
     assert torch.equal(together[TEXT][shown], expected[TEXT][shown])
     assert together["img_shapes"] == expected["img_shapes"]
     assert torch.equal(together["hidden_states"], expected["hidden_states"])
+
+
+def test_a_damaged_record_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, tiny_qwen(2), CALLS)
+    (tmp_path / PADDING).write_text("[]")
+    with pytest.raises(ArtifactError, match="padding.json was not written by ppcl capture"):
+        States(tmp_path, "train")
