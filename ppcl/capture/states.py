@@ -269,7 +269,7 @@ def _recorded_mask(path: Path) -> str:
     about = read_json(path) if path.is_file() else {"mask": ""}
     if not isinstance(about, dict) or not isinstance(about.get("mask"), str):
         raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
-    return about["mask"]
+    return str(about["mask"])
 
 
 def _first_shapes(fits: Sequence[tuple[str, int]]) -> list[int]:

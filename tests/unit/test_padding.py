@@ -128,5 +128,5 @@ def test_padding_is_what_a_pipeline_would_do(tmp_path: Path) -> None:
 def test_a_damaged_record_is_one_line(tmp_path: Path) -> None:
     write(tmp_path, tiny_qwen(2), CALLS)
     (tmp_path / PADDING).write_text("[]")
-    with pytest.raises(ArtifactError, match="padding.json was not written by ppcl capture"):
+    with pytest.raises(ArtifactError, match=r"padding\.json was not written by ppcl capture"):
         States(tmp_path, "train")
