@@ -63,7 +63,7 @@ class States:
         if not paths:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
         self.split, self.calls = split, list[Call]()
-        self.text_mask = text_mask or (read_json(folder / PADDING)["mask"] if (folder / PADDING).is_file() else "")
+        self.text_mask = text_mask or _recorded_mask(folder / PADDING)
         groups: dict[str, list[Row]] = {}
         fits: dict[str, tuple[str, int]] = {}  # of each shape: what else must be equal to go together, length of text
         told: dict[Row, tuple[float, Hashable, str]] = {}
@@ -262,6 +262,14 @@ class States:
         shares = self._shares(everything)
         for index in range(group.rank * most, (group.rank + 1) * most):
             yield self.batch(everything[index] or rows[:1]), shares[index]
+
+
+def _recorded_mask(path: Path) -> str:
+    """The argument that hides padding, where the capture stage found that the teacher heeds it."""
+    about = read_json(path) if path.is_file() else {"mask": ""}
+    if not isinstance(about, dict) or not isinstance(about.get("mask"), str):
+        raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
+    return str(about["mask"])
 
 
 def _first_shapes(fits: Sequence[tuple[str, int]]) -> list[int]:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import DUAL, flux_call, padded_batch, qwen_call, random_substitutes, tiny_flux, tiny_qwen, write_states
+from train_worker import new_distiller, weights, write_all_states
 
+from ppcl.analysis.analyze import Collector
 from ppcl.capture.padding import check_padding
 from ppcl.capture.states import PADDING, States
 from ppcl.common.files import read_json
 from ppcl.distill.local import local_backward
+from ppcl.errors import ArtifactError
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
-from ppcl.training.distributed import WHOLE, Group, add_up
+from ppcl.training.distributed import SINGLE, WHOLE, Group, add_up
 
 MASK, TEXT = "encoder_hidden_states_mask", "encoder_hidden_states"
 CALLS = [qwen_call(4, 5, 0, padded=True), qwen_call(5, 7, 20), qwen_call(3, 9, 40, padded=True)]
@@ -122,3 +125,53 @@ def test_padding_is_what_a_pipeline_would_do(tmp_path: Path) -> None:
     assert torch.equal(together[TEXT][shown], expected[TEXT][shown])
     assert together["img_shapes"] == expected["img_shapes"]
     assert torch.equal(together["hidden_states"], expected["hidden_states"])
+
+
+def test_a_damaged_record_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, tiny_qwen(2), CALLS)
+    (tmp_path / PADDING).write_text("[]")
+    with pytest.raises(ArtifactError, match=r"padding\.json was not written by ppcl capture"):
+        States(tmp_path, "train")
+
+
+def test_sums_of_the_analysis_leave_padding_out(tmp_path: Path) -> None:
+    teacher = tiny_qwen(3)
+    write_states(tmp_path, "train", CALLS)
+    sums = []
+    for text_mask in ("", MASK):
+        states = States(tmp_path, "train", text_mask)
+        collector = Collector(teacher, adapter_for(teacher), 24, len(states), 0)
+        with torch.no_grad():
+            for call in states.answered(12):
+                collector.run(call.arguments)
+        sums.append(collector)
+    apart, together = sums
+    assert together.tokens == apart.tokens
+    assert together.moments.keys() == apart.moments.keys()
+    for key, moments in together.moments.items():
+        for name, value in vars(moments).items():
+            assert torch.allclose(
+                torch.as_tensor(value), torch.as_tensor(vars(apart.moments[key])[name]), 1e-4, 1e-3
+            ), key
+    for key, levels in together.kept.items():
+        for level, expected in zip(levels, apart.kept[key], strict=True):
+            assert torch.allclose(torch.cat(level), torch.cat(expected), atol=1e-5)
+
+
+def test_a_resumed_run_makes_the_same_batches(tmp_path: Path) -> None:
+    """Bit by bit what a run without a stop trains."""
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    trained = []
+    for name in ("whole", "stopped"):
+        write_all_states(tmp_path / name, together=True)
+        if name == "stopped":
+            with pytest.raises(KeyboardInterrupt):
+                new_distiller(tmp_path / name, "local", SINGLE, stop, local_steps=3).run()
+        distiller = new_distiller(tmp_path / name, "local", SINGLE, lambda row: None, local_steps=3)
+        distiller.run()
+        trained.append(weights(distiller))
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
