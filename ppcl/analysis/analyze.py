@@ -20,7 +20,7 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_tensors
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.student.plan import free_blocks
@@ -177,7 +177,7 @@ class Collector:
         for row in range(len(before)):
             if (self.state_index + row) % self.stride:
                 continue
-            generator = step_generator(self.seed, self.state_index + row, 19)
+            generator = step_generator(self.seed, self.state_index + row, Stream.CKA_TOKENS)
             available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
             chosen = available[sample_rows(len(available), self.quota, generator)]
             picked.append(chosen + row * before.shape[1])
@@ -309,7 +309,7 @@ def _analyze_stack(
             ridges.setdefault(stream, []).append(ridge)
     tokens = {stream: held_out.cka_states(spec.name, stream) for stream in streams}
     chains = {stream: [probes[i, stream] for i in range(num_blocks)] for stream in streams}
-    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, 21))
+    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, Stream.CKA_HALVES))
     shares = {stream: float(train.tokens[spec.name, stream]) for stream in streams}
     cka = combine(tables, shares)
     low, high = free

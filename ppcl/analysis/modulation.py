@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.capture.states import States
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.modules.replacements import Metric, residuals
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
@@ -86,8 +86,10 @@ def conditioning(
         )
     seen = None if name is None else torch.cat([call.arguments[name].flatten() for call in train.calls])
 
-    def metric(states: States, stream: int, dense: bool) -> dict[Layer, Metric]:
-        points = None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, stream, 83))
+    def metric(states: States, draw: int, dense: bool) -> dict[Layer, Metric]:
+        points = (
+            None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, draw, Stream.TIMESTEPS))
+        )
         rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
         return {source: Metric.of(found) for source, found in rows.items()}
 

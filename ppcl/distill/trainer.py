@@ -17,7 +17,7 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
 from ppcl.common.files import digest, remove
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import DistillConfig
 from ppcl.distill.compiled import BlockCompiler, blocks_of
 from ppcl.distill.local import local_backward
@@ -249,7 +249,7 @@ class Distiller:
         loop.run()
         loop.load_ema()
 
-    def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
+    def _in_parts(self, step: int, stream: Stream, backward: PartBackward) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
@@ -280,7 +280,7 @@ class Distiller:
             return {"loss": sum(losses.values()) / len(losses), **rows}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, 31, part)
+            return self._in_parts(step, Stream.LOCAL_BATCH, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
@@ -303,7 +303,12 @@ class Distiller:
             name = run_name(run)
             where = name.replace("/", "-")
             self._loop(
-                "local", {name: self.substitutes[run]}, lambda step: self._in_parts(step, 31, part), steps, rate, where
+                "local",
+                {name: self.substitutes[run]},
+                lambda step: self._in_parts(step, Stream.LOCAL_BATCH, part),
+                steps,
+                rate,
+                where,
             )
             remove(folder / where)  # what is finished is kept without its optimizer
 
@@ -313,7 +318,7 @@ class Distiller:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
-            active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
+            active = draw_active(list(self.substitutes), step_generator(self.seed, step, Stream.ALTERNATING_ACTIVE))
             common = (self.transformer, self.adapter, self.plan)
             checkpointing = self.settings.checkpointing
 
@@ -322,7 +327,7 @@ class Distiller:
                     *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
                 )
 
-            return self._in_parts(step, 41, part)
+            return self._in_parts(step, Stream.ALTERNATING_BATCH, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
@@ -337,7 +342,7 @@ class Distiller:
             self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
-            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, 47)
+            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, Stream.STUDENT_LORA)
             self.student = with_factors(self.student, self.adapter, self.plan, rank, generator)
             runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
             modules = runs | kept_blocks(self.student, self.adapter, self.plan)
@@ -356,7 +361,7 @@ class Distiller:
             return {"loss": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, 37, part)
+            return self._in_parts(step, Stream.OUTPUT_BATCH, part)
 
         def after(done: int) -> None:
             every = self.settings.sample_every

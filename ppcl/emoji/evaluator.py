@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppcl.common.files import atomic_path, write_json, write_tensors
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
@@ -126,7 +126,7 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
     model = open_clip.CLIP(MODEL["embed_dim"], MODEL["vision_cfg"], arguments)
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
+        generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         picked = torch.randperm(len(train_pairs), generator=generator)[:batch_size]
         batch = augment(bare[tile[picked]], colours[ground[picked]], generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +152,7 @@ def train(out: Path, work: Path, steps: int, batch_size: int = 192, seed: int = 
         check[f"{name}_retrieval_at_1"] = retrieval_at_1(model, pictures, texts)
         check[f"{name}_chance"] = 1 / len(members)
         if split == "train":
-            order = torch.randperm(len(texts), generator=step_generator(seed, 0))
+            order = torch.randperm(len(texts), generator=step_generator(seed, 0, Stream.EMOJI_SHUFFLE))
             check["shuffled_retrieval_at_1"] = retrieval_at_1(model, pictures, texts[order])
     print(json.dumps(check))
     with atomic_path(out) as temporary:

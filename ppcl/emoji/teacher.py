@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppcl.common.files import atomic_path
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.components import (
     assemble,
     encode_pictures,
@@ -93,7 +93,7 @@ def train(
     attention = [SDPBackend.MATH] if device == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
+        generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         indices = torch.randint(len(captions), (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < DROPOUT
         ids, mask = (t.to(device) for t in prompts.batch(indices, dropped))

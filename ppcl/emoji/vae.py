@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor
 
 from ppcl.common.files import atomic_path
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.data import load_pairs, load_pictures
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
@@ -75,7 +75,7 @@ def train(out: Path, steps: int, batch_size: int = 32, seed: int = 0) -> float:
             conv.forward = partial(single_frame_forward, conv)
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
+        generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         batch = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)]
         if step % 2:
             batch = batch.flip(-1)

@@ -27,7 +27,7 @@ from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
 from ppcl.common.files import digest, read_json, read_tensors, write_json, write_text
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config.memory import changed, for_tables
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
@@ -109,14 +109,14 @@ def removable(session: Session) -> list[list[Position]]:
 def contiguous_removals(stacks: Sequence[Sequence[Position]], size: int, draws: int, seed: int) -> list[Removal]:
     """Runs of ``size`` neighbouring blocks, all different; all there are if ``draws`` is larger."""
     every = [tuple(blocks[i : i + size]) for blocks in stacks for i in range(len(blocks) - size + 1)]
-    order = torch.randperm(len(every), generator=step_generator(seed, size, 41)).tolist()
+    order = torch.randperm(len(every), generator=step_generator(seed, size, Stream.CONTIGUOUS_REMOVALS)).tolist()
     return sorted(every[i] for i in order[:draws])
 
 
 def scattered_removals(stacks: Sequence[Sequence[Position]], size: int, draws: int, seed: int) -> list[Removal]:
     """Sets of ``size`` blocks of which no two are neighbours, all different; fewer if there are not so many."""
     blocks = [position for stack in stacks for position in stack]
-    generator = step_generator(seed, size, 43)
+    generator = step_generator(seed, size, Stream.SCATTERED_REMOVALS)
     found: set[Removal] = set()
     for _ in range(500 * draws):
         if len(found) == draws or size > len(blocks):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.modules.slicing import Units
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
@@ -188,7 +188,8 @@ def signed_output(transformer: nn.Module, arguments: dict[str, Any], seed: int, 
     """
     device = next(transformer.parameters()).device
     output = velocity(transformer, to_device(arguments, device)).float()
-    signs = torch.randint(2, output.shape, generator=step_generator(seed, step, 61)).to(device) * 2.0 - 1
+    generator = step_generator(seed, step, Stream.OUTPUT_SIGNS)
+    signs = torch.randint(2, output.shape, generator=generator).to(device) * 2.0 - 1
     return (output * signs).sum()
 
 

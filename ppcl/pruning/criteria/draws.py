@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppcl.capture.states import States
 from ppcl.common.progress import announce
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.pruning.criteria.base import Site, hooked
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
@@ -37,7 +37,7 @@ def draw_states(train: States, draws: int, size: int, states: int, seed: int) ->
     sets: list[Batches] = [list(train.batches(size, states))]
     count = sum(batch_size(batch) for batch in sets[0])
     for draw in range(1, draws):
-        generator = step_generator(seed, draw, 79)
+        generator = step_generator(seed, draw, Stream.CALIBRATION_SETS)
         rows = [row for at in range(0, count, size) for row in train.draw(min(size, count - at), generator)]
         sets.append([call.arguments for call, _ in train.weighed(rows, size)])
     return sets

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.pruning.criteria.base import Site
 from ppcl.teacher.families import Adapter
 
@@ -28,6 +28,8 @@ class Random:
     ) -> list[Tensor]:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         return [
-            torch.rand(site.units.count, generator=step_generator(seed, number, 67), dtype=torch.float64)
+            torch.rand(
+                site.units.count, generator=step_generator(seed, number, Stream.RANDOM_UNITS), dtype=torch.float64
+            )
             for number, site in enumerate(sites)
         ]

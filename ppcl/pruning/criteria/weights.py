@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.plugins import load_object
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ConfigError
 from ppcl.pruning.criteria.base import BACKWARD
 from ppcl.pruning.criteria.gradients import Tap, tap_gradients
@@ -266,7 +266,8 @@ def weight_scores(
             tap_gradients(transformer, adapter, taps, batches, seed)
         for layer in members:
             with torch.no_grad():
-                score = criterion.score(sums.pop(layer.name).seen(step_generator(seed, number, 71)))
+                generator = step_generator(seed, number, Stream.WEIGHT_SCORES)
+                score = criterion.score(sums.pop(layer.name).seen(generator))
             number += 1
             yield layer, _checked(score, layer, name)
 
