@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.capture.states import States
+from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
 from ppcl.modules.replacements import Metric, residuals
 from ppcl.teacher.call_arguments import batch_size, to_device
@@ -186,14 +188,9 @@ def _inputs(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items()]
-    try:
+    handles = (module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items())
+    with removing(handles), suppress(_Seen):
         velocity(transformer, to_device(arguments, next(transformer.parameters()).device))
-    except _Seen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

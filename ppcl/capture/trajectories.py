@@ -73,11 +73,8 @@ def recording(transformer: nn.Module) -> Iterator[list[Call]]:
         cpu = torch.device("cpu")
         calls.append(Call(trees.to_device(arguments, cpu), _velocity_of(output).to(cpu)))
 
-    handle = transformer.register_forward_hook(record, with_kwargs=True)
-    try:
+    with transformer.register_forward_hook(record, with_kwargs=True):
         yield calls
-    finally:
-        handle.remove()
 
 
 def record_calls(

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.common.plugins import load_object
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ConfigError
@@ -282,14 +283,10 @@ def _watch_inputs(
         def hook_of(one: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, args: one.see_inputs(args[0], valid_of(one.layer.path, args[0]))
 
-        handles = [one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums]
-        try:
-            device = next(transformer.parameters()).device
+        device = next(transformer.parameters()).device
+        with removing(one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums):
             for arguments in batches:
                 velocity(transformer, to_device(arguments, device))
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _checked(score: Any, layer: Layer, name: str) -> Tensor:
