@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ppcl.analysis.modulation import Conditioning, conditioning, modulation_inputs, modulation_layers, sources_of
 from ppcl.capture.prompts import prompts_for
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import SPLITS, capture, velocity_error
+from ppcl.capture.trajectories import SPLITS, capture
 from ppcl.common.tables import markdown_table
+from ppcl.eval.velocity import state_errors
 from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank, set_module
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
@@ -87,7 +88,9 @@ def table_rows(
             student = student_of(transformer, adapter, known, ranks)
             small = modulation_layers(student, adapter)
             worst = [max(output_error(layers[k], small[k], inputs[name][k]) for k in layers) for name in grids]
-            moved = [velocity_error(transformer, student, states.batches(16)) for states in grids.values()]
+            moved = [
+                state_errors(transformer, student, states.batches(16), "auto").error.value for states in grids.values()
+            ]
             rows.append(
                 [way, f"{tolerance}", f"{min(ranks.values())} / {sum(ranks.values()) / len(ranks):.1f} / "
                  f"{max(ranks.values())}", f"{count_params(student) / count_params(transformer):.1%}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
-from ppcl.common.devices import autocast
 from ppcl.common.files import write_tensors
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 from ppcl.teacher import call_arguments as trees
-from ppcl.teacher.calls import Call, _velocity_of, velocity
+from ppcl.teacher.calls import Call, _velocity_of
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "held-out")
@@ -165,19 +163,3 @@ def prompt_length(pipeline: Any, text: str) -> int:
     """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
     tokenizer = getattr(pipeline, "tokenizer", None)
     return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
-
-
-@torch.no_grad()
-def velocity_error(
-    teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]], precision: str = "auto"
-) -> float:
-    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states; both run under autocast."""
-    difference, total = 0.0, 0.0
-    device = next(teacher.parameters()).device
-    for arguments in batches:
-        moved = trees.to_device(arguments, device)
-        with autocast(device, precision):  # substitutes may be float32 where the teacher is not
-            target, found = velocity(teacher, moved).double(), velocity(student, moved).double()
-        difference += float((found - target).pow(2).sum())
-        total += float(target.pow(2).sum())
-    return math.sqrt(difference / total)

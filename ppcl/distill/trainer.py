@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
+from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.lora import factors
@@ -166,17 +166,14 @@ class Distiller:
     @torch.no_grad()
     def _held_out_error(self) -> float:
         """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
-        difference = total = 0.0
+        errors = VelocityErrors()
         judged = self.held_out if self.settings.keep_start else None
         away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
         with streamed(away, self.device, back=False):
             for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-                target = call.velocity.double()
                 with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
-                    output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
-                difference += float((output - target).pow(2).sum())
-                total += float(target.pow(2).sum())
-        return math.sqrt(difference / total) if total else 0.0
+                    errors.add(call.velocity, velocity(self.student, to_device(call.arguments, self.device)))
+        return errors.relative
 
     @property
     def _teacher_blocks(self) -> list[nn.Module]:

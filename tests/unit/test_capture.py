@@ -19,13 +19,13 @@ from ppcl.capture.trajectories import (
     guidance_arguments,
     record_calls,
     split_prompts,
-    velocity_error,
     write_calls,
 )
 from ppcl.common.files import read_tensors, write_tensors
 from ppcl.common.streams import seeds
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, UserError
+from ppcl.eval.velocity import state_errors
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call, velocity
 
@@ -269,8 +269,8 @@ def test_velocity_error_is_relative_over_all_states() -> None:
         t = torch.cat([velocity(teacher, b) for b in batches])
         s = torch.cat([velocity(student, b) for b in batches])
     expected = ((s - t).norm() / t.norm()).item()
-    assert velocity_error(teacher, student, iter(batches)) == pytest.approx(expected, rel=1e-5)
-    assert velocity_error(teacher, teacher, iter(batches)) == 0
+    assert state_errors(teacher, student, iter(batches)).error.value == pytest.approx(expected, rel=1e-5)
+    assert state_errors(teacher, teacher, iter(batches)).error.value == 0
 
 
 def test_velocity_stacks_lists() -> None:

@@ -20,6 +20,7 @@ from ppcl.pruning.criteria.base import Site, hooked
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
+from ppcl.teacher.velocity import VelocityErrors
 
 Batches = Sequence[dict[str, Any]]
 
@@ -79,15 +80,14 @@ def cut_error(
 
         return hook
 
-    difference = total = 0.0
+    errors = VelocityErrors()
     device = next(transformer.parameters()).device
     for arguments in held_out:
         moved = to_device(arguments, device)
-        target = velocity(transformer, moved).double()
+        target = velocity(transformer, moved)
         with hooked(transformer, adapter, sites, watch):
-            difference += float((velocity(transformer, moved).double() - target).pow(2).sum())
-        total += float(target.pow(2).sum())
-    return math.sqrt(difference / total) if total else 0.0
+            errors.add(target, velocity(transformer, moved))
+    return errors.relative
 
 
 def best_draw(
