@@ -25,7 +25,7 @@ from ppcl.capture.states import States
 from ppcl.capture.trajectories import SPLITS, capture
 from ppcl.common.tables import markdown_table
 from ppcl.eval.velocity import state_errors
-from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank, set_module
+from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank, set_module
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
 
@@ -38,10 +38,10 @@ def ranks_within(layers: Layers, known: Mapping[Any, Conditioning], tolerance: f
     return {key: max(1, int((known[key].missed(layer.weight) > tolerance).sum())) for key, layer in layers.items()}
 
 
-def made_smaller(layer: nn.Linear, rank: int, metric: Metric) -> LowRankLinear:
+def made_smaller(layer: nn.Linear, rank: int, statistics: InputStatistics) -> LowRankLinear:
     """The closed form of a rank."""
     made = LowRankLinear(layer.in_features, layer.out_features, rank)
-    fill_low_rank(made, layer.weight, layer.bias, metric)
+    fill_low_rank(made, layer.weight, layer.bias, statistics)
     return made
 
 
@@ -71,7 +71,7 @@ def inputs_on(transformer: Any, layers: Layers, states: States, batch: int) -> d
 
 def on_recorded(inputs: Mapping[Any, Tensor]) -> dict[Any, Conditioning]:
     """What a fit on these inputs alone, judged on them, would go by."""
-    metrics = {id(x): Metric.of(x) for x in inputs.values()}
+    metrics = {id(x): InputStatistics.of(x) for x in inputs.values()}
     return {layer: Conditioning(metrics[id(x)], (metrics[id(x)],)) for layer, x in inputs.items()}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
-from ppcl.modules.replacements import Metric, residuals
+from ppcl.modules.replacements import InputStatistics, residuals
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
@@ -42,8 +42,8 @@ class Conditioning:
         judges: What they are judged on: held-out prompts at other timesteps of that range, and at the recorded ones.
     """
 
-    fitted: Metric
-    judges: tuple[Metric, ...]
+    fitted: InputStatistics
+    judges: tuple[InputStatistics, ...]
 
     def missed(self, weight: Tensor) -> Tensor:
         """The share of the layer's varying output that each rank 0..k misses where it is missed most.
@@ -88,15 +88,18 @@ def conditioning(
         )
     seen = None if name is None else torch.cat([call.arguments[name].flatten() for call in train.calls])
 
-    def metric(states: States, draw: int, dense: bool) -> dict[Layer, Metric]:
+    def statistics(states: States, draw: int, dense: bool) -> dict[Layer, InputStatistics]:
         points = (
             None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, draw, Stream.TIMESTEPS))
         )
         rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
-        return {source: Metric.of(found) for source, found in rows.items()}
+        return {source: InputStatistics.of(found) for source, found in rows.items()}
 
-    fitted = metric(train, 0, dense=True)
-    judges = [metric(held_out, 1, dense=False), *([metric(held_out, 1, dense=True)] if seen is not None else [])]
+    fitted = statistics(train, 0, dense=True)
+    judges = [
+        statistics(held_out, 1, dense=False),
+        *([statistics(held_out, 1, dense=True)] if seen is not None else []),
+    ]
     known = {s: Conditioning(fitted[s], tuple(judge[s] for judge in judges)) for s in inner}
     return {layer: known[source] for layer, source in sources.items()}
 
