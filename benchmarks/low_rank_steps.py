@@ -71,8 +71,8 @@ def inputs_on(transformer: Any, layers: Layers, states: States, batch: int) -> d
 
 def on_recorded(inputs: Mapping[Any, Tensor]) -> dict[Any, Conditioning]:
     """What a fit on these inputs alone, judged on them, would go by."""
-    metrics = {id(x): InputStatistics.of(x) for x in inputs.values()}
-    return {layer: Conditioning(metrics[id(x)], (metrics[id(x)],)) for layer, x in inputs.items()}
+    by_input = {id(x): InputStatistics.of(x) for x in inputs.values()}
+    return {layer: Conditioning(by_input[id(x)], (by_input[id(x)],)) for layer, x in inputs.items()}
 
 
 def table_rows(

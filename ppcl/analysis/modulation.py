@@ -89,17 +89,13 @@ def conditioning(
     seen = None if name is None else torch.cat([call.arguments[name].flatten() for call in train.calls])
 
     def statistics(states: States, draw: int, dense: bool) -> dict[Layer, InputStatistics]:
-        points = (
-            None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, draw, Stream.TIMESTEPS))
-        )
+        generator = step_generator(seed, draw, Stream.TIMESTEPS)
+        points = None if seen is None or not dense else timesteps(seen, ROWS, generator)
         rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
         return {source: InputStatistics.of(found) for source, found in rows.items()}
 
     fitted = statistics(train, 0, dense=True)
-    judges = [
-        statistics(held_out, 1, dense=False),
-        *([statistics(held_out, 1, dense=True)] if seen is not None else []),
-    ]
+    judges = [statistics(held_out, 1, dense) for dense in ((False,) if seen is None else (False, True))]
     known = {s: Conditioning(fitted[s], tuple(judge[s] for judge in judges)) for s in inner}
     return {layer: known[source] for layer, source in sources.items()}
 

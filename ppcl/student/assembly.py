@@ -90,10 +90,8 @@ def fill_width(
         prefix = f"{here}/{names.get(path)}"
         if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
             device = old.weight.device
-            statistics = InputStatistics(
-                *(tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root"))
-            )
-            fill_low_rank(module, old.weight, old.bias, statistics)
+            mean, root = (tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root"))
+            fill_low_rank(module, old.weight, old.bias, InputStatistics(mean, root))
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:

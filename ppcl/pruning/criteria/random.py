@@ -27,9 +27,8 @@ class Random:
         seed: int,
     ) -> list[Tensor]:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
+        generators = (step_generator(seed, number, Stream.RANDOM_UNITS) for number in range(len(sites)))
         return [
-            torch.rand(
-                site.units.count, generator=step_generator(seed, number, Stream.RANDOM_UNITS), dtype=torch.float64
-            )
-            for number, site in enumerate(sites)
+            torch.rand(site.units.count, generator=generator, dtype=torch.float64)
+            for site, generator in zip(sites, generators, strict=True)
         ]
