@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ppcl.analysis.modulation import Conditioning, conditioning, modulation_inputs, modulation_layers, sources_of
 from ppcl.capture.prompts import prompts_for
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import SPLITS, capture, velocity_error
+from ppcl.capture.trajectories import SPLITS, capture
 from ppcl.common.tables import markdown_table
-from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank, set_module
+from ppcl.eval.velocity import state_errors
+from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank, set_module
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
 
@@ -37,10 +38,10 @@ def ranks_within(layers: Layers, known: Mapping[Any, Conditioning], tolerance: f
     return {key: max(1, int((known[key].missed(layer.weight) > tolerance).sum())) for key, layer in layers.items()}
 
 
-def made_smaller(layer: nn.Linear, rank: int, metric: Metric) -> LowRankLinear:
+def made_smaller(layer: nn.Linear, rank: int, statistics: InputStatistics) -> LowRankLinear:
     """The closed form of a rank."""
     made = LowRankLinear(layer.in_features, layer.out_features, rank)
-    fill_low_rank(made, layer.weight, layer.bias, metric)
+    fill_low_rank(made, layer.weight, layer.bias, statistics)
     return made
 
 
@@ -70,8 +71,8 @@ def inputs_on(transformer: Any, layers: Layers, states: States, batch: int) -> d
 
 def on_recorded(inputs: Mapping[Any, Tensor]) -> dict[Any, Conditioning]:
     """What a fit on these inputs alone, judged on them, would go by."""
-    metrics = {id(x): Metric.of(x) for x in inputs.values()}
-    return {layer: Conditioning(metrics[id(x)], (metrics[id(x)],)) for layer, x in inputs.items()}
+    by_input = {id(x): InputStatistics.of(x) for x in inputs.values()}
+    return {layer: Conditioning(by_input[id(x)], (by_input[id(x)],)) for layer, x in inputs.items()}
 
 
 def table_rows(
@@ -87,7 +88,9 @@ def table_rows(
             student = student_of(transformer, adapter, known, ranks)
             small = modulation_layers(student, adapter)
             worst = [max(output_error(layers[k], small[k], inputs[name][k]) for k in layers) for name in grids]
-            moved = [velocity_error(transformer, student, states.batches(16)) for states in grids.values()]
+            moved = [
+                state_errors(transformer, student, states.batches(16), "auto").error.value for states in grids.values()
+            ]
             rows.append(
                 [way, f"{tolerance}", f"{min(ranks.values())} / {sum(ranks.values()) / len(ranks):.1f} / "
                  f"{max(ranks.values())}", f"{count_params(student) / count_params(transformer):.1%}",

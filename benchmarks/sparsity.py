@@ -19,9 +19,9 @@ from common import capture_states, load, parser, publish
 from torch import nn
 
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import velocity_error
 from ppcl.common.tables import markdown_table
 from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
+from ppcl.eval.velocity import state_errors
 from ppcl.pruning.sparsity import block_shares, make_masks, sparse_layers, sparse_plan, sparsity_cost
 from ppcl.student.assembly import RunKey, with_blocks
 from ppcl.student.masks import Masks
@@ -68,7 +68,7 @@ def main() -> None:
                     shares[kind] = block_shares(student, layers, batches, settings, 0)
                 Masks(make_masks(student, layers, batches, settings, 0, shares[kind]), blocks).hold_weights()
                 took = time.perf_counter() - began
-                error = velocity_error(teacher, student, States(states, "held-out").batches(16, 32))
+                error = state_errors(teacher, student, States(states, "held-out").batches(16, 32), "auto").error.value
                 print(name, kind, f"{error:.4f}, {took:.0f} s", flush=True)
                 row.append(f"{error:.3f}")
             rows.append([*row, f"{sparsity_cost(settings, args.states, count):,.0f}"])

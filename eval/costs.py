@@ -101,12 +101,8 @@ def transformer_call(pipeline: Any, prompts: Sequence[str], kwargs: dict[str, An
         if not calls:
             calls.append((args, named))
 
-    handle = module.register_forward_pre_hook(keep_first, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            picture_call(pipeline, prompts, 2, kwargs, seed)()
-    finally:
-        handle.remove()
+    with module.register_forward_pre_hook(keep_first, with_kwargs=True), torch.no_grad():
+        picture_call(pipeline, prompts, 2, kwargs, seed)()
     if not calls:
         return None
     args, named = calls[0]

@@ -26,19 +26,18 @@ from torch import Tensor
 
 from ppcl.common.files import atomic_path, read_json, write_json
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, UserError
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 SETTINGS_FILE = "prompts.json"
-PICTURE_STREAM = 101  # keeps the pictures' noise apart from any noise of training with the same seed
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
     """The CPU generator of one picture; it depends on (seed, index) alone."""
-    return step_generator(seed, index, PICTURE_STREAM)
+    return step_generator(seed, index, Stream.PICTURE)
 
 
 def accepted_kwargs(pipeline: Any, call_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import record_calls
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import RunConfig
 from ppcl.eval.costs import Call, Costs, Timing, costs, denoiser_of, transformer_call
 from ppcl.eval.features import FeatureExtractor
@@ -239,10 +239,11 @@ class Judge:
         prompts = self.prompts[:STATE_PROMPTS]
         steps = {"num_inference_steps": self.settings.num_inference_steps}
         settings = self.config.capture.model_copy(update=steps)
-        calls = record_calls(first.pipeline, prompts, self.config.seed + 31, settings)
+        noise = [step_generator(self.config.seed, i, Stream.JUDGED_NOISE) for i in range(len(prompts))]
+        calls = record_calls(first.pipeline, prompts, noise, settings)
         size = min(batch_size(call.arguments) for call in calls)
         count = max(1, self.settings.velocity_states // size)
-        rows = choose_rows(len(calls), count, size, step_generator(self.config.seed, 0, 32))
+        rows = choose_rows(len(calls), count, size, step_generator(self.config.seed, 0, Stream.JUDGED_STEPS))
         return [calls[index].take(places).arguments for index, places in rows.items()]
 
     def costs(self, first: Side, second: Side, calls: tuple[Call, Call] | None = None) -> Costs:

@@ -108,15 +108,9 @@ class SampleSheet:
         def leave(*_: Any) -> None:
             self._inside = False
 
-        handles = [
-            student.register_forward_pre_hook(ask, prepend=True),  # before FSDP's own, which gathers weights
-            student.register_forward_hook(leave),
-        ]
-        try:
+        before_fsdp = student.register_forward_pre_hook(ask, prepend=True)  # whose own hook gathers weights
+        with before_fsdp, student.register_forward_hook(leave):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _teacher_sheet(self, folder: Path) -> None:
         """Draw the teacher's pictures, unless those of the same prompts are there; one that is split needs all."""

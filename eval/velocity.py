@@ -13,8 +13,9 @@ from torch import nn
 from ppcl.common.devices import autocast
 from ppcl.eval.intervals import Array, Interval, interval
 from ppcl.teacher import call_arguments as trees
-from ppcl.teacher.call_arguments import batch_size, to_device
+from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
+from ppcl.teacher.velocity import VelocityErrors
 
 BINS = 5
 
@@ -36,9 +37,12 @@ class StateErrors:
     @property
     def error(self) -> Interval:
         """The relative error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) with its interval over states."""
-        return interval(
-            [self.differences, self.totals], lambda a, b, axis: np.sqrt(a.mean(axis) / np.maximum(b.mean(axis), 1e-300))
-        )
+        return error_interval(self.differences, self.totals)
+
+
+def error_interval(differences: Array, totals: Array) -> Interval:
+    """The relative error with its bootstrap interval over states, see :meth:`VelocityErrors.by_state`."""
+    return interval([differences, totals], lambda a, b, axis: np.sqrt(a.mean(axis) / np.maximum(b.mean(axis), 1e-300)))
 
 
 @torch.no_grad()
@@ -53,17 +57,14 @@ def state_errors(
         batches: As :meth:`ppcl.capture.states.States.batches` yields them.
         precision: Autocast of the passes; ``fp32`` runs both as they are.
     """
-    timesteps, differences, totals = [], [], []
+    timesteps, errors = [], VelocityErrors()
     device = next(teacher.parameters()).device
     for arguments in batches:
         moved = to_device(arguments, device)
         with autocast(device, precision):
-            target, found = (velocity(model, moved).double() for model in (teacher, student))
-        count = batch_size(arguments)
-        differences.append((found - target).square().reshape(count, -1).sum(1).cpu().numpy())
-        totals.append(target.square().reshape(count, -1).sum(1).cpu().numpy())
+            errors.add(velocity(teacher, moved), velocity(student, moved))
         timesteps.append(np.asarray(trees.timesteps(arguments)))
-    return StateErrors(*(np.concatenate(parts) for parts in (timesteps, differences, totals)))
+    return StateErrors(np.concatenate(timesteps), *errors.by_state().numpy())
 
 
 def by_timestep(errors: StateErrors, bins: int = BINS) -> list[dict[str, Any]]:
@@ -78,16 +79,15 @@ def by_timestep(errors: StateErrors, bins: int = BINS) -> list[dict[str, Any]]:
     order = np.argsort(-errors.timesteps, kind="stable")
     rows = []
     for part in np.array_split(order, min(bins, len(np.unique(errors.timesteps)))):
-        chosen = StateErrors(errors.timesteps[part], errors.differences[part], errors.totals[part])
-        found = chosen.error
+        timesteps, error = errors.timesteps[part], error_interval(errors.differences[part], errors.totals[part])
         rows.append(
             {
-                "timestep_low": float(chosen.timesteps.min()),
-                "timestep_high": float(chosen.timesteps.max()),
+                "timestep_low": float(timesteps.min()),
+                "timestep_high": float(timesteps.max()),
                 "states": len(part),
-                "error": found.value,
-                "low": found.low,
-                "high": found.high,
+                "error": error.value,
+                "low": error.low,
+                "high": error.high,
             }
         )
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from ppcl.analysis.moments import Moments, best_ridge
 from ppcl.capture.states import States
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_tensors
+from ppcl.common.hooks import removing
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.student.plan import free_blocks
@@ -80,25 +81,17 @@ class Collector:
         """
         size = batch_size(arguments)
         self._groups = groups or [(self.state_index + row) % GROUPS for row in range(size)]
-        handles = [handle for spec in self.adapter.stacks for handle in self._watch(spec)]
-        try:
+        with removing(handle for spec in self.adapter.stacks for handle in self._watch(spec)):
             run_traced(self.transformer, self.adapter, arguments, self._visit)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.state_index += size
 
-    def _watch(self, spec: StackSpec) -> list[Any]:
+    def _watch(self, spec: StackSpec) -> Iterator[Any]:
         """Hook the FFNs and the text projections of a stack."""
-        handles = []
         for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
             for stream, path in spec.ffn.items():
-                handles.append(block.get_submodule(path).register_forward_hook(self._ffn_hook(spec, index, stream)))
+                yield block.get_submodule(path).register_forward_hook(self._ffn_hook(spec, index, stream))
             if spec.text_qkv:
-                handles.append(
-                    block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
-                )
-        return handles
+                yield block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
 
     def _ffn_hook(self, spec: StackSpec, index: int, stream: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -177,7 +170,7 @@ class Collector:
         for row in range(len(before)):
             if (self.state_index + row) % self.stride:
                 continue
-            generator = step_generator(self.seed, self.state_index + row, 19)
+            generator = step_generator(self.seed, self.state_index + row, Stream.CKA_TOKENS)
             available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
             chosen = available[sample_rows(len(available), self.quota, generator)]
             picked.append(chosen + row * before.shape[1])
@@ -309,7 +302,7 @@ def _analyze_stack(
             ridges.setdefault(stream, []).append(ridge)
     tokens = {stream: held_out.cka_states(spec.name, stream) for stream in streams}
     chains = {stream: [probes[i, stream] for i in range(num_blocks)] for stream in streams}
-    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, 21))
+    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, Stream.CKA_HALVES))
     shares = {stream: float(train.tokens[spec.name, stream]) for stream in streams}
     cka = combine(tables, shares)
     low, high = free

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.moments import Moments
+from ppcl.common.hooks import removing
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import valid_of, valid_rows
 from ppcl.teacher.trace import BlockCall, run_traced
@@ -107,16 +108,13 @@ def _pass(
         for signal in [s for s in seen if (s.stack, s.block) == (call.stack.name, call.index)]:
             _add(sums, signal, call, seen.pop(signal))
 
-    handles = [
+    handles = (
         adapter.blocks(transformer, specs[s.stack])[s.block].get_submodule(s.path).register_forward_pre_hook(watch(s))
         for s in group
-    ]
+    )
     last = max(group, key=lambda s: (order.index(s.stack), s.block))
-    try:
+    with removing(handles):
         run_traced(transformer, adapter, arguments, visit, stop_after=(last.stack, last.block))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add(sums: dict[Signal, Moments], signal: Signal, call: BlockCall, x: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.capture.states import States
-from ppcl.common.streams import step_generator
-from ppcl.modules.replacements import Metric, residuals
+from ppcl.common.hooks import removing
+from ppcl.common.streams import Stream, step_generator
+from ppcl.modules.replacements import InputStatistics, residuals
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
@@ -40,8 +42,8 @@ class Conditioning:
         judges: What they are judged on: held-out prompts at other timesteps of that range, and at the recorded ones.
     """
 
-    fitted: Metric
-    judges: tuple[Metric, ...]
+    fitted: InputStatistics
+    judges: tuple[InputStatistics, ...]
 
     def missed(self, weight: Tensor) -> Tensor:
         """The share of the layer's varying output that each rank 0..k misses where it is missed most.
@@ -86,13 +88,14 @@ def conditioning(
         )
     seen = None if name is None else torch.cat([call.arguments[name].flatten() for call in train.calls])
 
-    def metric(states: States, stream: int, dense: bool) -> dict[Layer, Metric]:
-        points = None if seen is None or not dense else timesteps(seen, ROWS, step_generator(seed, stream, 83))
+    def statistics(states: States, draw: int, dense: bool) -> dict[Layer, InputStatistics]:
+        generator = step_generator(seed, draw, Stream.TIMESTEPS)
+        points = None if seen is None or not dense else timesteps(seen, ROWS, generator)
         rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
-        return {source: Metric.of(found) for source, found in rows.items()}
+        return {source: InputStatistics.of(found) for source, found in rows.items()}
 
-    fitted = metric(train, 0, dense=True)
-    judges = [metric(held_out, 1, dense=False), *([metric(held_out, 1, dense=True)] if seen is not None else [])]
+    fitted = statistics(train, 0, dense=True)
+    judges = [statistics(held_out, 1, dense) for dense in ((False,) if seen is None else (False, True))]
     known = {s: Conditioning(fitted[s], tuple(judge[s] for judge in judges)) for s in inner}
     return {layer: known[source] for layer, source in sources.items()}
 
@@ -184,14 +187,9 @@ def _inputs(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items()]
-    try:
+    handles = (module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items())
+    with removing(handles), suppress(_Seen):
         velocity(transformer, to_device(arguments, next(transformer.parameters()).device))
-    except _Seen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -15,6 +15,7 @@ from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.trace import record_boundaries
+from ppcl.teacher.velocity import VelocityErrors
 
 Job = tuple[RunKey, Callable[[], nn.Module]]
 K = TypeVar("K", bound=Hashable)
@@ -44,8 +45,7 @@ def output_errors(
         sqrt(sum ||v - v_teacher||^2 / sum ||v_teacher||^2) of each job.
     """
     device = next(transformer.parameters()).device
-    squares = dict.fromkeys(jobs, 0.0)
-    total = 0.0
+    errors = {key: VelocityErrors() for key in jobs}
     with Progress(label, total=len(jobs) * len(batches)) as progress:
         for arguments in batches:
             with autocast(device, precision):
@@ -53,12 +53,11 @@ def output_errors(
                 calls, target = record_boundaries(transformer, adapter, arguments, firsts)
             if target is None:
                 raise AssertionError("a full pass returns the velocity")
-            total += float(target.double().pow(2).sum())
             moved = to_device(arguments, device)
             for key, (run, make) in jobs.items():
                 hybrid = patched(transformer, adapter, run, make(), calls[run[:2]].inputs)
                 with autocast(device, precision):
-                    found = velocity(hybrid, moved)
-                squares[key] += float((found.double() - target.double()).pow(2).sum())
+                    output = velocity(hybrid, moved)
+                errors[key].add(target, output)
                 progress.advance()
-    return {key: (square / total) ** 0.5 for key, square in squares.items()}
+    return {key: error.relative for key, error in errors.items()}

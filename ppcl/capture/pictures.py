@@ -30,7 +30,7 @@ from ppcl.capture.trajectories import (
 )
 from ppcl.common.files import digest, read_json, write_json
 from ppcl.common.progress import Progress
-from ppcl.common.streams import seeds, step_generator
+from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ModelError, UserError
@@ -238,9 +238,9 @@ def _record(sibling: Any, job: _Job, settings: CaptureConfig, seed: int, skipped
             skipped.add(sample.entry.name, bad)
     if not ready:
         return
-    generator = step_generator(seed, job.number, 18)
+    generator = step_generator(seed, job.number, Stream.CAPTURED_STEPS)
     steps = choose_rows(settings.num_inference_steps, settings.states_per_prompt, len(ready), generator)
-    noise = list(seeds(seed * 7919 + job.number, len(ready)))  # one a picture, which goes on from state to state
+    noise = captured_noise(seed, job.number, len(ready))  # one a picture, which goes on from state to state
     calls: list[Call] = []
     numbers: list[int] = []  # of the branch of each
     for place, (step, rows) in enumerate(steps.items()):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from torch import Tensor, nn
 
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
-from ppcl.common.devices import autocast
 from ppcl.common.files import write_tensors
 from ppcl.common.progress import Progress
-from ppcl.common.streams import seeds, step_generator
+from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 from ppcl.teacher import call_arguments as trees
-from ppcl.teacher.calls import Call, _velocity_of, velocity
+from ppcl.teacher.calls import Call, _velocity_of
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "held-out")
@@ -73,20 +71,19 @@ def recording(transformer: nn.Module) -> Iterator[list[Call]]:
         cpu = torch.device("cpu")
         calls.append(Call(trees.to_device(arguments, cpu), _velocity_of(output).to(cpu)))
 
-    handle = transformer.register_forward_hook(record, with_kwargs=True)
-    try:
+    with transformer.register_forward_hook(record, with_kwargs=True):
         yield calls
-    finally:
-        handle.remove()
 
 
-def record_calls(pipeline: Any, prompts: Sequence[str], seed: int, settings: CaptureConfig) -> list[Call]:
-    """Denoise a batch of prompts; return every transformer call."""
+def record_calls(
+    pipeline: Any, prompts: Sequence[str], noise: Sequence[torch.Generator], settings: CaptureConfig
+) -> list[Call]:
+    """Denoise a batch of prompts, each from its own noise; return every transformer call."""
     with recording(pipeline.transformer) as calls:
         call_pipeline(
             pipeline,
             prompts,
-            generator=list(seeds(seed, len(prompts))),
+            generator=list(noise),
             num_inference_steps=settings.num_inference_steps,
             output_type="latent",
             **guidance_arguments(pipeline, settings),
@@ -116,7 +113,7 @@ def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
 
 def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
     """Shuffle prompts by seed and split them into train and held-out, neither of them empty."""
-    order = torch.randperm(len(prompts), generator=step_generator(seed, 0, 17)).tolist()
+    order = torch.randperm(len(prompts), generator=step_generator(seed, 0, Stream.PROMPT_SPLIT)).tolist()
     count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
     shuffled = [prompts[i] for i in order]
     return {"held-out": shuffled[:count], "train": shuffled[count:]}
@@ -152,9 +149,9 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
         for number, (split, index, batch) in enumerate(jobs):
             path = folder / f"{split}-{index:04d}.safetensors"
             if not path.is_file():
-                calls = record_calls(pipeline, batch, seed * 7919 + number, settings)
+                calls = record_calls(pipeline, batch, captured_noise(seed, number, len(batch)), settings)
                 sizes = [trees.batch_size(call.arguments) for call in calls]
-                drawn = step_generator(seed, number, 18)
+                drawn = step_generator(seed, number, Stream.CAPTURED_STEPS)
                 picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
                 branches = guidance_branches([call.arguments for call in calls])
                 about = {"prompts": batch, "of": len(calls), "branches": [branches[i] for i in picked]}
@@ -166,19 +163,3 @@ def prompt_length(pipeline: Any, text: str) -> int:
     """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
     tokenizer = getattr(pipeline, "tokenizer", None)
     return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
-
-
-@torch.no_grad()
-def velocity_error(
-    teacher: nn.Module, student: nn.Module, batches: Iterator[dict[str, Any]], precision: str = "auto"
-) -> float:
-    """Relative velocity error sqrt(sum ||v_s - v_t||^2 / sum ||v_t||^2) over states; both run under autocast."""
-    difference, total = 0.0, 0.0
-    device = next(teacher.parameters()).device
-    for arguments in batches:
-        moved = trees.to_device(arguments, device)
-        with autocast(device, precision):  # substitutes may be float32 where the teacher is not
-            target, found = velocity(teacher, moved).double(), velocity(student, moved).double()
-        difference += float((found - target).pow(2).sum())
-        total += float(target.pow(2).sum())
-    return math.sqrt(difference / total)

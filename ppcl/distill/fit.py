@@ -26,7 +26,7 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
 from ppcl.common.files import digest, write_tensors
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.local import local_backward
 from ppcl.pruning.artifacts import Candidate, Candidates
@@ -230,7 +230,7 @@ def _train(
     device = next(transformer.parameters()).device
 
     def backward(step: int) -> dict[str, float]:
-        parts = train.parts(settings.batch_size, step_generator(seed, step, 23), group)
+        parts = train.parts(settings.batch_size, step_generator(seed, step, Stream.FIT_BATCH), group)
         return add_up(one(call.arguments, share) for call, share in parts)
 
     def one(arguments: dict[str, Any], share: Share) -> dict[str, float]:

@@ -8,19 +8,20 @@ trained, which is what makes them pluggable. ``sequential_backward`` is an ablat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.distill.local import last_block, weights_of
 from ppcl.errors import UserError
 from ppcl.student.assembly import RunKey, assemble_student
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
-from ppcl.teacher.families import Adapter, StackSpec, States
+from ppcl.teacher.families import Adapter, States
 from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import BlockCall, record_boundaries
 from ppcl.training.distributed import WHOLE, Share
@@ -114,19 +115,13 @@ def _run(
 ) -> tuple[Tensor, dict[RunKey, States]]:
     """Run a student; return its velocity and what its substitutes handed on."""
     outputs: dict[RunKey, States] = {}
-    handles = []
-    for run, block in substitutes.items():
-        spec = next(s for s in adapter.stacks if s.name == run[0])
+    specs = {spec.name: spec for spec in adapter.stacks}
 
-        def hook(_: nn.Module, args: Any, output: Any, run: RunKey = run, spec: StackSpec = spec) -> None:
-            outputs[run] = adapter.output_states(spec, output)
+    def watch(run: RunKey) -> Callable[..., None]:
+        return lambda _block, _args, output: outputs.update({run: adapter.output_states(specs[run[0]], output)})
 
-        handles.append(block.register_forward_hook(hook))
-    try:
+    with removing(block.register_forward_hook(watch(run)) for run, block in substitutes.items()):
         output = velocity(student, to_device(arguments, next(student.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return output, outputs
 
 

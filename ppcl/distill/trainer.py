@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
 from ppcl.common.files import digest, read_tensors, remove, write_tensors
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import DistillConfig
 from ppcl.distill.compiled import BlockCompiler, blocks_of
 from ppcl.distill.local import local_backward
@@ -35,6 +34,7 @@ from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
+from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.lora import factors
@@ -176,17 +176,14 @@ class Distiller:
     @torch.no_grad()
     def _held_out_error(self) -> float:
         """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
-        difference = total = 0.0
+        errors = VelocityErrors()
         judged = self.held_out if self.settings.keep_start else None
         away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
         with streamed(away, self.device, back=False):
             for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-                target = call.velocity.double()
                 with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
-                    output = velocity(self.student, to_device(call.arguments, self.device)).double().cpu()
-                difference += float((output - target).pow(2).sum())
-                total += float(target.pow(2).sum())
-        return math.sqrt(difference / total) if total else 0.0
+                    errors.add(call.velocity, velocity(self.student, to_device(call.arguments, self.device)))
+        return errors.relative
 
     @property
     def _teacher_blocks(self) -> list[nn.Module]:
@@ -259,7 +256,7 @@ class Distiller:
         loop.run()
         loop.load_ema()
 
-    def _in_parts(self, step: int, stream: int, backward: PartBackward) -> dict[str, float]:
+    def _in_parts(self, step: int, stream: Stream, backward: PartBackward) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
@@ -290,7 +287,7 @@ class Distiller:
             return {"loss": sum(losses.values()) / len(losses), **rows}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, 31, part)
+            return self._in_parts(step, Stream.LOCAL_BATCH, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
@@ -313,7 +310,12 @@ class Distiller:
             name = run_name(run)
             where = name.replace("/", "-")
             self._loop(
-                "local", {name: self.substitutes[run]}, lambda step: self._in_parts(step, 31, part), steps, rate, where
+                "local",
+                {name: self.substitutes[run]},
+                lambda step: self._in_parts(step, Stream.LOCAL_BATCH, part),
+                steps,
+                rate,
+                where,
             )
             remove(folder / where)  # what is finished is kept without its optimizer
 
@@ -323,7 +325,7 @@ class Distiller:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
 
         def backward(step: int) -> dict[str, float]:
-            active = draw_active(list(self.substitutes), step_generator(self.seed, step, 43))
+            active = draw_active(list(self.substitutes), step_generator(self.seed, step, Stream.ALTERNATING_ACTIVE))
             common = (self.transformer, self.adapter, self.plan)
             checkpointing = self.settings.checkpointing
 
@@ -332,7 +334,7 @@ class Distiller:
                     *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
                 )
 
-            return self._in_parts(step, 41, part)
+            return self._in_parts(step, Stream.ALTERNATING_BATCH, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
@@ -347,7 +349,7 @@ class Distiller:
             self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
-            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, 47)
+            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, Stream.STUDENT_LORA)
             self.student = with_factors(self.student, self.adapter, self.plan, rank, generator)
             runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
             modules = runs | kept_blocks(self.student, self.adapter, self.plan)
@@ -366,7 +368,7 @@ class Distiller:
             return {"loss": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, 37, part)
+            return self._in_parts(step, Stream.OUTPUT_BATCH, part)
 
         def after(done: int) -> None:
             every = self.settings.sample_every

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppcl.common.files import atomic_path, read_tensors, write_json, write_tensors
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 from ppcl.training.loop import TrainingLoop
@@ -122,7 +122,7 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
         model.load_state_dict(read_tensors(start / "open_clip_model.safetensors")[0])
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
+        generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         picked = torch.randperm(len(train_pairs), generator=generator)[:batch_size]
         batch = augment(sprites, picked, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -153,7 +153,7 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
         check[f"{name}_varied_retrieval_at_1"] = retrieval_at_1(model, varied, texts)
         check[f"{name}_chance"] = 1 / len(members)
         if split == "train":
-            order = torch.randperm(len(texts), generator=step_generator(seed, 0))
+            order = torch.randperm(len(texts), generator=step_generator(seed, 0, Stream.EMOJI_SHUFFLE))
             check["shuffled_retrieval_at_1"] = retrieval_at_1(model, pictures, texts[order])
     print(json.dumps(check))
     with atomic_path(out) as temporary:

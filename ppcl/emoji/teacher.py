@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppcl.common.files import atomic_path, lock_folder
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.components import (
     assemble,
     encode_pictures,
@@ -172,7 +172,9 @@ def train(
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def backward(step: int) -> dict[str, float]:
-        loss = velocity_loss(pipeline, batches, settings.batch_size, step_generator(settings.seed, step))
+        loss = velocity_loss(
+            pipeline, batches, settings.batch_size, step_generator(settings.seed, step, Stream.EMOJI_BATCH)
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 

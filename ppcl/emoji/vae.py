@@ -23,7 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor
 
 from ppcl.common.files import atomic_path
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.data import load_pairs
 from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 from ppcl.training.loop import TrainingLoop
@@ -85,7 +85,7 @@ def train(out: Path, steps: int, start: Path | None = None, batch_size: int = 32
             conv.forward = partial(single_frame_forward, conv)
 
     def backward(step: int) -> dict[str, float]:
-        generator = step_generator(seed, step)
+        generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         indices = torch.randint(len(pairs), (batch_size,), generator=generator)
         batch = sprites.draw(indices, Variation.draw(batch_size, generator)).unsqueeze(2)
         with torch.autocast("cpu", torch.bfloat16):

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +26,11 @@ from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
 from ppcl.common.files import digest, read_json, read_tensors, write_json, write_text
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config.memory import changed, for_tables
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
-from ppcl.eval.velocity import StateErrors
+from ppcl.eval.velocity import error_interval
 from ppcl.experiments.baselines import (
     BASELINES,
     OURS,
@@ -52,6 +51,7 @@ from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
+from ppcl.teacher.velocity import VelocityErrors
 
 SIZES = (2, 3, 4, 5, 6)
 FORMS = ("skipped", "probes")
@@ -60,7 +60,7 @@ Position = tuple[str, int]
 Removal = tuple[Position, ...]
 
 
-class Ruler:
+class VelocityMeter:
     """Measures velocity errors against the teacher, which runs once.
 
     Args:
@@ -73,25 +73,24 @@ class Ruler:
         self.device, self.precision = next(transformer.parameters()).device, precision
         self.batches = [to_device(dict(batch), self.device) for batch in batches]
         with torch.no_grad(), autocast(self.device, precision):
-            self.targets = [velocity(transformer, batch).double() for batch in self.batches]
+            self.targets = [velocity(transformer, batch) for batch in self.batches]
 
     @torch.no_grad()
-    def _by_state(self, student: nn.Module) -> StateErrors:
-        pairs = list(zip(self.batches, self.targets, strict=True))
-        with autocast(self.device, self.precision):
-            moved = [(velocity(student, batch).double() - target).pow(2).flatten(1).sum(1) for batch, target in pairs]
-        whole = [target.pow(2).flatten(1).sum(1) for target in self.targets]
-        columns = [torch.cat(parts).cpu().numpy() for parts in (moved, whole)]
-        return StateErrors(np.full(len(columns[0]), np.nan), columns[0], columns[1])
+    def _errors(self, student: nn.Module) -> VelocityErrors:
+        errors = VelocityErrors()
+        for batch, target in zip(self.batches, self.targets, strict=True):
+            with autocast(self.device, self.precision):
+                output = velocity(student, batch)
+            errors.add(target, output)
+        return errors
 
     def error(self, student: nn.Module) -> float:
         """Relative velocity error of a student."""
-        found = self._by_state(student)
-        return float((found.differences.sum() / found.totals.sum()) ** 0.5)
+        return self._errors(student).relative
 
     def interval(self, student: nn.Module) -> Interval:
         """The same with its bootstrap interval over states."""
-        return self._by_state(student).error
+        return error_interval(*self._errors(student).by_state().numpy())
 
 
 def removable(session: Session) -> list[list[Position]]:
@@ -109,14 +108,14 @@ def removable(session: Session) -> list[list[Position]]:
 def contiguous_removals(stacks: Sequence[Sequence[Position]], size: int, draws: int, seed: int) -> list[Removal]:
     """Runs of ``size`` neighbouring blocks, all different; all there are if ``draws`` is larger."""
     every = [tuple(blocks[i : i + size]) for blocks in stacks for i in range(len(blocks) - size + 1)]
-    order = torch.randperm(len(every), generator=step_generator(seed, size, 41)).tolist()
+    order = torch.randperm(len(every), generator=step_generator(seed, size, Stream.CONTIGUOUS_REMOVALS)).tolist()
     return sorted(every[i] for i in order[:draws])
 
 
 def scattered_removals(stacks: Sequence[Sequence[Position]], size: int, draws: int, seed: int) -> list[Removal]:
     """Sets of ``size`` blocks of which no two are neighbours, all different; fewer if there are not so many."""
     blocks = [position for stack in stacks for position in stack]
-    generator = step_generator(seed, size, 43)
+    generator = step_generator(seed, size, Stream.SCATTERED_REMOVALS)
     found: set[Removal] = set()
     for _ in range(500 * draws):
         if len(found) == draws or size > len(blocks):
@@ -156,7 +155,7 @@ def without_blocks(
     return with_blocks(transformer, lists)
 
 
-def study_contiguity(session: Session, ruler: Ruler, draws: int) -> list[dict[str, Any]]:
+def study_contiguity(session: Session, meter: VelocityMeter, draws: int) -> list[dict[str, Any]]:
     """(a) Errors of contiguous and of scattered removals, by number of blocks and by what takes their place.
 
     Returns:
@@ -176,7 +175,7 @@ def study_contiguity(session: Session, ruler: Ruler, draws: int) -> list[dict[st
 
         def errors(removals: Sequence[Removal], form: str) -> list[float]:
             maps = probes if form == "probes" else None
-            values = [ruler.error(without_blocks(transformer, adapter, removal, maps)) for removal in removals]
+            values = [meter.error(without_blocks(transformer, adapter, removal, maps)) for removal in removals]
             progress.advance(len(removals))
             return values
 
@@ -187,12 +186,14 @@ def study_contiguity(session: Session, ruler: Ruler, draws: int) -> list[dict[st
     return found
 
 
-def study_sequence(session: Session, ruler: Ruler, plan: CompressionPlan, seeds: Sequence[int]) -> dict[str, Any]:
+def study_sequence(
+    session: Session, meter: VelocityMeter, plan: CompressionPlan, seeds: Sequence[int]
+) -> dict[str, Any]:
     """(b) Local distillation of one plan in both ways: errors and seconds of training by training seed."""
     transformer, adapter = session.teacher.transformer, session.adapter
     with torch.no_grad():
         start = assemble_student(transformer, adapter, plan, new_substitutes(transformer, adapter, plan, None))
-        result: dict[str, Any] = {"before": ruler.error(start), "steps": session.config.distill.local_steps}
+        result: dict[str, Any] = {"before": meter.error(start), "steps": session.config.distill.local_steps}
     for sequence in SEQUENCES:
         # what sequential training cannot do
         alike = {"one_at_a_time": False, "release_gradients": "auto", "shard": False}
@@ -220,7 +221,7 @@ def study_sequence(session: Session, ruler: Ruler, plan: CompressionPlan, seeds:
                     folder / "seconds.json", {"median_step_seconds": statistics.median(times) if times else None}
                 )
             bundle = load_bundle(folder / "bundle", transformer, adapter)
-            error = ruler.error(assemble_student(transformer, adapter, bundle.plan, bundle.substitutes))
+            error = meter.error(assemble_student(transformer, adapter, bundle.plan, bundle.substitutes))
             seconds = folder / "seconds.json"
             rows.append(
                 {"error": error, **(read_json(seconds) if seconds.is_file() else {"median_step_seconds": None})}
@@ -229,7 +230,7 @@ def study_sequence(session: Session, ruler: Ruler, plan: CompressionPlan, seeds:
     return result
 
 
-def study_squares(session: Session, ruler: Ruler) -> list[dict[str, Any]]:
+def study_squares(session: Session, meter: VelocityMeter) -> list[dict[str, Any]]:
     """(c) For every size of plan: predicted error by squares and by plain sum, against the measured one.
 
     The plans are the planner's own; every run holds its fitted candidate, nothing is trained further.
@@ -247,7 +248,7 @@ def study_squares(session: Session, ruler: Ruler) -> list[dict[str, Any]]:
             continue
         plan = plan_from_runs(analysis.model, runs, OURS, candidates)
         errors = [cost_of(costs[key]) ** 0.5 for key in run_keys(plan)]
-        measured = ruler.interval(fitted_student(session, plan))
+        measured = meter.interval(fitted_student(session, plan))
         squares = sum(error**2 for error in errors) ** 0.5
         rows.append(
             {
@@ -269,7 +270,7 @@ def fitted_student(session: Session, plan: CompressionPlan) -> Any:
     return assemble_student(transformer, adapter, plan, substitutes)
 
 
-def study_planner(session: Session, ruler: Ruler, plans: Mapping[str, CompressionPlan]) -> list[dict[str, Any]]:
+def study_planner(session: Session, meter: VelocityMeter, plans: Mapping[str, CompressionPlan]) -> list[dict[str, Any]]:
     """(d) Predicted and measured error of each criterion's plan of equal size, undistilled."""
     candidates = session.read(Candidates, "candidates.json").candidates
     fitted = {(c.stack, c.first, c.last) for c in candidates if c.fitted_error is not None}
@@ -282,7 +283,7 @@ def study_planner(session: Session, ruler: Ruler, plans: Mapping[str, Compressio
             plan,
             new_substitutes(session.teacher.transformer, session.adapter, plan, None),
         )
-        fit_start, plain_start = ruler.interval(fitted_student(session, plan)), ruler.interval(plain)
+        fit_start, plain_start = meter.interval(fitted_student(session, plan)), meter.interval(plain)
         rows.append(
             {
                 "mode": BASELINES.get(mode, mode),
@@ -332,14 +333,16 @@ def study(session: Session, table: Path | None = None, draws: int = 12, seeds: S
     analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
     plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
     plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
-    ruler = Ruler(session.teacher.transformer, list(held_out.batches(count, count)), session.config.precision)
+    meter = VelocityMeter(session.teacher.transformer, list(held_out.batches(count, count)), session.config.precision)
     # the costs behind a prediction were measured on these states: no difference comes from the choice of states
-    cost_ruler = Ruler(session.teacher.transformer, list(held_out.batches(costs, costs)), session.config.precision)
+    cost_meter = VelocityMeter(
+        session.teacher.transformer, list(held_out.batches(costs, costs)), session.config.precision
+    )
     parts: dict[str, Callable[[], Any]] = {
-        "contiguity": lambda: study_contiguity(session, ruler, draws),
-        "sequence": lambda: study_sequence(session, ruler, plans[OURS], seeds),
-        "squares": lambda: study_squares(session, cost_ruler),
-        "planner": lambda: study_planner(session, cost_ruler, plans),
+        "contiguity": lambda: study_contiguity(session, meter, draws),
+        "sequence": lambda: study_sequence(session, meter, plans[OURS], seeds),
+        "squares": lambda: study_squares(session, cost_meter),
+        "planner": lambda: study_planner(session, cost_meter, plans),
     }
     config = session.config
     inputs = {  # beyond what the fit stage depends on
@@ -350,7 +353,7 @@ def study(session: Session, table: Path | None = None, draws: int = 12, seeds: S
     }
     results = {name: kept(session, name, inputs[name], part) for name, part in parts.items()}
     name = Path(session.model).name if Path(session.model).is_dir() else session.model
-    states = sum(map(len, ruler.targets))
+    states = sum(map(len, meter.targets))
     info = {"model": name, "states": states, "seeds": tuple(seeds), "notes": list(notes.values())}
     text = write_up(results, info, session.command, str(session.device))
     write_json(session.out / "study" / "table.json", to_jsonable({**results, **info}))

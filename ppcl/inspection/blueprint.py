@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher.families import adapter_class, adapter_for
 from ppcl.teacher.loading import EMBEDDED, check_folder, check_model, model_path
@@ -295,20 +296,16 @@ def _first_alone(blocks: list[nn.Module], twins: list[int]) -> Iterator[None]:
     """Let a block that has a twin before it return what the twin returned."""
     outputs: dict[int, Any] = {}
     copies = [(block, first) for index, (block, first) in enumerate(zip(blocks, twins, strict=True)) if first != index]
-    handles = []
-    for first in set(twins):
 
-        def keep(_module: Any, _inputs: Any, output: Any, first: int = first) -> None:
-            outputs[first] = output
+    def keep(first: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.update({first: output})
 
-        handles.append(blocks[first].register_forward_hook(keep))
     for block, first in copies:
         block.forward = lambda *_args, _first=first, **_kwargs: outputs[_first]  # type: ignore[method-assign]
     try:
-        yield
+        with removing(blocks[first].register_forward_hook(keep(first)) for first in set(twins)):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for block, _ in copies:
             del block.forward
 

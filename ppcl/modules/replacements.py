@@ -125,7 +125,7 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
 
 
 @dataclass(frozen=True)
-class Metric:
+class InputStatistics:
     """What is known of a layer's inputs x: their mean and a root of their covariance, cov = root root^T.
 
     Attributes:
@@ -137,7 +137,7 @@ class Metric:
     root: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, keep: float = 1 - 1e-9, most: int = 256) -> Metric:
+    def of(cls, rows: Tensor, keep: float = 1 - 1e-9, most: int = 256) -> InputStatistics:
         """Keep the directions that make up a share of the rows' variance, at most ``most`` of them.
 
         Args:
@@ -153,21 +153,21 @@ class Metric:
         return cls(mean, vectors[:count].T * values[:count])
 
 
-def residuals(weight: Tensor, metric: Metric, judge: Metric) -> Tensor:
+def residuals(weight: Tensor, fitted: InputStatistics, judge: InputStatistics) -> Tensor:
     """How much of a layer's varying output each rank misses.
 
     Args:
         weight: (o, d).
-        metric: Of the inputs that the ranks are fitted on, see :func:`fill_low_rank`.
+        fitted: Of the inputs that the ranks are fitted on, see :func:`fill_low_rank`.
         judge: Of the inputs that they are judged on, better others: a rank does well where it was fitted.
 
     Returns:
         (k + 1,): sqrt(E ||W_r(x) - W x||^2 / E ||W x - E W x||^2) over the judge's x, for r = 0..k.
     """
     weight = weight.double()
-    left, _, _ = torch.linalg.svd(weight @ metric.root, full_matrices=False)
+    left, _, _ = torch.linalg.svd(weight @ fitted.root, full_matrices=False)
     varying = weight @ judge.root
-    centred = torch.cat([varying, (weight @ (judge.mean - metric.mean))[:, None]], 1)
+    centred = torch.cat([varying, (weight @ (judge.mean - fitted.mean))[:, None]], 1)
     missed = centred.pow(2).sum() - (left.T @ centred).pow(2).sum(1).cumsum(0)
     squares = torch.cat([centred.pow(2).sum()[None], missed])
     shares = squares / varying.pow(2).sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -176,8 +176,8 @@ def residuals(weight: Tensor, metric: Metric, judge: Metric) -> Tensor:
 
 
 @torch.no_grad()
-def fill_low_rank(made: LowRankLinear, weight: Tensor, bias: Tensor | None, metric: Metric) -> None:
-    """Set a low-rank layer to the best one for the inputs of the metric.
+def fill_low_rank(made: LowRankLinear, weight: Tensor, bias: Tensor | None, inputs: InputStatistics) -> None:
+    """Set a low-rank layer to the best one for its inputs.
 
     With U the leading left singular vectors of W root, W_r = U U^T W misses the least variance of
     W x; the bias makes the mean output exact.
@@ -186,15 +186,15 @@ def fill_low_rank(made: LowRankLinear, weight: Tensor, bias: Tensor | None, metr
         made: Changed in place.
         weight: (o, d).
         bias: (o,) or None.
-        metric: Of the inputs.
+        inputs: What is known of them.
     """
     weight = weight.double()
     rank = made.down.out_features
-    left, _, _ = torch.linalg.svd(weight @ metric.root, full_matrices=False)
+    left, _, _ = torch.linalg.svd(weight @ inputs.root, full_matrices=False)
     basis = left[:, :rank]
     if basis.shape[1] < rank:  # fewer directions were seen than the rank has
         basis = torch.cat([basis, basis.new_zeros(len(basis), rank - basis.shape[1])], 1)
-    mean = weight @ metric.mean
+    mean = weight @ inputs.mean
     offset = mean - basis @ (basis.T @ mean)
     made.down.weight.copy_(basis.T @ weight)
     made.up.weight.copy_(basis)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import ModelError
 from ppcl.modules.slicing import SLICED
@@ -174,7 +174,8 @@ def block_importance(
         def loss(at: int = step, given: dict[str, Any] = arguments) -> float:
             return float(signed_output(student, given, seed, at))
 
-        total += gradient_norm(loss, weights, step_generator(seed, step * 8191 + number, 73), epsilon)
+        directions = step_generator(seed, step * 8191 + number, Stream.WEIGHT_DIRECTIONS)
+        total += gradient_norm(loss, weights, directions, epsilon)
     return total
 
 

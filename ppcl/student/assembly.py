@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ppcl.common.artifacts import to_jsonable
 from ppcl.modules.compressed import compress_class
-from ppcl.modules.replacements import LinearFeedForward, LowRankLinear, Metric, apply_width, fill_linear, fill_low_rank
+from ppcl.modules.replacements import (
+    InputStatistics,
+    LinearFeedForward,
+    LowRankLinear,
+    apply_width,
+    fill_linear,
+    fill_low_rank,
+)
 from ppcl.modules.slicing import SLICED, fill_sliced
 from ppcl.modules.text_stream import fill_text
 from ppcl.student.plan import CompressionPlan, Segment, start_index
@@ -83,8 +90,8 @@ def fill_width(
         prefix = f"{here}/{names.get(path)}"
         if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
             device = old.weight.device
-            metric = Metric(*(tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root")))
-            fill_low_rank(module, old.weight, old.bias, metric)
+            mean, root = (tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root"))
+            fill_low_rank(module, old.weight, old.bias, InputStatistics(mean, root))
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:

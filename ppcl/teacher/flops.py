@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ppcl.common.hooks import removing
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -38,23 +40,18 @@ def count_flops(
 
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     marks: dict[str, list[int]] = {name: [0] * len(blocks) for name, blocks in stacks.items()}
-    handles = []
-    for name, blocks in stacks.items():
-        for index, block in enumerate(blocks):
 
-            def before(*_: Any, name: str = name, index: int = index) -> None:
-                marks[name][index] -= counter.get_total_flops()
+    def add(name: str, index: int, sign: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            marks[name][index] += sign * counter.get_total_flops()
 
-            def after(*_: Any, name: str = name, index: int = index) -> None:
-                marks[name][index] += counter.get_total_flops()
+        return hook
 
-            handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    try:
-        with _torch_attention(transformer), torch.no_grad(), counter:
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = [(name, index, block) for name, blocks in stacks.items() for index, block in enumerate(blocks)]
+    before = (block.register_forward_pre_hook(add(name, index, -1)) for name, index, block in places)
+    after = (block.register_forward_hook(add(name, index, 1)) for name, index, block in places)
+    with removing(before), removing(after), _torch_attention(transformer), torch.no_grad(), counter:
+        call()
     return {
         "total": counter.get_total_flops() // samples,
         "stacks": {name: [flops // samples for flops in counts] for name, counts in marks.items()},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ppcl.common.hooks import removing
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter, StackSpec, States
@@ -56,32 +58,25 @@ def run_traced(
     Returns:
         The transformer's output, or None if it was stopped.
     """
-    handles = []
-    for spec in adapter.stacks:
-        for index, block in enumerate(adapter.blocks(transformer, spec)):
 
-            def hook(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                output: Any,
-                spec: StackSpec = spec,
-                index: int = index,
-            ) -> None:
-                named = adapter.bind(module, args, kwargs)
-                inputs, outputs = adapter.input_states(spec, named), adapter.output_states(spec, output)
-                visit(BlockCall(spec, index, named, inputs, outputs))
-                if stop_after == (spec.name, index):
-                    raise _StopForward
+    def watch(spec: StackSpec, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            named = adapter.bind(module, args, kwargs)
+            inputs, outputs = adapter.input_states(spec, named), adapter.output_states(spec, output)
+            visit(BlockCall(spec, index, named, inputs, outputs))
+            if stop_after == (spec.name, index):
+                raise _StopForward
 
-            handles.append(block.register_forward_hook(hook, with_kwargs=True))
-    try:
+        return hook
+
+    handles = (
+        block.register_forward_hook(watch(spec, index), with_kwargs=True)
+        for spec in adapter.stacks
+        for index, block in enumerate(adapter.blocks(transformer, spec))
+    )
+    with removing(handles), suppress(_StopForward):
         return velocity(transformer, trees.to_device(arguments, next(transformer.parameters()).device))
-    except _StopForward:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+    return None
 
 
 @torch.no_grad()

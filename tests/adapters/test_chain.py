@@ -11,11 +11,11 @@ from tiny import TINY
 
 from ppcl.analysis.analyze import analyze
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import velocity_error
 from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
 from ppcl.distill.fit import fit
 from ppcl.distill.trainer import Distiller
+from ppcl.eval.velocity import state_errors
 from ppcl.pruning.planner import plan
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import build_student, load_bundle
@@ -86,5 +86,5 @@ def test_analysis_plan_distillation_export(name, tmp_path, caplog):
     # it learnt: on what it was trained on it is closer to the teacher than the same plan untrained
     untrained = Distiller(model, adapter, chosen, states, tmp_path / "none", DISTILL, 0).substitutes
     raw = assemble_student(model, adapter, chosen, untrained)
-    errors = [velocity_error(model, one, States(states, "train").batches(2)) for one in (loaded, raw)]
+    errors = [state_errors(model, one, States(states, "train").batches(2)).error.value for one in (loaded, raw)]
     assert errors[0] < errors[1] or "the start is kept" in caplog.text

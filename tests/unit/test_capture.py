@@ -19,12 +19,13 @@ from ppcl.capture.trajectories import (
     guidance_arguments,
     record_calls,
     split_prompts,
-    velocity_error,
     write_calls,
 )
 from ppcl.common.files import read_tensors, write_tensors
+from ppcl.common.streams import seeds
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, UserError
+from ppcl.eval.velocity import state_errors
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call, velocity
 
@@ -44,7 +45,7 @@ def test_replaying_recorded_calls_gives_the_pipelines_outputs() -> None:
     pipeline = shared_pipeline()
     outputs: list[Tensor] = []
     handle = pipeline.transformer.register_forward_hook(lambda *args: outputs.append(args[-1][0].clone()))
-    calls = record_calls(pipeline, PROMPTS[:2], 5, SETTINGS)
+    calls = record_calls(pipeline, PROMPTS[:2], list(seeds(5, 2)), SETTINGS)
     handle.remove()
     assert len(calls) == len(outputs) == 2 * SETTINGS.num_inference_steps  # with and without the prompt
     assert not pipeline.transformer._forward_hooks
@@ -69,13 +70,15 @@ def test_record_calls_cleans_up_after_an_error() -> None:
 
     handle = pipeline.transformer.proj_out.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="broken"):
-        record_calls(pipeline, PROMPTS[:2], 0, SETTINGS)
+        record_calls(pipeline, PROMPTS[:2], list(seeds(0, 2)), SETTINGS)
     handle.remove()
     assert not pipeline.transformer._forward_hooks
 
 
 def test_noise_of_a_prompt_does_not_depend_on_the_batch() -> None:
-    alone, together = (record_calls(shared_pipeline(), PROMPTS[:n], 5, SETTINGS)[0].arguments for n in (1, 3))
+    alone, together = (
+        record_calls(shared_pipeline(), PROMPTS[:n], list(seeds(5, n)), SETTINGS)[0].arguments for n in (1, 3)
+    )
     assert torch.equal(alone["hidden_states"][0], together["hidden_states"][0])
     assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
 
@@ -266,8 +269,8 @@ def test_velocity_error_is_relative_over_all_states() -> None:
         t = torch.cat([velocity(teacher, b) for b in batches])
         s = torch.cat([velocity(student, b) for b in batches])
     expected = ((s - t).norm() / t.norm()).item()
-    assert velocity_error(teacher, student, iter(batches)) == pytest.approx(expected, rel=1e-5)
-    assert velocity_error(teacher, teacher, iter(batches)) == 0
+    assert state_errors(teacher, student, iter(batches)).error.value == pytest.approx(expected, rel=1e-5)
+    assert state_errors(teacher, teacher, iter(batches)).error.value == 0
 
 
 def test_velocity_stacks_lists() -> None:

@@ -24,7 +24,14 @@ from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, remove
 from ppcl.experiments.compare import compare_plans, plan_rows
 from ppcl.experiments.noise import cell
 from ppcl.experiments.runner import RowRunner, claim, mean_scores, with_transformer
-from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
+from ppcl.experiments.study import (
+    VelocityMeter,
+    contiguous_removals,
+    scattered_removals,
+    study,
+    study_squares,
+    without_blocks,
+)
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import uniform_ladder
@@ -367,8 +374,8 @@ def test_without_blocks(compared):
     (spec,) = adapter.stacks
     probes = study_module.read_tensors(run.out / "analysis.safetensors")[0]
     batches = list(States(run.out / "calibration", "held-out").batches(4))
-    ruler = Ruler(transformer, batches)
-    assert ruler.error(without_blocks(transformer, adapter, (), None)) == 0
+    meter = VelocityMeter(transformer, batches)
+    assert meter.error(without_blocks(transformer, adapter, (), None)) == 0
     removal = tuple((spec.name, i) for i in (1, 2, 4))
     assert len(getattr(without_blocks(transformer, adapter, removal, None), spec.name)) == 3
     assert len(getattr(without_blocks(transformer, adapter, removal, probes), spec.name)) == 5
@@ -407,7 +414,7 @@ def test_single_fitted_runs_measure_what_the_fit_stage_measured(compared):
     run, _ = compared
     held_out = States(run.out / "calibration", "held-out")
     count = run.config.fit.eval_states
-    rows = study_squares(run, Ruler(run.teacher.transformer, list(held_out.batches(count, count))))
+    rows = study_squares(run, VelocityMeter(run.teacher.transformer, list(held_out.batches(count, count))))
     single = [row for row in rows if row["runs"] == 1]
     assert single
     for row in single:

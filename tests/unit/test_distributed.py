@@ -158,15 +158,17 @@ def test_another_number_of_processes_than_asked_stops() -> None:
 
 def test_parts_weigh_what_they_count(tmp_path: Path) -> None:
     from ppcl.capture.states import States
-    from ppcl.common.streams import step_generator
+    from ppcl.common.streams import Stream, step_generator
 
     write_all_states(tmp_path)
     states = States(tmp_path / "states", "train")
     mixed = 0
     for step in range(6):
-        whole = list(states.parts(5, step_generator(0, step)))
+        whole = list(states.parts(5, step_generator(0, step, Stream.LOCAL_BATCH)))
         mixed += len(whole) > 1
-        parts = [list(states.parts(5, step_generator(0, step), Group(rank, 2), 2)) for rank in (0, 1)]
+        parts = [
+            list(states.parts(5, step_generator(0, step, Stream.LOCAL_BATCH), Group(rank, 2), 2)) for rank in (0, 1)
+        ]
         assert len(parts[0]) == len(parts[1])  # a model that is split runs in both at once
         counted = [(call, share) for own in parts for call, share in own if share.samples]
         rows = [row for call, _ in counted for row in call.rows]

@@ -12,7 +12,7 @@ from tiny_models import shared_pipeline
 
 from ppcl.capture.pictures import capture_pictures, picture_sizes
 from ppcl.capture.sources import Skipped, choose_samples, open_source
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config import CaptureConfig, DistillConfig, load_config
 from ppcl.distill.fresh_states import FreshStates
 from ppcl.errors import ConfigError
@@ -22,6 +22,7 @@ from ppcl.training.distributed import Group, Share
 
 SETTINGS = {"num_prompts": 6, "batch_size": 4, "num_inference_steps": 4, "states_per_prompt": 2}
 SETTINGS |= {"held_out_share": 0.25, "height": 16, "width": 16, "guidance_scale": 2.0}
+STREAM = Stream.FIT_BATCH
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> FreshStates:
 
 
 def whole(fresh: FreshStates, step: int, size: int = 3) -> Call:
-    ((call, share),) = fresh.parts(size, step_generator(0, step))
+    ((call, share),) = fresh.parts(size, step_generator(0, step, STREAM))
     assert share == Share()
     return call
 
@@ -84,7 +85,9 @@ def test_parts_make_up_the_batch(fresh: FreshStates, size: int, accumulate: int)
         batch = whole(fresh, step)
         count = trees.batch_size(batch.arguments)
         groups = [Imagined(rank, size) for rank in range(size)]
-        parts = [part for group in groups for part in fresh.parts(3, step_generator(0, step), group, accumulate)]
+        parts = [
+            part for group in groups for part in fresh.parts(3, step_generator(0, step, STREAM), group, accumulate)
+        ]
         assert len(parts) == size * accumulate
         rows = torch.cat([call.velocity for call, share in parts if share.samples])
         assert torch.equal(rows, batch.velocity) and len(rows) == count
@@ -111,7 +114,7 @@ def test_pictures_that_went_away(fresh: FreshStates, monkeypatch: pytest.MonkeyP
     assert counts < {1, 2, 3} or counts == {1, 2, 3}
     assert min(counts) < 3
     lost |= {sample.caption for samples in fresh.pictures for sample in samples}
-    assert sum(len(call.velocity) for call, _ in fresh.parts(2, step_generator(0, 0))) == 2  # recorded ones
+    assert sum(len(call.velocity) for call, _ in fresh.parts(2, step_generator(0, 0, STREAM))) == 2  # recorded ones
     assert "recorded states are used instead" in caplog.text
 
 
@@ -123,8 +126,8 @@ def test_pictures_that_another_process_cannot_read(fresh: FreshStates) -> None:
             return True
 
     states = len(fresh.calls)
-    assert fresh.record(4, step_generator(0, 1), Others(0, 2)) is None
-    assert sum(len(call.velocity) for call, _ in fresh.parts(4, step_generator(0, 1), Others(0, 2))) == 2
+    assert fresh.record(4, step_generator(0, 1, STREAM), Others(0, 2)) is None
+    assert sum(len(call.velocity) for call, _ in fresh.parts(4, step_generator(0, 1, STREAM), Others(0, 2))) == 2
     assert len(fresh.calls) == states
 
 

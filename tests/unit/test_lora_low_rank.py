@@ -15,7 +15,7 @@ from tiny_compressed import bundle_for, compressed, teacher_for, velocity_of
 from tiny_models import DUAL, SINGLE
 
 from ppcl.errors import ModelError, UserError
-from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank
+from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank
 from ppcl.pipelines import convert_lora, load_lora
 from ppcl.student.bundle import build_student
 from ppcl.teacher.families import adapter_for
@@ -123,7 +123,7 @@ def test_the_closed_form_keeps_its_basis() -> None:
     layer, whole = student.get_submodule(path), teacher.get_submodule(path)
     assert isinstance(layer, LowRankLinear)
     x = torch.randn(200, whole.in_features, generator=torch.Generator().manual_seed(0))
-    fill_low_rank(layer, whole.weight, whole.bias, Metric.of(x))
+    fill_low_rank(layer, whole.weight, whole.bias, InputStatistics.of(x))
     a, b = torch.randn(2, whole.in_features), torch.randn(whole.out_features, 2)
     key = f"transformer.{path}.down.lora_B.weight"
     out, shares = fold({key: b, key.replace("lora_B", "lora_A"): a}, student)

@@ -19,7 +19,7 @@ from ppcl.capture.states import States
 from ppcl.capture.trajectories import SPLITS
 from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig
-from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank
+from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank
 from ppcl.teacher.calls import Call
 from ppcl.teacher.families import adapter_for
 
@@ -65,8 +65,8 @@ def inputs_of(transformer: nn.Module, layer: nn.Module, arguments: dict[str, Any
 def low_rank_error(layer: nn.Linear, rank: int, tensors: dict[str, Tensor], name: str, x: Tensor) -> float:
     """The relative error of a layer's varying output with the closed form of a rank, in float64."""
     made = LowRankLinear(layer.in_features, layer.out_features, rank).double()
-    metric = Metric(*(tensors[f"{name}/{part}"].double() for part in ("mean", "root")))
-    fill_low_rank(made, layer.weight, layer.bias, metric)
+    statistics = InputStatistics(*(tensors[f"{name}/{part}"].double() for part in ("mean", "root")))
+    fill_low_rank(made, layer.weight, layer.bias, statistics)
     wanted = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     return ((made(x.double()) - wanted).norm() / (wanted - wanted.mean(0)).norm()).item()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.training.optimizers import ScaledSGD
 
 
@@ -17,7 +17,9 @@ def drifting(optimizer_of: Any, seed: int) -> Tensor:
     scores = torch.zeros(40, requires_grad=True)
     optimizer = optimizer_of(scores)
     for step in range(60):
-        scores.grad = torch.linspace(0.9, 1.1, 40) + 0.3 * torch.randn(40, generator=step_generator(seed, step))
+        scores.grad = torch.linspace(0.9, 1.1, 40) + 0.3 * torch.randn(
+            40, generator=step_generator(seed, step, Stream.OUTPUT_SIGNS)
+        )
         optimizer.step()
     return scores.detach()
 

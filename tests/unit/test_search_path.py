@@ -14,10 +14,10 @@ import torch
 from test_planner import analysis_of
 from tiny_models import describe_alone, flux_call, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.capture.trajectories import velocity_error
 from ppcl.common.files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
+from ppcl.eval.velocity import state_errors
 from ppcl.pruning.artifacts import Candidate, Candidates
 from ppcl.pruning.planner import plan as planned
 from ppcl.pruning.searches import Context, choose
@@ -168,7 +168,7 @@ def test_the_true_error_is_that_of_the_student(build: Any, call: Any, tmp_path: 
         blocks = teacher.substitutes(context.model, pieces, [False] * len(pieces))
         keys = {(name, s.first, s.last): block for (name, s), block in zip(pieces, blocks, strict=True)}
         student = assemble_student(transformer, teacher.adapter, made, keys)
-        error = velocity_error(transformer, student, teacher.held_out.batches(2))
+        error = state_errors(transformer, student, teacher.held_out.batches(2)).error.value
         best = min(best or error, error)
     assert found.predicted.error == pytest.approx(best, rel=1e-4)
     assert all(p.grad is None for p in transformer.parameters())
@@ -180,7 +180,7 @@ def test_runs_that_nobody_fitted_are_measured_by_their_probes(tmp_path: Path) ->
     found = choose("path", context)
     assert found.runs
     best = min(  # zero probes: a run is left out
-        velocity_error(transformer, without(transformer, first, last), context.teacher.held_out.batches(4))
+        state_errors(transformer, without(transformer, first, last), context.teacher.held_out.batches(4)).error.value
         for first, last in ((1, 3), (1, 2), (2, 3))
         if last - first == found.runs[0][1].last - found.runs[0][1].first
     )

@@ -19,7 +19,7 @@ from torch import nn
 
 import ppcl
 from ppcl.common.files import read_tensors
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.training.loop import TrainingLoop, schedule_at
 from ppcl.training.settings import LoopSettings
@@ -37,7 +37,7 @@ def new_loop(folder: Path, settings: LoopSettings = SETTINGS, fingerprint: str =
             parameter.copy_(noise(*parameter.shape, seed=index))
 
     def backward(step: int) -> dict[str, float]:
-        x = torch.randn(16, 4, generator=step_generator(settings.seed, step))
+        x = torch.randn(16, 4, generator=step_generator(settings.seed, step, Stream.LOCAL_BATCH))
         loss = (model(x) - x[:, :2].sin()).square().mean()
         loss.backward()
         return {"loss": loss.item()}

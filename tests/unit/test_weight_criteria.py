@@ -17,7 +17,7 @@ from test_slicing import site_of
 from tiny_models import noise, qwen_call, tiny_qwen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.allocations import COUNTS, ecoflap_counts
@@ -64,7 +64,7 @@ def state_gradients(transformer: Any, call: dict[str, Any], name: str) -> torch.
 
 
 def signs_of(seed: int, step: int) -> torch.Generator:
-    return step_generator(seed, step, 61)
+    return step_generator(seed, step, Stream.OUTPUT_SIGNS)
 
 
 def test_the_table_is_complete() -> None:

@@ -37,9 +37,9 @@ from ppcl.errors import ArtifactError, ModelError
 from ppcl.export.pipeline import export
 from ppcl.modules.compressed import compressed_class
 from ppcl.modules.replacements import (
+    InputStatistics,
     LinearFeedForward,
     LowRankLinear,
-    Metric,
     apply_width,
     fill_linear,
     fill_low_rank,
@@ -69,19 +69,21 @@ def test_low_rank_is_the_best_one_for_the_inputs_that_occur() -> None:
     wanted = layer(x)
     for rank in (1, 2, 5):
         made = LowRankLinear(12, 20, rank)
-        fill_low_rank(made, layer.weight, layer.bias, Metric.of(x))
+        fill_low_rank(made, layer.weight, layer.bias, InputStatistics.of(x))
         error = (made(x) - wanted).pow(2).sum().item()
         centred = (wanted - wanted.mean(0)).double()
         best = torch.linalg.svdvals(centred)[rank:].pow(2).sum().item()
         assert error == pytest.approx(best, rel=1e-3)
         share = math.sqrt(best / centred.pow(2).sum().item())
-        assert residuals(layer.weight, Metric.of(x), Metric.of(x))[rank].item() == pytest.approx(share, rel=1e-3)
+        assert residuals(layer.weight, InputStatistics.of(x), InputStatistics.of(x))[rank].item() == pytest.approx(
+            share, rel=1e-3
+        )
 
 
 def test_a_rank_above_what_was_seen_is_exact() -> None:
     x = noise(50, 2) @ noise(2, 8, seed=1)
     layer, made = nn.Linear(8, 10), LowRankLinear(8, 10, 6)
-    fill_low_rank(made, layer.weight, layer.bias, Metric.of(x))
+    fill_low_rank(made, layer.weight, layer.bias, InputStatistics.of(x))
     assert torch.allclose(made(x), layer(x), atol=1e-5)
 
 

@@ -17,10 +17,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ppcl.common.files import write_text
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ORDER_STREAM = 61  # keeps the order of samples apart from other draws of the same seed
 
 
 class BadSample(Exception):
@@ -92,7 +91,7 @@ class Source(ABC):
 
 def shuffled(count: int, seed: int) -> list[int]:
     """The numbers below ``count`` in an order that the seed decides."""
-    return [int(i) for i in torch.randperm(count, generator=step_generator(seed, 0, ORDER_STREAM))]
+    return [int(i) for i in torch.randperm(count, generator=step_generator(seed, 0, Stream.SAMPLE_ORDER))]
 
 
 def text_of(value: Any) -> str:

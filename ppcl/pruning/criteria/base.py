@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.streams import step_generator
+from ppcl.common.hooks import removing
+from ppcl.common.streams import Stream, step_generator
 from ppcl.modules.slicing import Units
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
@@ -145,14 +146,13 @@ def watch_inputs(
                 velocity(transformer, to_device(arguments, device))
 
 
-@contextmanager
 def hooked(
     transformer: nn.Module,
     adapter: Adapter,
     sites: Sequence[Site],
     make: Callable[[int, Site, nn.Linear], Callable[[nn.Module, tuple[Any, ...]], Any]],
-) -> Iterator[None]:
-    """Hook what every layer that reads units is given.
+) -> AbstractContextManager[None]:
+    """Hook for a while what every layer that reads units is given.
 
     Args:
         transformer: The teacher's transformer.
@@ -160,16 +160,11 @@ def hooked(
         sites: Whose layers.
         make: From number, site and layer to the forward pre-hook.
     """
-    handles = [
+    return removing(
         layer.register_forward_pre_hook(make(number, site, layer))
         for number, site in enumerate(sites)
         for layer in site.layers(transformer, adapter).values()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
 def signed_output(transformer: nn.Module, arguments: dict[str, Any], seed: int, step: int) -> Tensor:
@@ -188,7 +183,8 @@ def signed_output(transformer: nn.Module, arguments: dict[str, Any], seed: int, 
     """
     device = next(transformer.parameters()).device
     output = velocity(transformer, to_device(arguments, device)).float()
-    signs = torch.randint(2, output.shape, generator=step_generator(seed, step, 61)).to(device) * 2.0 - 1
+    generator = step_generator(seed, step, Stream.OUTPUT_SIGNS)
+    signs = torch.randint(2, output.shape, generator=generator).to(device) * 2.0 - 1
     return (output * signs).sum()
 
 

@@ -19,14 +19,15 @@ of them are worth keeping; how many stay where is the planner's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.pruning.criteria.base import BACKWARD, Site, checkpointed, unit_sums
 from ppcl.pruning.criteria.gradients import _Tap
 from ppcl.teacher.call_arguments import to_device
@@ -130,8 +131,7 @@ class _State:
             loss = (output.float() - target.float()).pow(2).sum() / target.float().pow(2).sum()
             torch.autograd.grad(loss, [anchor], allow_unused=True)
 
-    @contextmanager
-    def _masked(self, anchor: Tensor, see: See) -> Iterator[None]:
+    def _masked(self, anchor: Tensor, see: See) -> AbstractContextManager[None]:
         """The model with masked units and the lower level's weights in the layers that read them."""
         masks = [self.mask(number) for number in range(len(self.sites))]
 
@@ -151,12 +151,7 @@ class _State:
 
             return hook
 
-        handles = [layer.register_forward_hook(hook_of(key)) for key, layer in self.layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return removing(layer.register_forward_hook(hook_of(key)) for key, layer in self.layers.items())
 
     def _columns(self, number: int, values: Tensor, like: Tensor) -> Tensor:
         """One value a unit, spread over the columns of a layer that reads them: (1, i)."""

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ppcl.capture.states import States
 from ppcl.common.progress import announce
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.pruning.criteria.base import Site, hooked
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
+from ppcl.teacher.velocity import VelocityErrors
 
 Batches = Sequence[dict[str, Any]]
 
@@ -37,7 +38,7 @@ def draw_states(train: States, draws: int, size: int, states: int, seed: int) ->
     sets: list[Batches] = [list(train.batches(size, states))]
     count = sum(batch_size(batch) for batch in sets[0])
     for draw in range(1, draws):
-        generator = step_generator(seed, draw, 79)
+        generator = step_generator(seed, draw, Stream.CALIBRATION_SETS)
         rows = [row for at in range(0, count, size) for row in train.draw(min(size, count - at), generator)]
         sets.append([call.arguments for call, _ in train.weighed(rows, size)])
     return sets
@@ -79,15 +80,14 @@ def cut_error(
 
         return hook
 
-    difference = total = 0.0
+    errors = VelocityErrors()
     device = next(transformer.parameters()).device
     for arguments in held_out:
         moved = to_device(arguments, device)
-        target = velocity(transformer, moved).double()
+        target = velocity(transformer, moved)
         with hooked(transformer, adapter, sites, watch):
-            difference += float((velocity(transformer, moved).double() - target).pow(2).sum())
-        total += float(target.pow(2).sum())
-    return math.sqrt(difference / total) if total else 0.0
+            errors.add(target, velocity(transformer, moved))
+    return errors.relative
 
 
 def best_draw(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.pruning.criteria.base import Site, checkpointed, signed_output
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import watch_valid
@@ -144,13 +145,9 @@ def tap_gradients(
 
         return hook
 
-    with watch_valid(transformer, adapter) as valid_of:
-        handles = [tap.layer.register_forward_hook(hook_of(tap)) for tap in taps]
-        try:
-            for step, arguments in enumerate(batches):
-                with checkpointed(transformer), torch.enable_grad():
-                    inner = signed_output(transformer, arguments, seed, step)
-                    torch.autograd.grad(inner, [anchor], allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+    handles = (tap.layer.register_forward_hook(hook_of(tap)) for tap in taps)
+    with watch_valid(transformer, adapter) as valid_of, removing(handles):
+        for step, arguments in enumerate(batches):
+            with checkpointed(transformer), torch.enable_grad():
+                inner = signed_output(transformer, arguments, seed, step)
+                torch.autograd.grad(inner, [anchor], allow_unused=True)

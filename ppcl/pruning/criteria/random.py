@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.pruning.criteria.base import Site
 from ppcl.teacher.families import Adapter
 
@@ -27,7 +27,8 @@ class Random:
         seed: int,
     ) -> list[Tensor]:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
+        generators = (step_generator(seed, number, Stream.RANDOM_UNITS) for number in range(len(sites)))
         return [
-            torch.rand(site.units.count, generator=step_generator(seed, number, 67), dtype=torch.float64)
-            for number, site in enumerate(sites)
+            torch.rand(site.units.count, generator=generator, dtype=torch.float64)
+            for site, generator in zip(sites, generators, strict=True)
         ]

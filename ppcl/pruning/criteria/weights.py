@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.common.plugins import load_object
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ConfigError
 from ppcl.pruning.criteria.base import BACKWARD
 from ppcl.pruning.criteria.gradients import Tap, tap_gradients
@@ -266,7 +267,8 @@ def weight_scores(
             tap_gradients(transformer, adapter, taps, batches, seed)
         for layer in members:
             with torch.no_grad():
-                score = criterion.score(sums.pop(layer.name).seen(step_generator(seed, number, 71)))
+                generator = step_generator(seed, number, Stream.WEIGHT_SCORES)
+                score = criterion.score(sums.pop(layer.name).seen(generator))
             number += 1
             yield layer, _checked(score, layer, name)
 
@@ -281,14 +283,10 @@ def _watch_inputs(
         def hook_of(one: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, args: one.see_inputs(args[0], valid_of(one.layer.path, args[0]))
 
-        handles = [one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums]
-        try:
-            device = next(transformer.parameters()).device
+        device = next(transformer.parameters()).device
+        with removing(one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums):
             for arguments in batches:
                 velocity(transformer, to_device(arguments, device))
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _checked(score: Any, layer: Layer, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppcl.capture.states import States
 from ppcl.common.devices import autocast
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ModelError
 from ppcl.pruning.criteria.base import checkpointed
 from ppcl.pruning.searches.base import Context
@@ -74,7 +74,7 @@ class GatedStudent:
 
     def __init__(self, teacher: Teacher, gated: Sequence[tuple[str, int]], seed: int) -> None:
         self.teacher = teacher
-        generator, wanted = step_generator(seed, 0, 71), set(gated)
+        generator, wanted = step_generator(seed, 0, Stream.SEARCH_LORA), set(gated)
         self.gated: list[GatedBlock] = []
         lists: dict[str, list[nn.Module]] = {}
         for spec in teacher.adapter.stacks:
@@ -126,7 +126,7 @@ class GatedStudent:
         return torch.stack(losses).sum()
 
 
-def draw(states: States, context: Context, step: int, stream: int) -> list[tuple[Call, Share]]:
+def draw(states: States, context: Context, step: int, stream: Stream) -> list[tuple[Call, Share]]:
     """The batch of a step, in pieces; a function of (seed, step, stream) alone."""
     generator = step_generator(context.seed, step, stream)
     return list(states.parts(context.settings.search_batch, generator))

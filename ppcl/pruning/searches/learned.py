@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ppcl.common.progress import Progress
-from ppcl.common.streams import step_generator
+from ppcl.common.streams import Stream, step_generator
 from ppcl.pruning.planner import Runs, removal_ladder, shares
 from ppcl.pruning.searches.base import Context
 from ppcl.pruning.searches.gates import PASSES, GatedStudent, draw
@@ -64,11 +64,11 @@ class Learned:
         steps = context.settings.search_steps
         with Progress("plan: depth masks", total=steps) as progress:
             for step in range(steps):
-                generator = step_generator(context.seed, step, 73)
+                generator = step_generator(context.seed, step, Stream.MASK_DRAWS)
                 share = step / max(1, steps - 1)
                 temperature = TEMPERATURES[0] ** (1 - share) * TEMPERATURES[1] ** share
                 losses = []
-                for call, part in draw(context.teacher.train, context, step, 72):
+                for call, part in draw(context.teacher.train, context, step, Stream.MASK_BATCH):
                     drawn = [
                         gumbel(logit, temperature, generator, len(call.velocity)) @ mask
                         for logit, mask in zip(logits, masks, strict=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ppcl.common.progress import Progress
+from ppcl.common.streams import Stream
 from ppcl.pruning.planner import removal_ladder
 from ppcl.pruning.searches.base import Context
 from ppcl.pruning.searches.gates import PASSES, GatedStudent, apply_gradients, draw
@@ -91,11 +92,12 @@ class Rarts:
         a = Player([logits], torch.optim.AdamW([logits], GATE_RATE, weight_decay=0.0))
         with Progress("plan: gates", total=context.settings.search_steps) as progress:
             for step in range(context.settings.search_steps):
-                one, other = draw(train_half, context, step, 74), draw(validation_half, context, step, 75)
+                train_batch = draw(train_half, context, step, Stream.GATE_TRAIN_BATCH)
+                validation_batch = draw(validation_half, context, step, Stream.GATE_VALIDATION_BATCH)
                 gauss_seidel(
                     *(w, y, a),
-                    lambda batch=one: first.loss(batch, logits.sigmoid()),  # type: ignore[misc]
-                    lambda batch=other: second.loss(batch, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=train_batch: first.loss(batch, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=validation_batch: second.loss(batch, logits.sigmoid()),  # type: ignore[misc]
                     lambda: (1 + LAMBDA) * HINGE * excess(context, blocks, logits.sigmoid()),
                     LAMBDA,
                     BETA,

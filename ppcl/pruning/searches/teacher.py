@@ -25,6 +25,7 @@ from ppcl.teacher.families import Adapter, StackSpec
 from ppcl.teacher.families import States as StreamStates
 from ppcl.teacher.model_info import ModelInfo
 from ppcl.teacher.trace import record_boundaries
+from ppcl.teacher.velocity import VelocityErrors
 
 Piece = tuple[str, Segment]  # of a stack
 
@@ -122,7 +123,7 @@ class Teacher:
         Returns:
             ||v - v_teacher||^2 / ||v_teacher||^2 over all states, for each model.
         """
-        squares, total = [0.0] * len(routes), 0.0
+        errors = [VelocityErrors() for _ in routes]
         batches = list(self.held_out.batches(batch, states))
         firsts = {(stack, segment.first) for route in routes for (stack, segment), _ in route[:1]}
         with Progress(label, total=len(routes) * len(batches)) as progress:
@@ -130,17 +131,17 @@ class Teacher:
                 with autocast(self.device, self.precision):  # substitutes may be float32 where the teacher is not
                     calls, target = record_boundaries(self.transformer, self.adapter, arguments, firsts)
                 assert target is not None  # the pass was not stopped
-                total += float(target.double().pow(2).sum())
                 moved = to_device(arguments, self.device)
-                for number, route in enumerate(routes):
+                for error, route in zip(errors, routes, strict=True):
+                    output = target  # of a model in which nothing is replaced
                     if route:
                         stack, segment = route[0][0]
                         hybrid = self._hybrid(route, calls[stack, segment.first].inputs)
                         with autocast(self.device, self.precision):
-                            found = velocity(hybrid, moved)
-                        squares[number] += float((found.double() - target.double()).pow(2).sum())
+                            output = velocity(hybrid, moved)
+                    error.add(target, output)
                     progress.advance()
-        return [square / total for square in squares]
+        return [error.squared for error in errors]
 
     def _hybrid(self, route: Sequence[tuple[Piece, nn.Module]], before: StreamStates) -> Any:
         """The transformer from the first replacement on."""

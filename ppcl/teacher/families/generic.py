@@ -13,7 +13,7 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.errors import ModelError
 from ppcl.teacher.families.base import Adapter, StackSpec
 
@@ -162,18 +163,13 @@ Call = tuple[int, dict[str, Any], Any]  # block number, its named arguments, wha
 def _watch(transformer: nn.Module, adapter: Adapter, stack: StackSpec, arguments: Mapping[str, Any]) -> list[Call]:
     """Run the transformer once and return the calls of a stack's blocks."""
     calls: list[Call] = []
-    handles = []
-    for index, block in enumerate(adapter.blocks(transformer, stack)):
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            calls.append((index, adapter.bind(module, args, kwargs), output))
+    def watch(index: int) -> Callable[..., None]:
+        return lambda block, args, kwargs, output: calls.append((index, adapter.bind(block, args, kwargs), output))
 
-        handles.append(block.register_forward_hook(hook, with_kwargs=True))
-    try:
+    blocks = enumerate(adapter.blocks(transformer, stack))
+    with removing(block.register_forward_hook(watch(index), with_kwargs=True) for index, block in blocks):
         transformer(**arguments, return_dict=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.hooks import removing
 from ppcl.errors import ModelError
 from ppcl.teacher.families.base import Adapter, StackSpec
 
@@ -126,14 +127,8 @@ def watch_valid(transformer: nn.Module, adapter: Adapter) -> Iterator[Valid]:
     def answer(path: str, x: Tensor) -> Tensor | None:
         return valid_of(*now[0], path, x) if now else None
 
-    handles = []
-    for spec in adapter.stacks:
-        for block in adapter.blocks(transformer, spec):
-            handles.append(block.register_forward_pre_hook(watch(spec), with_kwargs=True))
-            handles.append(block.register_forward_hook(left, always_call=True))
-    try:
+    blocks = [(spec, block) for spec in adapter.stacks for block in adapter.blocks(transformer, spec)]
+    entered = (block.register_forward_pre_hook(watch(spec), with_kwargs=True) for spec, block in blocks)
+    ended = (block.register_forward_hook(left, always_call=True) for _, block in blocks)
+    with removing(entered), removing(ended):
         yield answer
-    finally:
-        for handle in handles:
-            handle.remove()
-        now.clear()
