@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ppcl.common.plugins import load_object
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.artifacts import WidthOption
-from ppcl.pruning.knapsack import Layout
+from ppcl.pruning.knapsack import Layout, put_in
 from ppcl.student.plan import Segment
 from ppcl.teacher.model_info import ModelInfo
 
@@ -236,28 +236,16 @@ def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
     return made
 
 
-def layout_of(model: ModelInfo, chosen: Sequence[WidthOption]) -> tuple[Layout, float]:
-    """The segments that put options into the teacher's own blocks, and the sum of their squared errors."""
-    layout: Layout = {}
-    for stack in model.stacks:
-        segments = []
-        for index in range(stack.num_blocks):
-            inside = [o for o in chosen if (o.stack, o.block) == (stack.name, index)]
-            segments.append(_segment(index, inside))
-        layout[stack.name] = tuple(segments)
-    return layout, sum(o.error**2 for o in chosen)
-
-
-def _segment(index: int, chosen: Sequence[WidthOption]) -> Segment:
-    if not chosen:
-        return Segment(index, index)
-    timed = any(o.saved_time is not None for o in chosen)
-    return Segment(
-        index,
-        index,
-        width={path: dict(part) for option in chosen for path, part in option.parts.items()},
-        saved_params=sum(o.saved_params for o in chosen),
-        saved_flops=sum(o.saved_flops for o in chosen),
-        error=math.sqrt(sum(o.error**2 for o in chosen)),
-        saved_time=sum(o.saved_speed for o in chosen) if timed else None,
-    )
+def layout_of(model: ModelInfo, options: Sequence[WidthOption]) -> tuple[Layout, float]:
+    """The segments that put options into the teacher's own blocks, and the root of the sum of their squared errors."""
+    inside: dict[tuple[str, int], list[WidthOption]] = {}
+    for option in options:
+        inside.setdefault((option.stack, option.block), []).append(option)
+    layout = {
+        stack.name: tuple(
+            put_in(Segment(index, index), 0.0, tuple(inside.get((stack.name, index), ())))[0]
+            for index in range(stack.num_blocks)
+        )
+        for stack in model.stacks
+    }
+    return layout, math.sqrt(sum(option.error**2 for option in options))
