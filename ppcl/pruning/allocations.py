@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ppcl.common.plugins import load_object
+from ppcl.config.extensions import ALLOCATIONS
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.artifacts import WidthOption
 from ppcl.pruning.knapsack import Layout, put_in
@@ -35,9 +35,6 @@ class Class:
     size: float
     cap: float = 1.0
     weight: float = 1.0
-
-
-Allocation = Callable[[Mapping[str, Class], float], dict[str, float]]
 
 
 def uniform(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
@@ -76,9 +73,6 @@ def nirvana(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
     return shares
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "nirvana": nirvana}
-
-
 def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[str, float]:
     """Spread an amount by an allocation's name, and check what comes out.
 
@@ -93,16 +87,15 @@ def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[st
     Raises:
         ConfigError: The allocation cannot be loaded, or gives something else.
     """
-    allocation = ALLOCATIONS[name] if name in ALLOCATIONS else load_object(name, "plan.allocation", {"__call__": ()})
-    found = allocation(classes, amount)
-    if not isinstance(found, Mapping) or set(found) != set(classes):
-        raise ConfigError(f"plan.allocation={name}: got {found!r}, expected a share for each of {', '.join(classes)}")
-    for group, share in found.items():
+    shares = ALLOCATIONS.named(name)(classes, amount)
+    if not isinstance(shares, Mapping) or set(shares) != set(classes):
+        raise ConfigError(f"plan.allocation={name}: got {shares!r}, expected a share for each of {', '.join(classes)}")
+    for group, share in shares.items():
         if not -1e-9 <= share <= classes[group].cap + 1e-9:  # NaN is none, either
             raise ConfigError(
                 f"plan.allocation={name}: got a share of {share!r} of {group}, expected 0 to {classes[group].cap:.3g}"
             )
-    return dict(found)
+    return dict(shares)
 
 
 def uniform_counts(sizes: Sequence[int], importance: Sequence[float], share: float, slack: float) -> list[int]:
@@ -222,18 +215,18 @@ def _cut(members: Sequence[_Module], share: float) -> list[WidthOption]:
 
 def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
     """Modules that can lose units, in the order of the blocks."""
-    found: dict[tuple[int, int, str], list[WidthOption]] = {}
+    by_module: dict[tuple[int, int, str], list[WidthOption]] = {}
     order = {stack.name: number for number, stack in enumerate(model.stacks)}
     for option in options:
         if all(part["kind"] in ("narrow", "heads") for part in option.parts.values()):
-            found.setdefault((order[option.stack], option.block, option.group), []).append(option)
-    made = []
-    for (_, _, group), members in sorted(found.items()):
+            by_module.setdefault((order[option.stack], option.block, option.group), []).append(option)
+    modules = []
+    for (_, _, group), members in sorted(by_module.items()):
         sizes = sorted(members, key=lambda o: o.saved_params)
         part = next(iter(sizes[-1].parts.values()))
         whole = sizes[-1].saved_params * part["of"] / (part["of"] - part["size"])
-        made.append(_Module(group, whole, tuple(sizes)))
-    return made
+        modules.append(_Module(group, whole, tuple(sizes)))
+    return modules
 
 
 def layout_of(model: ModelInfo, options: Sequence[WidthOption]) -> tuple[Layout, float]:

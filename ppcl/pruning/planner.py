@@ -1,17 +1,20 @@
 """Choose the runs: analysis + candidates + budget -> plan. No torch here.
 
-Each of ``PLANNERS`` looks at measured costs alone. They are searches like those that look at the teacher itself
-(:mod:`ppcl.pruning.searches`), and :func:`plan` asks them without a context.
+A :class:`Planned` search looks at measured costs alone; those that look at the teacher itself are in
+:mod:`ppcl.pruning.searches`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar, Protocol
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
+from ppcl.config.extensions import SEARCHES
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.allocations import allotted_layouts, layout_of
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
@@ -26,8 +29,43 @@ Costs = Mapping[Run, Candidate]
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
 
 
+class Measured(Protocol):
+    """The part of a search's context that planners read (:class:`ppcl.pruning.searches.base.Context`)."""
+
+    @property
+    def analysis(self) -> Analysis:
+        """Gives the paper's intervals and block influence."""
+        ...
+
+    @property
+    def candidates(self) -> Candidates:
+        """Runs and smaller modules with their costs."""
+        ...
+
+    @property
+    def settings(self) -> PlanConfig:
+        """Budget and protected blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A search that looks at nothing but what was measured before; made from a function."""
+
+    rule: Callable[[Analysis, Candidates, PlanConfig], CompressionPlan]
+    deterministic: ClassVar[bool] = True
+
+    def cost(self, context: Measured) -> float:
+        """Nothing."""
+        return 0
+
+    def choose(self, context: Measured) -> CompressionPlan:
+        """Apply the rule."""
+        return self.rule(context.analysis, context.candidates, context.settings)
+
+
 def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
-    """Choose runs under the budget, by the planner that ``settings.mode`` names.
+    """Choose runs under the budget, by the planned search that ``settings.mode`` names.
 
     Args:
         analysis: Gives the paper's intervals and block influence.
@@ -40,10 +78,12 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
     Raises:
         BudgetError: No plan meets the budget; the message names the nearest feasible one.
     """
-    return PLANNERS[settings.mode](analysis, candidates, settings)
+    search: Planned = SEARCHES[settings.mode]
+    return search.rule(analysis, candidates, settings)
 
 
-def plan_optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+@Planned
+def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Least summed squared velocity error, over runs that do not overlap and smaller modules.
 
     Fitted and probe costs are on different scales (a probe can beat a briefly fitted block), so unfitted runs come in
@@ -63,23 +103,27 @@ def plan_optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfi
         return cheapest(runs)
 
 
-def plan_paper(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+@Planned
+def paper(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """The intervals of eqs. 4-5, in order of least damage a removed block."""
     costs = costs_of(candidates)
     return from_ladder(analysis.model, paper_ladder(analysis, costs, settings), costs, settings)
 
 
-def plan_uniform(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+@Planned
+def uniform(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Runs of equal length, evenly spread: a baseline with the same kind of substitute."""
     return from_ladder(analysis.model, uniform_ladder(analysis.model, settings), costs_of(candidates), settings)
 
 
-def plan_influence(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+@Planned
+def influence(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Blocks of least influence go first: a baseline with the same kind of substitute."""
     return from_ladder(analysis.model, influence_ladder(analysis, settings), costs_of(candidates), settings)
 
 
-def plan_allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
+@Planned
+def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Fewer neurons and heads alone, by :mod:`ppcl.pruning.allocations`; the smallest cut that meets the budget."""
     _, options = usable(analysis.model, candidates, settings)
     ladder = allotted_layouts(analysis.model, options, settings.allocation, settings.gamma)
@@ -89,15 +133,6 @@ def plan_allocation(analysis: Analysis, candidates: Candidates, settings: PlanCo
             "(and plan.width, if it is set) and fit again"
         )
     return plan_of(analysis.model, [layout_of(analysis.model, choice) for choice in ladder], settings)
-
-
-PLANNERS: dict[str, Callable[[Analysis, Candidates, PlanConfig], CompressionPlan]] = {
-    "optimal": plan_optimal,
-    "paper": plan_paper,
-    "uniform": plan_uniform,
-    "influence": plan_influence,
-    "allocation": plan_allocation,
-}
 
 
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:

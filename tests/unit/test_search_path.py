@@ -19,9 +19,9 @@ from ppcl.common.files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
 from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.pruning.knapsack import Edge, Route, layout_of
 from ppcl.pruning.planner import plan as planned
 from ppcl.pruning.searches import Context, choose
-from ppcl.pruning.knapsack import Edge, Route, layout_of
 from ppcl.pruning.searches.graph import Graph, PathSearch, Widths
 from ppcl.pruning.searches.path import build_graph
 from ppcl.pruning.searches.teacher import Teacher

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import BACKWARD, Site, checkpointed, unit_sums
+from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Site, Sites, checkpointed, unit_sums
 from ppcl.pruning.criteria.gradients import _Tap
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
@@ -67,14 +67,7 @@ class Bip:
 
     cost = 1 + EPOCHS * 2 * BACKWARD
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`; with one batch alone, both levels see that."""
         if not sites or not batches:
             return [torch.ones(site.units.count, dtype=torch.float64) for site in sites]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import BACKWARD, Site, checkpointed, hooked, signed_output
+from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Site, Sites, checkpointed, hooked, signed_output
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -29,14 +30,7 @@ class Taylor:
 
     cost = BACKWARD
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
         counts = [0] * len(sites)
@@ -78,3 +72,13 @@ class Taylor:
             inner = signed_output(transformer, arguments, seed, step)
             found = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
         return {n: g for n, g in zip(gates, found, strict=True) if g is not None}
+
+
+class TaylorWeights:
+    """|W_ij| sqrt(mean_s G_ij^2): to first order, how far the velocity moves when the weight goes."""
+
+    needs: Needs = "gradients"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return seen.weight.abs() * seen.gradient_rms
