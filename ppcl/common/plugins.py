@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ppcl.common.files import digest
 from ppcl.errors import ConfigError, nearest
 
 
@@ -130,7 +131,8 @@ def _module(place: str, what: str) -> ModuleType:
     try:
         if path.suffix != ".py":
             return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(f"ppcl_external_{path.stem}", path)
+        name = f"ppcl_external_{path.stem}_{digest(str(path.resolve()))[:8]}"  # files of one name are apart
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None  # it is a file of Python source by its name
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

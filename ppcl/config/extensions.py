@@ -55,8 +55,5 @@ ALLOCATIONS = Table(
     "allocation",
     "plan.allocation",
     {"__call__": ()},
-    {
-        "uniform": "ppcl.pruning.allocations:uniform",
-        "nirvana": "ppcl.pruning.allocations:nirvana",
-    },
+    {"uniform": "ppcl.pruning.allocations:uniform", "nirvana": "ppcl.pruning.allocations:nirvana"},
 )

@@ -195,22 +195,22 @@ def allotted_layouts(
     ladder: list[list[WidthOption]] = []
     for step in range(STEPS + 1) if modules else ():
         shares = shares_by(allocation, classes, most * step / STEPS)
-        chosen = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
-        if not ladder or chosen != ladder[-1]:
-            ladder.append(chosen)
+        choice = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
+        if not ladder or choice != ladder[-1]:
+            ladder.append(choice)
     return ladder
 
 
 def _cut(members: Sequence[_Module], share: float) -> list[WidthOption]:
     """For each module the size nearest to what is due; the remainder is due at the next one."""
-    due, chosen = 0.0, []
+    due, cuts = 0.0, []
     for module in members:
         due += share * module.size
         best = min((None, *module.options), key=lambda o: abs(due - (o.saved_params if o else 0)))
         if best is not None:
-            chosen.append(best)
+            cuts.append(best)
             due -= best.saved_params
-    return chosen
+    return cuts
 
 
 def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:

@@ -20,7 +20,7 @@ from ppcl.student.plan import Segment, start_index
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 CLASSES = 1000  # of savings, from nothing to the whole model
-DEPTH_CLASSES = 100_000  # of depth alone, where few savings differ: so many that hardly two share one
+DEPTH_CLASSES = 10_000  # of depth alone, where few savings differ: so many that hardly two share a class
 Layout = dict[str, tuple[Segment, ...]]
 Route = tuple[int, ...]  # numbers of edges, in execution order
 

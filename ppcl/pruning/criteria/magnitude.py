@@ -18,13 +18,13 @@ class Magnitude:
     @torch.no_grad()
     def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
-        found = []
+        scores = []
         for site in sites:
             total = torch.zeros(site.units.count, dtype=torch.float64)
             for layer, side in site.weights(transformer, adapter).values():
                 total += unit_sums(layer.weight.double().pow(2), site.units, side).cpu()
-            found.append(total.sqrt())
-        return found
+            scores.append(total.sqrt())
+        return scores
 
 
 class MagnitudeWeights:

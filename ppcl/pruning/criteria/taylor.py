@@ -41,13 +41,7 @@ class Taylor:
         return [(total / max(1, count)).sqrt() for total, count in zip(totals, counts, strict=True)]
 
     def _gradients(
-        self,
-        transformer: Any,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        arguments: dict[str, Any],
-        seed: int,
-        step: int,
+        self, transformer: Any, adapter: Adapter, sites: Sequence[Site], arguments: dict[str, Any], seed: int, step: int
     ) -> dict[int, Tensor]:
         """Gradients of the gates of one batch, (states, units) for each site that was called."""
         first = {spec.name: int(spec.tokens_first) for spec in adapter.stacks}
@@ -70,8 +64,8 @@ class Taylor:
 
         with checkpointed(transformer), hooked(transformer, adapter, sites, watch), torch.enable_grad():
             inner = signed_output(transformer, arguments, seed, step)
-            found = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
-        return {n: g for n, g in zip(gates, found, strict=True) if g is not None}
+            gradients = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
+        return {n: g for n, g in zip(gates, gradients, strict=True) if g is not None}
 
 
 class TaylorWeights:

@@ -72,15 +72,15 @@ class Context:
         Raises:
             ConfigError: There are none.
         """
-        found = []
+        blocks = []
         for stack in self.model.stacks:
             low, high = free_blocks(self.model, stack, self.settings)
-            found += [(stack.name, index) for index in range(low + 1, high)]
-        if not found:
+            blocks += [(stack.name, index) for index in range(low + 1, high)]
+        if not blocks:
             raise ConfigError(
                 f"plan.mode={self.settings.mode}: no block can go; lower plan.protect_first or plan.protect_last"
             )
-        return found
+        return blocks
 
     def first_that_fits(self, ladder: Sequence[Runs], start: str | None = None) -> CompressionPlan:
         """The plan of the first set of runs that meets the budget.

@@ -104,8 +104,8 @@ class Graph:
 
     def neighbours(self, route: Route, count: int) -> list[Route]:
         """Paths that keep all edges of a path but one; what that edge saved is found elsewhere."""
-        found = {way for n in route for way in self.cheapest(count, fixed=tuple(m for m in route if m != n))}
-        return heapq.nsmallest(count, found - {route}, key=lambda way: (self.proxy(way), way))
+        near = {way for n in route for way in self.cheapest(count, fixed=tuple(m for m in route if m != n))}
+        return heapq.nsmallest(count, near - {route}, key=lambda way: (self.proxy(way), way))
 
 
 class PathSearch:
@@ -121,8 +121,8 @@ class PathSearch:
     def __init__(self, graph: Graph, branches: Measure, whole: Measure, widths: Widths | None = None) -> None:
         self.graph, self.widths = graph, widths or Widths()
         self._branches, self._whole = branches, whole
-        self._known_branches: dict[Route, float] = {(): 0.0}
-        self.known: dict[Route, float] = {}
+        self._branch_errors: dict[Route, float] = {(): 0.0}
+        self.errors: dict[Route, float] = {}
 
     def run(self, must_keep: Collection[int] = (), priors: Sequence[Route] = ()) -> Route | None:
         """Search.
@@ -138,42 +138,42 @@ class PathSearch:
         everything = graph.cheapest(widths.fuzzy + 1)
         if len(everything) <= widths.fuzzy:  # a graph that small is measured as a whole
             self._precise(everything)
-            return min(self.known, key=self._order, default=None)
+            return min(self.errors, key=self._order, default=None)
         self._three_steps(graph.cheapest(widths.fuzzy, graph.avoiding(must_keep)) or everything[: widths.fuzzy])
         suggested = {number for route in priors for number in route}
         enough = [route for route in priors if graph.saves_enough(route)]
         self._three_steps([*enough, *graph.cheapest(widths.fuzzy, suggested)])
         self._precise(enough)
         for _ in range(widths.rounds):
-            kept = heapq.nsmallest(widths.precise, self.known, key=self._order)
+            kept = heapq.nsmallest(widths.precise, self.errors, key=self._order)
             near = {way for route in kept for way in graph.neighbours(route, widths.fuzzy)}
             self._three_steps([*everything, *near])
-            if heapq.nsmallest(widths.precise, self.known, key=self._order) == kept:
+            if heapq.nsmallest(widths.precise, self.errors, key=self._order) == kept:
                 break
-        return min(self.known, key=self._order)
+        return min(self.errors, key=self._order)
 
     def _order(self, route: Route) -> tuple[float, Route]:
-        return self.known[route], route
+        return self.errors[route], route
 
     def _three_steps(self, routes: Iterable[Route]) -> None:
         """Measure the most promising of some paths."""
-        new = [route for route in dict.fromkeys(routes) if route not in self.known]
+        new = [route for route in dict.fromkeys(routes) if route not in self.errors]
         fuzzy = heapq.nsmallest(self.widths.fuzzy, new, key=lambda route: (self.graph.proxy(route), route))
         split = {route: self._split(route) for route in fuzzy}
         groups = {branch for head, _, tail in split.values() for branch in (head, tail)}
-        unknown = sorted(branch for branch in groups if branch not in self._known_branches)
-        self._known_branches |= dict(zip(unknown, self._branches(unknown), strict=True))
+        unknown = sorted(branch for branch in groups if branch not in self._branch_errors)
+        self._branch_errors |= dict(zip(unknown, self._branches(unknown), strict=True))
 
         def score(route: Route) -> tuple[float, Route]:
             head, middle, tail = split[route]
-            ends = self._known_branches[head] + self._known_branches[tail]
+            ends = self._branch_errors[head] + self._branch_errors[tail]
             return ends + self.graph.proxy(middle), route
 
         self._precise(heapq.nsmallest(self.widths.reduced, fuzzy, key=score))
 
     def _precise(self, routes: Sequence[Route]) -> None:
-        new = [route for route in dict.fromkeys(routes) if route not in self.known]
-        self.known |= dict(zip(new, self._whole(new), strict=True))
+        new = [route for route in dict.fromkeys(routes) if route not in self.errors]
+        self.errors |= dict(zip(new, self._whole(new), strict=True))
 
     def _split(self, route: Route) -> tuple[Route, Route, Route]:
         """First h edges, what lies between, last h edges; short paths are halved."""

@@ -63,7 +63,7 @@ class Path:
             raise AssertionError("the graph was built with a path that saves enough")
         layout = layout_of(context.model, [graph.edges[number] for number in best])
         kind, value = context.settings.budget
-        prediction = predict(context.model, layout, math.sqrt(search.known[best]))
+        prediction = predict(context.model, layout, math.sqrt(search.errors[best]))
         return CompressionPlan(context.model, context.settings.mode, {kind: value}, layout, prediction)
 
 
@@ -98,18 +98,18 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
 
 def must_keep(context: Context) -> set[int]:
     """The quarter of all blocks that has most influence, numbered through the stacks."""
-    found, offset = [], 0
+    scored, offset = [], 0
     for stack in context.model.stacks:
         influence = next(s.influence for s in context.analysis.stacks if s.name == stack.name)
-        found += [(value, offset + index) for index, value in enumerate(influence)]
+        scored += [(value, offset + index) for index, value in enumerate(influence)]
         offset += stack.num_blocks
-    return {block for _, block in sorted(found, reverse=True)[: len(found) // 4]}
+    return {block for _, block in sorted(scored, reverse=True)[: len(scored) // 4]}
 
 
 def priors(context: Context, graph: Graph) -> list[Route]:
     """The plans of the planner's modes as paths; of what is not in the graph, the rest."""
     numbers = {_key(edge.stack, edge.segment): number for number, edge in enumerate(graph.edges)}
-    found = []
+    routes = []
     for mode in PRIORS:
         settings = context.settings.model_copy(update={"mode": mode})
         try:
@@ -117,8 +117,8 @@ def priors(context: Context, graph: Graph) -> list[Route]:
         except BudgetError:
             continue
         keys = [_key(s.name, segment) for s in context.model.stacks for segment in suggested.stacks[s.name]]
-        found.append(tuple(numbers[key] for key in keys if key in numbers))
-    return found
+        routes.append(tuple(numbers[key] for key in keys if key in numbers))
+    return routes
 
 
 def _key(stack: str, segment: Segment) -> tuple[object, ...]:

@@ -60,7 +60,7 @@ def gauss_seidel(
 
     def tie() -> Tensor:
         pairs = zip(y.variables, w.variables, strict=True)
-        return beta / 2 * torch.stack([(one - other).pow(2).sum() for one, other in pairs]).sum()
+        return beta / 2 * torch.stack([(at_y - at_w).pow(2).sum() for at_y, at_w in pairs]).sum()
 
     apply_gradients(w.optimizer, factor * train() + tie(), w.variables)
     apply_gradients(y.optimizer, validate() + tie(), y.variables)
@@ -91,11 +91,14 @@ class Rarts:
         a = Player([logits], torch.optim.AdamW([logits], GATE_RATE, weight_decay=0.0))
         with Progress("plan: gates", total=context.settings.search_steps) as progress:
             for step in range(context.settings.search_steps):
-                one, other = draw(train_half, context, step, 74), draw(validation_half, context, step, 75)
+                train_batch, validation_batch = (
+                    draw(train_half, context, step, 74),
+                    draw(validation_half, context, step, 75),
+                )
                 gauss_seidel(
                     *(w, y, a),
-                    lambda batch=one: first.loss(batch, logits.sigmoid()),  # type: ignore[misc]
-                    lambda batch=other: second.loss(batch, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=train_batch: first.loss(batch, logits.sigmoid()),  # type: ignore[misc]
+                    lambda batch=validation_batch: second.loss(batch, logits.sigmoid()),  # type: ignore[misc]
                     lambda: (1 + LAMBDA) * HINGE * excess(context, blocks, logits.sigmoid()),
                     LAMBDA,
                     BETA,
