@@ -184,13 +184,14 @@ def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[Widt
             if run.stack == stack.name and math.isfinite(run.cost):
                 by_first[run.first].append(run)
         for index in range(stack.num_blocks):
-            filled = _with_width(Segment(index, index), 0.0, by_block[index], by_flops)
+            kept = Segment(index, index)
+            filled = [put_in(kept, 0.0, choice) for choice in choices_of(by_block[index], by_flops)]
             for run in by_first[index]:
                 # a substitute carries several blocks' work: it keeps its feed-forward networks
                 start = by_block[start_index(run.first, run.last, run.start)]
                 inside = [option for option in start if option.group.startswith("modulation")]
                 whole = Segment(run.first, run.last, run.start or "middle")
-                filled += _with_width(whole, run.cost, inside, by_flops)
+                filled += [put_in(whole, run.cost, choice) for choice in choices_of(inside, by_flops)]
             edges += [_edge(stack, offset, s, cost, by_flops) for s, cost in filled if s.is_substitute]
         offset += stack.num_blocks
     return edges
@@ -216,13 +217,6 @@ def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bo
 
 
 Choice = tuple[WidthOption, ...]
-
-
-def _with_width(
-    segment: Segment, cost: float, options: Sequence[WidthOption], by_flops: bool
-) -> list[tuple[Segment, float]]:
-    """A segment with every undominated choice of at most one option a group, and its squared error."""
-    return [put_in(segment, cost, choice) for choice in choices_of(options, by_flops)]
 
 
 def put_in(segment: Segment, cost: float, choice: Choice) -> tuple[Segment, float]:

@@ -173,6 +173,14 @@ def test_the_cost_is_stated_before_the_search_starts_and_kept(tmp_path: Path) ->
     assert found.teacher_forwards == 1200
 
 
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+    first, second = (SEARCHES.named(outside(tmp_path / name, HEAD + FIRST)) for name in ("a", "b"))
+    assert sys.modules[type(first).__module__].Own is type(first)
+    assert sys.modules[type(second).__module__].Own is type(second)
+
+
 def test_another_search_in_the_same_file_is_another_plan(tmp_path: Path) -> None:
     name = outside(tmp_path, HEAD + FIRST)
     first = PlanConfig(mode=name).identity()
