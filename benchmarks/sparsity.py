@@ -20,7 +20,8 @@ from torch import nn
 
 from ppcl.capture.states import States
 from ppcl.common.tables import markdown_table
-from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
+from ppcl.config.extensions import WEIGHT_CRITERIA
+from ppcl.config.sparsity import SparsityConfig
 from ppcl.eval.velocity import state_errors
 from ppcl.pruning.sparsity import block_shares, make_masks, sparse_layers, sparse_plan, sparsity_cost
 from ppcl.student.assembly import RunKey, with_blocks
@@ -57,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         states = capture_states(args, pipeline, config, 4 if args.quick else 16, Path(folder) / "states")
         batches = list(States(states, "train").batches(8, args.states))
-        for name in WEIGHT_CRITERION_NAMES[:1] if args.quick else WEIGHT_CRITERION_NAMES:
+        for name in list(WEIGHT_CRITERIA)[:1] if args.quick else WEIGHT_CRITERIA:
             row = [f"`{name}`"]
             for kind, changes in KINDS.items():
                 settings = SparsityConfig(criterion=name, states=args.states, blocks_at_once=count, **changes)

@@ -9,35 +9,76 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ppcl.common.files import digest
 from ppcl.errors import ConfigError, nearest
 
 
-def valid_name(name: str, table: Collection[str], noun: str) -> str:
-    """Return a name if it can stand for code; the code itself is looked for when it is loaded.
+@dataclass(frozen=True)
+class Table(Mapping[str, Any]):
+    """Names that stand for code, which is imported when it is asked for; code of the user's stands beside them.
 
-    Args:
-        name: Of the table, or a place and a class.
-        table: Names that need no place.
-        noun: What they are names of, for the message.
-
-    Raises:
-        ValueError: It cannot; the message names the nearest one of the table.
+    Attributes:
+        noun: What they are names of, for messages.
+        setting: The config key that names one.
+        methods: That it must have, with the names of their arguments.
+        places: ``module:attribute`` of each name.
     """
-    place, _, attribute = name.rpartition(":")
-    if place and attribute.isidentifier():
-        if place.endswith(".py") and not Path(place).expanduser().is_file():
-            raise ValueError(f"there is no file {place}")
+
+    noun: str
+    setting: str
+    methods: Mapping[str, tuple[str, ...]]
+    places: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Any:
+        """The object of a name; of a class, a new instance."""
+        return load_object(self.places[name], self.setting, self.methods)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def named(self, name: str) -> Any:
+        """The object of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
+
+        Raises:
+            ConfigError: There is none of this name, or it cannot be loaded.
+        """
+        if name in self:
+            return self[name]
+        if ":" not in name:
+            raise ConfigError(f"{self.setting}={name}: {self._unknown(name)}")
+        return load_object(name, self.setting, self.methods)
+
+    def valid(self, name: str) -> str:
+        """Return a name if it can stand for code; the code itself is looked for when it is loaded.
+
+        Raises:
+            ValueError: It cannot; the message names the nearest one of the table.
+        """
+        place, _, attribute = name.rpartition(":")
+        if place and attribute.isidentifier():
+            if place.endswith(".py") and not Path(place).expanduser().is_file():
+                raise ValueError(f"there is no file {place}")
+            return name
+        if ":" in name or name.endswith(".py"):
+            raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
+        if name not in self:
+            raise ValueError(self._unknown(name))
         return name
-    if ":" in name or name.endswith(".py"):
-        raise ValueError(f"got {name!r}, expected file.py:ClassName or module:ClassName")
-    if name not in table:
-        raise ValueError(f"unknown {noun}{nearest(name, table)}; valid: {', '.join(table)}")
-    return name
+
+    def _unknown(self, name: str) -> str:
+        return f"unknown {self.noun}{nearest(name, self)}; valid: {', '.join(self)}"
 
 
 def source_of(name: str) -> str | None:
@@ -90,7 +131,8 @@ def _module(place: str, what: str) -> ModuleType:
     try:
         if path.suffix != ".py":
             return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(f"ppcl_external_{path.stem}", path)
+        name = f"ppcl_external_{path.stem}_{digest(str(path.resolve()))[:8]}"  # files of one name are apart
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None  # it is a file of Python source by its name
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

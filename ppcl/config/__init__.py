@@ -2,7 +2,6 @@
 
 from ppcl.config.load import for_model, load_config, merge, parse_override, parse_seeds, parse_size
 from ppcl.config.schema import (
-    CRITERION_NAMES,
     AnalyzeConfig,
     CaptureConfig,
     DistillConfig,
@@ -14,7 +13,6 @@ from ppcl.config.schema import (
 )
 
 __all__ = [
-    "CRITERION_NAMES",
     "AnalyzeConfig",
     "CaptureConfig",
     "DistillConfig",

@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ppcl.common.plugins import source_of, valid_name
+from ppcl.common.plugins import source_of
+from ppcl.config.extensions import CRITERIA
 from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import nearest
-
-# keys of ppcl.pruning.criteria.CRITERIA, which needs torch
-CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 
 class CaptureConfig(PicturesConfig):
@@ -64,7 +62,7 @@ class FitConfig(Section):
     )
     criterion: str = Field(
         "activation",
-        description=f"what neurons and heads are kept by: {', '.join(CRITERION_NAMES)}, or your file.py:ClassName",
+        description=f"what neurons and heads are kept by: {', '.join(CRITERIA)}, or your file.py:ClassName",
     )
     criterion_draws: int = Field(
         1, ge=1, description="draws of states to score with; kept: that of least velocity error on held-out states"
@@ -79,7 +77,7 @@ class FitConfig(Section):
     @classmethod
     def _known_criterion(cls, name: str) -> str:
         """Name the nearest criterion; of one from outside the class is looked for when it is loaded."""
-        return valid_name(name, CRITERION_NAMES, "criterion")
+        return CRITERIA.valid(name)
 
     @field_validator("width_shares")
     @classmethod

@@ -7,10 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ppcl.common.plugins import source_of, valid_name
-
-# keys of ppcl.pruning.criteria.weights.WEIGHT_CRITERIA, which needs torch
-WEIGHT_CRITERION_NAMES = ("gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
+from ppcl.common.plugins import source_of
+from ppcl.config.extensions import WEIGHT_CRITERIA
 
 
 class SparsityConfig(BaseModel):
@@ -25,7 +23,7 @@ class SparsityConfig(BaseModel):
     )
     criterion: str = Field(
         "wanda",
-        description=f"what a weight is worth: {', '.join(WEIGHT_CRITERION_NAMES)}, or your file.py:ClassName",
+        description=f"what a weight is worth: {', '.join(WEIGHT_CRITERIA)}, or your file.py:ClassName",
     )
     allocation: Literal["uniform", "ecoflap"] = Field(
         "uniform", description="the same share of every block, or by blocks' zeroth-order importance (no n:m)"
@@ -56,7 +54,7 @@ class SparsityConfig(BaseModel):
     @field_validator("criterion")
     @classmethod
     def _known_criterion(cls, name: str) -> str:
-        return valid_name(name, WEIGHT_CRITERION_NAMES, "criterion")
+        return WEIGHT_CRITERIA.valid(name)
 
     @model_validator(mode="after")
     def _fitting(self) -> SparsityConfig:

@@ -16,10 +16,9 @@ from typing import Any
 
 from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.common.files import digest
-from ppcl.common.plugins import valid_name
-from ppcl.config import CRITERION_NAMES, PlanConfig
+from ppcl.config import PlanConfig
+from ppcl.config.extensions import CRITERIA, SEARCHES
 from ppcl.config.memory import changed
-from ppcl.config.search import SEARCH_NAMES
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import BudgetError, ConfigError, UserError, nearest
 from ppcl.experiments.baselines import plan_from_runs, with_starts
@@ -27,8 +26,7 @@ from ppcl.experiments.methods_text import Entry, draw, paragraphs
 from ppcl.experiments.runner import Row, RowRunner
 from ppcl.experiments.tables import finish
 from ppcl.pruning.artifacts import Candidates
-from ppcl.pruning.criteria import CRITERIA, criterion_named
-from ppcl.pruning.searches import choose, search_named
+from ppcl.pruning.searches import choose
 from ppcl.pruning.sparsity import sparse_layers, sparsity_cost
 from ppcl.run import Session
 from ppcl.run.fork import fork
@@ -123,14 +121,15 @@ def methods_named(text: str) -> dict[str, Method]:
 
 def _outside(kind: str, place: str) -> Method:
     """The method of ``search=`` or ``units=``, which is loaded once now: the work before its turn takes hours."""
+    table = SEARCHES if kind == "search" else CRITERIA
     try:
-        valid_name(place, SEARCH_NAMES if kind == "search" else CRITERION_NAMES, kind)
+        table.named(table.valid(place))
     except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"--methods: {kind}={place}: {error}") from None
     if kind == "search":
-        search_named(place)
         return _depth(place, place)
-    criterion_named(place)
     return Method(f"{place}, uniform", "neurons, heads", {"mode": "allocation"}, place)
 
 
@@ -165,7 +164,7 @@ def plan_for(session: Session, settings: PlanConfig, seed: int) -> CompressionPl
     Raises:
         BudgetError: No plan of this search meets the budget.
     """
-    drawn = 0 if getattr(search_named(settings.mode), "deterministic", False) else seed
+    drawn = 0 if getattr(SEARCHES.named(settings.mode), "deterministic", False) else seed
     costs = (session.out / "candidates.json").read_text(encoding="utf-8")  # whose times may be shared after the stage
     path = (
         session.out / "compare" / "plans" / f"{digest(session.depends('fit'), costs, settings.identity(), drawn)}.json"

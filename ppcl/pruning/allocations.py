@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ppcl.common.plugins import load_object
+from ppcl.config.extensions import ALLOCATIONS
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.artifacts import WidthOption
-from ppcl.pruning.knapsack import Layout
+from ppcl.pruning.knapsack import Layout, put_in
 from ppcl.student.plan import Segment
 from ppcl.teacher.model_info import ModelInfo
 
@@ -35,9 +35,6 @@ class Class:
     size: float
     cap: float = 1.0
     weight: float = 1.0
-
-
-Allocation = Callable[[Mapping[str, Class], float], dict[str, float]]
 
 
 def uniform(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
@@ -76,9 +73,6 @@ def nirvana(classes: Mapping[str, Class], amount: float) -> dict[str, float]:
     return shares
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "nirvana": nirvana}
-
-
 def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[str, float]:
     """Spread an amount by an allocation's name, and check what comes out.
 
@@ -93,16 +87,15 @@ def shares_by(name: str, classes: Mapping[str, Class], amount: float) -> dict[st
     Raises:
         ConfigError: The allocation cannot be loaded, or gives something else.
     """
-    allocation = ALLOCATIONS[name] if name in ALLOCATIONS else load_object(name, "plan.allocation", {"__call__": ()})
-    found = allocation(classes, amount)
-    if not isinstance(found, Mapping) or set(found) != set(classes):
-        raise ConfigError(f"plan.allocation={name}: got {found!r}, expected a share for each of {', '.join(classes)}")
-    for group, share in found.items():
+    shares = ALLOCATIONS.named(name)(classes, amount)
+    if not isinstance(shares, Mapping) or set(shares) != set(classes):
+        raise ConfigError(f"plan.allocation={name}: got {shares!r}, expected a share for each of {', '.join(classes)}")
+    for group, share in shares.items():
         if not -1e-9 <= share <= classes[group].cap + 1e-9:  # NaN is none, either
             raise ConfigError(
                 f"plan.allocation={name}: got a share of {share!r} of {group}, expected 0 to {classes[group].cap:.3g}"
             )
-    return dict(found)
+    return dict(shares)
 
 
 def uniform_counts(sizes: Sequence[int], importance: Sequence[float], share: float, slack: float) -> list[int]:
@@ -202,62 +195,50 @@ def allotted_layouts(
     ladder: list[list[WidthOption]] = []
     for step in range(STEPS + 1) if modules else ():
         shares = shares_by(allocation, classes, most * step / STEPS)
-        chosen = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
-        if not ladder or chosen != ladder[-1]:
-            ladder.append(chosen)
+        choice = [option for group, members in by_class.items() for option in _cut(members, shares[group])]
+        if not ladder or choice != ladder[-1]:
+            ladder.append(choice)
     return ladder
 
 
 def _cut(members: Sequence[_Module], share: float) -> list[WidthOption]:
     """For each module the size nearest to what is due; the remainder is due at the next one."""
-    due, chosen = 0.0, []
+    due, cuts = 0.0, []
     for module in members:
         due += share * module.size
         best = min((None, *module.options), key=lambda o: abs(due - (o.saved_params if o else 0)))
         if best is not None:
-            chosen.append(best)
+            cuts.append(best)
             due -= best.saved_params
-    return chosen
+    return cuts
 
 
 def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
     """Modules that can lose units, in the order of the blocks."""
-    found: dict[tuple[int, int, str], list[WidthOption]] = {}
+    by_module: dict[tuple[int, int, str], list[WidthOption]] = {}
     order = {stack.name: number for number, stack in enumerate(model.stacks)}
     for option in options:
         if all(part["kind"] in ("narrow", "heads") for part in option.parts.values()):
-            found.setdefault((order[option.stack], option.block, option.group), []).append(option)
-    made = []
-    for (_, _, group), members in sorted(found.items()):
+            by_module.setdefault((order[option.stack], option.block, option.group), []).append(option)
+    modules = []
+    for (_, _, group), members in sorted(by_module.items()):
         sizes = sorted(members, key=lambda o: o.saved_params)
         part = next(iter(sizes[-1].parts.values()))
         whole = sizes[-1].saved_params * part["of"] / (part["of"] - part["size"])
-        made.append(_Module(group, whole, tuple(sizes)))
-    return made
+        modules.append(_Module(group, whole, tuple(sizes)))
+    return modules
 
 
-def layout_of(model: ModelInfo, chosen: Sequence[WidthOption]) -> tuple[Layout, float]:
-    """The segments that put options into the teacher's own blocks, and the sum of their squared errors."""
-    layout: Layout = {}
-    for stack in model.stacks:
-        segments = []
-        for index in range(stack.num_blocks):
-            inside = [o for o in chosen if (o.stack, o.block) == (stack.name, index)]
-            segments.append(_segment(index, inside))
-        layout[stack.name] = tuple(segments)
-    return layout, sum(o.error**2 for o in chosen)
-
-
-def _segment(index: int, chosen: Sequence[WidthOption]) -> Segment:
-    if not chosen:
-        return Segment(index, index)
-    timed = any(o.saved_time is not None for o in chosen)
-    return Segment(
-        index,
-        index,
-        width={path: dict(part) for option in chosen for path, part in option.parts.items()},
-        saved_params=sum(o.saved_params for o in chosen),
-        saved_flops=sum(o.saved_flops for o in chosen),
-        error=math.sqrt(sum(o.error**2 for o in chosen)),
-        saved_time=sum(o.saved_speed for o in chosen) if timed else None,
-    )
+def layout_of(model: ModelInfo, options: Sequence[WidthOption]) -> tuple[Layout, float]:
+    """The segments that put options into the teacher's own blocks, and the root of the sum of their squared errors."""
+    inside: dict[tuple[str, int], list[WidthOption]] = {}
+    for option in options:
+        inside.setdefault((option.stack, option.block), []).append(option)
+    layout = {
+        stack.name: tuple(
+            put_in(Segment(index, index), 0.0, tuple(inside.get((stack.name, index), ())))[0]
+            for index in range(stack.num_blocks)
+        )
+        for stack in model.stacks
+    }
+    return layout, math.sqrt(sum(option.error**2 for option in options))

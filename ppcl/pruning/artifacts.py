@@ -31,6 +31,11 @@ class Candidate:
         """Blocks that replacing this run saves."""
         return self.last - self.first
 
+    @property
+    def cost(self) -> float:
+        """Squared velocity error: fitted where it was fitted, by probes otherwise."""
+        return (self.probe_error if self.fitted_error is None else self.fitted_error) ** 2
+
 
 @dataclass(frozen=True)
 class WidthOption:

@@ -23,6 +23,7 @@ from ppcl.modules.replacements import set_module
 from ppcl.modules.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.modules.text_stream import plain_norm, text_replacement
 from ppcl.pruning.criteria import Site, unit_cost, unit_scores
+from ppcl.pruning.criteria.base import Batches
 from ppcl.pruning.criteria.draws import best_draw, cut_error
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.families import Adapter, StackSpec
@@ -49,7 +50,7 @@ def find_sites(
         Group of the option (``ffn.image``, ``attention``), the module, and the stream that a feed-forward network
         belongs to.
     """
-    found: list[tuple[str, Site, str]] = []
+    sites: list[tuple[str, Site, str]] = []
     for spec in adapter.stacks:
         refused: dict[str, bool] = {}  # by group: tested on the first block that has it
         for index, block in enumerate(adapter.blocks(transformer, spec)):
@@ -59,8 +60,8 @@ def find_sites(
                     if refused[group]:
                         logger.warning("%s.%s: %s cannot be cut here; not offered", spec.name, path, units.kind)
                 if not refused[group]:
-                    found.append((group, Site(spec.name, index, path, units), stream))
-    return found
+                    sites.append((group, Site(spec.name, index, path, units), stream))
+    return sites
 
 
 def _units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units, str]]:
@@ -107,9 +108,7 @@ def sizes_of(units: Units, shares: Sequence[float]) -> list[int]:
     return sorted(size for size in sizes if size < units.count)
 
 
-def criterion_cost(
-    settings: FitConfig, sets: Sequence[Sequence[dict[str, Any]]], held_out: Sequence[dict[str, Any]]
-) -> float | None:
+def criterion_cost(settings: FitConfig, sets: Sequence[Batches], held_out: Batches) -> float | None:
     """What choosing units costs, in runs of the teacher on one state; it is said before anything starts.
 
     Args:
@@ -133,11 +132,11 @@ def cut_options(
     transformer: nn.Module,
     adapter: Adapter,
     sites: Sequence[tuple[str, Site, str]],
-    batches: Sequence[dict[str, Any]],
+    batches: Batches,
     settings: FitConfig,
     seed: int,
-    other_draws: Sequence[Sequence[dict[str, Any]]] = (),
-    held_out: Sequence[dict[str, Any]] = (),
+    other_draws: Sequence[Batches] = (),
+    held_out: Batches = (),
 ) -> tuple[list[list[dict[str, Any]]], Tensors]:
     """Choose the units that stay, by the criterion, and correct the columns that read them.
 
@@ -155,10 +154,10 @@ def cut_options(
     Returns:
         The replacements of each site, one a size; and ``stack/block/path/kind-size/layer.weight|bias``.
     """
-    own, shares = [site for _, site, _ in sites], sorted(settings.width_shares)
+    modules, shares = [site for _, site, _ in sites], sorted(settings.width_shares)
     scores = best_draw(
-        lambda states: unit_scores(settings.criterion, transformer, adapter, own, states, seed),
-        lambda found: cut_error(transformer, adapter, own, found, shares[len(shares) // 2], held_out),
+        lambda states: unit_scores(settings.criterion, transformer, adapter, modules, states, seed),
+        lambda scores: cut_error(transformer, adapter, modules, scores, shares[len(shares) // 2], held_out),
         [batches, *other_draws],
     )
     parts: list[list[dict[str, Any]]] = []
@@ -176,9 +175,9 @@ def cut_options(
         site = sites[number][1]
         layer = site.layers(transformer, adapter)[name]
         for part in parts[number]:
-            made = corrected(layer.weight, layer.bias, part, _moment(moments), settings.width_ridge)
+            layer_parts = corrected(layer.weight, layer.bias, part, _moment(moments), settings.width_ridge)
             prefix = f"{site.stack}/{site.block}/{site.path}/{part['kind']}-{part['size']}/{name}"
-            for kind, value in zip(("weight", "bias"), made, strict=True):
+            for kind, value in zip(("weight", "bias"), layer_parts, strict=True):
                 if value is not None:
                     tensors[f"{prefix}.{kind}"] = value.to(layer.weight.dtype).cpu()
     return parts, tensors
@@ -190,10 +189,7 @@ def _moment(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def text_options(
-    transformer: nn.Module,
-    adapter: Adapter,
-    probes: Mapping[str, Tensor],
-    batches: Sequence[dict[str, Any]],
+    transformer: nn.Module, adapter: Adapter, probes: Mapping[str, Tensor], batches: Batches
 ) -> tuple[dict[tuple[str, int], dict[str, dict[str, Any]]], Tensors]:
     """Find the blocks whose text stream can become two linear maps, and fit l_z (l_h is the text's probe).
 
@@ -206,14 +202,14 @@ def text_options(
     Returns:
         The replacements by stack and block; and ``stack/block/text_input/weight|bias``, x W + b with x = Norm(h).
     """
-    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    replacements: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     signals: list[Signal] = []
     for spec in adapter.stacks:
         for index, block in enumerate(adapter.blocks(transformer, spec) if spec.text_parts else ()):
             norm = _text_norm(spec, block)
             if norm is None or not spec.text_qkv or f"{spec.name}/{index}/text/weight" not in probes:
                 continue
-            found[spec.name, index] = {path: {"kind": kind, "size": 0} for path, kind in spec.text_parts.items()}
+            replacements[spec.name, index] = {path: {"kind": kind, "size": 0} for path, kind in spec.text_parts.items()}
             features = int(norm.normalized_shape[-1])
             signals.append(Signal(spec.name, index, spec.text_qkv, features, "text", norm))
     tensors: Tensors = {}
@@ -221,7 +217,7 @@ def text_options(
         weight, bias = moments.ridge(TEXT_RIDGE)
         tensors[f"{signal.stack}/{signal.block}/text_input/weight"] = weight.float().cpu()
         tensors[f"{signal.stack}/{signal.block}/text_input/bias"] = bias.float().cpu()
-    return found, tensors
+    return replacements, tensors
 
 
 def _text_norm(spec: StackSpec, block: nn.Module) -> nn.LayerNorm | None:

@@ -1,225 +1,278 @@
 """Depth and width under one budget: which runs become one block, which modules become smaller.
 
-A dynamic programme over block positions. Each piece of a plan (a kept block or a run, with or
-without smaller modules) saves something and costs a squared velocity error; squares add. What
-was saved so far is kept in about a thousand classes, with the cheapest way to each of them.
-No torch here.
+A graph over a line of blocks: an edge is something smaller in the place of some blocks, which saves something and costs
+a squared velocity error; the teacher's own blocks are free. Squares add, so a model is a path and its cost the sum of
+its edges'. One dynamic programme over the blocks finds the cheapest paths for every class of savings
+(:class:`CheapestPaths`); plans, sizes of a bundle and path search all ask it. No torch here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import Segment, start_index
 from ppcl.teacher.model_info import ModelInfo, Stack
 
-CLASSES = 1000
+CLASSES = 1000  # of savings, from nothing to the whole model
+DEPTH_CLASSES = 10_000  # of depth alone, where few savings differ: so many that hardly two share a class
 Layout = dict[str, tuple[Segment, ...]]
+Route = tuple[int, ...]  # numbers of edges, in execution order
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One way to fill blocks first..last."""
+class Edge:
+    """Something smaller in the place of blocks first..last.
 
+    Attributes:
+        first: First block, numbered through all stacks.
+        last: Last block, inclusive.
+        saved: What it saves, in the budget's unit.
+        cost: Squared relative velocity error when it alone is put in.
+        stack: Its stack.
+        segment: What it is in a plan.
+    """
+
+    first: int
+    last: int
+    saved: float
+    cost: float
+    stack: str
     segment: Segment
-    saved: float
-    cost: float
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """The cheapest way found so far to have saved about this much."""
+class _Ways(NamedTuple):
+    """Ways to a node, one an entry: cost, savings, the way before it at its edge's first node, the edge (-1: none)."""
 
-    cost: float
-    saved: float
-    piece: Piece | None = None
-    before: _Cell | None = None
-    stack: str = ""
+    cost: np.ndarray
+    saved: np.ndarray
+    before: np.ndarray
+    edge: np.ndarray
+
+
+class CheapestPaths:
+    """The cheapest paths of each class of savings, by dynamic programming over nodes and classes.
+
+    With many different savings they are approximate: at a node, of paths that saved about the same only the cheapest
+    ``count`` go on.
+
+    Args:
+        num_blocks: Of all stacks together.
+        edges: None crosses the border of two stacks.
+        unit: Width of a class of savings.
+        count: Paths that are kept of each class.
+        border: Savings at which a class begins.
+        usable: Edges that may be used; all if None.
+        filled: Blocks that may not stay as they are.
+
+    Attributes:
+        cost: Of each path, (paths,), from the lowest class on and inside a class from the cheapest on.
+        saved: Its savings, (paths,).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        edges: Sequence[Edge],
+        unit: float,
+        count: int = 1,
+        border: float = 0.0,
+        usable: Collection[int] | None = None,
+        filled: Collection[int] = (),
+    ) -> None:
+        self._edges, self._unit, self._count, self._border = edges, unit, count, border
+        by_first: dict[int, list[int]] = {}
+        for number in range(len(edges)) if usable is None else sorted(usable):
+            by_first.setdefault(edges[number].first, []).append(number)
+        start = _Ways(*np.zeros((2, 1)), *np.full((2, 1), -1))
+        nothing = _Ways(*np.zeros((2, 0)), *np.zeros((2, 0), dtype=int))
+        arriving: list[list[_Ways]] = [[start], *([nothing] for _ in range(num_blocks))]
+        self._at: list[_Ways] = []
+        for position in range(num_blocks + 1):
+            here = self._best(_Ways(*map(np.concatenate, zip(*arriving[position], strict=True))))
+            arriving[position] = []
+            self._at.append(here)
+            index = np.arange(len(here.cost))
+            if position < num_blocks and position not in filled:
+                arriving[position + 1].append(_Ways(here.cost, here.saved, index, np.full(len(index), -1)))
+            for number in by_first.get(position, ()):
+                edge = edges[number]
+                ways = _Ways(here.cost + edge.cost, here.saved + edge.saved, index, np.full(len(index), number))
+                arriving[edge.last + 1].append(ways)
+        self.cost, self.saved = self._at[-1].cost, self._at[-1].saved
+
+    def _best(self, ways: _Ways) -> _Ways:
+        """Of the ways to a node the cheapest of each class; of equals the first."""
+        classes = np.floor((ways.saved - self._border) / self._unit)
+        order = np.lexsort((ways.cost, classes))
+        first = np.flatnonzero(np.diff(classes[order], prepend=-np.inf))
+        sizes = np.diff(np.append(first, len(order)))
+        rank = np.arange(len(order)) - np.repeat(first, sizes)
+        kept = order[rank < self._count]
+        return _Ways(*(values[kept] for values in ways))
+
+    def route(self, index: int) -> Route:
+        """Follow a path back to the first node."""
+        numbers: list[int] = []
+        position = len(self._at) - 1
+        while position:
+            number = int(self._at[position].edge[index])
+            index = int(self._at[position].before[index])
+            numbers += [number] if number >= 0 else []
+            position = self._edges[number].first if number >= 0 else position - 1
+        return tuple(reversed(numbers))
 
 
 def best_layouts(
-    model: ModelInfo,
-    runs: Sequence[tuple[Candidate, float]],
-    options: Sequence[WidthOption],
-    by_flops: bool,
+    model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES
 ) -> list[tuple[Layout, float]]:
     """Return the cheapest layout for each class of savings.
 
     Args:
         model: The teacher.
-        runs: Allowed runs and their squared errors.
-        options: Allowed smaller modules.
-        by_flops: Save time instead of parameters: FLOPs of blocks, and what was measured of smaller modules.
+        edges: What may stand in the place of its blocks.
+        by_flops: What edges save is time, not parameters.
+        classes: How many classes of savings are told apart.
 
     Returns:
-        Layouts with their summed squared errors, from nothing saved to as much as possible.
+        Layouts with the square roots of their summed squared errors, from nothing saved to as much as possible.
     """
-    pieces = pieces_of(model, runs, options, by_flops)
-    return fill(model, pieces, by_flops)
+    unit = max(1.0, (model.flops if by_flops else model.params) / classes)
+    paths = CheapestPaths(sum(stack.num_blocks for stack in model.stacks), edges, unit)
+    return [
+        (layout_of(model, [edges[number] for number in paths.route(index)]), math.sqrt(cost))
+        for index, cost in enumerate(paths.cost)
+    ]
 
 
-def pieces_of(
-    model: ModelInfo,
-    runs: Sequence[tuple[Candidate, float]],
-    options: Sequence[WidthOption],
-    by_flops: bool,
-) -> dict[str, dict[int, list[Piece]]]:
-    """All ways to fill blocks, by stack and first block. The arguments are those of :func:`best_layouts`."""
-    return {
-        stack.name: _pieces(
-            stack,
-            [(c, cost) for c, cost in runs if c.stack == stack.name],
-            [o for o in options if o.stack == stack.name],
-            by_flops,
-        )
-        for stack in model.stacks
-    }
+def layout_of(model: ModelInfo, edges: Iterable[Edge]) -> Layout:
+    """The segments of a path: its edges', and the teacher's own blocks between them."""
+    by_first = {(edge.stack, edge.segment.first): edge.segment for edge in edges}
+    layout: Layout = {}
+    for stack in model.stacks:
+        segments, position = [], 0
+        while position < stack.num_blocks:
+            segments.append(by_first.get((stack.name, position), Segment(position, position)))
+            position = segments[-1].last + 1
+        layout[stack.name] = tuple(segments)
+    return layout
 
 
-def best_subsets(model: ModelInfo, plan: Layout, by_flops: bool) -> list[tuple[Layout, float]]:
-    """Like :func:`best_layouts`, with nothing but the pieces of one plan and the teacher's own blocks.
+def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[WidthOption], by_flops: bool) -> list[Edge]:
+    """Everything that may stand for blocks; of the choices of smaller modules only the undominated ones.
 
     Args:
         model: The teacher.
-        plan: Segments of each stack; those without a measured error come last.
-        by_flops: Save FLOPs instead of parameters.
+        runs: Allowed runs; those without a finite cost are left out.
+        options: Allowed smaller modules.
+        by_flops: Save time instead of parameters: FLOPs of blocks, and what was measured of smaller modules.
     """
-    pieces: dict[str, dict[int, list[Piece]]] = {}
+    edges: list[Edge] = []
+    offset = 0
     for stack in model.stacks:
-        sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
-        found = {i: [Piece(Segment(i, i), 0.0, 0.0)] for i in range(stack.num_blocks)}
-        for segment in plan[stack.name]:
-            if segment.is_substitute:
-                start = start_index(segment.first, segment.last, segment.start)
-                saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
-                saved += segment.saved_speed if by_flops else segment.saved_params
-                cost = (1.0 if segment.error is None else segment.error) ** 2
-                found[segment.first].append(Piece(segment, saved, cost))
-        pieces[stack.name] = found
-    return fill(model, pieces, by_flops)
+        by_block: dict[int, list[WidthOption]] = {i: [] for i in range(stack.num_blocks)}
+        by_first: dict[int, list[Candidate]] = {i: [] for i in range(stack.num_blocks)}
+        for option in options:
+            if option.stack == stack.name:
+                by_block[option.block].append(option)
+        for run in runs:
+            if run.stack == stack.name and math.isfinite(run.cost):
+                by_first[run.first].append(run)
+        for index in range(stack.num_blocks):
+            kept = Segment(index, index)
+            filled = [put_in(kept, 0.0, choice) for choice in choices_of(by_block[index], by_flops)]
+            for run in by_first[index]:
+                # a substitute carries several blocks' work: it keeps its feed-forward networks
+                start = by_block[start_index(run.first, run.last, run.start)]
+                inside = [option for option in start if option.group.startswith("modulation")]
+                whole = Segment(run.first, run.last, run.start or "middle")
+                filled += [put_in(whole, run.cost, choice) for choice in choices_of(inside, by_flops)]
+            edges += [_edge(stack, offset, s, cost, by_flops) for s, cost in filled if s.is_substitute]
+        offset += stack.num_blocks
+    return edges
 
 
-def fill(
-    model: ModelInfo, pieces: Mapping[str, Mapping[int, Sequence[Piece]]], by_flops: bool
-) -> list[tuple[Layout, float]]:
-    """Put pieces together, stack after stack; ``pieces`` are listed by stack and first block."""
-    unit = max(1.0, (model.flops if by_flops else model.params) / CLASSES)
-    cells = {0: _Cell(0.0, 0.0)}
-    for stack in model.stacks:
-        cells = _fill(stack, cells, pieces[stack.name], unit)
-    order = [stack.name for stack in model.stacks]
-    return [(_layout(cells[key], order), cells[key].cost) for key in sorted(cells)]
+def edges_of_plan(model: ModelInfo, plan: Layout, by_flops: bool) -> list[Edge]:
+    """The substitutes of one plan; those without a measured error come last."""
+    offsets = [sum(stack.num_blocks for stack in model.stacks[:i]) for i in range(len(model.stacks))]
+    return [
+        _edge(stack, offset, s, (1.0 if s.error is None else s.error) ** 2, by_flops)
+        for stack, offset in zip(model.stacks, offsets, strict=True)
+        for s in plan[stack.name]
+        if s.is_substitute
+    ]
 
 
-def _fill(
-    stack: Stack, cells: Mapping[int, _Cell], pieces: Mapping[int, Sequence[Piece]], unit: float
-) -> dict[int, _Cell]:
-    """Go through one stack; ``pieces`` are listed by their first block."""
-    rows: list[dict[int, _Cell]] = [dict(cells), *({} for _ in range(stack.num_blocks))]
-    for position in range(stack.num_blocks):
-        for piece in pieces[position]:
-            target = rows[piece.segment.last + 1]
-            for cell in rows[position].values():
-                cost, saved = cell.cost + piece.cost, cell.saved + piece.saved
-                key = int(saved / unit)
-                found = target.get(key)
-                if found is None or cost < found.cost:
-                    target[key] = _Cell(cost, saved, piece, cell, stack.name)
-        rows[position] = {}
-    return rows[-1]
-
-
-def _pieces(
-    stack: Stack, runs: Sequence[tuple[Candidate, float]], options: Sequence[WidthOption], by_flops: bool
-) -> dict[int, list[Piece]]:
-    """All ways to fill blocks, by first block; of the ways to fill the same blocks only the undominated ones."""
-    by_block: dict[int, list[WidthOption]] = {}
-    for option in options:
-        by_block.setdefault(option.block, []).append(option)
+def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bool) -> Edge:
     sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
-    found: dict[int, list[Piece]] = {i: [] for i in range(stack.num_blocks)}
-    for index in range(stack.num_blocks):
-        found[index] += _with_width(Segment(index, index), 0.0, 0.0, by_block.get(index, ()), by_flops)
-    for run, cost in runs:
-        start = start_index(run.first, run.last, run.start)
-        saved = sum(sizes[i] for i in range(run.first, run.last + 1)) - sizes[start]
-        # a substitute carries several blocks' work: it keeps its feed-forward networks
-        inside = [o for o in by_block.get(start, ()) if o.group.startswith("modulation")]
-        whole = Segment(run.first, run.last, run.start or "middle")
-        found[run.first] += _with_width(whole, saved, cost, inside, by_flops)
-    return found
-
-
-def _with_width(
-    segment: Segment, saved: float, cost: float, options: Sequence[WidthOption], by_flops: bool
-) -> list[Piece]:
-    """A segment with every undominated choice of at most one option a group."""
-    pieces = []
-    for chosen in _choices(options, by_flops):
-        params, flops = sum(o.saved_params for o in chosen), sum(o.saved_flops for o in chosen)
-        speed = sum(o.saved_speed for o in chosen)
-        time = speed if any(o.saved_time is not None for o in chosen) else None
-        parts = {path: dict(part) for option in chosen for path, part in option.parts.items()}
-        total = cost + sum(o.error**2 for o in chosen)
-        error = math.sqrt(total) if total else None
-        made = Segment(segment.first, segment.last, segment.start, parts, params, flops, error, time)
-        pieces.append(Piece(made, saved + (speed if by_flops else params), total))
-    return pieces
+    start = start_index(segment.first, segment.last, segment.start)
+    saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
+    saved += segment.saved_speed if by_flops else segment.saved_params
+    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment)
 
 
 Choice = tuple[WidthOption, ...]
 
 
-def _choices(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
+def put_in(segment: Segment, cost: float, choice: Choice) -> tuple[Segment, float]:
+    """Put smaller modules into a segment; returns it and its squared error."""
+    total = cost + sum(option.error**2 for option in choice)
+    timed = any(option.saved_time is not None for option in choice)
+    filled = Segment(
+        segment.first,
+        segment.last,
+        segment.start,
+        width={path: dict(part) for option in choice for path, part in option.parts.items()},
+        saved_params=sum(option.saved_params for option in choice),
+        saved_flops=sum(option.saved_flops for option in choice),
+        error=math.sqrt(total) if choice or segment.is_run else None,
+        saved_time=sum(option.saved_speed for option in choice) if timed else None,
+    )
+    return filled, total
+
+
+def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
     """Undominated choices of at most one option a group, no two of which replace the same module.
 
     Savings and costs add, so groups are merged one after another and what is dominated on the way stays so. Only
     the text stream replaces modules that belong to other groups: it is taken, or they are.
     """
-    text = [o for o in options if o.group == "text"]
-    rest = [o for o in options if o.group != "text"]
-    found = _merge(((),), rest, by_flops)
-    for option in text:
-        found += _merge(((option,),), [o for o in rest if not _overlap(o.parts, option.parts)], by_flops)
-    return _undominated(found, by_flops)
+    rest = [option for option in options if option.group != "text"]
+    choices = _merge((), rest, by_flops)
+    for text in (option for option in options if option.group == "text"):
+        choices += _merge((text,), [o for o in rest if not _overlap(o.parts, text.parts)], by_flops)
+    return _undominated(choices, by_flops)
 
 
-def _merge(base: Sequence[Choice], options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
+def _merge(base: Choice, options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
     groups: dict[str, list[WidthOption]] = {}
     for option in options:
         groups.setdefault(option.group, []).append(option)
-    found = list(base)
+    choices = [base]
     for members in groups.values():
-        found = _undominated([*found, *((*chosen, o) for chosen in found for o in members)], by_flops)
-    return found
+        choices = _undominated([*choices, *((*choice, o) for choice in choices for o in members)], by_flops)
+    return choices
 
 
 def _undominated(choices: Sequence[Choice], by_flops: bool) -> list[Choice]:
     """Those that no other beats in both saving and cost, from the largest saving on."""
 
-    def rank(chosen: Choice) -> tuple[float, float]:
-        return -sum(o.saved_speed if by_flops else o.saved_params for o in chosen), sum(o.error**2 for o in chosen)
+    def rank(choice: Choice) -> tuple[float, float]:
+        return -sum(o.saved_speed if by_flops else o.saved_params for o in choice), sum(o.error**2 for o in choice)
 
     best, kept = math.inf, []
-    for chosen in sorted(choices, key=rank):
-        if rank(chosen)[1] < best:
-            best = rank(chosen)[1]
-            kept.append(chosen)
+    for choice in sorted(choices, key=rank):
+        if rank(choice)[1] < best:
+            best = rank(choice)[1]
+            kept.append(choice)
     return kept
 
 
-def _overlap(one: Iterable[str], other: Iterable[str]) -> bool:
+def _overlap(paths: Iterable[str], others: Iterable[str]) -> bool:
     """Whether a module of one is, or lies in, a module of the other."""
-    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in one for b in other)
-
-
-def _layout(cell: _Cell, order: Sequence[str]) -> Layout:
-    pieces: dict[str, list[Segment]] = {name: [] for name in order}
-    at: _Cell | None = cell
-    while at is not None and at.piece is not None:
-        pieces[at.stack].append(at.piece.segment)
-        at = at.before
-    return {name: tuple(reversed(segments)) for name, segments in pieces.items()}
+    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in paths for b in others)

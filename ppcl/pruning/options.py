@@ -96,7 +96,7 @@ def width_options(
     example = example or batches[0]
     calls, _ = record_boundaries(transformer, adapter, example, first)
     proposals = list(_closed_forms(transformer, adapter, analysis, settings))
-    made: dict[str, Tensor] = {}
+    closed_forms: dict[str, Tensor] = {}
     scored: tuple[str, float | None] = ("", None)
     if train is not None:
         sets = draw_states(train, settings.criterion_draws, settings.batch_size, settings.width_states, seed)
@@ -105,19 +105,19 @@ def width_options(
         parts: list[list[dict[str, Any]]] = []
         if sites:
             scored = settings.criterion, criterion_cost(settings, sets, batches)
-            parts, made = cut_options(transformer, adapter, sites, states, settings, seed, sets[1:], batches)
+            parts, closed_forms = cut_options(transformer, adapter, sites, states, settings, seed, sets[1:], batches)
         specs = {spec.name: spec for spec in adapter.stacks}
         for (group, site, _), sizes in zip(sites, parts, strict=True):
             proposals += [Proposal(specs[site.stack], site.block, group, {site.path: part}) for part in sizes]
         if "text" in settings.width:
             streams, maps = text_options(transformer, adapter, tensors, states)
-            made |= maps
+            closed_forms |= maps
             proposals += [Proposal(specs[name], index, "text", p) for (name, index), p in streams.items()]
     device = next(transformer.parameters()).device
     single = to_device(next(train.batches(1)), device) if train is not None else None
     meter = _Meter(transformer, adapter, calls, batch_size(example), single, analysis.model.flops)
-    options = _measured(transformer, adapter, proposals, {**tensors, **made}, batches, meter, precision)
-    return WidthResult(options, made, *scored)
+    options = _measured(transformer, adapter, proposals, {**tensors, **closed_forms}, batches, meter, precision)
+    return WidthResult(options, closed_forms, *scored)
 
 
 def _measured(
@@ -227,7 +227,7 @@ class _Meter:
     ) -> None:
         self.transformer, self.adapter, self.calls, self.samples = transformer, adapter, calls, samples
         self.single, self.flops = single, flops
-        self.known: dict[Any, tuple[int, int]] = {}
+        self.savings: dict[Any, tuple[int, int]] = {}
         self.whole: dict[Any, int] = {}
         self.times: dict[Any, int] = {}
 
@@ -239,17 +239,17 @@ class _Meter:
         alike = (shape, *parts)
         if shape not in self.whole:
             self.whole[shape] = self._flops(block, call)
-        if alike not in self.known:
+        if alike not in self.savings:
             smaller = make()
             flops = self.whole[shape] - self._flops(smaller, call)
-            self.known[alike] = count_params(block) - count_params(smaller), flops
+            self.savings[alike] = count_params(block) - count_params(smaller), flops
         if self.single is None or not self.flops:
-            return Saving(*self.known[alike], None)
+            return Saving(*self.savings[alike], None)
         # ranks differ from block to block, and make no difference to the time
         like = (shape, *((path, kind, 0 if kind == "low_rank" else size) for path, kind, size in parts))
         if like not in self.times:
             self.times[like] = self._time(proposal, shape[1])
-        return Saving(*self.known[alike], self.times[like])
+        return Saving(*self.savings[alike], self.times[like])
 
     def _flops(self, block: nn.Module, call: BlockCall) -> int:
         """FLOPs of a block for one sample."""

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 from ppcl.errors import ArtifactError
 from ppcl.pruning.planner import select
-from ppcl.student.assembly import (
-    run_name,
-)
+from ppcl.student.assembly import run_name
 from ppcl.student.bundle import Bundle
 from ppcl.student.masks import zero_shares
 from ppcl.student.plan import Segment

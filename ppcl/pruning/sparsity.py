@@ -59,7 +59,7 @@ def sparse_layers(plan: CompressionPlan, adapter: Adapter, blocks: Blocks, setti
     Raises:
         ModelError: There are none, or none that the pattern fits.
     """
-    found: list[Layer] = []
+    layers: list[Layer] = []
     refused: list[Layer] = []
     for spec in adapter.stacks:
         for segment in plan.stacks[spec.name]:
@@ -71,13 +71,13 @@ def sparse_layers(plan: CompressionPlan, adapter: Adapter, blocks: Blocks, setti
                     continue
                 fits = settings.n_of_m is None or module.in_features % settings.n_of_m[1] == 0
                 name = f"{run_name(key)}/{path}.weight"
-                (found if fits else refused).append(Layer(name, run_name(key), module, spec.tokens_first))
-    if refused and found:
+                (layers if fits else refused).append(Layer(name, run_name(key), module, spec.tokens_first))
+    if refused and layers:
         logger.warning("%s (%d in all) stay dense: %s", refused[0].name, len(refused), _odd(refused[0], settings))
-    if not found:
+    if not layers:
         reason = _odd(refused[0], settings) if refused else "its blocks hold no plain linear layers"
         raise ModelError(f"sparsity fits no layer of {plan.model.transformer_class}: {reason}; leave sparsity out")
-    return found
+    return layers
 
 
 def _odd(layer: Layer, settings: SparsityConfig) -> str:
@@ -86,8 +86,10 @@ def _odd(layer: Layer, settings: SparsityConfig) -> str:
 
 def sparsity_cost(settings: SparsityConfig, states: int, blocks: int) -> float:
     """What masks cost, in runs of the transformer on one state."""
-    own = 2.0 * blocks * states if settings.allocation == "ecoflap" else 0.0
-    return own + weight_cost(weight_criterion_named(settings.criterion), states, -(-blocks // settings.blocks_at_once))
+    forwards = 2.0 * blocks * states if settings.allocation == "ecoflap" else 0.0
+    return forwards + weight_cost(
+        weight_criterion_named(settings.criterion), states, -(-blocks // settings.blocks_at_once)
+    )
 
 
 def make_masks(
@@ -134,12 +136,12 @@ def block_shares(
     members: dict[str, list[Layer]] = {}
     for layer in layers:
         members.setdefault(layer.block, []).append(layer)
-    sizes = [sum(layer.module.weight.numel() for layer in own) for own in members.values()]
+    sizes = [sum(layer.module.weight.numel() for layer in block_layers) for block_layers in members.values()]
     importance = [0.0] * len(sizes)
     if settings.allocation == "ecoflap":
         importance = [
-            block_importance(student, own, batches, settings.epsilon, seed, number)
-            for number, own in enumerate(members.values())
+            block_importance(student, block_layers, batches, settings.epsilon, seed, number)
+            for number, block_layers in enumerate(members.values())
         ]
     counts = COUNTS[settings.allocation](sizes, importance, settings.zeros, settings.slack)
     return {name: 1 - count / size for name, count, size in zip(members, counts, sizes, strict=True)}

@@ -70,9 +70,9 @@ def _analyze(session: Session, _: None) -> None:
 
 
 def _check_units(session: Session) -> None:
-    from ppcl.pruning.criteria import criterion_named
+    from ppcl.config.extensions import CRITERIA
 
-    criterion_named(session.config.fit.criterion)
+    CRITERIA.named(session.config.fit.criterion)
 
 
 def _fit(session: Session, _: None) -> None:

@@ -16,16 +16,11 @@ from tiny_models import noise, qwen_call, tiny_qwen
 from ppcl.config import FitConfig, load_config
 from ppcl.errors import ConfigError, ModelError
 from ppcl.modules.slicing import Units
-from ppcl.pruning.criteria import CRITERIA, Site, criterion_named, unit_scores
+from ppcl.pruning.criteria import CRITERIA, Site, unit_scores
 from ppcl.pruning.criteria.base import signed_output, unit_sums
-from ppcl.pruning.criteria.masks import (
-    at_same_median,
-    gblm_scores,
-    magnitude_scores,
-    n_of_m_mask,
-    row_mask,
-    wanda_scores,
-)
+from ppcl.pruning.criteria.gblm import at_same_median, gblm_scores
+from ppcl.pruning.criteria.masks import n_of_m_mask, row_mask
+from ppcl.pruning.criteria.wanda import wanda_scores
 from ppcl.run import STAGES
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity
@@ -125,7 +120,6 @@ def test_weights_are_summed_to_their_units() -> None:
 def test_scores_of_weights_by_hand() -> None:
     weight, rms = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([2.0, 0.5])
     gradient = torch.tensor([[0.0, 0.25], [0.5, 4.0]])
-    assert magnitude_scores(weight).tolist() == [[1, 2], [3, 0.5]]
     assert wanda_scores(weight, rms).tolist() == [[2, 1], [6, 0.25]]
     assert gblm_scores(weight, rms, gradient, alpha=10).tolist() == [[2, 6], [21, 20.25]]
     # medians (the lower of two): 1 of the first term, 0.5 of the second
@@ -210,7 +204,7 @@ def test_names_that_cannot_be_are_found_with_the_config(tmp_path: Path) -> None:
         load_config([], ["fit.criterion=nowhere.py"])
     with pytest.raises(ConfigError, match="did you mean 'wanda'"):
         load_config([], ["fit.criterion=wander"])
-    assert criterion_named("ppcl.pruning.criteria.wanda:Wanda").score is not None
+    assert CRITERIA.named("ppcl.pruning.criteria.wanda:Wanda").score is not None
 
 
 def test_the_fit_stage_looks_at_it_before_it_removes_anything(tmp_path: Path) -> None:

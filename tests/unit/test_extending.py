@@ -13,9 +13,8 @@ from test_search_path import tiny_context
 from tiny_models import qwen_call, tiny_qwen
 
 from ppcl.config import PlanConfig, load_config
-from ppcl.config.search import ALLOCATION_NAMES
 from ppcl.errors import ConfigError
-from ppcl.pruning.allocations import ALLOCATIONS, Class, shares_by
+from ppcl.pruning.allocations import Class, shares_by
 from ppcl.pruning.criteria import CRITERIA, unit_scores
 from ppcl.pruning.searches import SEARCHES, choose
 
@@ -75,7 +74,6 @@ def test_the_allocation(tmp_path: Path) -> None:
 
 
 def test_the_names_of_allocations() -> None:
-    assert tuple(ALLOCATIONS) == ALLOCATION_NAMES
     with pytest.raises(ConfigError, match=r"unknown allocation \(did you mean 'uniform'"):
         load_config([], ["plan.allocation=uniforms"])
 

@@ -14,7 +14,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
-from ppcl.pruning.knapsack import best_layouts
+from ppcl.pruning.knapsack import best_layouts, edges_of
 from ppcl.pruning.planner import plan, select
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.prediction import predict
@@ -82,16 +82,15 @@ def brute_force(runs: list[Candidate], options: list[WidthOption], wanted: float
 @pytest.mark.parametrize("seed", range(3))
 def test_layouts_are_as_cheap_as_trying_everything(seed: int, by_flops: bool) -> None:
     runs, options = random_problem(seed)
-    costed = [(c, (c.fitted_error or 0) ** 2) for c in runs]
-    layouts = best_layouts(MODEL, costed, options, by_flops)
+    layouts = best_layouts(MODEL, edges_of(MODEL, runs, options, by_flops), by_flops)
     total = MODEL.flops if by_flops else MODEL.params
     for share in (0.1, 0.3, 0.5):
         found = []
-        for layout, cost in layouts:
+        for layout, error in layouts:
             prediction = predict(MODEL, layout)
             saved = total - (MODEL.flops / prediction.speedup if by_flops else prediction.params)
             if saved >= share * total - 1e-6:
-                found.append(cost)
+                found.append(error**2)
         assert min(found) == pytest.approx(brute_force(runs, options, share * total, by_flops))
 
 

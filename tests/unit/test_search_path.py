@@ -19,10 +19,11 @@ from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
 from ppcl.eval.velocity import state_errors
 from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.pruning.knapsack import Edge, Route, layout_of
 from ppcl.pruning.planner import plan as planned
 from ppcl.pruning.searches import Context, choose
-from ppcl.pruning.searches.graph import Edge, Graph, PathSearch, Route, Widths
-from ppcl.pruning.searches.path import build_graph, layout_of
+from ppcl.pruning.searches.graph import Graph, PathSearch, Widths
+from ppcl.pruning.searches.path import build_graph
 from ppcl.pruning.searches.teacher import Teacher
 from ppcl.student.assembly import assemble_student
 from ppcl.student.plan import Segment
@@ -162,7 +163,7 @@ def test_the_true_error_is_that_of_the_student(build: Any, call: Any, tmp_path: 
     teacher, best = context.teacher, None
     assert not any(linear)
     for route in enough(graph):  # every path of the graph, built as a student
-        layout = layout_of(context, graph, route)
+        layout = layout_of(context.model, [graph.edges[number] for number in route])
         made = SimpleNamespace(stacks=layout)
         pieces = [(graph.edges[n].stack, graph.edges[n].segment) for n in route]
         blocks = teacher.substitutes(context.model, pieces, [False] * len(pieces))

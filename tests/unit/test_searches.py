@@ -14,7 +14,6 @@ from test_planner import MODEL, analysis_of, random_candidates
 
 from ppcl.common.artifacts import load_artifact
 from ppcl.config import PlanConfig, load_config
-from ppcl.config.search import SEARCH_NAMES
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning import planner, searches
 from ppcl.pruning.searches import SEARCHES, Context, choose
@@ -43,12 +42,10 @@ def test_the_planners_modes_are_searches(name: str) -> None:
 
 
 def test_the_table_is_known_to_the_config_and_needs_no_torch() -> None:
-    assert tuple(SEARCHES) == SEARCH_NAMES
     for name in SEARCHES:
         assert load_config([], [f"plan.mode={name}"]).plan.mode == name
     code = (
-        "import sys; from ppcl.pruning import searches; "
-        "searches.search_named('optimal'); searches.search_named('random'); "
+        "import sys; from ppcl.pruning.searches import SEARCHES; SEARCHES['optimal'], SEARCHES['random']; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -174,6 +171,14 @@ def test_the_cost_is_stated_before_the_search_starts_and_kept(tmp_path: Path) ->
     assert "about 1,200 teacher forwards" in said[0]
     found = choose(outside(tmp_path, HEAD.replace("return 0", "return 1200") + FIRST), context_of(), said.append)
     assert found.teacher_forwards == 1200
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+    first, second = (SEARCHES.named(outside(tmp_path / name, HEAD + FIRST)) for name in ("a", "b"))
+    assert sys.modules[type(first).__module__].Own is type(first)
+    assert sys.modules[type(second).__module__].Own is type(second)
 
 
 def test_another_search_in_the_same_file_is_another_plan(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ppcl.modules.replacements import apply_width
 from ppcl.modules.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA, Site
-from ppcl.pruning.knapsack import _choices
+from ppcl.pruning.knapsack import choices_of
 from ppcl.pruning.options import WidthResult, saved_time, width_options
 from ppcl.pruning.planner import plan
 from ppcl.student.assembly import with_blocks
@@ -296,7 +296,7 @@ def test_a_text_stream_is_replaced_or_its_modules_are() -> None:
         option("ffn.text", "txt_mlp", 4, 0.3),
     ]
     for by_flops in (False, True):
-        groups = {frozenset(o.group for o in chosen) for chosen in _choices(options, by_flops)}
+        groups = {frozenset(o.group for o in chosen) for chosen in choices_of(options, by_flops)}
         assert frozenset({"text", "modulation.image", "ffn.text"}) in groups
         assert not any({"text", "modulation.text"} <= chosen for chosen in groups)
 

@@ -1,82 +1,35 @@
-"""Criteria: which neurons and heads of a block are worth keeping.
+"""Criteria: which neurons, heads and single weights of a block are worth keeping.
 
-A criterion is a file like ``magnitude.py`` and an entry here, or a class in a file of yours; ``fit.criterion`` names
-it. What is known of single weights, and masks of them, is in :mod:`ppcl.pruning.criteria.masks`.
+A criterion of units is a class in a file like ``magnitude.py`` and an entry in ``CRITERIA`` of
+:mod:`ppcl.config.extensions`, or a class in a file of yours; ``fit.criterion`` names it. Those of single weights
+(``sparsity.criterion``) are in the same files, and what they have in common in :mod:`ppcl.pruning.criteria.weights`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
-from ppcl.common.plugins import load_object
-from ppcl.config.schema import CRITERION_NAMES
-from ppcl.pruning.criteria.activation import Activation
-from ppcl.pruning.criteria.base import Criterion, Site
-from ppcl.pruning.criteria.bip import Bip
-from ppcl.pruning.criteria.external import METHODS, checked
-from ppcl.pruning.criteria.gblm import Gblm
-from ppcl.pruning.criteria.magnitude import Magnitude
-from ppcl.pruning.criteria.nirvana import Nirvana
-from ppcl.pruning.criteria.random import Random
-from ppcl.pruning.criteria.taylor import Taylor
-from ppcl.pruning.criteria.wanda import Wanda
+from ppcl.config.extensions import CRITERIA, WEIGHT_CRITERIA
+from ppcl.errors import ConfigError
+from ppcl.pruning.criteria.base import Batches, Criterion, Scores, Site, Sites, checked_scores
 from ppcl.teacher.families import Adapter
 
-__all__ = [
-    "CRITERIA",
-    "Criterion",
-    "Site",
-    "criterion_named",
-    "unit_cost",
-    "unit_scores",
-]
-
-CRITERIA: dict[str, Criterion] = {
-    "activation": Activation(),
-    "bip": Bip(),
-    "gblm": Gblm(),
-    "magnitude": Magnitude(),
-    "nirvana": Nirvana(),
-    "random": Random(),
-    "taylor": Taylor(),
-    "wanda": Wanda(),
-}
-assert tuple(CRITERIA) == CRITERION_NAMES  # the config knows the names without torch
-
-
-def criterion_named(name: str) -> Criterion:
-    """The criterion of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
-
-    Raises:
-        ConfigError: It cannot be loaded.
-    """
-    if name in CRITERIA:
-        return CRITERIA[name]
-    found: Criterion = load_object(name, "fit.criterion", METHODS)
-    return found
+__all__ = ["CRITERIA", "WEIGHT_CRITERIA", "Criterion", "Site", "unit_cost", "unit_scores"]
 
 
 def unit_cost(name: str, states: int) -> float | None:
     """What a criterion costs, in runs of the transformer on one state; None where one from outside does not say."""
-    cost = getattr(criterion_named(name), "cost", None)
+    cost = getattr(CRITERIA.named(name), "cost", None)
     return None if cost is None else float(cost) * states
 
 
 def unit_scores(
-    name: str,
-    transformer: nn.Module,
-    adapter: Adapter,
-    sites: Sequence[Site],
-    batches: Sequence[dict[str, Any]],
-    seed: int,
-) -> list[Tensor]:
+    name: str, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int
+) -> Scores:
     """Score units by a criterion's name, and check what comes out.
 
     Args:
-        name: See :func:`criterion_named`.
+        name: Of ``CRITERIA``, or ``file.py:ClassName`` or ``module:ClassName``.
         transformer: The teacher's transformer.
         adapter: Its family.
         sites: Whose units.
@@ -84,9 +37,23 @@ def unit_scores(
         seed: Fixes what is drawn at random.
 
     Returns:
-        For each site (units,) in float64, finite; more is worth more.
+        For each site (units,) in float64 on the CPU, finite; more is worth more.
 
     Raises:
         ConfigError: The criterion cannot be loaded, or gives something else.
     """
-    return checked(criterion_named(name).score(transformer, adapter, sites, batches, seed), sites, name)
+    scores = CRITERIA.named(name).score(transformer, adapter, sites, batches, seed)
+    if not isinstance(scores, list | tuple) or len(scores) != len(sites):
+        got = str(len(scores)) if isinstance(scores, list | tuple) else type(scores).__name__
+        raise ConfigError(f"fit.criterion={name}: got {got} for {len(sites)} sites; expected a list of one tensor each")
+    return [
+        checked_scores(
+            score,
+            (site.units.count,),
+            f"fit.criterion={name}: {site.stack}.{site.block}.{site.path}",
+            f"one score for each of {site.units.count} units",
+        )
+        .double()
+        .cpu()
+        for score, site in zip(scores, sites, strict=True)
+    ]

@@ -7,13 +7,12 @@ features, taken as independent. What a unit adds on average costs nothing: a bia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import Site, watch_inputs
+from ppcl.pruning.criteria.base import Batches, Scores, Sites, watch_inputs
 from ppcl.teacher.families import Adapter
 
 
@@ -23,14 +22,7 @@ class Activation:
     cost = 1.0
 
     @torch.no_grad()
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         sums: dict[tuple[int, nn.Linear], list[Any]] = {}
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
+from ppcl.errors import ConfigError
 from ppcl.modules.slicing import Units
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import valid_rows, watch_valid
 
+Hook = Callable[[nn.Module, tuple[Any, ...]], Any]  # before a forward pass
 BACKWARD = 4.0  # a forward and a backward pass with gradient checkpointing, in forward passes
 
 
@@ -45,15 +47,15 @@ class Site:
     def layers(self, transformer: nn.Module, adapter: Adapter) -> dict[str, nn.Linear]:
         """The linear layers that read the units, by path inside the module."""
         module = self.module(transformer, adapter)
-        found = {name: module.get_submodule(name) for name in self.units.columns}
-        return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+        layers = {name: module.get_submodule(name) for name in self.units.columns}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
     def weights(self, transformer: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Linear, int]]:
         """All linear layers that hold weights of the units, by path: those that make them (0), those that read (1)."""
         module = self.module(transformer, adapter)
         named = [(name, side) for side, names in enumerate((self.units.rows, self.units.columns)) for name in names]
-        found = {name: (module.get_submodule(name), side) for name, side in named}
-        return {name: (layer, side) for name, (layer, side) in found.items() if isinstance(layer, nn.Linear)}
+        layers = {name: (module.get_submodule(name), side) for name, side in named}
+        return {name: (layer, side) for name, (layer, side) in layers.items() if isinstance(layer, nn.Linear)}
 
     def by_unit(self, features: Tensor) -> Tensor:
         """Split the last axis of what a layer reads, (..., h), into units: (..., units, features of a unit)."""
@@ -77,6 +79,11 @@ def unit_sums(values: Tensor, units: Units, side: int) -> Tensor:
     return features.reshape(-1, units.count).sum(0)
 
 
+Sites = Sequence[Site]
+Batches = Sequence[dict[str, Any]]  # of calibration states
+Scores = list[Tensor]  # (units,) of each site
+
+
 class Criterion(Protocol):
     """Scores units; only their order inside one module counts.
 
@@ -89,14 +96,7 @@ class Criterion(Protocol):
         """See above."""
         ...
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """Score the units of all sites, in as many passes over the batches as the criterion needs.
 
         Args:
@@ -112,15 +112,35 @@ class Criterion(Protocol):
         ...
 
 
-@torch.no_grad()
+def checked_scores(scores: Any, shape: tuple[int, ...], where: str, expected: str) -> Tensor:
+    """Scores as a criterion returned them, if they can be used.
+
+    Args:
+        scores: What it returned for one site or layer.
+        shape: That they must have.
+        where: Which setting, site and layer, for the message.
+        expected: In words.
+
+    Raises:
+        ConfigError: They have another shape, or some are NaN or infinite.
+    """
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
+        got = str(tuple(scores.shape)) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(f"{where}: got {got}, expected {expected}")
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise ConfigError(f"{where}: {bad} of {scores.numel()} scores are NaN or infinite; expected numbers")
+    return scores.detach()
+
+
 def watch_inputs(
     transformer: nn.Module,
     adapter: Adapter,
-    sites: Sequence[Site],
-    batches: Sequence[dict[str, Any]],
+    sites: Sites,
+    batches: Batches,
     see: Callable[[int, nn.Linear, Tensor], None],
 ) -> None:
-    """Show a criterion what every layer that reads units is given, in one forward pass a batch; padding is left out.
+    """Show a criterion what every layer that reads units is given; see :func:`watch_layers`.
 
     Args:
         transformer: The teacher's transformer.
@@ -129,28 +149,49 @@ def watch_inputs(
         batches: Calibration states.
         see: Called with the number of the site, the layer, and (valid tokens of all states, h) in float32.
     """
+    readers = [
+        (number, layer, f"{site.path}.{name}")
+        for number, site in enumerate(sites)
+        for name, layer in site.layers(transformer, adapter).items()
+    ]
+
+    def see_layer(index: int, x: Tensor) -> None:
+        see(*readers[index][:2], x)
+
+    watch_layers(transformer, adapter, [reader[1:] for reader in readers], batches, see_layer)
+
+
+@torch.no_grad()
+def watch_layers(
+    transformer: nn.Module,
+    adapter: Adapter,
+    layers: Sequence[tuple[nn.Linear, str]],
+    batches: Batches,
+    see: Callable[[int, Tensor], None],
+) -> None:
+    """Show what layers are given, in one forward pass a batch; padding is left out.
+
+    Args:
+        transformer: The layers' transformer.
+        adapter: Its family.
+        layers: With their paths inside their blocks.
+        batches: Calibration states.
+        see: Called with the number of the layer and (valid tokens of all states, i) in float32.
+    """
     device = next(transformer.parameters()).device
     with watch_valid(transformer, adapter) as valid_of:
 
-        def watch(number: int, site: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            name = next(name for name, one in site.layers(transformer, adapter).items() if one is layer)
+        def hook_of(number: int, path: str) -> Hook:
+            return lambda _, args: see(number, valid_rows(args[0], valid_of(path, args[0])).float())
 
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0]
-                see(number, layer, valid_rows(x, valid_of(f"{site.path}.{name}", x)).float())
-
-            return hook
-
-        with hooked(transformer, adapter, sites, watch):
+        watched = enumerate(layers)
+        with removing(layer.register_forward_pre_hook(hook_of(number, path)) for number, (layer, path) in watched):
             for arguments in batches:
                 velocity(transformer, to_device(arguments, device))
 
 
 def hooked(
-    transformer: nn.Module,
-    adapter: Adapter,
-    sites: Sequence[Site],
-    make: Callable[[int, Site, nn.Linear], Callable[[nn.Module, tuple[Any, ...]], Any]],
+    transformer: nn.Module, adapter: Adapter, sites: Sites, make: Callable[[int, Site, nn.Linear], Hook]
 ) -> AbstractContextManager[None]:
     """Hook for a while what every layer that reads units is given.
 

@@ -19,7 +19,7 @@ of them are worth keeping; how many stay where is the planner's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
-from ppcl.pruning.criteria.base import BACKWARD, Site, checkpointed, unit_sums
+from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Sites, checkpointed, unit_sums
 from ppcl.pruning.criteria.gradients import _Tap
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
@@ -68,14 +68,7 @@ class Bip:
 
     cost = 1 + EPOCHS * 2 * BACKWARD
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`; with one batch alone, both levels see that."""
         if not sites or not batches:
             return [torch.ones(site.units.count, dtype=torch.float64) for site in sites]
@@ -97,7 +90,7 @@ class Bip:
 class _State:
     """Scores, masks and copies of the layers that read units."""
 
-    def __init__(self, transformer: nn.Module, adapter: Adapter, sites: Sequence[Site], steps: int) -> None:
+    def __init__(self, transformer: nn.Module, adapter: Adapter, sites: Sites, steps: int) -> None:
         self.transformer, self.sites = transformer, sites
         self.layers: dict[Layer, nn.Linear] = {
             (number, name): layer
@@ -142,12 +135,12 @@ class _State:
                 x = args[0]
                 gated = (self.sites[number].by_unit(x) * masks[number].to(x.dtype)[:, None]).flatten(-2)
                 bias = layer.bias
-                made = F.linear(gated, self.theta[key].to(x.dtype), bias)
+                masked = F.linear(gated, self.theta[key].to(x.dtype), bias)
 
                 def seen(x: Tensor, delta: Tensor) -> None:
                     see(key, delta.flatten(0, -2).float().T @ x.flatten(0, -2).float())
 
-                return _Tap.apply(made, x, anchor, seen)  # type: ignore[no-untyped-call]
+                return _Tap.apply(masked, x, anchor, seen)  # type: ignore[no-untyped-call]
 
             return hook
 
@@ -160,9 +153,9 @@ class _State:
     def lower(self, key: Layer, gradient: Tensor) -> None:
         """One step of a layer's weights. Makes new ones: the pass still needs the old."""
         theta = self.theta[key]
-        own = gradient * self._columns(key[0], self.mask(key[0]), theta)
-        self.rates[key] = float(WEIGHT_RATE * theta.norm() / own.norm().clamp_min(1e-20))
-        self.theta[key] = theta - self.rates[key] * own
+        slope = gradient * self._columns(key[0], self.mask(key[0]), theta)
+        self.rates[key] = float(WEIGHT_RATE * theta.norm() / slope.norm().clamp_min(1e-20))
+        self.theta[key] = theta - self.rates[key] * slope
 
     def begin_upper(self) -> None:
         """Forget the last step's gradient of the scores."""

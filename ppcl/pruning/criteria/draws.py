@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.progress import announce
 from ppcl.common.streams import Stream, step_generator
-from ppcl.pruning.criteria.base import Site, hooked
+from ppcl.pruning.criteria.base import Batches, Site, Sites, hooked
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.velocity import VelocityErrors
-
-Batches = Sequence[dict[str, Any]]
 
 
 def draw_states(train: States, draws: int, size: int, states: int, seed: int) -> list[Batches]:
@@ -46,12 +44,7 @@ def draw_states(train: States, draws: int, size: int, states: int, seed: int) ->
 
 @torch.no_grad()
 def cut_error(
-    transformer: nn.Module,
-    adapter: Adapter,
-    sites: Sequence[Site],
-    scores: Sequence[Tensor],
-    share: float,
-    held_out: Batches,
+    transformer: nn.Module, adapter: Adapter, sites: Sites, scores: Sequence[Tensor], share: float, held_out: Batches
 ) -> float:
     """Relative velocity error with all sites cut at once and nothing made up for.
 
@@ -102,10 +95,10 @@ def best_draw(
     """
     if len(sets) == 1:
         return score(sets[0])
-    found = []
+    tried = []
     for number, batches in enumerate(sets):
         scores = score(batches)
         value = error(scores)
         announce(f"calibration draw {number + 1} of {len(sets)}: velocity error {value:.4f}")
-        found.append((math.inf if math.isnan(value) else value, number, scores))
-    return min(found, key=lambda one: one[:2])[2]
+        tried.append((math.inf if math.isnan(value) else value, number, scores))
+    return min(tried, key=lambda draw: draw[:2])[2]

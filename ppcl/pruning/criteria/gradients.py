@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
-from ppcl.pruning.criteria.base import Site, checkpointed, signed_output
+from ppcl.pruning.criteria.base import Batches, Sites, checkpointed, signed_output
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import watch_valid
 
@@ -63,12 +63,7 @@ class _Tap(torch.autograd.Function):
 
 
 def watch_gradients(
-    transformer: nn.Module,
-    adapter: Adapter,
-    sites: Sequence[Site],
-    batches: Sequence[dict[str, Any]],
-    seed: int,
-    see: Callable[[Seen], None],
+    transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int, see: Callable[[Seen], None]
 ) -> None:
     """Show a criterion every layer that holds weights of the units, once a batch and call.
 
@@ -114,9 +109,7 @@ class Tap:
     see: Callable[[Tensor, Tensor, Tensor | None], None]
 
 
-def tap_gradients(
-    transformer: nn.Module, adapter: Adapter, taps: Sequence[Tap], batches: Sequence[dict[str, Any]], seed: int
-) -> None:
+def tap_gradients(transformer: nn.Module, adapter: Adapter, taps: Sequence[Tap], batches: Batches, seed: int) -> None:
     """Run one backward pass of :func:`ppcl.pruning.criteria.base.signed_output` a batch, with some layers tapped.
 
     Args:

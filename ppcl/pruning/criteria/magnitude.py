@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import Site, unit_sums
+from ppcl.pruning.criteria.base import Batches, Scores, Sites, unit_sums
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -18,19 +16,22 @@ class Magnitude:
     cost = 0.0
 
     @torch.no_grad()
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
-        found = []
+        scores = []
         for site in sites:
             total = torch.zeros(site.units.count, dtype=torch.float64)
             for layer, side in site.weights(transformer, adapter).values():
                 total += unit_sums(layer.weight.double().pow(2), site.units, side).cpu()
-            found.append(total.sqrt())
-        return found
+            scores.append(total.sqrt())
+        return scores
+
+
+class MagnitudeWeights:
+    """|W|."""
+
+    needs: Needs = "weights"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return seen.weight.abs()

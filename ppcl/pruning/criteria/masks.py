@@ -1,4 +1,4 @@
-"""Scores of single weights and the masks made from them: pure functions on one layer's tensors.
+"""Masks of single weights, made from their scores.
 
 Weights are compared inside an output row, as Wanda and GBLM-Pruner do, or inside groups of m neighbours of a row (n:m,
 which sparse tensor cores run). Equal scores are told apart by position: what comes first stays.
@@ -10,47 +10,6 @@ import torch
 from torch import Tensor
 
 from ppcl.errors import ModelError
-
-
-def magnitude_scores(weight: Tensor) -> Tensor:
-    """|W|, (o, i)."""
-    return weight.abs()
-
-
-def wanda_scores(weight: Tensor, feature_rms: Tensor) -> Tensor:
-    """|W_ij| a_j (Sun et al. 2023, arXiv 2306.11695, eq. 1, with the mean in the place of the sum over tokens).
-
-    Args:
-        weight: (o, i).
-        feature_rms: (i,), the root mean square of each input feature.
-    """
-    return weight.abs() * feature_rms
-
-
-def gblm_scores(weight: Tensor, feature_rms: Tensor, gradient_norm: Tensor, alpha: float | None = None) -> Tensor:
-    """|W_ij| a_j + alpha |W_ij| ||G_ij|| (Das et al. 2023, arXiv 2311.04902).
-
-    Args:
-        weight: (o, i).
-        feature_rms: (i,), the root mean square of each input feature.
-        gradient_norm: (o, i), 1- or 2-norm over samples of each weight's gradient.
-        alpha: The paper's constant; without one both terms get the same median in this layer.
-    """
-    first, second = wanda_scores(weight, feature_rms), weight.abs() * gradient_norm
-    return at_same_median(first, second) if alpha is None else first + alpha * second
-
-
-def at_same_median(first: Tensor, second: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add two terms of one layer, the second scaled to the median of the first and then by alpha.
-
-    Args:
-        first: Of any shape.
-        second: Of the same shape; left out where its median is 0.
-        alpha: Its weight.
-    """
-    median = second.median()
-    scale = first.median() / median if median > 0 else torch.zeros_like(median)
-    return first + alpha * scale * second
 
 
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:

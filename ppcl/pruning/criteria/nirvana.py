@@ -7,14 +7,13 @@ states. So a batch counts as one draw, and what they show is averaged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import BACKWARD, Site, unit_sums
-from ppcl.pruning.criteria.gradients import Seen, watch_gradients
+from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Sites, unit_sums
+from ppcl.pruning.criteria.gradients import Seen as SeenCall
+from ppcl.pruning.criteria.gradients import watch_gradients
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -23,21 +22,24 @@ class Nirvana:
 
     cost = BACKWARD
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
 
-        def see(seen: Seen) -> None:
+        def see(seen: SeenCall) -> None:
             gradient = seen.delta.flatten(0, 1).T @ seen.x.flatten(0, 1)
             saliency = (gradient * seen.layer.weight.detach().float()).abs()
             totals[seen.number] += unit_sums(saliency, sites[seen.number].units, seen.side).double().cpu()
 
         watch_gradients(transformer, adapter, sites, batches, seed, see)
         return [total / max(1, len(batches)) for total in totals]
+
+
+class NirvanaWeights:
+    """|W_ij G_ij| with the gradient summed over a batch."""
+
+    needs: Needs = "batch_gradients"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return seen.weight.abs() * seen.gradient_norm

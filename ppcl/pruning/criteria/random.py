@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ppcl.common.streams import Stream, step_generator
-from ppcl.pruning.criteria.base import Site
+from ppcl.pruning.criteria.base import Batches, Scores, Sites
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -18,17 +16,20 @@ class Random:
 
     cost = 0.0
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         generators = (step_generator(seed, number, Stream.RANDOM_UNITS) for number in range(len(sites)))
         return [
             torch.rand(site.units.count, generator=generator, dtype=torch.float64)
             for site, generator in zip(sites, generators, strict=True)
         ]
+
+
+class RandomWeights:
+    """Drawn evenly from 0 to 1."""
+
+    needs: Needs = "weights"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return torch.rand(seen.weight.shape, generator=seen.generator).to(seen.weight.device)

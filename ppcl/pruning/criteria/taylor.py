@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import BACKWARD, Site, checkpointed, hooked, signed_output
+from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Site, Sites, checkpointed, hooked, signed_output
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -29,14 +30,7 @@ class Taylor:
 
     cost = BACKWARD
 
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
         counts = [0] * len(sites)
@@ -47,13 +41,7 @@ class Taylor:
         return [(total / max(1, count)).sqrt() for total, count in zip(totals, counts, strict=True)]
 
     def _gradients(
-        self,
-        transformer: Any,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        arguments: dict[str, Any],
-        seed: int,
-        step: int,
+        self, transformer: Any, adapter: Adapter, sites: Sequence[Site], arguments: dict[str, Any], seed: int, step: int
     ) -> dict[int, Tensor]:
         """Gradients of the gates of one batch, (states, units) for each site that was called."""
         first = {spec.name: int(spec.tokens_first) for spec in adapter.stacks}
@@ -76,5 +64,15 @@ class Taylor:
 
         with checkpointed(transformer), hooked(transformer, adapter, sites, watch), torch.enable_grad():
             inner = signed_output(transformer, arguments, seed, step)
-            found = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
-        return {n: g for n, g in zip(gates, found, strict=True) if g is not None}
+            gradients = torch.autograd.grad(inner, list(gates.values()), allow_unused=True)
+        return {n: g for n, g in zip(gates, gradients, strict=True) if g is not None}
+
+
+class TaylorWeights:
+    """|W_ij| sqrt(mean_s G_ij^2): to first order, how far the velocity moves when the weight goes."""
+
+    needs: Needs = "gradients"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return seen.weight.abs() * seen.gradient_rms

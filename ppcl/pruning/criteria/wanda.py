@@ -5,14 +5,11 @@ A unit is worth the sum over its columns in the layers that read it, as in Wanda
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import Site, unit_sums, watch_inputs
-from ppcl.pruning.criteria.masks import wanda_scores
+from ppcl.pruning.criteria.base import Batches, Scores, Sites, unit_sums, watch_inputs
+from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
 
 
@@ -22,14 +19,7 @@ class Wanda:
     cost = 1.0
 
     @torch.no_grad()
-    def score(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        sites: Sequence[Site],
-        batches: Sequence[dict[str, Any]],
-        seed: int,
-    ) -> list[Tensor]:
+    def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
         squares: dict[tuple[int, nn.Linear], Tensor] = {}
         counts: dict[tuple[int, nn.Linear], int] = {}
@@ -44,3 +34,23 @@ class Wanda:
             scores = wanda_scores(layer.weight.double(), (total / counts[number, layer]).sqrt())
             totals[number] += unit_sums(scores, sites[number].units, side=1).cpu()
         return totals
+
+
+class WandaWeights:
+    """|W_ij| a_j, with a_j the root mean square of input feature j."""
+
+    needs: Needs = "inputs"
+
+    def score(self, seen: Seen) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.weights.WeightCriterion`."""
+        return wanda_scores(seen.weight, seen.feature_rms)
+
+
+def wanda_scores(weight: Tensor, feature_rms: Tensor) -> Tensor:
+    """|W_ij| a_j (eq. 1, with the mean in the place of the sum over tokens).
+
+    Args:
+        weight: (o, i).
+        feature_rms: (i,), the root mean square of each input feature.
+    """
+    return weight.abs() * feature_rms

@@ -1,7 +1,8 @@
 """Criteria of single weights: which of a layer's weights are worth keeping.
 
-A criterion is a class with one method, from what was seen of one layer to a score for each of its weights, and an entry
-in ``WEIGHT_CRITERIA``, or a class in a file of yours; ``sparsity.criterion`` names it. Weights are compared inside an
+A criterion is a class with one method, from what was seen of one layer to a score for each of its weights: it stands in
+its method's file beside the one for units, with an entry in ``WEIGHT_CRITERIA`` of :mod:`ppcl.config.extensions`, or in
+a file of yours; ``sparsity.criterion`` names it. Weights are compared inside an
 output row (:mod:`ppcl.pruning.criteria.masks`), so only the order inside a row counts.
 
 First-order criteria differentiate <u, v(x)> with random signs u, as those of units do. A gradient is a matrix as large
@@ -11,25 +12,21 @@ a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.hooks import removing
-from ppcl.common.plugins import load_object
 from ppcl.common.streams import Stream, step_generator
+from ppcl.config.extensions import WEIGHT_CRITERIA
 from ppcl.errors import ConfigError
-from ppcl.pruning.criteria.base import BACKWARD
+from ppcl.pruning.criteria.base import BACKWARD, Batches, checked_scores, watch_layers
 from ppcl.pruning.criteria.gradients import Tap, tap_gradients
-from ppcl.pruning.criteria.masks import gblm_scores, magnitude_scores, wanda_scores
-from ppcl.teacher.call_arguments import to_device
-from ppcl.teacher.calls import velocity
-from ppcl.teacher.families import Adapter, adapter_for
-from ppcl.teacher.families.masks import valid_rows, watch_valid
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.families.masks import valid_rows
 
 Needs = Literal["weights", "inputs", "gradients", "batch_gradients"]
 NEEDS = ("weights", "inputs", "gradients", "batch_gradients")
@@ -76,98 +73,25 @@ class WeightCriterion(Protocol):
         ...
 
 
-class Magnitude:
-    """|W|."""
-
-    needs: Needs = "weights"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return magnitude_scores(seen.weight)
-
-
-class Random:
-    """Drawn evenly from 0 to 1: the floor that a criterion has to beat."""
-
-    needs: Needs = "weights"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return torch.rand(seen.weight.shape, generator=seen.generator).to(seen.weight.device)
-
-
-class Wanda:
-    """|W_ij| a_j (Sun et al. 2023, arXiv 2306.11695)."""
-
-    needs: Needs = "inputs"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return wanda_scores(seen.weight, seen.feature_rms)
-
-
-class Gblm:
-    """|W_ij| a_j + alpha |W_ij| sum_s |G_ij| (Das et al. 2023, arXiv 2311.04902, its 1-norm).
-
-    Both terms have the same median in every layer: the paper's alpha of 100 belongs to its loss and number of samples.
-    """
-
-    needs: Needs = "gradients"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return gblm_scores(seen.weight, seen.feature_rms, seen.gradient_norm)
-
-
-class Taylor:
-    """|W_ij| sqrt(mean_s G_ij^2): to first order, how far the velocity moves when the weight goes."""
-
-    needs: Needs = "gradients"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return seen.weight.abs() * seen.gradient_rms
-
-
-class Nirvana:
-    """|W_ij G_ij| with the gradient summed over a batch (Ai et al. 2025, arXiv 2509.14230, its saliency)."""
-
-    needs: Needs = "batch_gradients"
-
-    def score(self, seen: Seen) -> Tensor:
-        """See :class:`WeightCriterion`."""
-        return seen.weight.abs() * seen.gradient_norm
-
-
-WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
-    "gblm": Gblm(),
-    "magnitude": Magnitude(),
-    "nirvana": Nirvana(),
-    "random": Random(),
-    "taylor": Taylor(),
-    "wanda": Wanda(),
-}
-
-
 def weight_criterion_named(name: str) -> WeightCriterion:
     """The criterion of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
 
     Raises:
         ConfigError: It cannot be loaded.
     """
-    if name in WEIGHT_CRITERIA:
-        return WEIGHT_CRITERIA[name]
-    made = load_object(name, "sparsity.criterion", {"score": ("seen",)})
-    needs = getattr(made, "needs", "gradients")
-    if needs not in NEEDS:
+    criterion: WeightCriterion = WEIGHT_CRITERIA.named(name)
+    if (needs := _needs(criterion)) not in NEEDS:
         raise ConfigError(f"sparsity.criterion={name}: needs is {needs!r}, expected one of {', '.join(NEEDS)}")
-    return cast(WeightCriterion, made)
+    return criterion
+
+
+def _needs(criterion: WeightCriterion) -> Needs:
+    return getattr(criterion, "needs", "gradients")
 
 
 def weight_cost(criterion: WeightCriterion, states: int, passes: int) -> float:
     """What a criterion costs, in runs of the transformer on one state; first-order ones take several passes."""
-    needs = getattr(criterion, "needs", "gradients")
-    return {"weights": 0.0, "inputs": 1.0}.get(needs, passes * BACKWARD) * states
+    return {"weights": 0.0, "inputs": 1.0}.get(_needs(criterion), passes * BACKWARD) * states
 
 
 @dataclass(frozen=True)
@@ -203,17 +127,17 @@ class _Sums:
         self.norm: Tensor | float = 0.0
         self.power: Tensor | float = 0.0
 
-    def see_inputs(self, x: Tensor, valid: Tensor | None) -> None:
-        flat = valid_rows(x.detach(), valid).float()
-        self.squares += flat.pow(2).sum(0).double()
-        self.tokens += len(flat)
+    def see_inputs(self, x: Tensor) -> None:
+        """Valid tokens, (tokens, i) in float32."""
+        self.squares += x.pow(2).sum(0).double()
+        self.tokens += len(x)
 
     def see(self, x: Tensor, delta: Tensor, valid: Tensor | None) -> None:
-        self.see_inputs(x, valid)
+        self.see_inputs(valid_rows(x.detach(), valid).float())
         if self.batched:
             x, delta = x.flatten(0, 1)[None], delta.flatten(0, 1)[None]
-        for one, slope in zip(x, delta, strict=True):
-            gradient = (slope.T @ one).abs()
+        for inputs, slopes in zip(x, delta, strict=True):
+            gradient = (slopes.T @ inputs).abs()
             self.norm = self.norm + gradient
             self.power = self.power + gradient.pow_(2)
             self.samples += 1
@@ -230,7 +154,7 @@ class _Sums:
 def weight_scores(
     transformer: nn.Module,
     layers: Sequence[Layer],
-    batches: Sequence[dict[str, Any]],
+    batches: Batches,
     criterion: WeightCriterion,
     name: str,
     seed: int,
@@ -253,14 +177,15 @@ def weight_scores(
     Raises:
         ConfigError: The criterion gives something else.
     """
-    needs = getattr(criterion, "needs", "gradients")
+    needs = _needs(criterion)
     adapter = adapter_for(transformer)
     sums = {layer.name: _Sums(layer, needs == "batch_gradients") for layer in layers}
     if needs == "inputs":
-        _watch_inputs(transformer, adapter, list(sums.values()), batches)
+        watched = [(layer.module, layer.path) for layer in layers]
+        watch_layers(transformer, adapter, watched, batches, lambda i, x: sums[layers[i].name].see_inputs(x))
     order = {block: i // blocks_at_once for i, block in enumerate(dict.fromkeys(layer.block for layer in layers))}
     number = 0
-    for _, group in groupby(sorted(layers, key=lambda layer: order[layer.block]), key=lambda one: order[one.block]):
+    for _, group in groupby(sorted(layers, key=lambda layer: order[layer.block]), key=lambda layer: order[layer.block]):
         members = list(group)
         if "gradients" in needs:
             taps = [Tap(layer.module, layer.path, layer.tokens_first, sums[layer.name].see) for layer in members]
@@ -270,32 +195,6 @@ def weight_scores(
                 generator = step_generator(seed, number, Stream.WEIGHT_SCORES)
                 score = criterion.score(sums.pop(layer.name).seen(generator))
             number += 1
-            yield layer, _checked(score, layer, name)
-
-
-@torch.no_grad()
-def _watch_inputs(
-    transformer: nn.Module, adapter: Adapter, sums: Sequence[_Sums], batches: Sequence[dict[str, Any]]
-) -> None:
-    """Show what layers are given, in one forward pass a batch."""
-    with watch_valid(transformer, adapter) as valid_of:
-
-        def hook_of(one: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _, args: one.see_inputs(args[0], valid_of(one.layer.path, args[0]))
-
-        device = next(transformer.parameters()).device
-        with removing(one.layer.module.register_forward_pre_hook(hook_of(one)) for one in sums):
-            for arguments in batches:
-                velocity(transformer, to_device(arguments, device))
-
-
-def _checked(score: Any, layer: Layer, name: str) -> Tensor:
-    where = f"sparsity.criterion={name}: {layer.name}"
-    shape = tuple(layer.module.weight.shape)
-    if not isinstance(score, Tensor) or tuple(score.shape) != shape:
-        got = str(tuple(score.shape)) if isinstance(score, Tensor) else type(score).__name__
-        raise ConfigError(f"{where}: got {got}, expected one score for each weight, {shape}")
-    bad = int((~torch.isfinite(score)).sum())
-    if bad:
-        raise ConfigError(f"{where}: {bad} of {score.numel()} scores are NaN or infinite; expected numbers")
-    return score.detach()
+            shape = tuple(layer.module.weight.shape)
+            where, expected = f"sparsity.criterion={name}: {layer.name}", f"one score for each weight, {shape}"
+            yield layer, checked_scores(score, shape, where, expected)

@@ -1,8 +1,8 @@
 """Searches: who chooses the plan. The third extension point, beside criteria and allocations.
 
-A search is a class with two methods (:class:`ppcl.pruning.searches.base.Search`) and an entry here, or a class in a
-file of yours; ``plan.mode`` names it. Entries are places, not classes, so that a search that needs torch is imported
-when it is used. What every plan must be (:func:`checked`) is looked at here, so no search can hand on a wrong one.
+A search is a class with two methods (:class:`ppcl.pruning.searches.base.Search`) and an entry in ``SEARCHES`` of
+:mod:`ppcl.config.extensions`, or a class in a file of yours; ``plan.mode`` names it. What every plan must be
+(:func:`checked`) is looked at here, so no search can hand on a wrong one.
 """
 
 from __future__ import annotations
@@ -12,49 +12,23 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ppcl.common.plugins import load_object
-from ppcl.config.search import SEARCH_NAMES
-from ppcl.errors import ConfigError, nearest
+from ppcl.config.extensions import SEARCHES
+from ppcl.errors import ConfigError
 from ppcl.pruning.planner import is_allowed_segment, meets
 from ppcl.pruning.searches.base import Context, Search
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.prediction import predict
 
-__all__ = ["SEARCHES", "Context", "Search", "choose", "search_named"]
+__all__ = ["SEARCHES", "Context", "Search", "choose"]
 
 logger = logging.getLogger(__name__)
-SEARCHES = {
-    "optimal": "ppcl.pruning.searches.planned:optimal",
-    "paper": "ppcl.pruning.searches.planned:paper",
-    "uniform": "ppcl.pruning.searches.planned:uniform",
-    "influence": "ppcl.pruning.searches.planned:influence",
-    "allocation": "ppcl.pruning.searches.planned:allocation",
-    "random": "ppcl.pruning.searches.orders:Random",
-    "position": "ppcl.pruning.searches.orders:Position",
-    "path": "ppcl.pruning.searches.path:Path",
-    "learned": "ppcl.pruning.searches.learned:Learned",
-    "rarts": "ppcl.pruning.searches.rarts:Rarts",
-}
-METHODS = {"cost": ("context",), "choose": ("context",)}
-
-
-def search_named(name: str) -> Search:
-    """The search of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
-
-    Raises:
-        ConfigError: There is none of this name, or it cannot be loaded.
-    """
-    if name not in SEARCHES and ":" not in name:
-        raise ConfigError(f"plan.mode={name}: unknown search{nearest(name, SEARCHES)}; valid: {', '.join(SEARCHES)}")
-    search: Search = load_object(SEARCHES.get(name, name), "plan.mode", METHODS)
-    return search
 
 
 def choose(name: str, context: Context, say: Callable[[str], None] = logger.info) -> CompressionPlan:
     """Choose a plan by a search's name, and check what comes out.
 
     Args:
-        name: See :func:`search_named`; it takes the place of the settings' mode.
+        name: Of ``SEARCHES``, or ``file.py:ClassName`` or ``module:ClassName``; in place of the settings' mode.
         context: What searches may look at.
         say: Is told what the search will cost before it starts, if it runs the teacher at all.
 
@@ -66,7 +40,7 @@ def choose(name: str, context: Context, say: Callable[[str], None] = logger.info
         ConfigError: The search cannot be loaded, or gives something else than a plan.
         UserError: It does not fit the family, or there is not what it looks at.
     """
-    search = search_named(name)
+    search: Search = SEARCHES.named(name)
     context = dataclasses.replace(context, settings=context.settings.model_copy(update={"mode": name}))
     stated: Any = search.cost(context)
     if isinstance(stated, bool) or not isinstance(stated, int | float) or not 0 <= stated < float("inf"):
@@ -76,15 +50,15 @@ def choose(name: str, context: Context, say: Callable[[str], None] = logger.info
             f"plan.mode={name}: about {stated:,.0f} teacher forwards (the transformer once on one state; "
             "a backward pass counts as two)"
         )
-    found = checked(search.choose(context), context)
-    return dataclasses.replace(found, mode=name, teacher_forwards=float(stated))
+    plan = checked(search.choose(context), context)
+    return dataclasses.replace(plan, mode=name, teacher_forwards=float(stated))
 
 
-def checked(found: Any, context: Context) -> CompressionPlan:
+def checked(plan: Any, context: Context) -> CompressionPlan:
     """Return a plan with its prediction counted anew.
 
     Args:
-        found: What a search returned.
+        plan: What a search returned.
         context: What it was given.
 
     Raises:
@@ -92,28 +66,25 @@ def checked(found: Any, context: Context) -> CompressionPlan:
     """
     model, settings = context.model, context.settings
     where = f"plan.mode={settings.mode}"
-    if not isinstance(found, CompressionPlan):
-        raise ConfigError(f"{where}: got {type(found).__name__}, expected a CompressionPlan")
-    if found.model != model or set(found.stacks) != {stack.name for stack in model.stacks}:
+    if not isinstance(plan, CompressionPlan):
+        raise ConfigError(f"{where}: got {type(plan).__name__}, expected a CompressionPlan")
+    if plan.model != model or set(plan.stacks) != {stack.name for stack in model.stacks}:
         raise ConfigError(f"{where}: the plan is for another model; expected stacks {[s.name for s in model.stacks]}")
     for stack in model.stacks:
-        covered = [i for s in found.stacks[stack.name] for i in range(s.first, s.last + 1)]
+        covered = [i for s in plan.stacks[stack.name] for i in range(s.first, s.last + 1)]
         if covered != list(range(stack.num_blocks)):
             raise ConfigError(f"{where}: {stack.name}: got blocks {covered}, expected each of {stack.num_blocks} once")
-        for segment in found.stacks[stack.name]:
+        for segment in plan.stacks[stack.name]:
             if segment.is_run and not is_allowed_segment(model, stack.name, segment.first, segment.last, settings):
                 raise ConfigError(
                     f"{where}: {stack.name} {segment.first}-{segment.last} takes a protected block; "
                     "see plan.protect_first and plan.protect_last"
                 )
-    prediction = predict(model, found.stacks, found.predicted.error)
+    prediction = predict(model, plan.stacks, plan.predicted.error)
     kind, value = settings.budget
     if not meets(prediction, kind, value):
         raise ConfigError(
             f"{where}: the plan misses the budget plan.{kind}={value:g} (it keeps {prediction.param_ratio:.3f} of the "
             f"parameters, {prediction.speedup:.2f} times as fast); expected one that meets it, or a BudgetError"
         )
-    return dataclasses.replace(found, budget={kind: value}, predicted=prediction)
-
-
-assert tuple(SEARCHES) == SEARCH_NAMES  # the config knows the names without importing the planner
+    return dataclasses.replace(plan, budget={kind: value}, predicted=prediction)

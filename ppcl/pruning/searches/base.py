@@ -11,7 +11,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.errors import ConfigError
 from ppcl.pruning.artifacts import Candidates
-from ppcl.pruning.planner import Runs, from_ladder, removal_ladder
+from ppcl.pruning.planner import Runs, costs_of, from_ladder, removal_ladder
 from ppcl.student.plan import CompressionPlan, free_blocks
 from ppcl.teacher.model_info import ModelInfo
 
@@ -72,15 +72,15 @@ class Context:
         Raises:
             ConfigError: There are none.
         """
-        found = []
+        blocks = []
         for stack in self.model.stacks:
             low, high = free_blocks(self.model, stack, self.settings)
-            found += [(stack.name, index) for index in range(low + 1, high)]
-        if not found:
+            blocks += [(stack.name, index) for index in range(low + 1, high)]
+        if not blocks:
             raise ConfigError(
                 f"plan.mode={self.settings.mode}: no block can go; lower plan.protect_first or plan.protect_last"
             )
-        return found
+        return blocks
 
     def first_that_fits(self, ladder: Sequence[Runs], start: str | None = None) -> CompressionPlan:
         """The plan of the first set of runs that meets the budget.
@@ -92,8 +92,7 @@ class Context:
         Raises:
             BudgetError: None does; the message names the nearest feasible budget.
         """
-        costs = {(c.stack, c.first, c.last): c for c in self.candidates.candidates}
-        return from_ladder(self.model, ladder, costs, self.settings, start)
+        return from_ladder(self.model, ladder, costs_of(self.candidates), self.settings, start)
 
     def remove_in_order(self, order: Sequence[tuple[str, int]], start: str | None = None) -> CompressionPlan:
         """The plan that removes blocks in this order, as few as the budget asks; each joins the kept block before it.

@@ -121,8 +121,8 @@ class GatedStudent:
         losses = []
         with checkpointed(self.student), autocast(device, self.teacher.precision):
             for call, share in batch:
-                found = velocity(self.student, to_device(call.arguments, device))
-                losses.append(share.samples * velocity_loss(found, call.velocity.to(device)))
+                predicted = velocity(self.student, to_device(call.arguments, device))
+                losses.append(share.samples * velocity_loss(predicted, call.velocity.to(device)))
         return torch.stack(losses).sum()
 
 

@@ -17,38 +17,16 @@ suggests beforehand, and neighbours of the paths kept so far, which differ in on
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ppcl.student.plan import Segment
+from ppcl.pruning.knapsack import CheapestPaths, Edge, Route
 
-Route = tuple[int, ...]
 Measure = Callable[[Sequence[Route]], Sequence[float]]
 _CELLS = 64  # classes of savings that the proxy's search tells apart
-
-
-@dataclass(frozen=True)
-class Edge:
-    """Something smaller in the place of blocks first..last.
-
-    Attributes:
-        first: First block, numbered through all stacks.
-        last: Last block, inclusive.
-        saved: What it saves, in the budget's unit.
-        cost: Squared relative velocity error when it alone is put in.
-        stack: Its stack.
-        segment: What it is in a plan.
-    """
-
-    first: int
-    last: int
-    saved: float
-    cost: float
-    stack: str
-    segment: Segment
 
 
 @dataclass(frozen=True)
@@ -60,18 +38,6 @@ class Widths:
     precise: int = 3
     branch: int = 3
     rounds: int = 3
-
-
-class _Ways(NamedTuple):
-    """Ways to a node, one an entry: cost, savings, the way before it at its edge's first node, the edge (-1: none)."""
-
-    cost: np.ndarray
-    saved: np.ndarray
-    before: np.ndarray
-    edge: np.ndarray
-
-
-_NONE = _Ways(*np.zeros((2, 0)), *np.zeros((2, 0), dtype=int))
 
 
 class Graph:
@@ -115,78 +81,31 @@ class Graph:
             Paths from the cheapest on. With many different savings the last of them are approximate: at a node, of
             paths that saved about the same only the cheapest ``count`` go on.
         """
-        taken = {block for n in fixed for block in range(self.edges[n].first, self.edges[n].last + 1)}
-        starts: list[list[int]] = [[] for _ in range(self.num_blocks)]
-        for number, edge in enumerate(self.edges):
-            usable = allowed is None or number in allowed
-            if number in fixed or (usable and not taken.intersection(range(edge.first, edge.last + 1))):
-                starts[edge.first].append(number)
-        arriving: list[list[_Ways]] = [[] for _ in range(self.num_blocks + 1)]
-        arriving[0].append(_Ways(*np.zeros((2, 1)), *np.full((2, 1), -1)))
-        at: list[_Ways] = []
-        for position in range(self.num_blocks + 1):
-            ways = _Ways(*map(np.concatenate, zip(*arriving[position], strict=True))) if arriving[position] else _NONE
-            arriving[position] = []
-            at.append(self._best(ways, count))
-            here = np.arange(len(at[-1].cost))
-            if position < self.num_blocks and position not in taken:
-                arriving[position + 1].append(_Ways(at[-1].cost, at[-1].saved, here, np.full(len(here), -1)))
-            for number in starts[position] if position < self.num_blocks else ():
-                edge = self.edges[number]
-                ways = _Ways(at[-1].cost + edge.cost, at[-1].saved + edge.saved, here, np.full(len(here), number))
-                arriving[edge.last + 1].append(ways)
-        enough = np.flatnonzero(at[-1].saved >= self._enough)
-        order = enough[np.lexsort((at[-1].saved[enough], at[-1].cost[enough]))][:count]
-        return [self._route(at, int(index)) for index in order]
+        filled = {block for n in fixed for block in range(self.edges[n].first, self.edges[n].last + 1)}
+        usable = self.avoiding(filled).union(fixed)
+        if allowed is not None:
+            usable &= {*allowed, *fixed}
+        unit = max(self.needed, *(edge.saved for edge in self.edges), 1e-12) / _CELLS
+        # what saves enough is never in one class with what does not
+        paths = CheapestPaths(self.num_blocks, self.edges, unit, count, self._enough, usable, filled)
+        enough = np.flatnonzero(paths.saved >= self._enough)
+        order = enough[np.lexsort((paths.saved[enough], paths.cost[enough]))][:count]
+        return [paths.route(int(index)) for index in order]
 
     @property
     def _enough(self) -> float:
         """What a path must save, but for rounding."""
         return self.needed - 1e-12 * abs(self.needed)
 
-    def _best(self, ways: _Ways, count: int) -> _Ways:
-        """Of the ways to a node the cheapest ``count`` of each class of savings.
-
-        What saves enough is never in one class with what does not.
-        """
-        unit = max(self.needed, *(edge.saved for edge in self.edges), 1e-12) / _CELLS
-        cells = np.floor((ways.saved - self._enough) / unit)
-        order = np.lexsort((ways.cost, cells))
-        first = np.flatnonzero(np.diff(cells[order], prepend=-np.inf))
-        sizes = np.diff(np.append(first, len(order)))
-        rank = np.arange(len(order)) - np.repeat(first, sizes)
-        kept = order[rank < count]
-        return _Ways(*(values[kept] for values in ways))
-
-    def _route(self, at: Sequence[_Ways], index: int) -> Route:
-        """Follow a way back to the first node."""
-        found: list[int] = []
-        position = len(at) - 1
-        while position:
-            number = int(at[position].edge[index])
-            index = int(at[position].before[index])
-            found += [number] if number >= 0 else []
-            position = self.edges[number].first if number >= 0 else position - 1
-        return tuple(reversed(found))
-
     def most(self) -> Route:
         """The path that saves most."""
-        best: list[tuple[float, Route]] = [(0.0, ()), *((-1.0, ()) for _ in range(self.num_blocks))]
-        by_start: dict[int, list[int]] = {}
-        for number, edge in enumerate(self.edges):
-            by_start.setdefault(edge.first, []).append(number)
-        for position in range(self.num_blocks):
-            saved, route = best[position]
-            best[position + 1] = max(best[position + 1], (saved, route))
-            for number in by_start.get(position, ()):
-                edge = self.edges[number]
-                best[edge.last + 1] = max(best[edge.last + 1], (saved + edge.saved, (*route, number)))
-        return best[-1][1]
+        gains = [replace(edge, cost=-edge.saved) for edge in self.edges]
+        return CheapestPaths(self.num_blocks, gains, math.inf).route(0)
 
     def neighbours(self, route: Route, count: int) -> list[Route]:
         """Paths that keep all edges of a path but one; what that edge saved is found elsewhere."""
-        found = {way for n in route for way in self.cheapest(count, fixed=tuple(m for m in route if m != n))}
-        return heapq.nsmallest(count, found - {route}, key=lambda way: (self.proxy(way), way))
+        near = {way for n in route for way in self.cheapest(count, fixed=tuple(m for m in route if m != n))}
+        return heapq.nsmallest(count, near - {route}, key=lambda way: (self.proxy(way), way))
 
 
 class PathSearch:
@@ -202,8 +121,8 @@ class PathSearch:
     def __init__(self, graph: Graph, branches: Measure, whole: Measure, widths: Widths | None = None) -> None:
         self.graph, self.widths = graph, widths or Widths()
         self._branches, self._whole = branches, whole
-        self._known_branches: dict[Route, float] = {(): 0.0}
-        self.known: dict[Route, float] = {}
+        self._branch_errors: dict[Route, float] = {(): 0.0}
+        self.errors: dict[Route, float] = {}
 
     def run(self, must_keep: Collection[int] = (), priors: Sequence[Route] = ()) -> Route | None:
         """Search.
@@ -219,42 +138,42 @@ class PathSearch:
         everything = graph.cheapest(widths.fuzzy + 1)
         if len(everything) <= widths.fuzzy:  # a graph that small is measured as a whole
             self._precise(everything)
-            return min(self.known, key=self._order, default=None)
+            return min(self.errors, key=self._order, default=None)
         self._three_steps(graph.cheapest(widths.fuzzy, graph.avoiding(must_keep)) or everything[: widths.fuzzy])
         suggested = {number for route in priors for number in route}
         enough = [route for route in priors if graph.saves_enough(route)]
         self._three_steps([*enough, *graph.cheapest(widths.fuzzy, suggested)])
         self._precise(enough)
         for _ in range(widths.rounds):
-            kept = heapq.nsmallest(widths.precise, self.known, key=self._order)
+            kept = heapq.nsmallest(widths.precise, self.errors, key=self._order)
             near = {way for route in kept for way in graph.neighbours(route, widths.fuzzy)}
             self._three_steps([*everything, *near])
-            if heapq.nsmallest(widths.precise, self.known, key=self._order) == kept:
+            if heapq.nsmallest(widths.precise, self.errors, key=self._order) == kept:
                 break
-        return min(self.known, key=self._order)
+        return min(self.errors, key=self._order)
 
     def _order(self, route: Route) -> tuple[float, Route]:
-        return self.known[route], route
+        return self.errors[route], route
 
     def _three_steps(self, routes: Iterable[Route]) -> None:
         """Measure the most promising of some paths."""
-        new = [route for route in dict.fromkeys(routes) if route not in self.known]
+        new = [route for route in dict.fromkeys(routes) if route not in self.errors]
         fuzzy = heapq.nsmallest(self.widths.fuzzy, new, key=lambda route: (self.graph.proxy(route), route))
         split = {route: self._split(route) for route in fuzzy}
         groups = {branch for head, _, tail in split.values() for branch in (head, tail)}
-        unknown = sorted(branch for branch in groups if branch not in self._known_branches)
-        self._known_branches |= dict(zip(unknown, self._branches(unknown), strict=True))
+        unknown = sorted(branch for branch in groups if branch not in self._branch_errors)
+        self._branch_errors |= dict(zip(unknown, self._branches(unknown), strict=True))
 
         def score(route: Route) -> tuple[float, Route]:
             head, middle, tail = split[route]
-            ends = self._known_branches[head] + self._known_branches[tail]
+            ends = self._branch_errors[head] + self._branch_errors[tail]
             return ends + self.graph.proxy(middle), route
 
         self._precise(heapq.nsmallest(self.widths.reduced, fuzzy, key=score))
 
     def _precise(self, routes: Sequence[Route]) -> None:
-        new = [route for route in dict.fromkeys(routes) if route not in self.known]
-        self.known |= dict(zip(new, self._whole(new), strict=True))
+        new = [route for route in dict.fromkeys(routes) if route not in self.errors]
+        self.errors |= dict(zip(new, self._whole(new), strict=True))
 
     def _split(self, route: Route) -> tuple[Route, Route, Route]:
         """First h edges, what lies between, last h edges; short paths are halved."""

@@ -86,13 +86,13 @@ class Learned:
 
 def groups_of(blocks: Sequence[Block]) -> list[list[Block]]:
     """Up to four neighbours of one stack a group, as even as can be."""
-    found: list[list[Block]] = []
+    groups: list[list[Block]] = []
     for stack in dict.fromkeys(name for name, _ in blocks):
-        own = [block for block in blocks if block[0] == stack]
-        count = -(-len(own) // GROUP)
-        edges = [i * len(own) // count for i in range(count + 1)]
-        found += [own[a:b] for a, b in pairwise(edges)]
-    return found
+        members = [block for block in blocks if block[0] == stack]
+        count = -(-len(members) // GROUP)
+        edges = [i * len(members) // count for i in range(count + 1)]
+        groups += [members[a:b] for a, b in pairwise(edges)]
+    return groups
 
 
 def quotas_of(context: Context, groups: Sequence[Sequence[Block]]) -> list[int]:
@@ -110,7 +110,7 @@ def quotas_of(context: Context, groups: Sequence[Sequence[Block]]) -> list[int]:
         for i in range(stack.num_blocks)
     }
     limits = [len(group) for group in groups]
-    found: dict[Runs, list[int]] = {}
+    quotas_by_runs: dict[Runs, list[int]] = {}
     for total in range(sum(limits) + 1):
         quotas = shares(total, limits)
         least = [
@@ -118,9 +118,9 @@ def quotas_of(context: Context, groups: Sequence[Sequence[Block]]) -> list[int]:
             for group, quota in zip(groups, quotas, strict=True)
             for block in sorted(group, key=lambda b: sizes[b])[:quota]
         ]
-        found[removal_ladder(least)[-1]] = quotas
-    plan = context.first_that_fits(list(found), "first")
-    return found[tuple(sorted((name, s.first, s.last) for name, s in plan.runs))]
+        quotas_by_runs[removal_ladder(least)[-1]] = quotas
+    plan = context.first_that_fits(list(quotas_by_runs), "first")
+    return quotas_by_runs[tuple(sorted((name, s.first, s.last) for name, s in plan.runs))]
 
 
 def ways(size: int, quota: int) -> Tensor:

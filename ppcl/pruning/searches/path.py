@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from ppcl.errors import BudgetError
-from ppcl.pruning.knapsack import pieces_of
-from ppcl.pruning.planner import cost_of, infeasible, is_allowed, meets, plan
+from ppcl.pruning.knapsack import Route, edges_of, layout_of
+from ppcl.pruning.planner import costs_of, infeasible, meets, nearest_budget, plan, usable
 from ppcl.pruning.searches.base import Context
-from ppcl.pruning.searches.graph import Edge, Graph, PathSearch, Route, Widths
+from ppcl.pruning.searches.graph import Graph, PathSearch, Widths
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.student.prediction import predict
 
@@ -61,9 +61,9 @@ class Path:
         best = search.run(must_keep(context), priors(context, graph))
         if best is None:
             raise AssertionError("the graph was built with a path that saves enough")
-        layout = layout_of(context, graph, best)
+        layout = layout_of(context.model, [graph.edges[number] for number in best])
         kind, value = context.settings.budget
-        prediction = predict(context.model, layout, math.sqrt(search.known[best]))
+        prediction = predict(context.model, layout, math.sqrt(search.errors[best]))
         return CompressionPlan(context.model, context.settings.mode, {kind: value}, layout, prediction)
 
 
@@ -84,52 +84,32 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
     """
     model, settings = context.model, context.settings
     kind, value = settings.budget
-    runs = [c for c in context.candidates.candidates if is_allowed(model, c, settings) and math.isfinite(cost_of(c))]
-    options = [o for o in context.candidates.width if settings.width is None or o.group.split(".")[0] in settings.width]
-    for usable in ([c for c in runs if c.fitted_error is not None], runs):
-        pieces = pieces_of(model, [(c, cost_of(c)) for c in usable], options, by_flops=kind == "speedup")
-        fitted = {(c.stack, c.first, c.last) for c in usable if c.fitted_error is not None}
-        edges, linear, offset = [], [], 0
-        for stack in model.stacks:
-            for piece in (p for first in sorted(pieces[stack.name]) for p in pieces[stack.name][first]):
-                s = piece.segment
-                if s.is_substitute:
-                    edges.append(Edge(offset + s.first, offset + s.last, piece.saved, piece.cost, stack.name, s))
-                    linear.append(s.is_run and (stack.name, s.first, s.last) not in fitted)
-            offset += stack.num_blocks
-        graph = Graph(offset, edges, context.needed_savings)
-        most = predict(model, layout_of(context, graph, graph.most()))
+    runs, options = usable(model, context.candidates, settings)
+    for costed in ([run for run in runs if run.fitted_error is not None], runs):
+        edges = edges_of(model, costed, options, by_flops=kind == "speedup")
+        graph = Graph(sum(stack.num_blocks for stack in model.stacks), edges, context.needed_savings)
+        most = predict(model, layout_of(model, [edges[number] for number in graph.most()]))
         if meets(most, kind, value):
-            return graph, linear
-    raise BudgetError(infeasible([most], kind, value, settings))
-
-
-def layout_of(context: Context, graph: Graph, route: Route) -> dict[str, tuple[Segment, ...]]:
-    """The segments of a path."""
-    chosen = [graph.edges[number] for number in route]
-    layout = {}
-    for stack in context.model.stacks:
-        own = [edge.segment for edge in chosen if edge.stack == stack.name]
-        covered = {index for s in own for index in range(s.first, s.last + 1)}
-        kept = [Segment(i, i) for i in range(stack.num_blocks) if i not in covered]
-        layout[stack.name] = tuple(sorted([*own, *kept], key=lambda s: s.first))
-    return layout
+            fitted = {run for run, known in costs_of(context.candidates).items() if known.fitted_error is not None}
+            spans = [(edge.stack, edge.segment.first, edge.segment.last) for edge in edges]
+            return graph, [e.segment.is_run and span not in fitted for e, span in zip(edges, spans, strict=True)]
+    raise BudgetError(infeasible(settings, nearest_budget([most], kind)))
 
 
 def must_keep(context: Context) -> set[int]:
     """The quarter of all blocks that has most influence, numbered through the stacks."""
-    found, offset = [], 0
+    scored, offset = [], 0
     for stack in context.model.stacks:
         influence = next(s.influence for s in context.analysis.stacks if s.name == stack.name)
-        found += [(value, offset + index) for index, value in enumerate(influence)]
+        scored += [(value, offset + index) for index, value in enumerate(influence)]
         offset += stack.num_blocks
-    return {block for _, block in sorted(found, reverse=True)[: len(found) // 4]}
+    return {block for _, block in sorted(scored, reverse=True)[: len(scored) // 4]}
 
 
 def priors(context: Context, graph: Graph) -> list[Route]:
     """The plans of the planner's modes as paths; of what is not in the graph, the rest."""
     numbers = {_key(edge.stack, edge.segment): number for number, edge in enumerate(graph.edges)}
-    found = []
+    routes = []
     for mode in PRIORS:
         settings = context.settings.model_copy(update={"mode": mode})
         try:
@@ -137,8 +117,8 @@ def priors(context: Context, graph: Graph) -> list[Route]:
         except BudgetError:
             continue
         keys = [_key(s.name, segment) for s in context.model.stacks for segment in suggested.stacks[s.name]]
-        found.append(tuple(numbers[key] for key in keys if key in numbers))
-    return found
+        routes.append(tuple(numbers[key] for key in keys if key in numbers))
+    return routes
 
 
 def _key(stack: str, segment: Segment) -> tuple[object, ...]:

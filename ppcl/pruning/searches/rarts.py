@@ -61,7 +61,7 @@ def gauss_seidel(
 
     def tie() -> Tensor:
         pairs = zip(y.variables, w.variables, strict=True)
-        return beta / 2 * torch.stack([(one - other).pow(2).sum() for one, other in pairs]).sum()
+        return beta / 2 * torch.stack([(at_y - at_w).pow(2).sum() for at_y, at_w in pairs]).sum()
 
     apply_gradients(w.optimizer, factor * train() + tie(), w.variables)
     apply_gradients(y.optimizer, validate() + tie(), y.variables)

@@ -81,7 +81,7 @@ class Teacher:
         Returns:
             One module a piece.
         """
-        made: dict[int, nn.Module] = {}
+        modules: dict[int, nn.Module] = {}
         left = []
         probes: Mapping[str, Tensor] = {}
         for number, (stack, segment) in enumerate(pieces):
@@ -91,20 +91,20 @@ class Teacher:
             probes = probes or read_tensors(self.folder / "analysis.safetensors")[0]
             spec, run = self.spec(stack), (stack, segment.first, segment.last)
             maps = chained_probe(probes, run, list(spec.inputs), self.device)
-            made[number] = LinearRun(self.adapter, spec, self.blocks(stack)[segment.first], maps)
+            modules[number] = LinearRun(self.adapter, spec, self.blocks(stack)[segment.first], maps)
         dtype = next(self.transformer.parameters()).dtype
         while left:  # files are read once for all pieces that fit into one plan
             plan, inside = _layer(model, pieces, left)
             folder = self.folder
-            found = new_substitutes(
+            substitutes = new_substitutes(
                 self.transformer, self.adapter, plan, folder / "candidates.safetensors", folder / "analysis.safetensors"
             )
             for number in inside:
                 stack, segment = pieces[number]
-                block = found[stack, segment.first, segment.last].to(self.device, dtype)
-                made[number] = block.requires_grad_(False)
+                block = substitutes[stack, segment.first, segment.last].to(self.device, dtype)
+                modules[number] = block.requires_grad_(False)
             left = [number for number in left if number not in inside]
-        return [made[number] for number in range(len(pieces))]
+        return [modules[number] for number in range(len(pieces))]
 
     @torch.no_grad()
     def errors(
@@ -150,16 +150,16 @@ class Teacher:
         reached = False
         for spec in self.adapter.stacks:
             blocks = list(self.blocks(spec.name))
-            chosen: list[nn.Module] = []
+            modules: list[nn.Module] = []
             position = 0 if reached else len(blocks)
             if spec.name == stack:
-                chosen.append(FixedStates(self.adapter, spec, before, blocks[0]))
+                modules.append(FixedStates(self.adapter, spec, before, blocks[0]))
                 position, reached = start.first, True
             for (name, segment), module in route:
                 if name == spec.name:
-                    chosen += [*blocks[position : segment.first], module]
+                    modules += [*blocks[position : segment.first], module]
                     position = segment.last + 1
-            lists[spec.name] = [*chosen, *blocks[position:]]
+            lists[spec.name] = [*modules, *blocks[position:]]
         return with_blocks(self.transformer, lists)
 
 
