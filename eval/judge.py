@@ -147,6 +147,7 @@ class Judge:
             self.note(f"{len(self.prompts)} prompts are few: intervals of fewer than {MIN_PROMPTS} are too narrow")
         self.reference: Reference | None = None
         self.reference_name: str | None = None
+        self.reference_seed: int | None = None  # pictures of it would be compared with what the same noise became
         if reference is not None:
             self._compare_with(*reference)
 
@@ -186,14 +187,15 @@ class Judge:
     def side(self, entrant: Entrant, num_seeds: int = 1) -> Side:
         """Load a model, draw with so many seeds, and score each of them.
 
-        Without a reference the second seed of the first model becomes it, and has no distance to itself.
+        Without a reference the second seed of the first model becomes it: no model's pictures of that seed, which share
+        its noise, have a distance to it.
         """
         pipeline = entrant.load()
         kwargs = accepted_kwargs(pipeline, call_arguments(pipeline, self.config.capture))
         seeds = [self.config.seed + offset for offset in range(num_seeds)]
         paths, features = zip(*(self.draw(entrant, pipeline, kwargs, seed) for seed in seeds), strict=True)
-        is_reference = self.reference is None and len(features) > 1
-        if is_reference:
+        if self.reference is None and len(features) > 1:
+            self.reference_seed = seeds[1]
             self._compare_with(reference_of(features[1]), SECOND_SEED.format(entrant.label))
             self.note("no real pictures (--reference): FID and the like compare with the first model's second seed")
         elif self.reference is None:
@@ -201,8 +203,8 @@ class Judge:
         if len(features[0]) <= features[0].shape[1] and self.reference is not None:
             self.note(_biased(f"{len(features[0])} pictures", features[0].shape[1]) + ", and look at KID")
         measures = [
-            measure(seed, None if is_reference and index == 1 else self.reference, self.text)
-            for index, seed in enumerate(features)
+            measure(of_seed, None if seed == self.reference_seed else self.reference, self.text)
+            for seed, of_seed in zip(seeds, features, strict=True)
         ]
         return Side(entrant, pipeline, kwargs, list(paths), list(features), measures)
 
