@@ -21,17 +21,20 @@ import torch
 from common import alternate, capture_states, load, megabytes, parser, publish, seconds
 from torch import nn
 
-from ppcl.adapters import Adapter
 from ppcl.analysis.analyze import Collector, analyze, collect
-from ppcl.artifacts import Analysis, load_artifact
-from ppcl.candidates.fit import fit
-from ppcl.capture import SPLITS, States, velocity
+from ppcl.analysis.artifacts import Analysis
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import SPLITS
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_tensors
+from ppcl.common.tables import markdown_table, number
 from ppcl.config import RunConfig
+from ppcl.distill.fit import fit
 from ppcl.eval.speed import measure_memory
-from ppcl.files import read_tensors
-from ppcl.tables import markdown_table, number
-from ppcl.teacher import describe
-from ppcl.trees import to_device
+from ppcl.teacher.call_arguments import to_device
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter
 
 
 @torch.no_grad()

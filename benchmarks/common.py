@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from ppcl.adapters import Adapter, adapter_for
-from ppcl.capture import capture
+from ppcl.capture.prompts import prompts_for
+from ppcl.capture.trajectories import capture
 from ppcl.cli import resolve
+from ppcl.common.devices import resolve_device
+from ppcl.common.files import write_text
+from ppcl.common.tables import provenance
 from ppcl.config import RunConfig
-from ppcl.files import write_text
-from ppcl.prompts import prompts_for
-from ppcl.tables import provenance
-from ppcl.teacher import load_pipeline, resolve_device
+from ppcl.teacher.families import Adapter, adapter_for
+from ppcl.teacher.loading import load_pipeline
 
 
 def parser(description: str) -> argparse.ArgumentParser:

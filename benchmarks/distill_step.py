@@ -21,19 +21,20 @@ import torch
 from common import alternate, capture_states, load, megabytes, parser, publish, seconds
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, load_artifact
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.streams import step_generator
+from ppcl.common.tables import markdown_table, number
 from ppcl.config import RunConfig
 from ppcl.distill.local import last_block, local_backward, masks_of
-from ppcl.distill.losses import state_loss
 from ppcl.experiments.baselines import nearest_rung, run_keys
-from ppcl.planning.planner import uniform_ladder
-from ppcl.student import RunKey, start_block
-from ppcl.tables import markdown_table, number
-from ppcl.teacher import describe
-from ppcl.trace import record_boundaries, run_traced
-from ppcl.training.loop import step_generator
+from ppcl.pruning.planner import uniform_ladder
+from ppcl.student.assembly import RunKey, start_block
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter
+from ppcl.teacher.trace import record_boundaries, run_traced
+from ppcl.training.losses import state_loss
 
 Substitutes = Mapping[RunKey, nn.Module]
 

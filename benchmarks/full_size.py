@@ -23,17 +23,18 @@ from common import alternate, parser, publish
 from naive_loop import peak_bytes
 from torch import nn
 
-from ppcl.adapters import Adapter, adapter_for
-from ppcl.capture import velocity
+from ppcl.common.tables import markdown_table
 from ppcl.config import PlanConfig
-from ppcl.cost import count_params, predict
 from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta, token_grid
 from ppcl.inspection.width import plans, widest_within
-from ppcl.planning.planner import segments, uniform_ladder
-from ppcl.student import with_blocks
-from ppcl.tables import markdown_table
-from ppcl.teacher import describe
-from ppcl.width import apply_width
+from ppcl.modules.replacements import apply_width
+from ppcl.pruning.planner import segments, uniform_ladder
+from ppcl.student.assembly import with_blocks
+from ppcl.student.prediction import predict
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter, adapter_for
+from ppcl.teacher.flops import count_params
 
 KEEP = 0.5
 NAMES = {"QwenImageTransformer2DModel": "Qwen-Image", "FluxTransformer2DModel": "FLUX.1"}

@@ -18,18 +18,19 @@ from common import synchronize
 from naive_loop import peak_bytes
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, adapter_for
-from ppcl.artifacts import CompressionPlan, Prediction
+from ppcl.common.devices import autocast
+from ppcl.common.tables import markdown_table
 from ppcl.config import DistillConfig, PlanConfig
-from ppcl.cost import predict
 from ppcl.distill.local import last_block, local_backward, run_loss
 from ppcl.distill.memory import MemoryEstimate, estimate_distill, free_bytes, weight_bytes
 from ppcl.inspection.blueprint import build_on_meta, example_call, token_grid
-from ppcl.planning.planner import segments, uniform_ladder
-from ppcl.student import RunKey, start_block
-from ppcl.tables import markdown_table
-from ppcl.teacher import autocast, describe
-from ppcl.trace import record_boundaries
+from ppcl.pruning.planner import segments, uniform_ladder
+from ppcl.student.assembly import RunKey, start_block
+from ppcl.student.plan import CompressionPlan, Prediction
+from ppcl.student.prediction import predict
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter, adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 WAYS: dict[str, dict[str, Any]] = {
     "all at once": {"release_gradients": False},

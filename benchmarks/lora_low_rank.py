@@ -18,14 +18,16 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, adapter_for
-from ppcl.capture import States, capture, velocity
-from ppcl.compressed import compress_class
+from ppcl.capture.prompts import prompts_for
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import capture
 from ppcl.config import CaptureConfig
+from ppcl.modules.compressed import compress_class
+from ppcl.modules.replacements import LowRankLinear, Metric, apply_width, fill_low_rank, residuals
 from ppcl.pipelines.lora_low_rank import fold, widen
-from ppcl.prompts import prompts_for
-from ppcl.teacher import load_pipeline
-from ppcl.width import LowRankLinear, Metric, apply_width, fill_low_rank, residuals
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import Adapter, adapter_for
+from ppcl.teacher.loading import load_pipeline
 
 TARGETS = ["img_mod.1", "txt_mod.1"]
 

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ppcl.common.files import write_text
+from ppcl.common.tables import markdown_table, number, provenance
 from ppcl.eval.features import FeatureExtractor, load_extractor
 from ppcl.eval.fidelity import psnr, ssim
 from ppcl.eval.pictures import compare_pairs, describe, picture_files
 from ppcl.eval.scoring import caption_measures, drop, measure, paired, reference_of
-from ppcl.files import write_text
-from ppcl.tables import markdown_table, number, provenance
 
 WARM = 128  # pictures of the uncounted turn
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from ppcl.common.files import write_text
+from ppcl.common.tables import markdown_table, number, provenance
 from ppcl.emoji.data import load_pairs, load_pictures
 from ppcl.eval.features import load_extractor
 from ppcl.eval.fidelity import psnr, ssim
 from ppcl.eval.scoring import Measured, Reference, measure, reference_of
-from ppcl.files import write_text
-from ppcl.tables import markdown_table, number, provenance
 
 COLUMNS = ("fid", "kid", "cmmd", "precision", "recall", "density", "coverage", "clip_score", "retrieval_at_1")
 WORSE_UP = ("fid", "kid", "cmmd")

@@ -30,16 +30,16 @@ from distill_step import Substitutes, choose_substitutes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl.adapters import Adapter, StackSpec
-from ppcl.adapters import States as BlockStates
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.streams import step_generator
+from ppcl.common.tables import markdown_table, number
 from ppcl.distill.fake import LiveBytes
 from ppcl.distill.local import local_backward, masks_of
-from ppcl.distill.losses import state_loss
-from ppcl.student import RunKey
-from ppcl.tables import markdown_table, number
-from ppcl.trace import record_boundaries
-from ppcl.training.loop import step_generator
+from ppcl.student.assembly import RunKey
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.families import States as BlockStates
+from ppcl.teacher.trace import record_boundaries
+from ppcl.training.losses import state_loss
 
 
 def call_checkpointed(

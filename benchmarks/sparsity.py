@@ -18,14 +18,16 @@ import torch
 from common import capture_states, load, parser, publish
 from torch import nn
 
-from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, Prediction, identity_segments
-from ppcl.capture import States, velocity_error
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import velocity_error
+from ppcl.common.tables import markdown_table
 from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
-from ppcl.sparsity import Masks, block_shares, make_masks, sparse_layers, sparse_plan, sparsity_cost
-from ppcl.student import RunKey, with_blocks
-from ppcl.tables import markdown_table
-from ppcl.teacher import describe
+from ppcl.pruning.sparsity import block_shares, make_masks, sparse_layers, sparse_plan, sparsity_cost
+from ppcl.student.assembly import RunKey, with_blocks
+from ppcl.student.masks import Masks
+from ppcl.student.plan import CompressionPlan, Prediction, identity_segments
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter
 
 KINDS: dict[str, dict[str, Any]] = {
     "50%, uniform": {"share": 0.5},

@@ -17,17 +17,19 @@ from pathlib import Path
 
 import torch
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import Analysis, Candidates, WidthOption, load_artifact
-from ppcl.candidates.options import width_options
-from ppcl.capture import States
+from ppcl.analysis.artifacts import Analysis
+from ppcl.capture.states import States
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_tensors, write_text
+from ppcl.common.tables import markdown_table
 from ppcl.config import FitConfig, PlanConfig
-from ppcl.criteria import CRITERIA
-from ppcl.files import read_tensors, write_text
-from ppcl.planning.planner import plan
-from ppcl.summary import describe_plan
-from ppcl.tables import markdown_table
-from ppcl.teacher import load_pipeline
+from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.criteria import CRITERIA
+from ppcl.pruning.options import width_options
+from ppcl.pruning.planner import plan
+from ppcl.run.summary import describe_plan
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.loading import load_pipeline
 
 GROUPS = ("modulation", "ffn", "attention", "text")
 

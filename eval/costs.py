@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ppcl.config import EvaluateConfig
-from ppcl.cost import count_flops
 from ppcl.eval.generate import draw, picture_generator, quiet
 from ppcl.eval.speed import LatencyResult, measure_memory, measure_pair, weight_bytes
+from ppcl.teacher.flops import count_flops
 
 PICTURE_RUNS = 3  # a picture takes long next to one transformer call, and varies less
 WARMUP = 1
@@ -146,7 +146,7 @@ def step_counts(settings: EvaluateConfig) -> list[int]:
 
 
 def flops_of(pipeline: Any, call: Call | None) -> int | None:
-    """FLOPs of a call of the transformer, counted by torch as :mod:`ppcl.cost` does; None without a call."""
+    """FLOPs of a call of the transformer, counted by torch as :mod:`ppcl.student.prediction` does; None without a call."""
     module = denoiser_of(pipeline)
     return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
 

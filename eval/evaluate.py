@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppcl.common.files import write_json
 from ppcl.config import EvaluateConfig
 from ppcl.errors import UserError
 from ppcl.eval.clip import clip_score, retrieval_at
@@ -31,7 +32,6 @@ from ppcl.eval.pictures import compare_pairs, describe
 from ppcl.eval.run_metrics import write_run_schema
 from ppcl.eval.scoring import SCORES
 from ppcl.eval.velocity import StateErrors
-from ppcl.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ppcl.common.files import atomic_path
 from ppcl.errors import ArtifactError, UserError
-from ppcl.files import atomic_path
 
 
 class FeatureStatistics:

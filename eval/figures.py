@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppcl.artifacts import Candidate, StackAnalysis
+from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval.report_data import differences, pick
+from ppcl.pruning.artifacts import Candidate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

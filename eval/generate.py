@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ppcl.common.files import atomic_path, read_json, write_json
+from ppcl.common.progress import Progress
+from ppcl.common.streams import step_generator
 from ppcl.errors import ArtifactError, UserError
-from ppcl.files import atomic_path, read_json, write_json
-from ppcl.progress import Progress
-from ppcl.training.loop import step_generator
 
 logger = logging.getLogger(__name__)
 

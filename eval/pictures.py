@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.files import digest, read_tensors, write_tensors
+from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval.features import CHUNK, FeatureExtractor
 from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.generate import read_picture
 from ppcl.eval.scoring import Reference
-from ppcl.files import digest, read_tensors, write_tensors
-from ppcl.progress import Progress
 
 logger = logging.getLogger(__name__)
 

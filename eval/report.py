@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ppcl.common.files import read_json, write_text
 from ppcl.errors import ArtifactError
 from ppcl.eval.report_blocks import redundancy
 from ppcl.eval.report_data import read_run
@@ -25,7 +26,6 @@ from ppcl.eval.report_sections import cost, headline, pictures, reproduce, train
 from ppcl.eval.results import Evaluation
 from ppcl.eval.results import report as report_of_models
 from ppcl.eval.run_metrics import write_run_report
-from ppcl.files import read_json, write_text
 
 __all__ = ["readme_picture", "rewrite", "write_report"]
 

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ppcl.artifacts import Candidate, CompressionPlan, Segment, StackAnalysis, WidthOption, start_index
+from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
+from ppcl.pruning.artifacts import Candidate, WidthOption
+from ppcl.student.plan import CompressionPlan, Segment, start_index
 
 DASH = "\N{EN DASH}"
 NUM_HUES = 4

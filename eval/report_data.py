@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, StackAnalysis, load_artifact
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_json
 from ppcl.errors import ArtifactError
-from ppcl.files import read_json
+from ppcl.pruning.artifacts import Candidates
+from ppcl.student.plan import CompressionPlan
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import Segment
+from ppcl.common.files import read_json, write_text
 from ppcl.errors import ArtifactError
 from ppcl.eval import figures
 from ppcl.eval.report_blocks import strip
@@ -42,7 +42,7 @@ from ppcl.eval.report_html import (
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, spread
 from ppcl.eval.report_scores import FIDELITY, SCORES, VELOCITY_GUIDE, velocity_steps
 from ppcl.eval.report_speed import speed_table
-from ppcl.files import read_json, write_text
+from ppcl.student.plan import Segment
 
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
 NUM_PLOTTED = 3  # measures in a plot

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ppcl.common.files import atomic_path, read_json
 from ppcl.errors import ArtifactError
-from ppcl.files import atomic_path, read_json
 
 if TYPE_CHECKING:
     from PIL import Image

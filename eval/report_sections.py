@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 
+from ppcl.common.files import weights_variant
+from ppcl.common.tables import zeros_meaning
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData, pick
 from ppcl.eval.report_gallery import NUM_TRIPLES, extremes, extremes_html, gallery, grid, lay_out, pair_card
@@ -27,8 +29,6 @@ from ppcl.eval.report_html import (
 )
 from ppcl.eval.report_pictures import Pair
 from ppcl.eval.report_speed import speed_table
-from ppcl.files import weights_variant
-from ppcl.tables import zeros_meaning
 
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
 

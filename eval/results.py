@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppcl.common.files import write_json
+from ppcl.common.tables import markdown_table, number
 from ppcl.eval.intervals import LEVEL, RESAMPLES, Interval
-from ppcl.files import write_json
-from ppcl.tables import markdown_table, number
 
 if TYPE_CHECKING:
     from ppcl.eval.scoring import Measured

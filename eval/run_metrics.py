@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ppcl.artifacts import CompressionPlan, load_artifact
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_json, write_json, write_text
+from ppcl.common.tables import markdown_table, number
 from ppcl.errors import ArtifactError
 from ppcl.eval.results import DIALECT, NAMES, Number, Speed, Step, speed_table
-from ppcl.files import read_json, write_json, write_text
-from ppcl.tables import markdown_table, number
+from ppcl.student.plan import CompressionPlan
 
 Limits = tuple[float | None, float | None] | None
 HEADER = ("", "teacher", "student", "teacher's spread over seeds")

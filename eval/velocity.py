@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl.capture import velocity
+from ppcl.common.devices import autocast
 from ppcl.eval.intervals import Array, Interval, interval
-from ppcl.teacher import autocast
-from ppcl.trees import batch_size, to_device
+from ppcl.teacher.call_arguments import batch_size, to_device
+from ppcl.teacher.calls import velocity
 
 BINS = 5
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -60,7 +60,7 @@ def state_errors(
     Args:
         teacher: Its velocity is the truth.
         student: Takes the same arguments.
-        batches: As :meth:`ppcl.capture.States.batches` yields them.
+        batches: As :meth:`ppcl.capture.states.States.batches` yields them.
         precision: Autocast of the passes; ``fp32`` runs both as they are.
     """
     timesteps, differences, totals = [], [], []

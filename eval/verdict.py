@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ppcl.common.tables import number
 from ppcl.eval.intervals import LEVEL, Interval
-from ppcl.tables import number
 
 TELLING = 2.0  # percent: an interval that is wider than this to both sides says little
 MIN_PROMPTS = 30  # a bootstrap of fewer items understates how little they say

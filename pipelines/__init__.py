@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppcl.compressed import register
+from ppcl.modules.compressed import register
 from ppcl.pipelines.blocks import pipeline_record
 from ppcl.pipelines.bundle import load_bundle
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet

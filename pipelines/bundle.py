@@ -11,8 +11,8 @@ from ppcl.errors import ArtifactError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from ppcl.adapters import Adapter
-    from ppcl.bundle import Bundle
+    from ppcl.student.bundle import Bundle
+    from ppcl.teacher.families import Adapter
 
 
 class Plugboard:
@@ -34,7 +34,7 @@ class Plugboard:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all substitutes, ``stack/first-last``."""
-        from ppcl.student import run_name
+        from ppcl.student.assembly import run_name
 
         return tuple(run_name(key) for key, _ in self.bundle.members())
 
@@ -62,8 +62,8 @@ class Plugboard:
         """
         from torch import nn
 
-        from ppcl.bundle import select_bundle
-        from ppcl.student import register_plan, run_name
+        from ppcl.pruning.selection import select_bundle
+        from ppcl.student.assembly import register_plan, run_name
 
         given = {"keep": keep, "speedup": speedup, "fit_gb": fit_gb, "active": active}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -95,9 +95,9 @@ def _only(bundle: Bundle, active: set[str]) -> Any:
     """The plan with these substitutes alone."""
     from dataclasses import replace
 
-    from ppcl.artifacts import identity_segments
-    from ppcl.cost import predict
-    from ppcl.student import run_name
+    from ppcl.student.assembly import run_name
+    from ppcl.student.plan import identity_segments
+    from ppcl.student.prediction import predict
 
     stacks = {}
     for name, segments in bundle.plan.stacks.items():
@@ -141,12 +141,13 @@ def load_bundle(
         ArtifactError: There is no bundle, or its kept blocks were tuned together with all substitutes.
         BudgetError: The bundle does not reach the budget.
     """
-    from ppcl.adapters import adapter_for
-    from ppcl.bundle import check_pluggable
-    from ppcl.bundle import load_bundle as read_bundle
-    from ppcl.compressed import compress_class
-    from ppcl.files import read_json
-    from ppcl.teacher import load_pipeline, resolve_device
+    from ppcl.common.devices import resolve_device
+    from ppcl.common.files import read_json
+    from ppcl.modules.compressed import compress_class
+    from ppcl.pruning.selection import check_pluggable
+    from ppcl.student.bundle import load_bundle as read_bundle
+    from ppcl.teacher.families import adapter_for
+    from ppcl.teacher.loading import load_pipeline
 
     folder = Path(run)
     if not (folder / "bundle" / "bundle.json").is_file():

@@ -186,7 +186,7 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
     """
     from safetensors.torch import save_file
 
-    from ppcl.files import atomic_path
+    from ppcl.common.files import atomic_path
 
     strength = _check_source(src, None)
     tensors, header = _read(Path(src))

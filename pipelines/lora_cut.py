@@ -54,7 +54,7 @@ def cut_lora(tensor: Tensor, name: str, part: Mapping[str, Any]) -> tuple[Tensor
     Raises:
         ModelError: Its size does not divide into the units.
     """
-    from ppcl.slicing import features_of_units
+    from ppcl.modules.slicing import features_of_units
 
     for layers, pattern, axis in ((part["rows"], _OUT, 0), (part["columns"], _IN, 1)):
         if any(name.startswith(f"{layer}.") for layer in layers) and pattern.search(name) and tensor.ndim > axis:

@@ -11,12 +11,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Run": "ppcl.stages",
-    "STAGES": "ppcl.stages",
+    "Run": "ppcl.run.stages",
+    "STAGES": "ppcl.run.stages",
     "RunConfig": "ppcl.config",
     "load_config": "ppcl.config",
-    "CompressionPlan": "ppcl.artifacts",
-    "load_pipeline": "ppcl.teacher",
+    "CompressionPlan": "ppcl.student.plan",
+    "load_pipeline": "ppcl.teacher.loading",
     "compress": "ppcl.api",
 }
 __all__ = ["__version__", *sorted(_LAZY)]

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.cka import chained_cka, combine, sample_rows
 from ppcl.analysis.intervals import detect_intervals
-from ppcl.analysis.statistics import Moments, best_ridge
-from ppcl.artifacts import Analysis, ModelInfo, StackAnalysis, save_artifact
-from ppcl.capture import States
+from ppcl.analysis.moments import Moments, best_ridge
+from ppcl.capture.states import States
+from ppcl.common.artifacts import save_artifact
+from ppcl.common.files import write_tensors
+from ppcl.common.progress import Progress
+from ppcl.common.streams import step_generator
 from ppcl.config import AnalyzeConfig
 from ppcl.errors import UserError
-from ppcl.files import write_tensors
-from ppcl.progress import Progress
-from ppcl.trace import BlockCall, run_traced
-from ppcl.training.loop import step_generator
-from ppcl.trees import batch_size
-from ppcl.width import Metric, residuals
+from ppcl.modules.replacements import Metric, residuals
+from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.model_info import ModelInfo
+from ppcl.teacher.trace import BlockCall, run_traced
 
 Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
 

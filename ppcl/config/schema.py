@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ppcl.common.plugins import source_of, valid_name
 from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import nearest
-from ppcl.external import source_of, valid_name
 
-# keys of ppcl.criteria.CRITERIA, which needs torch
+# keys of ppcl.pruning.criteria.CRITERIA, which needs torch
 CRITERION_NAMES = ("activation", "bip", "gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ppcl.external import source_of, valid_name
+from ppcl.common.plugins import source_of, valid_name
 
-# keys of ppcl.searches.SEARCHES; the first five are the planner's own
+# keys of ppcl.pruning.searches.SEARCHES; the first five are the planner's own
 SEARCH_NAMES = (
     *("optimal", "paper", "uniform", "influence", "allocation"),
     *("random", "position", "path", "learned", "rarts"),
 )
-ALLOCATION_NAMES = ("uniform", "nirvana")  # keys of ppcl.planning.allocations.ALLOCATIONS
+ALLOCATION_NAMES = ("uniform", "nirvana")  # keys of ppcl.pruning.allocations.ALLOCATIONS
 _OF_GATES = {"search_steps", "search_batch"}
 _READS = {
     "allocation": {"allocation", "gamma"},

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ppcl.external import source_of, valid_name
+from ppcl.common.plugins import source_of, valid_name
 
-# keys of ppcl.criteria.weights.WEIGHT_CRITERIA, which needs torch
+# keys of ppcl.pruning.criteria.weights.WEIGHT_CRITERIA, which needs torch
 WEIGHT_CRITERION_NAMES = ("gblm", "magnitude", "nirvana", "random", "taylor", "wanda")
 
 

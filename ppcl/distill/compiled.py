@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.adapters import Adapter
+from ppcl.teacher.families import Adapter
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ppcl.trees import Tree
+from ppcl.teacher.call_arguments import Tree
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ppcl.capture import Call, States
+from ppcl.capture.pictures import branches_of, image_to_image, picture_sizes, record_noised
+from ppcl.capture.sources import BadSample, Sample, Skipped, choose_samples, open_source
+from ppcl.capture.states import States
+from ppcl.common.files import read_tensors
 from ppcl.config import CaptureConfig
-from ppcl.data import BadSample, Sample, Skipped, choose_samples, open_source
 from ppcl.errors import UserError
-from ppcl.files import read_tensors
-from ppcl.picture_states import branches_of, image_to_image, picture_sizes, record_noised
+from ppcl.teacher.calls import Call
 from ppcl.training.distributed import SINGLE, Group, Share
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter, StackSpec, States
-from ppcl.distill.losses import state_loss
-from ppcl.student import RunKey
-from ppcl.trace import BlockCall, run_traced
+from ppcl.student.assembly import RunKey
+from ppcl.teacher.families import Adapter, StackSpec, States
+from ppcl.teacher.trace import BlockCall, run_traced
 from ppcl.training.distributed import WHOLE, Share
+from ppcl.training.losses import state_loss
 
 
 def masks_of(stack: StackSpec, arguments: Mapping[str, Any], states: States) -> dict[str, Tensor]:

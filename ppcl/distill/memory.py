@@ -18,20 +18,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppcl.adapters import Adapter, StackSpec
-from ppcl.artifacts import CompressionPlan, start_index
-from ppcl.capture import velocity
+from ppcl.common.devices import autocast
+from ppcl.common.tables import size_text
 from ppcl.config import DistillConfig
-from ppcl.cost import count_params
 from ppcl.distill.fake import fake_copy, fake_tree, simulated_peak
 from ppcl.distill.local import local_losses
-from ppcl.distill.losses import velocity_loss
 from ppcl.errors import TrainingError
-from ppcl.sparsity import sparse_plan
-from ppcl.student import RunKey, with_blocks
-from ppcl.tables import size_text
-from ppcl.teacher import autocast
-from ppcl.width import apply_width
+from ppcl.modules.replacements import apply_width
+from ppcl.pruning.sparsity import sparse_plan
+from ppcl.student.assembly import RunKey, with_blocks
+from ppcl.student.plan import CompressionPlan, start_index
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.flops import count_params
+from ppcl.training.losses import velocity_loss
 
 FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
 

@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ppcl.capture import guidance_arguments
+from ppcl.capture.trajectories import guidance_arguments
+from ppcl.common.devices import autocast
+from ppcl.common.files import atomic_path, read_json, write_json
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
-from ppcl.files import atomic_path, read_json, write_json
-from ppcl.teacher import autocast
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.tracking import PICTURE
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, Any]], None]
@@ -46,7 +46,7 @@ class SampleSheet:
         prompts: One picture each.
         out: The run directory.
         num_inference_steps: Denoising steps of a picture.
-        call_kwargs: Size and guidance; see :func:`ppcl.capture.guidance_arguments`.
+        call_kwargs: Size and guidance; see :func:`ppcl.capture.trajectories.guidance_arguments`.
         seed: Of the noise; that of the evaluation's first pictures, where it is the run's.
         precision: Autocast of the transformer, as in training.
         group: The processes that draw together, where the student is split over them: if one fails, all end the

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, to_jsonable
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.files import digest, read_tensors, write_tensors
+from ppcl.common.progress import announce
 from ppcl.config.sparsity import SparsityConfig
-from ppcl.files import digest, read_tensors, write_tensors
-from ppcl.progress import announce
-from ppcl.sparsity import Masks, make_masks, pack_masks, sparse_layers, sparsity_cost, unpack_masks
-from ppcl.student import RunKey
+from ppcl.pruning.sparsity import make_masks, sparse_layers, sparsity_cost
+from ppcl.student.assembly import RunKey
+from ppcl.student.masks import Masks, pack_masks, unpack_masks
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import Adapter
 from ppcl.training.distributed import SINGLE, Group
 
 
@@ -37,7 +39,7 @@ def masks_for(
     Args:
         student: The student, untrained.
         adapter: Its family.
-        plan: A sparse plan (:func:`ppcl.sparsity.sparse_plan`).
+        plan: A sparse plan (:func:`ppcl.pruning.sparsity.sparse_plan`).
         substitutes: One block for each of its segments.
         states: Training states.
         settings: See :class:`SparsityConfig`.

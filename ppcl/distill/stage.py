@@ -9,17 +9,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ppcl.adapters import adapter_for, fixed_tail
-from ppcl.artifacts import CompressionPlan
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.devices import weights_dtype
 from ppcl.distill.fresh_states import fresh_states
 from ppcl.distill.memory import check_memory, estimate_distill, free_bytes
 from ppcl.distill.samples import sheet_for
 from ppcl.distill.trainer import Distiller, check_plan
-from ppcl.teacher import check_complete, config_digest, open_pipeline, weights_dtype
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.description import config_digest
+from ppcl.teacher.families import adapter_for, fixed_tail
+from ppcl.teacher.loading import check_complete, open_pipeline
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 

@@ -13,32 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
-from ppcl.artifacts import CompressionPlan, to_jsonable
-from ppcl.bundle import Bundle, save_bundle
-from ppcl.capture import Call, States, velocity
+from ppcl.capture.states import States
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.devices import autocast
+from ppcl.common.files import digest, remove
+from ppcl.common.streams import step_generator
 from ppcl.config import DistillConfig
-from ppcl.cost import count_params
-from ppcl.distill.chained import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.compiled import BlockCompiler, blocks_of
 from ppcl.distill.local import local_backward
-from ppcl.distill.lora import factors
-from ppcl.distill.losses import velocity_loss
-from ppcl.distill.single import Boundaries, train_each
+from ppcl.distill.one_at_a_time import Boundaries, train_each
+from ppcl.distill.sequential import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.sparse import masks_for
-from ppcl.distill.substitutes import new_substitutes
-from ppcl.distill.thaw import kept_blocks, thawed, tuned, with_factors
+from ppcl.distill.trainable import kept_blocks, thawed, tuned, with_factors
 from ppcl.errors import ArtifactError
-from ppcl.files import digest, remove
-from ppcl.sparsity import Masks, sparse_plan, zero_shares
-from ppcl.student import RunKey, assemble_student, run_name
-from ppcl.teacher import autocast
+from ppcl.pruning.sparsity import sparse_plan
+from ppcl.student.assembly import RunKey, assemble_student, run_name
+from ppcl.student.bundle import Bundle, save_bundle
+from ppcl.student.masks import Masks, zero_shares
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.call_arguments import to_device
+from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.families import Adapter
+from ppcl.teacher.flops import count_params
 from ppcl.training.distributed import SINGLE, Group, Share, add_up
-from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop
+from ppcl.training.lora import factors
+from ppcl.training.losses import velocity_loss
 from ppcl.training.offload import streamed
 from ppcl.training.settings import LoopSettings
 from ppcl.training.sharding import shard, split_blocks, unshard
-from ppcl.trees import to_device
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 64  # states that say whether training helped

@@ -21,9 +21,9 @@ from typing import Any
 
 from PIL import Image
 
+from ppcl.common.files import atomic_path, write_json
 from ppcl.emoji.data import DATA, TILE
 from ppcl.errors import UserError
-from ppcl.files import atomic_path, write_json
 
 FACES, ANIMALS, FOOD, TRAVEL, ACTIVITIES = 0, 3, 4, 5, 6  # CLDR group numbers
 

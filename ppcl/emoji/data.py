@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ppcl.files import read_json
+from ppcl.common.files import read_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DATA = ASSETS / "data"

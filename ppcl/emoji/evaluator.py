@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppcl.common.files import atomic_path, write_json, write_tensors
+from ppcl.common.streams import step_generator
 from ppcl.emoji.data import GROUNDS, SIZE, load_pairs, load_pictures, load_tiles
-from ppcl.files import atomic_path, write_json, write_tensors
-from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 CONTEXT = 16

@@ -19,8 +19,8 @@ import open_clip
 import torch
 from PIL import Image, ImageDraw
 
+from ppcl.common.files import atomic_path, write_json
 from ppcl.emoji.data import ASSETS, SIZE, Pair, load_emoji, load_pairs, load_pictures
-from ppcl.files import atomic_path, write_json
 
 COLUMNS = 8
 CELL = 2 * SIZE + 8

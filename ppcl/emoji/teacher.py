@@ -20,6 +20,8 @@ from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ppcl.common.files import atomic_path
+from ppcl.common.streams import step_generator
 from ppcl.emoji.components import (
     assemble,
     encode_pictures,
@@ -30,8 +32,7 @@ from ppcl.emoji.components import (
 )
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.vae import to_tensor
-from ppcl.files import atomic_path
-from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt

@@ -20,9 +20,10 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor
 
+from ppcl.common.files import atomic_path
+from ppcl.common.streams import step_generator
 from ppcl.emoji.data import load_pairs, load_pictures
-from ppcl.files import atomic_path
-from ppcl.training.loop import TrainingLoop, step_generator
+from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 CHANNELS = 4

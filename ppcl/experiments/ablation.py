@@ -17,22 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl.adapters import Adapter
+from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import linear_cka
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, to_jsonable
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.files import write_json, write_text
+from ppcl.common.tables import INTERVALS, markdown_table, measured, number, provenance, spread
 from ppcl.config import DistillConfig, PlanConfig
 from ppcl.config.memory import changed, for_tables
 from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.experiments.compare import Judge, run_row
 from ppcl.experiments.compare_text import MEASURES, Row
-from ppcl.files import write_json, write_text
-from ppcl.planning.planner import Runs, free_blocks, paper_ladder, plan
-from ppcl.stages import Run
-from ppcl.summary import describe_plan
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
-from ppcl.trace import BlockCall, run_traced
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import Runs, free_blocks, paper_ladder, plan
+from ppcl.run.stages import Run
+from ppcl.run.summary import describe_plan
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import Adapter
+from ppcl.teacher.model_info import ModelInfo
+from ppcl.teacher.trace import BlockCall, run_traced
 
 CKA_STATES = 32
 CKA_TOKENS = 1024

@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, ModelInfo, Segment
-from ppcl.candidates.fit import best_starts
-from ppcl.capture import States
+from ppcl.analysis.artifacts import Analysis
+from ppcl.capture.states import States
 from ppcl.config import PlanConfig
-from ppcl.planning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
-from ppcl.student import RunKey
+from ppcl.distill.fit import best_starts
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
+from ppcl.student.assembly import RunKey
+from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.teacher.model_info import ModelInfo
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 BASELINES = {"paper": "the paper's intervals", "uniform": "uniform", "influence": "block influence"}
 OURS = "optimal"

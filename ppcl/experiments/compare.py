@@ -19,12 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
-from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
-from ppcl.capture import States, guidance_arguments, velocity_error
+from ppcl.analysis.artifacts import Analysis
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import guidance_arguments, velocity_error
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.files import digest, read_json, write_json, write_text
 from ppcl.config import DistillConfig
 from ppcl.config.memory import for_tables
-from ppcl.cost import count_params
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
 from ppcl.eval.features import FeatureExtractor
@@ -32,7 +33,6 @@ from ppcl.eval.generate import generate
 from ppcl.eval.pictures import describe
 from ppcl.eval.scoring import Measured, caption_measures, mean_over_seeds, reference_of, score_limits
 from ppcl.eval.velocity import state_errors
-from ppcl.evaluation import choose_extractor, references_for
 from ppcl.experiments.baselines import (
     BASELINES,
     OURS,
@@ -42,8 +42,12 @@ from ppcl.experiments.baselines import (
     with_width,
 )
 from ppcl.experiments.compare_text import Row, mean_scores, write_up
-from ppcl.files import digest, read_json, write_json, write_text
-from ppcl.stages import Run
+from ppcl.pruning.artifacts import Candidates
+from ppcl.run.evaluation import choose_extractor, references_for
+from ppcl.run.stages import Run
+from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.flops import count_params
 
 TEACHER_SEEDS = 3  # fewer say nothing about a spread
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts import CompressionPlan
+from ppcl.common.tables import INTERVALS, markdown_table, measured, number, provenance
 from ppcl.config import DistillConfig
 from ppcl.eval.scoring import SCORES
 from ppcl.experiments.baselines import removed_blocks, run_keys
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance
+from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 MEASURES = ("fid", *SCORES, "average_drop")
 

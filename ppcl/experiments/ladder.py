@@ -7,23 +7,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import to_jsonable
-from ppcl.bundle import Bundle, build_student, load_bundle, select_bundle
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.devices import resolve_device
+from ppcl.common.files import digest, file_digest, read_json, write_json, write_text
+from ppcl.common.tables import INTERVALS, markdown_table, measured, number, provenance, spread
 from ppcl.config import ExportConfig
-from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
 from ppcl.eval.velocity import state_errors
 from ppcl.experiments.compare import Judge, claim
 from ppcl.experiments.compare_text import MEASURES
 from ppcl.export.pipeline import export
-from ppcl.files import digest, file_digest, read_json, write_json, write_text
-from ppcl.stages import STAGES, Run
-from ppcl.summary import describe_plan
-from ppcl.tables import INTERVALS, markdown_table, measured, number, provenance, spread
-from ppcl.teacher import load_pipeline, resolve_device
+from ppcl.pruning.selection import select_bundle
+from ppcl.run.stages import STAGES, Run
+from ppcl.run.summary import describe_plan
+from ppcl.student.bundle import Bundle, build_student, load_bundle
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.loading import load_pipeline
 
 
 def export_size(

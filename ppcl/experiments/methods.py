@@ -15,23 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import Candidates, CompressionPlan, WidthOption, load_artifact, save_artifact
+from ppcl.common.artifacts import load_artifact, save_artifact
+from ppcl.common.files import digest, read_json, remove, write_json, write_text
+from ppcl.common.plugins import valid_name
 from ppcl.config import CRITERION_NAMES, FitConfig, PlanConfig
 from ppcl.config.memory import changed, for_tables
 from ppcl.config.search import SEARCH_NAMES
 from ppcl.config.sparsity import SparsityConfig
-from ppcl.criteria import CRITERIA, criterion_named
 from ppcl.errors import BudgetError, ConfigError, UserError, nearest
 from ppcl.experiments.baselines import plan_from_runs, with_starts
 from ppcl.experiments.compare import Judge, run_row
 from ppcl.experiments.compare_text import Row
 from ppcl.experiments.methods_text import Entry, draw, write_up
 from ppcl.export.pipeline import link_file
-from ppcl.external import valid_name
-from ppcl.files import digest, read_json, remove, write_json, write_text
-from ppcl.searches import choose, context_of, search_named
-from ppcl.sparsity import sparse_layers, sparsity_cost
-from ppcl.stages import PRODUCTS, Run
+from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.criteria import CRITERIA, criterion_named
+from ppcl.pruning.searches import choose, context_of, search_named
+from ppcl.pruning.sparsity import sparse_layers, sparsity_cost
+from ppcl.run.stages import PRODUCTS, Run
+from ppcl.student.plan import CompressionPlan
 
 logger = logging.getLogger(__name__)
 # Of a criterion's own fit stage: sizes down to a tenth, so that half of the parameters can go, and no runs of blocks.

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.artifacts import CompressionPlan
+from ppcl.common.files import atomic_path
+from ppcl.common.tables import markdown_table, measured, number, provenance, spread
 from ppcl.experiments.baselines import removed_blocks, run_keys
-from ppcl.files import atomic_path
-from ppcl.tables import markdown_table, measured, number, provenance, spread
+from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 HEADER = (
     *("method", "takes away", "blocks removed", "parameters", "speed-up (predicted)", "teacher forwards"),

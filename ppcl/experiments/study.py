@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
-from ppcl.artifacts import Analysis, Candidates, CompressionPlan, to_jsonable
-from ppcl.bundle import load_bundle
-from ppcl.candidates.fit import chained_probe
-from ppcl.capture import States, velocity
+from ppcl.analysis.artifacts import Analysis
+from ppcl.analysis.probes import chained_probe
+from ppcl.capture.states import States
+from ppcl.common.artifacts import to_jsonable
+from ppcl.common.devices import autocast
+from ppcl.common.files import digest, read_json, read_tensors, write_json, write_text
+from ppcl.common.progress import Progress
+from ppcl.common.streams import step_generator
 from ppcl.config.memory import changed, for_tables
-from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval
 from ppcl.eval.velocity import StateErrors
@@ -40,14 +42,16 @@ from ppcl.experiments.baselines import (
     with_starts,
 )
 from ppcl.experiments.study_text import write_up
-from ppcl.files import digest, read_json, read_tensors, write_json, write_text
-from ppcl.planning.planner import cost_of, is_allowed, optimal_ladder
-from ppcl.progress import Progress
-from ppcl.stages import Run
-from ppcl.student import LinearRun, assemble_student, with_blocks
-from ppcl.teacher import autocast
-from ppcl.training.loop import step_generator
-from ppcl.trees import to_device
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import cost_of, is_allowed, optimal_ladder
+from ppcl.run.stages import Run
+from ppcl.student.assembly import LinearRun, assemble_student, with_blocks
+from ppcl.student.bundle import load_bundle
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.call_arguments import to_device
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import Adapter
 
 SIZES = (2, 3, 4, 5, 6)
 FORMS = ("skipped", "probes")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppcl.tables import markdown_table, measured, number, provenance, spread
+from ppcl.common.tables import markdown_table, measured, number, provenance, spread
 
 FORM_NAMES = {"skipped": "skipped", "probes": "replaced by chained linear probes"}
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ppcl.artifacts import CompressionPlan, Segment, load_artifact
-from ppcl.files import read_json
-from ppcl.tables import device_name, markdown_table, number, versions, zeros_meaning
-from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_json
+from ppcl.common.tables import device_name, markdown_table, number, versions, zeros_meaning
+from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -64,7 +65,7 @@ class Facts:
         source: The teacher: a hub id, an embedded model's name, or a folder.
         pipeline_class: Of the exported pipeline.
         dtype: In which the transformer's weights are stored; empty if unknown.
-        arguments: What loading needs beside the folder, see :func:`ppcl.teacher.loading_arguments`.
+        arguments: What loading needs beside the folder, see :func:`ppcl.teacher.loading.loading_arguments`.
         making: How it was made; None leaves that section out.
         metrics: ``metrics.json`` of the evaluate stage; None before it.
         licence: ``license``, ``license_name`` and ``license_link`` of the source's card.

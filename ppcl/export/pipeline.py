@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppcl import __version__
-from ppcl.artifacts import CompressionPlan, plan_digest
-from ppcl.bundle import build_student, load_bundle
+from ppcl.common.files import atomic_path, read_json, write_json, write_text
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.card import Facts, model_card, run_card
-from ppcl.files import atomic_path, read_json, write_json, write_text
-from ppcl.remote_code import MODULE, write_code
-from ppcl.teacher import loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.modules.remote_code import MODULE, write_code
+from ppcl.student.bundle import build_student, load_bundle
+from ppcl.student.plan import CompressionPlan, plan_digest
+from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
 if TYPE_CHECKING:
-    from ppcl.stages import Run
+    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 

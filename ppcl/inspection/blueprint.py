@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import adapter_class, adapter_for
 from ppcl.errors import ModelError, UserError
-from ppcl.teacher import EMBEDDED, check_folder, check_model, model_path
+from ppcl.teacher.families import adapter_class, adapter_for
+from ppcl.teacher.loading import EMBEDDED, check_folder, check_model, model_path
 
 CONFIG_FILE = "transformer/config.json"
 VAE_FILE = "vae/config.json"
@@ -265,14 +265,14 @@ def _family(transformer: Any) -> str | None:
 
 
 def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Count the FLOPs of a call without computing anything, see :func:`ppcl.cost.count_flops`.
+    """Count the FLOPs of a call without computing anything, see :func:`ppcl.teacher.flops.count_flops`.
 
     Of blocks that are alike only the first is run, since even shapes alone take seconds for sixty blocks.
 
     Raises:
         ModelError: The shapes in the config do not fit together.
     """
-    from ppcl.cost import count_flops
+    from ppcl.teacher.flops import count_flops
 
     adapter = adapter_for(transformer)
     stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}

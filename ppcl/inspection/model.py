@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-from ppcl.adapters import Adapter, StackSpec, adapter_for
-from ppcl.artifacts import SCHEMA_VERSION, ModelInfo, Prediction, Segment, Stack
+from ppcl.common.artifacts import SCHEMA_VERSION
 from ppcl.config import PlanConfig
-from ppcl.cost import count_params, predict
 from ppcl.errors import BudgetError, ConfigError, ModelError
 from ppcl.inspection.blueprint import (
     build_on_meta,
@@ -24,8 +22,13 @@ from ppcl.inspection.blueprint import (
     usual_text_tokens,
 )
 from ppcl.inspection.width import Wider, widest_within
-from ppcl.planning.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
-from ppcl.teacher import describe
+from ppcl.pruning.planner import UNITS, even_runs, free_blocks, meets, segments, uniform_ladder
+from ppcl.student.plan import Prediction, Segment
+from ppcl.student.prediction import predict
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter, StackSpec, adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 STEPS = tuple(round(0.05 * step, 2) for step in range(11))  # shares of the blocks removed
 DEFAULT_PIXELS = 1024

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from ppcl.adapters import Adapter
-from ppcl.candidates.narrowing import sizes_of
-from ppcl.compressed import compress_class
-from ppcl.cost import count_params
 from ppcl.inspection.blueprint import flops_on_meta
-from ppcl.slicing import neurons_of
-from ppcl.width import apply_width, replacement
+from ppcl.modules.compressed import compress_class
+from ppcl.modules.replacements import apply_width, replacement
+from ppcl.modules.slicing import neurons_of
+from ppcl.pruning.fewer_units import sizes_of
+from ppcl.teacher.families import Adapter
+from ppcl.teacher.flops import count_params
 
 RANK = 64
 SHARES = (0.75, 0.5, 0.25)

@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.files import read_tensors, write_tensors
+from ppcl.common.parts import is_part, part_of
+from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, TrainingError, UserError
-from ppcl.files import read_tensors, write_tensors
-from ppcl.progress import Progress
 from ppcl.training import stopping
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.eight_bit import joined_states, plain_states, set_rate
 from ppcl.training.optimizers import new_optimizers
 from ppcl.training.settings import LoopSettings
-from ppcl.training.sharding import average_into, is_part, part_of, whole
+from ppcl.training.sharding import average_into, whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,6 @@ def schedule_at(step: int, settings: LoopSettings) -> float:
     span = max(1, settings.steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
     return settings.final_fraction + (1 - settings.final_fraction) * cosine
-
-
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, step, stream) alone."""
-    mixed = (seed * 1_000_003 + step) * 8_191 + stream
-    return torch.Generator().manual_seed(mixed % (2**63 - 1))
 
 
 _SPIKE_WARMUP = 20  # losses behind the running average before a spike can be told

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.adapters import Adapter
+from ppcl.common.parts import is_part
+from ppcl.teacher.families import Adapter
 
 _STATE = "__composable_api"  # what torch's composable calls write into a module's __dict__ under
 
@@ -146,28 +147,11 @@ def _without_hooks(module: nn.Module) -> None:
         module.__dict__.pop(mark, None)
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Whether a tensor is split over the processes."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what all processes' parts make together; all processes must ask at once."""
     split: Any = tensor
     gathered: Tensor = split.full_tensor() if is_part(tensor) else tensor
     return gathered
-
-
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of ``like`` and, if that is split, split as it is."""
-    if not is_part(like) or tensor.ndim != like.ndim:  # AdamW counts its steps in a number
-        return tensor.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    split: Any = like
-    return distribute_tensor(tensor.to(like.device), split.device_mesh, split.placements)
 
 
 @torch.no_grad()

@@ -9,14 +9,16 @@ import pytest
 import torch
 from tiny import TINY
 
-from ppcl.adapters import ADAPTERS, adapter_for
-from ppcl.artifacts import CompressionPlan, ModelInfo, Segment, Stack, identity_segments
-from ppcl.bundle import Bundle, build_student
-from ppcl.capture import velocity
-from ppcl.cost import count_params, predict
 from ppcl.errors import ModelError
-from ppcl.student import assemble_student, patched, start_block
-from ppcl.trace import record_boundaries, run_traced
+from ppcl.student.assembly import assemble_student, patched, start_block
+from ppcl.student.bundle import Bundle, build_student
+from ppcl.student.plan import CompressionPlan, Segment, identity_segments
+from ppcl.student.prediction import predict
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import ADAPTERS, adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.model_info import ModelInfo, Stack
+from ppcl.teacher.trace import record_boundaries, run_traced
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -9,18 +9,20 @@ import pytest
 import torch
 from tiny import TINY
 
-from ppcl import trees
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
-from ppcl.bundle import build_student, load_bundle
-from ppcl.candidates.fit import fit
-from ppcl.capture import States, velocity, velocity_error
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import velocity_error
+from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
+from ppcl.distill.fit import fit
 from ppcl.distill.trainer import Distiller
-from ppcl.files import read_tensors, write_tensors
-from ppcl.planning.planner import plan
-from ppcl.student import assemble_student
-from ppcl.teacher import describe
+from ppcl.pruning.planner import plan
+from ppcl.student.assembly import assemble_student
+from ppcl.student.bundle import build_student, load_bundle
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import adapter_for
 
 STEPS = 10  # of each of the two kinds of distillation
 ANALYZE = AnalyzeConfig(batch_size=2, cka_tokens=16)
@@ -32,7 +34,7 @@ DISTILL = DistillConfig(
 
 
 def write_states(name, model, folder):
-    """Two calls of two samples as ``ppcl.capture`` writes them, to train on; the second one judges, too.
+    """Two calls of two samples as ``ppcl.capture.trajectories`` writes them, to train on; the second one judges, too.
 
     What is new to random models of this size says nothing: training on four states may lead away from it, and then
     the start would be kept.

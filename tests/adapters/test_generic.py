@@ -11,13 +11,22 @@ from tiny import TIMES, TINY, flux_like
 from torch import nn
 from typer.testing import CliRunner
 
-from ppcl.adapters import ADAPTERS, REFUSED, Adapter, StackSpec, adapter_class, adapter_for, check_inferred, fixed_tail
-from ppcl.adapters.generic import check_adapter, infer, return_order
-from ppcl.adapters.listing import family_rows, transformer_classes
 from ppcl.cli import app
-from ppcl.cost import count_params
 from ppcl.errors import ModelError
-from ppcl.student import start_block, with_blocks
+from ppcl.student.assembly import start_block, with_blocks
+from ppcl.teacher.families import (
+    ADAPTERS,
+    REFUSED,
+    Adapter,
+    StackSpec,
+    adapter_class,
+    adapter_for,
+    check_inferred,
+    fixed_tail,
+)
+from ppcl.teacher.families.generic import check_adapter, infer, return_order
+from ppcl.teacher.families.listing import family_rows, transformer_classes
+from ppcl.teacher.flops import count_params
 
 # What the source alone does not tell, and these descriptions therefore add.
 NOT_INFERRED = {

@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 
-from ppcl.adapters import adapter_for
-from ppcl.candidates.narrowing import find_sites
-from ppcl.text_stream import plain_norm
-from ppcl.trace import record_boundaries
-from ppcl.width import apply_width
+from ppcl.modules.replacements import apply_width
+from ppcl.modules.text_stream import plain_norm
+from ppcl.pruning.fewer_units import find_sites
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 DUAL = "transformer_blocks"
 BOTH = {"ffn.image", "ffn.text"}

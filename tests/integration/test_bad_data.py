@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ppcl.config import load_config
-from ppcl.stages import Run
+from ppcl.run.stages import Run
 
 
 def write_data(folder: Path, broken: bool) -> Path:

@@ -78,7 +78,7 @@ def test_missing_shard(refused, copy, part):
 
 
 def test_whole_shards_are_accepted_and_a_damaged_index_is_not(refused, copy):
-    from ppcl.teacher import load_pipeline
+    from ppcl.teacher.loading import load_pipeline
 
     in_shards(copy, "transformer")
     assert len(load_pipeline(str(copy), torch.device("cpu")).transformer.transformer_blocks) == 6

@@ -145,12 +145,12 @@ def test_training_that_explodes(refuses, run_cli, common, run_copy):
 
 
 def test_not_a_number_in_the_fit(refuses, common, run_copy, monkeypatch):
-    import ppcl.candidates.fit
+    import ppcl.distill.fit
 
     def poisoned(*_, **__):
         return {("transformer_blocks", 1, 2): float("nan")}
 
-    monkeypatch.setattr(ppcl.candidates.fit, "local_backward", poisoned)
-    monkeypatch.setattr(ppcl.candidates.fit, "best_starts", lambda *a: {run: "first" for run in a[3]})
+    monkeypatch.setattr(ppcl.distill.fit, "local_backward", poisoned)
+    monkeypatch.setattr(ppcl.distill.fit, "best_starts", lambda *a: {run: "first" for run in a[3]})
     option = ("--set", "fit.steps=2")
     refuses("fit", *common, *option, "--out", run_copy, says=("fit: loss became NaN", "at step 0", "learning rate"))

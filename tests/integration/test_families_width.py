@@ -11,7 +11,7 @@ from tiny_pipelines import PIPELINES
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
 from ppcl import cli
-from ppcl.teacher import loading_call
+from ppcl.teacher.loading import loading_call
 
 KEEP = {"flux": 0.75, "z_image": 0.95, "wan": 0.85}
 KINDS = {"flux": {"low_rank"}, "z_image": set(), "wan": set()}  # beside those of feed-forward networks

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ppcl import teacher
 from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
 from ppcl.experiments.compare import compare_plans
 from ppcl.experiments.ladder import measure_ladder
-from ppcl.stages import STAGES, Run
+from ppcl.run.stages import STAGES, Run
+from ppcl.teacher import loading as teacher
 
 
 def test_every_stage_of_a_run_in_bf16(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ppcl.artifacts import CompressionPlan, load_artifact
 from ppcl.cli import app
+from ppcl.common.artifacts import load_artifact
+from ppcl.student.plan import CompressionPlan
 
 OWN = """
 class Last:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppcl.common.files import write_json
 from ppcl.eval.report import write_report
 from ppcl.eval.report_models import write_models_report
-from ppcl.files import write_json
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""

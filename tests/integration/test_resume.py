@@ -56,14 +56,14 @@ class Events:
         setattr(owner, name, wrapper)
 
     def install(self):
-        import ppcl.capture
+        import ppcl.capture.trajectories
         import ppcl.eval.generate
-        from ppcl.stages import Run
+        from ppcl.run.stages import Run
         from ppcl.training.loop import TrainingLoop
 
         self.around(Path, "replace", after=True)
         self.around(TrainingLoop, "_step")
-        self.around(ppcl.capture, "record_calls")
+        self.around(ppcl.capture.trajectories, "record_calls")
         self.around(ppcl.eval.generate, "draw")
         run = Run.run
 
@@ -115,10 +115,10 @@ def act(folder, *options):
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel  # noqa: F401
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer  # noqa: F401
 
-    import ppcl.candidates.fit
-    import ppcl.evaluation
+    import ppcl.distill.fit
     import ppcl.export.pipeline
-    import ppcl.stages  # noqa: F401
+    import ppcl.run.evaluation
+    import ppcl.run.stages  # noqa: F401
     from ppcl.eval.report import write_report  # noqa: F401
 
     torch.set_num_threads(1)

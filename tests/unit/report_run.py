@@ -11,19 +11,12 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ppcl.artifacts import (
-    Analysis,
-    Candidate,
-    Candidates,
-    CompressionPlan,
-    ModelInfo,
-    Prediction,
-    Segment,
-    Stack,
-    StackAnalysis,
-    save_artifact,
-)
-from ppcl.files import write_json
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.common.artifacts import save_artifact
+from ppcl.common.files import write_json
+from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.student.plan import CompressionPlan, Prediction, Segment
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 NUM_BLOCKS = 24
 RUNS = ((3, 5), (8, 11), (13, 15), (18, 19))

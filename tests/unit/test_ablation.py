@@ -6,15 +6,16 @@ import pytest
 import torch
 from tiny_models import DUAL, describe_alone, qwen_call, tiny_qwen
 
-from ppcl.adapters import adapter_for
 from ppcl.analysis.cka import linear_cka
-from ppcl.artifacts import Candidates, save_artifact
+from ppcl.common.artifacts import save_artifact
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import UserError
 from ppcl.experiments.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder
 from ppcl.experiments.baselines import run_keys
-from ppcl.stages import Run
-from ppcl.trace import record_boundaries
+from ppcl.pruning.artifacts import Candidates
+from ppcl.run.stages import Run
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 SETTINGS = [f"fit.width=[{','.join(NEEDED)}]", "fit.max_candidates=12", "plan.keep=0.6", "evaluate.teacher_seeds=1"]
 

@@ -7,11 +7,13 @@ import random
 import pytest
 from test_knapsack import MODEL
 
-from ppcl.artifacts import Analysis, Candidates, ModelInfo, WidthOption
+from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
-from ppcl.planning.allocations import ALLOCATIONS, Class, allotted_layouts, nirvana
-from ppcl.planning.planner import plan
+from ppcl.pruning.allocations import ALLOCATIONS, Class, allotted_layouts, nirvana
+from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.planner import plan
+from ppcl.teacher.model_info import ModelInfo
 
 
 def test_the_amount_is_met_exactly_whatever_the_sizes() -> None:

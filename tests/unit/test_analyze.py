@@ -20,17 +20,18 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import Collector, analyze
+from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import chained_cka
 from ppcl.analysis.intervals import detect_intervals
-from ppcl.artifacts import Analysis, load_artifact
-from ppcl.capture import States
+from ppcl.capture.states import States
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig
 from ppcl.errors import UserError
-from ppcl.files import read_tensors
-from ppcl.trace import BlockCall, record_boundaries
-from ppcl.trees import per_sample, take
+from ppcl.teacher.call_arguments import per_sample, take
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import BlockCall, record_boundaries
 
 Calls = dict[str, list[dict[str, Any]]]
 RIDGES = (1e-4, 1e-1)

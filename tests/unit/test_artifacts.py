@@ -8,22 +8,12 @@ from typing import Any
 
 import pytest
 
-from ppcl.artifacts import (
-    SCHEMA_VERSION,
-    Analysis,
-    Candidate,
-    Candidates,
-    CompressionPlan,
-    ModelInfo,
-    Prediction,
-    Segment,
-    Stack,
-    StackAnalysis,
-    identity_segments,
-    load_artifact,
-    save_artifact,
-)
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact, save_artifact
 from ppcl.errors import ArtifactError
+from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.student.plan import CompressionPlan, Prediction, Segment, identity_segments
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 STACKS = (Stack("z_blocks", "num_z", 3, (5, 5, 5), (1, 1, 1)), Stack("a_blocks", "num_a", 2, (4, 4)))
 MODEL = ModelInfo("Flux", "abc", 100, 0, 2, 7, STACKS)

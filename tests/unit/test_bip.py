@@ -10,8 +10,8 @@ from test_criteria import setting
 from tiny_models import noise, qwen_call
 from torch import Tensor
 
-from ppcl.criteria import CRITERIA
-from ppcl.criteria.bip import upper_gradient
+from ppcl.pruning.criteria import CRITERIA
+from ppcl.pruning.criteria.bip import upper_gradient
 
 
 def least_squares() -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:

@@ -25,15 +25,15 @@ from tiny_models import (
 )
 from torch import nn
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle
-from ppcl.capture import velocity
+from ppcl.common.files import read_tensor_header
 from ppcl.config import ExportConfig
-from ppcl.cost import count_params
 from ppcl.errors import ArtifactError
 from ppcl.export.pipeline import export
-from ppcl.files import read_tensor_header
-from ppcl.student import assemble_student
+from ppcl.student.assembly import assemble_student
+from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
 
 RUNS = [(DUAL, 0, 1), (DUAL, 2, 3)]
 
@@ -129,7 +129,7 @@ def test_a_failed_save_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppcl.bundle.write_json", fail)
+    monkeypatch.setattr("ppcl.student.bundle.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         save_bundle(new_bundle(transformer, [(DUAL, 2, 3)]), tmp_path / "bundle", {})
     assert set(load_bundle(tmp_path / "bundle", transformer, adapter_for(transformer)).substitutes) == {(DUAL, 1, 2)}

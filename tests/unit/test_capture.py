@@ -12,23 +12,22 @@ import torch
 from tiny_models import CAPTURE, flux_call, noise, qwen_call, shared_pipeline, tiny_flux, tiny_qwen, write_states
 from torch import Tensor, nn
 
-from ppcl import trees
-from ppcl.capture import (
-    Call,
-    States,
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import (
     capture,
     choose_calls,
     choose_rows,
     guidance_arguments,
     record_calls,
     split_prompts,
-    velocity,
     velocity_error,
     write_calls,
 )
+from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, UserError
-from ppcl.files import read_tensors, write_tensors
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import Call, velocity
 
 SETTINGS = CaptureConfig(**CAPTURE)
 LONG = "a very old blue house by the sea"

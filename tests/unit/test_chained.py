@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
 
-from ppcl.adapters import adapter_for
-from ppcl.capture import velocity
 from ppcl.config import DistillConfig
-from ppcl.distill.chained import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.local import local_backward
-from ppcl.distill.losses import velocity_loss
+from ppcl.distill.sequential import alternating_backward, draw_active, sequential_backward
 from ppcl.distill.trainer import Distiller
-from ppcl.student import assemble_student
+from ppcl.student.assembly import assemble_student
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.training.losses import velocity_loss
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 

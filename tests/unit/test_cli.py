@@ -11,11 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ppcl import cli
-from ppcl.artifacts import Analysis, Candidates, load_artifact
+from ppcl.analysis.artifacts import Analysis
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import lock_folder, remove_leftovers
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import BudgetError, ConfigError, UserError
-from ppcl.files import lock_folder, remove_leftovers
-from ppcl.planning.planner import plan
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +186,7 @@ def test_one_process_a_folder(tmp_path):
     descriptor = lock_folder(tmp_path / "run")
     if descriptor is None:
         pytest.skip("no POSIX locks here")
-    code = "import sys; from pathlib import Path; from ppcl.files import lock_folder; lock_folder(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from ppcl.common.files import lock_folder; lock_folder(Path(sys.argv[1]))"
     refused = python(code, str(tmp_path / "run"))
     assert refused.returncode == 1
     assert f"is in use by process {os.getpid()}; wait" in refused.stderr
@@ -193,7 +195,7 @@ def test_one_process_a_folder(tmp_path):
 
 
 def test_other_weights_of_the_same_size_are_another_model(tmp_path):
-    from ppcl.teacher import weights_digest
+    from ppcl.teacher.loading import weights_digest
 
     (tmp_path / "transformer").mkdir()
     weights = tmp_path / "transformer" / "model.safetensors"
@@ -231,7 +233,7 @@ def test_the_size_of_a_bundle_is_exported_as_asked_and_pushed(tmp_path, monkeypa
         return SimpleNamespace(plan=SimpleNamespace(predicted=SimpleNamespace(params=1, param_ratio=0.5)))
 
     monkeypatch.setattr("ppcl.experiments.ladder.export_size", export_size)
-    monkeypatch.setattr("ppcl.summary.describe_plan", lambda plan: "a plan")
+    monkeypatch.setattr("ppcl.run.summary.describe_plan", lambda plan: "a plan")
     monkeypatch.setattr("ppcl.export.hub.push", lambda *arguments: pushed.append(arguments))
     monkeypatch.setattr("ppcl.export.hub.has_token", lambda: True)
     run, out = tmp_path / "run", tmp_path / "other"

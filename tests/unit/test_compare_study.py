@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ppcl.artifacts import Analysis, Candidates
-from ppcl.candidates.fit import chained_probe
-from ppcl.capture import States, velocity
+from ppcl.analysis.artifacts import Analysis
+from ppcl.analysis.probes import chained_probe
+from ppcl.capture.states import States
 from ppcl.cli import app, parse_seeds
+from ppcl.common.tables import markdown_table, measured, number, spread
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
 from ppcl.experiments import compare as compare_module
@@ -24,10 +25,11 @@ from ppcl.experiments.compare import Judge, claim, compare_plans, plan_rows, wit
 from ppcl.experiments.compare_text import mean_scores
 from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removals, study, study_squares, without_blocks
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
-from ppcl.planning.planner import uniform_ladder
-from ppcl.stages import Run
-from ppcl.student import LinearRun, patched
-from ppcl.tables import markdown_table, measured, number, spread
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import uniform_ladder
+from ppcl.run.stages import Run
+from ppcl.student.assembly import LinearRun, patched
+from ppcl.teacher.calls import velocity
 
 STACK = [("blocks", index) for index in range(1, 11)]
 

@@ -10,8 +10,9 @@ from tiny_models import DUAL, SINGLE, describe_alone, flux_call, plan_for, qwen_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl.capture import velocity
-from ppcl.cost import count_flops, count_params, predict
+from ppcl.student.prediction import predict
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.flops import count_flops, count_params
 
 
 def measured(transformer: nn.Module, call: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import torch
 from test_slicing import site_of
 from tiny_models import noise, qwen_call, tiny_qwen
 
-from ppcl import stages
-from ppcl.adapters import adapter_for
-from ppcl.capture import velocity
 from ppcl.config import FitConfig, load_config
-from ppcl.criteria import CRITERIA, Site, criterion_named, unit_scores
-from ppcl.criteria.base import signed_output, unit_sums
-from ppcl.criteria.masks import (
+from ppcl.errors import ConfigError, ModelError
+from ppcl.modules.slicing import Units
+from ppcl.pruning.criteria import CRITERIA, Site, criterion_named, unit_scores
+from ppcl.pruning.criteria.base import signed_output, unit_sums
+from ppcl.pruning.criteria.masks import (
     at_same_median,
     gblm_scores,
     magnitude_scores,
@@ -27,9 +26,10 @@ from ppcl.criteria.masks import (
     row_mask,
     wanda_scores,
 )
-from ppcl.errors import ConfigError, ModelError
-from ppcl.slicing import Units
-from ppcl.trees import batch_size
+from ppcl.run import stages
+from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 
 def setting(batch: int = 3) -> tuple[Any, Any, list[Site], dict[str, Any]]:
@@ -210,7 +210,7 @@ def test_names_that_cannot_be_are_found_with_the_config(tmp_path: Path) -> None:
         load_config([], ["fit.criterion=nowhere.py"])
     with pytest.raises(ConfigError, match="did you mean 'wanda'"):
         load_config([], ["fit.criterion=wander"])
-    assert criterion_named("ppcl.criteria.wanda:Wanda").score is not None
+    assert criterion_named("ppcl.pruning.criteria.wanda:Wanda").score is not None
 
 
 def test_the_fit_stage_looks_at_it_before_it_removes_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_another_criterion_in_the_same_file_is_another_fit(tmp_path: Path) -> No
 
 
 def test_equal_scores_keep_the_first(tmp_path: Path) -> None:
-    from ppcl.candidates.narrowing import cut_options
+    from ppcl.pruning.fewer_units import cut_options
 
     transformer, adapter, sites, call = setting()
     name = outside(tmp_path, HEAD + "[torch.ones(128)]")

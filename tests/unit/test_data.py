@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from ppcl.capture.sources import Skipped, bucket_sizes, choose_samples, fit_picture, nearest_size, open_source
+from ppcl.capture.sources.shards import expand
 from ppcl.config import CaptureConfig
-from ppcl.data import Skipped, bucket_sizes, choose_samples, fit_picture, nearest_size, open_source
-from ppcl.data.shards import expand
 from ppcl.errors import ConfigError, UserError
 
 SIZES = [(32, 32), (24, 40), (40, 24)]

@@ -11,11 +11,11 @@ import torch
 from diffusers import SD3Transformer2DModel
 from tiny_models import tiny_qwen
 
-from ppcl import teacher as teacher_module
+from ppcl.common.devices import resolve_device
 from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
-from ppcl.stages import Run
-from ppcl.teacher import resolve_device
+from ppcl.run.stages import Run
+from ppcl.teacher import loading as teacher_module
 from ppcl.training.distributed import Group
 
 

@@ -10,14 +10,15 @@ import torch
 from test_width import mixed
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import build_student, load_bundle, select_bundle
-from ppcl.capture import velocity
+from ppcl.common.files import read_tensors
 from ppcl.config import DistillConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError
 from ppcl.export.pipeline import cast
-from ppcl.files import read_tensors
+from ppcl.pruning.selection import select_bundle
+from ppcl.student.bundle import build_student, load_bundle
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 SETTINGS = DistillConfig(
     keep_start=False,

@@ -13,8 +13,8 @@ from train_worker import main as worker
 from train_worker import new_distiller, train_all, train_sparse, weights, write_all_states
 
 import ppcl
+from ppcl.common.files import read_tensors
 from ppcl.errors import ConfigError
-from ppcl.files import read_tensors
 from ppcl.training.distributed import SINGLE, Group, Share, add_up, connect
 from ppcl.training.stopping import Stopped, on_sigterm
 
@@ -145,8 +145,8 @@ def test_another_number_of_processes_than_asked_stops() -> None:
 
 
 def test_parts_weigh_what_they_count(tmp_path: Path) -> None:
-    from ppcl.capture import States
-    from ppcl.training.loop import step_generator
+    from ppcl.capture.states import States
+    from ppcl.common.streams import step_generator
 
     write_all_states(tmp_path)
     states = States(tmp_path / "states", "train")

@@ -10,17 +10,18 @@ import torch
 from test_criteria import setting
 from tiny_models import noise, qwen_call, tiny_qwen, write_states
 
-from ppcl.adapters import adapter_for
-from ppcl.candidates.narrowing import criterion_cost, cut_options
-from ppcl.capture import States, velocity
+from ppcl.capture.states import States
 from ppcl.config import FitConfig
-from ppcl.criteria import CRITERIA, unit_cost
-from ppcl.criteria.base import BACKWARD
-from ppcl.criteria.bip import EPOCHS
-from ppcl.criteria.draws import best_draw, cut_error, draw_states
-from ppcl.slicing import masked
-from ppcl.trees import batch_size
-from ppcl.width import set_module
+from ppcl.modules.replacements import set_module
+from ppcl.modules.slicing import masked
+from ppcl.pruning.criteria import CRITERIA, unit_cost
+from ppcl.pruning.criteria.base import BACKWARD
+from ppcl.pruning.criteria.bip import EPOCHS
+from ppcl.pruning.criteria.draws import best_draw, cut_error, draw_states
+from ppcl.pruning.fewer_units import criterion_cost, cut_options
+from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 
 def test_the_error_is_that_of_a_transformer_without_those_units() -> None:

@@ -26,9 +26,9 @@ from tiny_pipeline import tiny_qwen_pipeline
 from torch import nn
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
-from ppcl.adapters import adapter_for
-from ppcl.bundle import build_student
 from ppcl.pipelines import attach_controlnet, load_lora
+from ppcl.student.bundle import build_student
+from ppcl.teacher.families import adapter_for
 
 FAMILIES = ("qwen", "flux")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerate offloads to a GPU")]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from ppcl.capture.prompts import prompts_for
 from ppcl.emoji.bake import is_wanted
 from ppcl.emoji.data import ASSETS, GROUNDS, SIZE, load_emoji, load_pairs, load_pictures, load_tiles
 from ppcl.eval.clip import retrieval_at
 from ppcl.eval.features import load_extractor
-from ppcl.prompts import prompts_for
-from ppcl.teacher import EMBEDDED, load_pipeline
+from ppcl.teacher.loading import EMBEDDED, load_pipeline
 
 
 def folder_megabytes(name: str) -> float:

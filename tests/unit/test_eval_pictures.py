@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ppcl.capture.prompts import read_prompts
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval import pictures
 from ppcl.eval.features import load_extractor, resize
@@ -20,7 +21,6 @@ from ppcl.eval.fid import FeatureStatistics, fid
 from ppcl.eval.fidelity import lpips, lpips_weights, psnr
 from ppcl.eval.pictures import compare_pairs, describe, load_statistics, picture_files
 from ppcl.eval.scoring import measure, reference_of
-from ppcl.prompts import read_prompts
 
 
 class Means:

@@ -16,7 +16,8 @@ from test_bundle_export import draw, student_and_pipeline
 from tiny_models import DUAL, plan_for, shared_pipeline, tiny_flux, tiny_qwen
 
 from ppcl import __version__
-from ppcl.artifacts import CompressionPlan, load_artifact, plan_digest, save_artifact
+from ppcl.common.artifacts import load_artifact, save_artifact
+from ppcl.common.files import read_tensor_header, weights_variant
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
 from ppcl.export.card import (
@@ -30,8 +31,8 @@ from ppcl.export.card import (
     source_licence,
 )
 from ppcl.export.pipeline import cast, export, link_file
-from ppcl.files import read_tensor_header, weights_variant
-from ppcl.teacher import load_pipeline, source_name, stored_dtype
+from ppcl.student.plan import CompressionPlan, plan_digest
+from ppcl.teacher.loading import load_pipeline, source_name, stored_dtype
 
 LARGE = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 METRICS: dict[str, Any] = {

@@ -14,10 +14,10 @@ from tiny_models import qwen_call, tiny_qwen
 
 from ppcl.config import PlanConfig, load_config
 from ppcl.config.search import ALLOCATION_NAMES
-from ppcl.criteria import CRITERIA, unit_scores
 from ppcl.errors import ConfigError
-from ppcl.planning.allocations import ALLOCATIONS, Class, shares_by
-from ppcl.searches import SEARCHES, choose
+from ppcl.pruning.allocations import ALLOCATIONS, Class, shares_by
+from ppcl.pruning.criteria import CRITERIA, unit_scores
+from ppcl.pruning.searches import SEARCHES, choose
 
 DOC = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", DOC, re.DOTALL))

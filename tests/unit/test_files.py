@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import noise
 
-from ppcl import files
+from ppcl.common import files
 from ppcl.errors import ArtifactError, UserError
 
 

@@ -21,16 +21,19 @@ from tiny_models import (
 )
 from torch import nn
 
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
-from ppcl.artifacts import Analysis, Candidates, StackAnalysis, load_artifact
-from ppcl.candidates.fit import all_runs, best_starts, chained_probe, fit, shortlist, spread_out
-from ppcl.candidates.sensitivity import output_errors
-from ppcl.capture import velocity
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.analysis.prices import output_errors
+from ppcl.analysis.probes import chained_probe
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig, FitConfig
+from ppcl.distill.fit import all_runs, best_starts, fit, shortlist, spread_out
 from ppcl.distill.local import local_backward
-from ppcl.files import read_tensors
-from ppcl.student import STARTS, patched, start_block
+from ppcl.pruning.artifacts import Candidates
+from ppcl.student.assembly import STARTS, patched, start_block
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 CPU = torch.device("cpu")
 

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from tiny_models import shared_pipeline
 
-from ppcl import trees
-from ppcl.capture import Call, velocity
+from ppcl.capture.pictures import capture_pictures, picture_sizes
+from ppcl.capture.sources import Skipped, choose_samples, open_source
+from ppcl.common.streams import step_generator
 from ppcl.config import CaptureConfig, DistillConfig, load_config
-from ppcl.data import Skipped, choose_samples, open_source
 from ppcl.distill.fresh_states import FreshStates
 from ppcl.errors import ConfigError
-from ppcl.picture_states import capture_pictures, picture_sizes
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import Call, velocity
 from ppcl.training.distributed import Group, Share
-from ppcl.training.loop import step_generator
 
 SETTINGS = {"num_prompts": 6, "batch_size": 4, "num_inference_steps": 4, "states_per_prompt": 2}
 SETTINGS |= {"held_out_share": 0.25, "height": 16, "width": 16, "guidance_scale": 2.0}
@@ -96,7 +96,7 @@ def test_parts_make_up_the_batch(fresh: FreshStates, size: int, accumulate: int)
 
 
 def test_pictures_that_went_away(fresh: FreshStates, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from ppcl.data import BadSample, Sample
+    from ppcl.capture.sources import BadSample, Sample
 
     read, lost = Sample.picture, set()
 
@@ -140,8 +140,8 @@ def test_fresh_states_need_pictures_and_change_what_is_trained() -> None:
 def test_a_distillation_on_fresh_states(fresh: FreshStates, tmp_path: Path) -> None:
     from tiny_models import DUAL, plan_for
 
-    from ppcl.adapters import adapter_for
     from ppcl.distill.trainer import Distiller
+    from ppcl.teacher.families import adapter_for
 
     transformer = shared_pipeline().transformer
     plan = plan_for(transformer, [(DUAL, 1, 2)])

@@ -167,8 +167,8 @@ def test_the_command_pushes_and_fails_with_code_2(
     command: str,
 ) -> None:
     monkeypatch.setattr(cli, "open_run", lambda *_: FinishedRun(pipeline.parent))
-    monkeypatch.setattr("ppcl.summary.print_summary", lambda _: None)
-    monkeypatch.setattr("ppcl.summary.print_prediction", lambda _: None)
+    monkeypatch.setattr("ppcl.run.summary.print_summary", lambda _: None)
+    monkeypatch.setattr("ppcl.run.summary.print_prediction", lambda _: None)
     monkeypatch.setattr("ppcl.export.hub.has_token", lambda: False)
     arguments = ["ppcl", command, "emoji", "--out", str(pipeline.parent), "--push-to-hub", "user/name", "--private"]
     monkeypatch.setattr("sys.argv", arguments)

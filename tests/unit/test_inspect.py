@@ -16,15 +16,15 @@ from published import FLUX_DEV, QWEN_IMAGE, write_config
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 
 from ppcl import cli
-from ppcl.adapters import adapter_for
-from ppcl.capture import velocity
-from ppcl.compressed import compressed_class
 from ppcl.config import PlanConfig
-from ppcl.cost import count_flops, count_params
 from ppcl.errors import BudgetError, ConfigError, ModelError, UserError
 from ppcl.inspection import blueprint
 from ppcl.inspection.model import inspect_model, largest_within, parts_of, report
 from ppcl.inspection.width import plans
+from ppcl.modules.compressed import compressed_class
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_flops, count_params
 
 ROOT = Path(__file__).resolve().parents[2]
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"

@@ -15,12 +15,12 @@ from test_tracking import install
 from typer.testing import CliRunner
 
 from ppcl.cli import app
+from ppcl.common.tables import number
 from ppcl.config import load_config
-from ppcl.contestants import contestants, evaluation_prompts, settings_for
 from ppcl.errors import ModelError, UserError
+from ppcl.eval.judge import judge_models
+from ppcl.eval.models import contestants, evaluation_prompts, settings_for
 from ppcl.eval.results import Evaluation, report
-from ppcl.judging import judge_models
-from ppcl.tables import number
 
 PROMPTS = ["a cat, red", 'a "house"', "old\nboat", "tiny 🐳 dog", " ".join(["long"] * 1000)]
 SETTINGS = [
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pipeline of six blocks and the same with five."""
-    from ppcl.teacher import load_pipeline
+    from ppcl.teacher.loading import load_pipeline
 
     pipeline = load_pipeline(str(tiny_model), torch.device("cpu"))
     transformer = pipeline.transformer
@@ -135,7 +135,7 @@ def test_speed_and_flops(judged: tuple[Path, str], models: tuple[Path, Path]) ->
     from torch.utils.flop_counter import FlopCounterMode
 
     from ppcl.eval.costs import picture_call
-    from ppcl.teacher import load_pipeline
+    from ppcl.teacher.loading import load_pipeline
 
     found = Evaluation.model_validate_json((judged[0] / "metrics.json").read_text())
     for one, path in zip(found.models, models, strict=True):
@@ -206,7 +206,7 @@ def test_an_interrupted_evaluation_ends_up_the_same(
 
 def test_other_sizes_leave_paired_measures_out(models: tuple[Path, Path], tmp_path: Path) -> None:
     """A second model whose VAE makes larger pictures of the same latents; one that is alone compares with nothing."""
-    from ppcl import judging
+    from ppcl.eval import judge as judging
 
     class Larger(judging.Judge):
         def draw(self, one, pipeline, kwargs, seed):

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, WidthOption
+from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
-from ppcl.cost import predict
 from ppcl.errors import BudgetError
-from ppcl.planning.knapsack import best_layouts
-from ppcl.planning.planner import plan, select
+from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
+from ppcl.pruning.knapsack import best_layouts
+from ppcl.pruning.planner import plan, select
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.prediction import predict
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 MODEL = ModelInfo(
     "Tiny", "0", 5 * 1000 + 4 * 700, 5 * 40 + 4 * 90, 4, 0, (

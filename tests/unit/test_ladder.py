@@ -8,16 +8,17 @@ import torch
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from ppcl.capture import States, velocity
+from ppcl.capture.states import States
 from ppcl.cli import app
 from ppcl.config import load_config
-from ppcl.cost import count_params
 from ppcl.errors import ArtifactError, BudgetError, ConfigError, ModelError, UserError
 from ppcl.eval.report import write_report
 from ppcl.eval.report_ladder import _reading
 from ppcl.experiments.ladder import export_size, measure_ladder
 from ppcl.pipelines import load_bundle
-from ppcl.stages import Run
+from ppcl.run.stages import Run
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.flops import count_params
 
 SETTINGS = [
     "plan.keep=0.6",

@@ -10,11 +10,11 @@ import torch
 from tiny_models import DUAL, SINGLE, flux_call, qwen_call, random_substitutes, tiny_flux, tiny_qwen
 from torch import Tensor, nn
 
-from ppcl.adapters import adapter_for
 from ppcl.distill.local import last_block, local_backward, masks_of
-from ppcl.distill.losses import state_loss
-from ppcl.student import RunKey
-from ppcl.trace import record_boundaries
+from ppcl.student.assembly import RunKey
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
+from ppcl.training.losses import state_loss
 
 CASES = {
     "apart": [(DUAL, 0, 1), (DUAL, 3, 4)],

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, random_substitutes, tiny_flux, tiny_qwen
 from torch import Tensor
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import Bundle, build_student
-from ppcl.compressed import compress_class
 from ppcl.errors import ModelError, UserError
+from ppcl.modules.compressed import compress_class
+from ppcl.modules.replacements import apply_width
+from ppcl.modules.slicing import heads_of, neurons_of
 from ppcl.pipelines import convert_lora, kept_blocks, load_lora, remap_lora
-from ppcl.slicing import heads_of, neurons_of
-from ppcl.width import apply_width
+from ppcl.student.bundle import Bundle, build_student
+from ppcl.teacher.families import adapter_for
 
 RUNS = [(DUAL, 1, 3)]  # of six blocks: 0, [1, 3], 4, 5
 KEPT = {DUAL: [0, [1, 3], 4, 5]}

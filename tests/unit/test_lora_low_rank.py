@@ -14,11 +14,11 @@ from test_lora_bridge import add_by_hand, lora_for, named
 from tiny_compressed import bundle_for, compressed, teacher_for, velocity_of
 from tiny_models import DUAL, SINGLE
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import build_student
 from ppcl.errors import ModelError, UserError
+from ppcl.modules.replacements import LowRankLinear, Metric, fill_low_rank
 from ppcl.pipelines import convert_lora, load_lora
-from ppcl.width import LowRankLinear, Metric, fill_low_rank
+from ppcl.student.bundle import build_student
+from ppcl.teacher.families import adapter_for
 
 MODULATION = ("img_mod.1", "txt_mod.1")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import noise
 
-from ppcl.distill.losses import direction, normalized, state_loss, velocity_loss
+from ppcl.training.losses import direction, normalized, state_loss, velocity_loss
 
 
 def test_direction_is_eq_6() -> None:

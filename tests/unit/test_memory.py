@@ -10,7 +10,6 @@ import torch
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, random_substitutes, tiny_flux, tiny_qwen
 from torch import nn
 
-from ppcl.adapters import adapter_for
 from ppcl.config import DistillConfig
 from ppcl.distill.fake import LiveBytes
 from ppcl.distill.local import local_backward
@@ -23,6 +22,7 @@ from ppcl.distill.memory import (
 )
 from ppcl.errors import TrainingError
 from ppcl.inspection.blueprint import build_on_meta
+from ppcl.teacher.families import adapter_for
 
 CASES: dict[str, Any] = {
     "qwen": (lambda: tiny_qwen(6), lambda: qwen_call(batch=8, padded=True), [(DUAL, 1, 2), (DUAL, 3, 4)]),

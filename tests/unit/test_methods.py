@@ -8,17 +8,18 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from ppcl.artifacts import Candidates, load_artifact, save_artifact
 from ppcl.cli import app
+from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.config import load_config
 from ppcl.config.memory import changed
-from ppcl.criteria import CRITERIA
 from ppcl.errors import ConfigError
 from ppcl.experiments import methods as module
 from ppcl.experiments.methods import METHODS, budgets_named, compare_methods, methods_named, row_of
 from ppcl.experiments.methods_text import Entry, verdict
-from ppcl.searches import SEARCHES
-from ppcl.stages import Run
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.criteria import CRITERIA
+from ppcl.pruning.searches import SEARCHES
+from ppcl.run.stages import Run
 
 CHOSEN = "ours,ours-depth,random,units-magnitude,zeros-wanda"
 BUDGETS = [{"keep": 0.9}, {"speedup": 1.0}]  # no more: times of a tiny model are noise

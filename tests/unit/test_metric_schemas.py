@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from report_run import make_metrics, write_run
 
+from ppcl.common.files import write_json
 from ppcl.eval.report import write_report
 from ppcl.eval.results import write_schema
 from ppcl.eval.run_metrics import RunMetrics, run_report, write_run_report, write_run_schema
-from ppcl.files import write_json
 
 jsonschema = pytest.importorskip("jsonschema")
 SHIPPED = Path(__file__).resolve().parents[2] / "eval" / "schemas"

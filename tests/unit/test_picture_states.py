@@ -17,12 +17,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
 from tiny_models import shared_pipeline
 from tiny_pipelines import PIPELINES
 
-from ppcl import trees
-from ppcl.capture import Call, States, record_calls, velocity
+from ppcl.capture.pictures import capture_pictures, image_to_image, picture_sizes, record_noised
+from ppcl.capture.states import States
+from ppcl.capture.trajectories import record_calls
+from ppcl.common.streams import seeds
 from ppcl.config import CaptureConfig
 from ppcl.errors import ModelError, UserError
-from ppcl.picture_states import capture_pictures, image_to_image, picture_sizes, record_noised
-from ppcl.teacher import seeds
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import Call, velocity
 
 SETTINGS = {"num_prompts": 20, "batch_size": 4, "num_inference_steps": 4, "states_per_prompt": 2}
 SETTINGS |= {"held_out_share": 0.25, "height": 32, "width": 32, "guidance_scale": 2.0}
@@ -141,7 +143,7 @@ def test_every_state_keeps_its_caption(data: Path, tmp_path: Path) -> None:
 
 
 def prompts_of(folder: Path, split: str) -> set[str]:
-    from ppcl.files import read_tensors
+    from ppcl.common.files import read_tensors
 
     found: set[str] = set()
     for path in folder.glob(f"{split}-*.safetensors"):
@@ -236,7 +238,7 @@ def test_a_size_that_the_pipeline_refuses(data: Path, tmp_path: Path) -> None:
 def test_a_picture_that_goes_away_in_between(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import ppcl.picture_states as module
+    import ppcl.capture.pictures as module
 
     folder = tmp_path / "data"
     folder.mkdir()

@@ -12,13 +12,16 @@ import pytest
 import torch
 from tiny_models import DUAL, SINGLE, describe_alone, random_substitutes, tiny_flux, tiny_qwen
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import Analysis, Candidate, Candidates, CompressionPlan, ModelInfo, Stack, StackAnalysis
-from ppcl.bundle import Bundle, build_student
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.config import PlanConfig
-from ppcl.cost import count_params
 from ppcl.errors import BudgetError
-from ppcl.planning import planner
+from ppcl.pruning import planner
+from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.student.bundle import Bundle, build_student
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 Run = tuple[str, int, int]
 MODEL = ModelInfo(

@@ -18,13 +18,13 @@ from tiny_compressed import QWEN, bundle_for, compressed, teacher_for, velocity_
 from tiny_models import DUAL
 from tiny_pipeline import tiny_qwen_pipeline
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import CompressionPlan
-from ppcl.bundle import build_student
 from ppcl.config import ExportConfig
 from ppcl.export.pipeline import export
-from ppcl.remote_code import MODULE, source_of, write_code
-from ppcl.teacher import load_pipeline
+from ppcl.modules.remote_code import MODULE, source_of, write_code
+from ppcl.student.bundle import build_student
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.loading import load_pipeline
 
 # What a user runs who has diffusers and has never heard of this project.
 STOCK = """

@@ -27,14 +27,9 @@ from report_run import (
     write_run,
 )
 
-from ppcl.artifacts import (
-    Analysis,
-    Candidate,
-    Candidates,
-    CompressionPlan,
-    StackAnalysis,
-    save_artifact,
-)
+from ppcl.analysis.artifacts import Analysis, StackAnalysis
+from ppcl.common.artifacts import save_artifact
+from ppcl.common.files import write_json
 from ppcl.errors import ArtifactError
 from ppcl.eval.figures import loss_points, select_candidates, smooth
 from ppcl.eval.report import readme_picture, write_report
@@ -43,7 +38,8 @@ from ppcl.eval.report_html import count, duration, number
 from ppcl.eval.report_pictures import find_pairs, spread, thumbnails
 from ppcl.eval.report_scores import verdict
 from ppcl.eval.report_sections import headline_sentence, load_lines
-from ppcl.files import write_json
+from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.student.plan import CompressionPlan
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppcl.common.files import read_json, write_json
 from ppcl.errors import ArtifactError
 from ppcl.eval.report_models import measured, write_models_report
-from ppcl.files import read_json, write_json
 
 SIDE = 24
 HOSTILE = "<script>alert(1)</script>"

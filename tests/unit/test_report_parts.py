@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ppcl.common.files import write_json
 from ppcl.eval.fidelity import psnr
 from ppcl.eval.report import write_report
 from ppcl.eval.report_data import limits
@@ -19,7 +20,6 @@ from ppcl.eval.report_gallery import Card, extremes, gallery, lay_out, pair_psnr
 from ppcl.eval.report_html import ranged
 from ppcl.eval.report_pictures import Pair
 from ppcl.eval.report_scores import velocity_steps
-from ppcl.files import write_json
 
 SIDE = 24
 

@@ -8,10 +8,10 @@ from typing import Any
 from report_run import write_run
 from test_report_models import write_evaluation
 
+from ppcl.common.files import read_json, write_json
 from ppcl.eval.report import write_report
 from ppcl.eval.report_models import write_models_report
 from ppcl.eval.report_speed import speed_table
-from ppcl.files import read_json, write_json
 
 
 def row(latency: float, steps: int | None = 20, **changes: Any) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from test_search_path import tiny_context
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 from torch import Tensor
 
-from ppcl.adapters import adapter_for
+from ppcl.common.files import read_tensors, write_tensors
 from ppcl.errors import ArtifactError, BudgetError, ModelError
-from ppcl.files import read_tensors, write_tensors
-from ppcl.planning.planner import meets
-from ppcl.searches import choose, gates, learned, rarts
-from ppcl.searches.gates import GatedStudent
-from ppcl.searches.learned import Learned, groups_of, gumbel, quotas_of, ways
-from ppcl.searches.rarts import Player, Rarts, excess, gauss_seidel
-from ppcl.searches.teacher import Teacher
+from ppcl.pruning.planner import meets
+from ppcl.pruning.searches import choose, gates, learned, rarts
+from ppcl.pruning.searches.gates import GatedStudent
+from ppcl.pruning.searches.learned import Learned, groups_of, gumbel, quotas_of, ways
+from ppcl.pruning.searches.rarts import Player, Rarts, excess, gauss_seidel
+from ppcl.pruning.searches.teacher import Teacher
+from ppcl.teacher.families import adapter_for
 
 
 def play(factor: float, beta: float, rounds: int, rate: float) -> tuple[float, float, float]:

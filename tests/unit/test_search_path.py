@@ -14,18 +14,19 @@ import torch
 from test_planner import analysis_of
 from tiny_models import describe_alone, flux_call, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import Candidate, Candidates, Segment
-from ppcl.capture import velocity_error
+from ppcl.capture.trajectories import velocity_error
+from ppcl.common.files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
-from ppcl.files import write_tensors
-from ppcl.planning.planner import plan as planned
-from ppcl.searches import Context, choose
-from ppcl.searches.graph import Edge, Graph, PathSearch, Route, Widths
-from ppcl.searches.path import build_graph, layout_of
-from ppcl.searches.teacher import Teacher
-from ppcl.student import assemble_student
+from ppcl.pruning.artifacts import Candidate, Candidates
+from ppcl.pruning.planner import plan as planned
+from ppcl.pruning.searches import Context, choose
+from ppcl.pruning.searches.graph import Edge, Graph, PathSearch, Route, Widths
+from ppcl.pruning.searches.path import build_graph, layout_of
+from ppcl.pruning.searches.teacher import Teacher
+from ppcl.student.assembly import assemble_student
+from ppcl.student.plan import Segment
+from ppcl.teacher.families import adapter_for
 
 
 def random_graph(blocks: int, seed: int, longest: int = 4, share: float = 0.4) -> Graph:
@@ -187,7 +188,7 @@ def test_runs_that_nobody_fitted_are_measured_by_their_probes(tmp_path: Path) ->
 
 
 def without(transformer: Any, first: int, last: int) -> Any:
-    from ppcl.student import with_blocks
+    from ppcl.student.assembly import with_blocks
 
     blocks = list(transformer.transformer_blocks)
     return with_blocks(transformer, {"transformer_blocks": [*blocks[:first], *blocks[last + 1 :]]})

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from test_planner import MODEL, analysis_of, random_candidates
 
-from ppcl import searches
-from ppcl.artifacts import CompressionPlan, load_artifact
+from ppcl.common.artifacts import load_artifact
 from ppcl.config import PlanConfig, load_config
 from ppcl.config.search import SEARCH_NAMES
 from ppcl.errors import BudgetError, ConfigError
-from ppcl.planning import planner
-from ppcl.searches import SEARCHES, Context, choose
+from ppcl.pruning import planner, searches
+from ppcl.pruning.searches import SEARCHES, Context, choose
+from ppcl.student.plan import CompressionPlan
 
 PLANNED = ("optimal", "paper", "uniform", "influence")
 
@@ -187,7 +187,7 @@ def test_another_search_in_the_same_file_is_another_plan(tmp_path: Path) -> None
 def test_plans_of_before_still_load(tmp_path: Path) -> None:
     import json
 
-    from ppcl.artifacts import to_jsonable
+    from ppcl.common.artifacts import to_jsonable
 
     written = to_jsonable(choose("uniform", context_of()))
     del written["teacher_forwards"]

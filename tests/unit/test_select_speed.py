@@ -10,12 +10,12 @@ import torch
 from tiny_compressed import LINEAR, bundle_for
 from tiny_models import DUAL
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import Bundle, build_student
-from ppcl.compressed import compress_class
-from ppcl.cost import count_params
+from ppcl.modules.compressed import compress_class
 from ppcl.pipelines.bundle import Plugboard, _only
-from ppcl.teacher import load_pipeline
+from ppcl.student.bundle import Bundle, build_student
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.loading import load_pipeline
 
 PARTS: dict[Any, Any] = {
     (DUAL, first, first + 1): {"img_mod.1": {"kind": "low_rank", "size": 4}} for first in (2, 6, 10, 14)

@@ -13,14 +13,14 @@ from test_distributed import assert_close
 from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, tiny_flux, write_states
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.adapters import adapter_for
-from ppcl.capture import States
+from ppcl.capture.states import States
 from ppcl.config import DistillConfig, load_config
 from ppcl.distill import local as local_module
-from ppcl.distill.single import Boundaries
+from ppcl.distill.one_at_a_time import Boundaries
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, TrainingError
-from ppcl.trace import record_boundaries
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 from ppcl.training.distributed import SINGLE as ALONE
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings

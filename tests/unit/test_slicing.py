@@ -16,25 +16,27 @@ from tiny_models import DUAL, describe_alone, flux_call, noise, qwen_call, tiny_
 from torch import nn
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
-from ppcl.analysis.hidden import Signal, grouped
-from ppcl.artifacts import Analysis, Candidates, WidthOption
-from ppcl.bundle import Bundle, build_student, load_bundle
-from ppcl.candidates.options import WidthResult, saved_time, width_options
-from ppcl.capture import States, velocity
+from ppcl.analysis.artifacts import Analysis
+from ppcl.analysis.layer_inputs import Signal, grouped
+from ppcl.capture.states import States
+from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, load_config
-from ppcl.cost import count_flops, count_params
-from ppcl.criteria import CRITERIA, Site
-from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, ModelError
-from ppcl.files import read_tensors, write_tensors
-from ppcl.planning.knapsack import _choices
-from ppcl.planning.planner import plan
-from ppcl.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
-from ppcl.student import with_blocks
-from ppcl.width import apply_width
+from ppcl.modules.replacements import apply_width
+from ppcl.modules.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
+from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.criteria import CRITERIA, Site
+from ppcl.pruning.knapsack import _choices
+from ppcl.pruning.options import WidthResult, saved_time, width_options
+from ppcl.pruning.planner import plan
+from ppcl.student.assembly import with_blocks
+from ppcl.student.bundle import Bundle, build_student, load_bundle
+from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_flops, count_params
 
 # Cuts
 

@@ -11,15 +11,17 @@ import pytest
 import torch
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.adapters import adapter_for
-from ppcl.bundle import build_student, load_bundle, select_bundle
-from ppcl.capture import velocity
+from ppcl.common.files import read_tensors
 from ppcl.config import DistillConfig, load_config
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ConfigError, ModelError
-from ppcl.files import read_tensors
-from ppcl.sparsity import Masks, pack_masks, sparse_layers, sparse_plan, unpack_masks, zeros_of
+from ppcl.pruning.selection import select_bundle
+from ppcl.pruning.sparsity import sparse_layers, sparse_plan, zeros_of
+from ppcl.student.bundle import build_student, load_bundle
+from ppcl.student.masks import Masks, pack_masks, unpack_masks
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 QWEN_RUN = [(DUAL, 1, 2)]
 

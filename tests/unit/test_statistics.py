@@ -8,7 +8,7 @@ import torch
 from tiny_models import noise
 from torch import Tensor
 
-from ppcl.analysis.statistics import Moments, best_ridge
+from ppcl.analysis.moments import Moments, best_ridge
 
 D, E, N = 6, 4, 50
 

@@ -20,10 +20,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from ppcl.adapters import adapter_for
-from ppcl.candidates.fit import chained_probe
-from ppcl.capture import velocity
-from ppcl.student import (
+from ppcl.analysis.probes import chained_probe
+from ppcl.student.assembly import (
     FixedStates,
     LinearRun,
     assemble_student,
@@ -31,7 +29,9 @@ from ppcl.student import (
     register_plan,
     start_block,
 )
-from ppcl.trace import record_boundaries
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 Build = Callable[[], tuple[Any, dict[str, Any], list[tuple[str, int, int]]]]
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from tiny_models import DUAL, plan_for, tiny_qwen
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import CompressionPlan
 from ppcl.config import DistillConfig, RunConfig, load_config
 from ppcl.experiments import compare as compare_module
 from ppcl.experiments import study as study_module
@@ -18,6 +16,8 @@ from ppcl.experiments.ablation import _stages
 from ppcl.experiments.compare import Judge, run_row
 from ppcl.experiments.compare_text import Row
 from ppcl.experiments.study import study_sequence
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import adapter_for
 
 
 @pytest.mark.parametrize("how", ["one_at_a_time", "release_gradients"])

@@ -18,9 +18,10 @@ from tiny_models import noise
 from torch import nn
 
 import ppcl
+from ppcl.common.files import read_tensors
+from ppcl.common.streams import step_generator
 from ppcl.errors import ArtifactError, TrainingError, UserError
-from ppcl.files import read_tensors
-from ppcl.training.loop import TrainingLoop, schedule_at, step_generator
+from ppcl.training.loop import TrainingLoop, schedule_at
 from ppcl.training.settings import LoopSettings
 
 SETTINGS = LoopSettings(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import noise
 
-from ppcl import trees
 from ppcl.errors import ModelError
+from ppcl.teacher import call_arguments as trees
 
 
 def same(a: Any, b: Any) -> bool:

@@ -17,18 +17,26 @@ from test_slicing import site_of
 from tiny_models import noise, qwen_call, tiny_qwen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppcl.adapters import adapter_for
-from ppcl.capture import velocity
+from ppcl.common.streams import step_generator
 from ppcl.config.sparsity import WEIGHT_CRITERION_NAMES, SparsityConfig
-from ppcl.criteria import CRITERIA
-from ppcl.criteria.base import BACKWARD, signed_output
-from ppcl.criteria.masks import n_of_m_mask, row_mask
-from ppcl.criteria.weights import WEIGHT_CRITERIA, Gblm, Layer, Seen, weight_cost, weight_criterion_named, weight_scores
-from ppcl.criteria.zeroth_order import gradient_norm
 from ppcl.errors import BudgetError, ConfigError
-from ppcl.planning.allocations import COUNTS, ecoflap_counts
-from ppcl.sparsity import block_importance, make_masks, sparsity_cost
-from ppcl.training.loop import step_generator
+from ppcl.pruning.allocations import COUNTS, ecoflap_counts
+from ppcl.pruning.criteria import CRITERIA
+from ppcl.pruning.criteria.base import BACKWARD, signed_output
+from ppcl.pruning.criteria.masks import n_of_m_mask, row_mask
+from ppcl.pruning.criteria.weights import (
+    WEIGHT_CRITERIA,
+    Gblm,
+    Layer,
+    Seen,
+    weight_cost,
+    weight_criterion_named,
+    weight_scores,
+)
+from ppcl.pruning.criteria.zeroth_order import gradient_norm
+from ppcl.pruning.sparsity import block_importance, make_masks, sparsity_cost
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 
 
 def layers_of(transformer: Any, *names: str) -> list[Layer]:

@@ -27,22 +27,16 @@ from tiny_models import (
 from torch import nn
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
-from ppcl.adapters import adapter_for
 from ppcl.analysis.analyze import analyze
-from ppcl.artifacts import Analysis, CompressionPlan, WidthOption
-from ppcl.bundle import Bundle, build_student, load_bundle, save_bundle, select_bundle
-from ppcl.candidates.options import width_options
-from ppcl.capture import States, velocity
-from ppcl.compressed import compressed_class
+from ppcl.analysis.artifacts import Analysis
+from ppcl.capture.states import States
+from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig
-from ppcl.cost import count_flops, count_params, predict
-from ppcl.distill.substitutes import new_substitutes
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.export.pipeline import export
-from ppcl.files import read_tensors
-from ppcl.student import assemble_student
-from ppcl.width import (
+from ppcl.modules.compressed import compressed_class
+from ppcl.modules.replacements import (
     LinearFeedForward,
     LowRankLinear,
     Metric,
@@ -52,6 +46,17 @@ from ppcl.width import (
     replacement,
     residuals,
 )
+from ppcl.pruning.artifacts import WidthOption
+from ppcl.pruning.options import width_options
+from ppcl.pruning.selection import select_bundle
+from ppcl.student.assembly import assemble_student
+from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.prediction import predict
+from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_flops, count_params
 
 # Closed forms
 
@@ -226,7 +231,7 @@ def test_frozen_weights_of_kept_blocks_are_not_stored(tmp_path: Path) -> None:
     }
     tensors = read_tensors(tmp_path / "bundle" / "substitutes.safetensors")[0]
     tensors.pop(f"{DUAL}/0-0/img_mlp.bias")
-    from ppcl.files import file_digest, read_json, write_json, write_tensors
+    from ppcl.common.files import file_digest, read_json, write_json, write_tensors
 
     write_tensors(tmp_path / "bundle" / "substitutes.safetensors", tensors)
     about = read_json(tmp_path / "bundle" / "bundle.json")

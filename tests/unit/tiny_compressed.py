@@ -10,10 +10,10 @@ import torch
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen
 from torch import nn
 
-from ppcl.adapters import adapter_for
-from ppcl.artifacts import CompressionPlan
-from ppcl.bundle import Bundle, build_student
-from ppcl.student import RunKey, substitute_block
+from ppcl.student.assembly import RunKey, substitute_block
+from ppcl.student.bundle import Bundle, build_student
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.families import adapter_for
 
 LINEAR: dict[str, Any] = {"kind": "linear", "size": 0}
 CALLS = {"qwen": qwen_call, "flux": flux_call}

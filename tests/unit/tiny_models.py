@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl import trees
-from ppcl.adapters import Adapter, adapter_for
-from ppcl.artifacts import CompressionPlan, ModelInfo, Prediction, Segment
-from ppcl.capture import velocity
-from ppcl.files import write_tensors
-from ppcl.student import RunKey, start_block
-from ppcl.teacher import describe
+from ppcl.common.files import write_tensors
+from ppcl.student.assembly import RunKey, start_block
+from ppcl.student.plan import CompressionPlan, Prediction, Segment
+from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.description import describe
+from ppcl.teacher.families import Adapter, adapter_for
+from ppcl.teacher.model_info import ModelInfo
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 CAPTURE = {
@@ -103,7 +104,7 @@ def flux_call(batch: int = 3, text: int = 5, seed: int = 0) -> dict[str, Any]:
 
 
 def write_states(folder: Path, split: str, calls: list[dict[str, Any]], transformer: nn.Module | None = None) -> None:
-    """Write calls as :func:`ppcl.capture.capture` would, one a file; without a transformer its answers are zeros."""
+    """Write calls as :func:`ppcl.capture.trajectories.capture` would, one a file; without a transformer its answers are zeros."""
     for index, call in enumerate(calls):
         tensors: dict[str, Tensor] = {}
         node = trees.flatten(call, "00", tensors)

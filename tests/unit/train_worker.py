@@ -15,16 +15,17 @@ import torch
 from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
 
 import ppcl.distill.trainer as trainer
-from ppcl.adapters import adapter_for
-from ppcl.candidates.fit import _train
-from ppcl.capture import States, velocity
+from ppcl.capture.states import States
+from ppcl.common.files import write_tensors
+from ppcl.common.parts import is_part
 from ppcl.config import DistillConfig, FitConfig
 from ppcl.config.sparsity import SparsityConfig
+from ppcl.distill.fit import _train
 from ppcl.distill.trainer import Distiller
-from ppcl.files import write_tensors
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import Group, connect
 from ppcl.training.launch import guarded
-from ppcl.training.sharding import is_part
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same

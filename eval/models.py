@@ -1,0 +1,229 @@
+"""What ``ppcl evaluate`` is given: pipelines, runs and bundles, found, checked and loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ppcl.capture.prompts import prompts_for, read_prompts
+from ppcl.capture.trajectories import guidance_arguments
+from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
+from ppcl.config import CaptureConfig, RunConfig, load_config
+from ppcl.errors import ConfigError, ModelError, UserError
+from ppcl.eval.results import Block
+from ppcl.teacher.loading import EMBEDDED, check_model, model_path, open_pipeline, source_name, weights_digest
+
+FOLDERS = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model to evaluate.
+
+    Attributes:
+        label: Names it in tables, and its folder of pictures.
+        model: ``emoji``, a pipeline folder, a hub id, or a run whose bundle is to be plugged in.
+        shown: The same without the folders of this machine.
+        is_bundle: Whether it is a run's bundle, plugged into its teacher.
+    """
+
+    label: str
+    model: str
+    shown: str
+    is_bundle: bool = False
+
+    @property
+    def identity(self) -> str:
+        """Identifies the weights; texts beside them (a model card) do not count."""
+        folder = Path(model_path(self.model))
+        if self.is_bundle:
+            return digest("bundle", weights_digest(str(folder / "bundle")))
+        if not folder.is_dir():
+            return weights_digest(self.model)
+        return digest([(part.name, weights_digest(str(part))) for part in sorted(folder.iterdir()) if part.is_dir()])
+
+
+def is_run(argument: str) -> bool:
+    """Whether an argument is a run directory."""
+    return argument not in EMBEDDED and (Path(argument) / "stages.json").is_file()
+
+
+def contestants(arguments: Sequence[str]) -> list[Contestant]:
+    """Find out what the arguments are.
+
+    A run stands for its compressed pipeline; alone, for its teacher and its compressed pipeline. A folder
+    with ``bundle.json`` stands for that bundle with all its substitutes.
+
+    Raises:
+        UserError: An argument is none of these, or the same model is given twice.
+    """
+    found: list[Contestant] = []
+    for argument in arguments:
+        path = Path(argument)
+        if is_run(argument):
+            if len(arguments) == 1:
+                teacher = str(read_json(path / "stages.json").get("model"))
+                found.append(Contestant("teacher", teacher, source_name(teacher)))
+            if not (path / "pipeline" / "model_index.json").is_file():
+                raise UserError(f"{path} is a run without a pipeline; run ppcl export (or compress) first")
+            name = path.resolve().name
+            label = "student" if len(arguments) == 1 else name
+            found.append(Contestant(label, str(path / "pipeline"), f"{name}/pipeline"))
+        elif (path / "bundle.json").is_file():
+            run = path.resolve().parent
+            found.append(Contestant(f"{run.name}-bundle", str(run), f"{run.name}/bundle", is_bundle=True))
+        else:
+            name = source_name(argument)
+            found.append(Contestant(name.rpartition("/")[2], argument, name))
+    if len({one.model for one in found}) < len(found):
+        raise UserError(f"the same model is given twice among {', '.join(one.shown for one in found)}; give others")
+    for one in found:
+        _check(one)
+    return _with_own_labels(found)
+
+
+def _with_own_labels(found: list[Contestant]) -> list[Contestant]:
+    """Labels that work as folder names and differ, whatever the case."""
+    labels: list[str] = []
+    for one in found:
+        stem = label = FOLDERS.sub("-", one.label).strip(".-") or "model"
+        while label.lower() in (known.lower() for known in labels):
+            label = f"{stem}-{sum(known.lower().startswith(stem.lower()) for known in labels) + 1}"
+        labels.append(label)
+    return [Contestant(label, one.model, one.shown, one.is_bundle) for label, one in zip(labels, found, strict=True)]
+
+
+def _check(one: Contestant) -> None:
+    """Find what is wrong with a folder before hours go into drawing; any diffusers pipeline will do."""
+    folder = Path(model_path(one.model))
+    if one.is_bundle:
+        return
+    if not folder.is_dir():
+        check_model(one.model)
+        return
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} is not a diffusers pipeline: model_index.json is missing; give its top folder")
+    try:
+        is_mapping = isinstance(json.loads(index.read_text(encoding="utf-8")), dict)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
+    if not is_mapping:
+        raise ModelError(f"{index} is damaged (not a mapping); fetch the pipeline again")
+    for weights in sorted(folder.glob("*/*.safetensors")):
+        read_tensor_header(weights)
+
+
+def load(one: Contestant, device: torch.device) -> Any:
+    """Load a contestant's pipeline onto a device.
+
+    Raises:
+        ModelError: It cannot be loaded, or draws without a transformer or U-Net.
+    """
+    if one.is_bundle:
+        from ppcl.pipelines.bundle import load_bundle
+
+        return load_bundle(one.model, device=str(device))
+    folder = Path(model_path(one.model))
+    variant = weights_variant(folder) if folder.is_dir() else None
+    pipeline = open_pipeline(one.model, device, None, variant)
+    denoiser(pipeline)
+    return pipeline.to(device)
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    """The transformer or U-Net of a pipeline.
+
+    Raises:
+        ModelError: It has neither.
+    """
+    for name in ("transformer", "unet"):
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ModelError(f"{type(pipeline).__name__} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
+
+
+def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
+    """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
+    from ppcl.pipelines.blocks import block_maps
+
+    config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
+    record = config.get("_ppcl")
+    if not record:
+        return {}
+    smaller: dict[tuple[str, str], list[str]] = {}
+    for path in config.get("pruning") or {}:
+        stack, position, module = str(path).split(".", 2)
+        smaller.setdefault((stack, position), []).append(module)
+    return {
+        stack: [
+            Block(first=first, last=last, width=sorted(smaller.get((stack, str(position)), [])))
+            for position, (first, last) in enumerate(found.spans)
+        ]
+        for stack, found in block_maps(record["kept_blocks"]).items()
+    }
+
+
+def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
+    """Size and guidance as this pipeline wants them; U-Net pipelines take the plain names."""
+    if getattr(pipeline, "transformer", None) is not None:
+        return guidance_arguments(pipeline, settings)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    wanted = {name: getattr(settings, name) for name in ("height", "width", "guidance_scale", "negative_prompt")}
+    return {name: value for name, value in wanted.items() if value is not None and name in accepted}
+
+
+def latents_of(pipeline: Any) -> dict[str, Any]:
+    """What must agree for two models' latents to mean the same."""
+    config = dict(getattr(getattr(pipeline, "vae", None), "config", {}))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def settings_for(arguments: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
+    """The settings of an evaluation: those of the first run among the arguments, then files, then overrides.
+
+    Raises:
+        ConfigError: A key or value cannot be used.
+    """
+    defaults: dict[str, Any] = {}
+    record = next((Path(a) / "config.yaml" for a in arguments if is_run(a)), None)
+    if record is not None and record.is_file():
+        try:
+            held = yaml.safe_load(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{record} cannot be read ({' '.join(str(error).split())}); run the run again") from None
+        defaults = held.get("config") or {} if isinstance(held, dict) else {}
+    elif is_embedded(arguments):
+        files = [EMBEDDED["emoji"].parent / "emoji.yaml", *files]
+    return load_config(list(files), list(overrides), defaults)
+
+
+def is_embedded(arguments: Sequence[str]) -> bool:
+    """Whether the embedded model, or a run of it, is among the arguments."""
+    return any(
+        a == "emoji" or (is_run(a) and read_json(Path(a) / "stages.json").get("model") == "emoji") for a in arguments
+    )
+
+
+def evaluation_prompts(arguments: Sequence[str], file: Path | None, count: int) -> list[str]:
+    """What to draw: all of a file, or what the first run among the arguments was evaluated with, or the built-in set.
+
+    Raises:
+        UserError: The file cannot be read or holds too few prompts.
+    """
+    if file is not None:
+        return read_prompts(file)
+    for argument in filter(is_run, arguments):
+        for settings in sorted((Path(argument) / "eval" / "student").glob("seed-*/prompts.json")):
+            return list(read_json(settings)["prompts"])
+    return prompts_for("emoji" if is_embedded(arguments) else "", None, count)[1]

@@ -1,0 +1,1 @@
+"""The teacher's denoising states and where they come from."""

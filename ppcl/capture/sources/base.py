@@ -1,0 +1,145 @@
+"""What every source of captioned pictures has in common."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ppcl.common.files import write_text
+from ppcl.common.streams import step_generator
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ORDER_STREAM = 61  # keeps the order of samples apart from other draws of the same seed
+
+
+class BadSample(Exception):
+    """A sample that cannot be used.
+
+    Args:
+        reason: A few words, the same for all samples of this kind; they are counted by it.
+        detail: What is particular about this one.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample that a source lists; nothing of it is read yet.
+
+    Attributes:
+        name: A file, or a shard and a key in it, or a row.
+        caption: Reads the caption; may raise :class:`BadSample`.
+        picture: Reads the picture, RGB, upright; may raise :class:`BadSample`.
+    """
+
+    name: str
+    caption: Callable[[], str]
+    picture: Callable[[], Image.Image]
+
+
+@dataclass
+class Skipped:
+    """What was left out, and why."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, bad: BadSample) -> None:
+        """Count a sample, a shard or a line of a file."""
+        self.rows.append({"name": name, "reason": bad.reason, "detail": bad.detail})
+
+    def __str__(self) -> str:
+        counts = Counter(row["reason"] for row in self.rows)
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+    def save(self, path: Path) -> None:
+        """Write one JSON line for each.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+
+
+class Source(ABC):
+    """A place that captioned pictures come from."""
+
+    @abstractmethod
+    def entries(self, seed: int, skipped: Skipped) -> Iterator[Entry]:
+        """List the samples in an order that ``seed`` alone decides.
+
+        Args:
+            seed: Of the order.
+            skipped: Receives what cannot even be listed: a missing shard, a bad line.
+
+        Raises:
+            UserError: The place as a whole cannot be read.
+        """
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below ``count`` in an order that the seed decides."""
+    return [int(i) for i in torch.randperm(count, generator=step_generator(seed, 0, ORDER_STREAM))]
+
+
+def text_of(value: Any) -> str:
+    """A caption without the white space around it.
+
+    Raises:
+        BadSample: It is empty, or no text.
+    """
+    if not isinstance(value, str):
+        raise BadSample("no caption", f"got {type(value).__name__}")
+    if not value.strip():
+        raise BadSample("empty caption")
+    return value.strip()
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decode a picture: upright, RGB, what is transparent becomes white.
+
+    Raises:
+        BadSample: It is damaged, truncated, or no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except UnidentifiedImageError:  # whose text names an address in memory
+        raise BadSample("corrupt picture", "it is in no format that Pillow knows") from None
+    # the exceptions that Pillow's decoders let through on damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error) as e:
+        raise BadSample("corrupt picture", str(e) or type(e).__name__) from None
+    except Image.DecompressionBombError as e:
+        raise BadSample("too large picture", str(e)) from None
+
+
+def read_file(path: Path) -> bytes:
+    """Read a picture's file.
+
+    Raises:
+        BadSample: It is not there, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadSample("missing picture") from None
+    except OSError as error:
+        raise BadSample("unreadable picture", str(error.strerror or error)) from None

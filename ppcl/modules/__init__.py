@@ -1,0 +1,1 @@
+"""What can stand in a block in the place of a larger module."""

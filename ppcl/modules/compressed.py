@@ -1,0 +1,85 @@
+"""Transformer classes with smaller modules inside their blocks.
+
+``PPCLQwenImageTransformer2DModel`` is ``QwenImageTransformer2DModel`` with one more config
+entry, ``pruning``, which names the modules that are smaller. It rebuilds them in ``__init__``,
+has a ``select`` for bundles, and overrides nothing, so that hooks, caches, compilation and quantisation see the class
+that they know. Plans of depth alone need none of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import diffusers
+from diffusers.configuration_utils import register_to_config
+
+from ppcl.errors import ModelError
+from ppcl.modules.replacements import apply_width
+from ppcl.teacher.families import ADAPTERS
+
+PREFIX = "PPCL"
+
+
+@cache
+def compressed_class(base: Any) -> Any:
+    """Return the class of transformers of ``base`` with smaller modules.
+
+    Args:
+        base: A diffusers transformer class (a type); a class that this function made is returned as it is.
+    """
+    if base.__name__.startswith(PREFIX):
+        return base
+
+    def __init__(self: Any, *args: Any, pruning: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        apply_width(self, pruning or {})
+
+    def select(self: Any, **choice: Any) -> tuple[str, ...]:
+        """Change the size in place; see :meth:`ppcl.pipelines.bundle.Plugboard.select`."""
+        board = self.__dict__.get("plugboard")
+        if board is None:
+            raise ModelError("this transformer has one size; load the run with ppcl.pipelines.load_bundle to change it")
+        chosen: tuple[str, ...] = board.select(**choice)
+        return chosen
+
+    signature = inspect.signature(base.__init__)
+    entry = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)
+    # diffusers reads the names of the config's entries off the signature
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), entry])  # type: ignore[attr-defined]
+    members = {
+        "__init__": register_to_config(__init__),  # type: ignore[no-untyped-call]
+        "select": select,
+        "__module__": "diffusers",  # so that a pipeline's model_index.json names a library that it finds
+        "__doc__": f"{base.__name__} with the smaller modules that its ``pruning`` config entry names.",
+    }
+    return type(PREFIX + base.__name__, (base,), members)
+
+
+def compress_class(transformer: Any, pruning: Mapping[str, Mapping[str, Any]]) -> None:
+    """Turn a transformer whose modules were replaced into one of the compressed class.
+
+    Args:
+        transformer: Changed in place; its modules are those that ``pruning`` describes.
+        pruning: Path -> kind and size of every smaller module.
+    """
+    kind: Any = type(transformer)
+    transformer.__class__ = compressed_class(kind)
+    transformer.register_to_config(pruning={path: dict(part) for path, part in pruning.items()})
+
+
+def register() -> None:
+    """Make the compressed classes of all supported families known to diffusers, so that pipelines load."""
+    from diffusers.loaders import peft
+
+    scales = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
+    for name in ADAPTERS:
+        base = getattr(diffusers, name, None)
+        if base is None:  # another version of diffusers
+            continue
+        made = compressed_class(base)
+        setattr(diffusers, made.__name__, made)
+        if name in scales:  # LoRA scales are looked up by class name
+            scales.setdefault(made.__name__, scales[name])

@@ -1,0 +1,66 @@
+"""The code file of a compressed pipeline for people who do not have ppcl.
+
+It is made out of :mod:`ppcl.modules.replacements`, what that needs, and :func:`ppcl.modules.compressed.compressed_class` themselves, so
+that what it builds is what ppcl builds. diffusers runs it only with ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from ppcl import __version__
+from ppcl.common.files import write_text
+from ppcl.modules import replacements as width
+from ppcl.modules import slicing, text_stream
+from ppcl.modules.compressed import PREFIX, compressed_class
+
+MODULE = "transformer_ppcl"  # diffusers looks for MODULE.py in the component's folder
+PARTS = (slicing, text_stream, width)  # each needs those before it alone
+_HEADER = '''"""{name}: {base} with smaller modules inside its blocks, by ppcl {version}.
+
+Written by ppcl for loading without it; nothing here reads or writes a file. What follows is ppcl/modules/slicing.py,
+ppcl/modules/text_stream.py and ppcl/modules/replacements.py, and compressed_class of ppcl/modules/compressed.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import diffusers
+from diffusers.configuration_utils import register_to_config
+
+PREFIX = "{prefix}"
+
+
+class ModelError(ValueError):
+    """A config entry that does not fit the model."""
+
+
+'''
+
+
+def source_of(transformer: Any) -> str:
+    """The source code that defines a compressed transformer's class, without an import of ppcl.
+
+    Args:
+        transformer: A model of a compressed class.
+    """
+    name = type(transformer).__name__
+    base = name.removeprefix(PREFIX)
+    known = "|".join([r"errors", *(part.__name__.rpartition(".")[2] for part in PARTS)])
+    body = "\n\n".join(inspect.getsource(part).replace("from __future__ import annotations\n", "") for part in PARTS)
+    body = re.sub(rf"^from ppcl\.(?:{known}) import .*\n", "", body, flags=re.MULTILINE)
+    head = _HEADER.format(name=name, base=base, version=__version__, prefix=PREFIX)
+    text = f"{head}{body}\n\n{inspect.getsource(compressed_class)}\n\n{name} = compressed_class(diffusers.{base})\n"
+    own = re.search(r"^\s*(?:from|import) ppcl.*$", text, flags=re.MULTILINE)
+    assert own is None, f"the smaller modules need '{own[0].strip()}', so that its code does not stand alone"
+    return text
+
+
+def write_code(transformer: Any, folder: Path) -> None:
+    """Write the code file of a compressed transformer into its folder."""
+    write_text(folder / f"{MODULE}.py", source_of(transformer))

@@ -1,1 +1,0 @@
-"""From an analysis, candidates and a budget to a plan."""

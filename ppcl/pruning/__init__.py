@@ -1,0 +1,1 @@
+"""What goes: options, criteria, allocations, the planner and searches."""

@@ -1,0 +1,83 @@
+"""What the fit stage hands on: options and what each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ppcl.common.artifacts import SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that one block might replace, and what that costs.
+
+    Attributes:
+        probe_error: Relative error of the final velocity when the run alone is replaced by its chained
+            probes (the "output sensitivity" of the run).
+        start: The start of the substitute block that was best on held-out states.
+        fitted_error: The same error with the briefly fitted substitute block; None if it was not fitted.
+    """
+
+    stack: str
+    first: int
+    last: int
+    probe_error: float
+    start: str | None = None
+    fitted_error: float | None = None
+
+    @property
+    def removed(self) -> int:
+        """Blocks that replacing this run saves."""
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class WidthOption:
+    """Smaller modules inside one block, and what they cost.
+
+    Attributes:
+        group: What is made smaller (``modulation``, ``ffn.image``, ``ffn.text``); a block takes one option a group.
+        parts: Path inside the block -> ``kind`` and ``size`` of the replacement (:mod:`ppcl.modules.replacements`).
+        saved_params: Parameters fewer, exactly.
+        saved_flops: Forward FLOPs fewer for one sample of the calibration's shape.
+        error: Relative error of the final velocity when this alone is put in, untrained.
+        saved_time: What was measured: the share of the block's time that is saved, times the block's FLOPs; None if it
+            was not measured.
+    """
+
+    stack: str
+    block: int
+    group: str
+    parts: dict[str, dict[str, Any]]
+    saved_params: int
+    saved_flops: int
+    error: float
+    saved_time: int | None = None
+
+    @property
+    def saved_speed(self) -> int:
+        """What counts for a speed-up, in FLOPs: measured time where there is any."""
+        return self.saved_flops if self.saved_time is None else self.saved_time
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The result of the fit stage.
+
+    Attributes:
+        candidates: Runs that one block might replace.
+        steps: Of the short joint fit.
+        seconds: Of the whole stage.
+        width: Smaller modules.
+        criterion: What scored neurons and heads; empty where none were.
+        criterion_forwards: What it said it would cost: runs of the transformer on one state; None if it did not say.
+    """
+
+    candidates: tuple[Candidate, ...]
+    steps: int
+    seconds: float
+    width: tuple[WidthOption, ...] = ()
+    criterion: str = ""
+    criterion_forwards: float | None = None
+    schema_version: int = SCHEMA_VERSION

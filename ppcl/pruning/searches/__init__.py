@@ -1,0 +1,161 @@
+"""Searches: who chooses the plan. The third extension point, beside criteria and allocations.
+
+A search is a class with two methods (:class:`ppcl.pruning.searches.base.Search`) and an entry here, or a class in a file of
+yours; ``plan.mode`` names it. Entries are places, not classes, so that a search that needs torch is imported when it
+is used. What every plan must be (:func:`checked`) is looked at here, so no search can hand on a wrong one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ppcl.analysis.artifacts import Analysis
+from ppcl.common.plugins import load_object
+from ppcl.common.progress import announce
+from ppcl.config.search import SEARCH_NAMES
+from ppcl.errors import ConfigError, nearest
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.planner import is_allowed_segment, meets
+from ppcl.pruning.searches.base import Context, Search
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.prediction import predict
+
+if TYPE_CHECKING:
+    from ppcl.config import PlanConfig
+    from ppcl.run.stages import Run
+
+__all__ = ["SEARCHES", "Context", "Search", "choose", "context_of", "plan_of_run", "search_named"]
+
+logger = logging.getLogger(__name__)
+SEARCHES = {
+    "optimal": "ppcl.pruning.searches.planned:optimal",
+    "paper": "ppcl.pruning.searches.planned:paper",
+    "uniform": "ppcl.pruning.searches.planned:uniform",
+    "influence": "ppcl.pruning.searches.planned:influence",
+    "allocation": "ppcl.pruning.searches.planned:allocation",
+    "random": "ppcl.pruning.searches.orders:Random",
+    "position": "ppcl.pruning.searches.orders:Position",
+    "path": "ppcl.pruning.searches.path:Path",
+    "learned": "ppcl.pruning.searches.learned:Learned",
+    "rarts": "ppcl.pruning.searches.rarts:Rarts",
+}
+METHODS = {"cost": ("context",), "choose": ("context",)}
+
+
+def search_named(name: str) -> Search:
+    """The search of a name in the table, or of ``file.py:ClassName`` or ``module:ClassName``.
+
+    Raises:
+        ConfigError: There is none of this name, or it cannot be loaded.
+    """
+    if name not in SEARCHES and ":" not in name:
+        raise ConfigError(f"plan.mode={name}: unknown search{nearest(name, SEARCHES)}; valid: {', '.join(SEARCHES)}")
+    search: Search = load_object(SEARCHES.get(name, name), "plan.mode", METHODS)
+    return search
+
+
+def choose(name: str, context: Context, say: Callable[[str], None] = logger.info) -> CompressionPlan:
+    """Choose a plan by a search's name, and check what comes out.
+
+    Args:
+        name: See :func:`search_named`; it takes the place of the settings' mode.
+        context: What searches may look at.
+        say: Is told what the search will cost before it starts, if it runs the teacher at all.
+
+    Returns:
+        The plan, with the cost that the search stated in ``teacher_forwards``.
+
+    Raises:
+        BudgetError: No plan of this search meets the budget.
+        ConfigError: The search cannot be loaded, or gives something else than a plan.
+        UserError: It does not fit the family, or there is not what it looks at.
+    """
+    search = search_named(name)
+    context = dataclasses.replace(context, settings=context.settings.model_copy(update={"mode": name}))
+    stated: Any = search.cost(context)
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or not 0 <= stated < float("inf"):
+        raise ConfigError(f"plan.mode={name}: cost gave {stated!r}, expected a number of teacher forwards, 0 or more")
+    if stated:
+        say(
+            f"plan.mode={name}: about {stated:,.0f} teacher forwards (the transformer once on one state; "
+            "a backward pass counts as two)"
+        )
+    found = checked(search.choose(context), context)
+    return dataclasses.replace(found, mode=name, teacher_forwards=float(stated))
+
+
+def checked(found: Any, context: Context) -> CompressionPlan:
+    """Return a plan with its prediction counted anew.
+
+    Args:
+        found: What a search returned.
+        context: What it was given.
+
+    Raises:
+        ConfigError: It is no plan of this teacher, moves protected blocks, or misses the budget.
+    """
+    model, settings = context.model, context.settings
+    where = f"plan.mode={settings.mode}"
+    if not isinstance(found, CompressionPlan):
+        raise ConfigError(f"{where}: got {type(found).__name__}, expected a CompressionPlan")
+    if found.model != model or set(found.stacks) != {stack.name for stack in model.stacks}:
+        raise ConfigError(f"{where}: the plan is for another model; expected stacks {[s.name for s in model.stacks]}")
+    for stack in model.stacks:
+        covered = [i for s in found.stacks[stack.name] for i in range(s.first, s.last + 1)]
+        if covered != list(range(stack.num_blocks)):
+            raise ConfigError(f"{where}: {stack.name}: got blocks {covered}, expected each of {stack.num_blocks} once")
+        for segment in found.stacks[stack.name]:
+            if segment.is_run and not is_allowed_segment(model, stack.name, segment.first, segment.last, settings):
+                raise ConfigError(
+                    f"{where}: {stack.name} {segment.first}-{segment.last} takes a protected block; "
+                    "see plan.protect_first and plan.protect_last"
+                )
+    prediction = predict(model, found.stacks, found.predicted.error)
+    kind, value = settings.budget
+    if not meets(prediction, kind, value):
+        raise ConfigError(
+            f"{where}: the plan misses the budget plan.{kind}={value:g} (it keeps {prediction.param_ratio:.3f} of the "
+            f"parameters, {prediction.speedup:.2f} times as fast); expected one that meets it, or a BudgetError"
+        )
+    return dataclasses.replace(found, budget={kind: value}, predicted=prediction)
+
+
+def context_of(run: Run, settings: PlanConfig | None = None, seed: int | None = None) -> Context:
+    """What a run's search may look at; the teacher is loaded if the search asks for it.
+
+    Args:
+        run: Its analyze and fit stages are done.
+        settings: Budget and search; the run's own if None.
+        seed: The run's own if None.
+    """
+
+    def open_teacher() -> Any:
+        from ppcl.pruning.searches.teacher import Teacher
+
+        return Teacher(run.teacher.transformer, run.adapter, run.out, run.config.precision)
+
+    return Context(
+        run.read(Analysis, "analysis.json"),
+        run.read(Candidates, "candidates.json"),
+        settings or run.config.plan,
+        run.config.seed if seed is None else seed,
+        open_teacher,
+    )
+
+
+def plan_of_run(run: Run) -> CompressionPlan:
+    """The plan of a run, by its ``plan.mode``.
+
+    Args:
+        run: Its analyze and fit stages are done.
+
+    Raises:
+        UserError: See :func:`choose`.
+    """
+    return choose(run.config.plan.mode, context_of(run), announce)
+
+
+assert tuple(SEARCHES) == SEARCH_NAMES  # the config knows the names without importing the planner

@@ -1,0 +1,1 @@
+"""The run directory, its stages, and the glue between them."""

@@ -1,0 +1,1 @@
+"""The plan, and putting a student together from it."""

@@ -1,0 +1,276 @@
+"""Apply a plan: put substitutes in the place of runs, swap any of them in or out.
+
+The student is a shallow copy of the teacher's transformer whose block lists hold the
+teacher's own kept blocks (shared, not copied) and the substitutes. It is of the teacher's
+class, so everything that runs the teacher runs the student.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.common.artifacts import to_jsonable
+from ppcl.modules.compressed import compress_class
+from ppcl.modules.replacements import LinearFeedForward, LowRankLinear, Metric, apply_width, fill_linear, fill_low_rank
+from ppcl.modules.slicing import SLICED, fill_sliced
+from ppcl.modules.text_stream import fill_text
+from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.teacher.families import Adapter, StackSpec, States, fixed_tail
+
+RunKey = tuple[str, int, int]
+STARTS = ("first", "middle", "last", "mean")
+
+
+def run_name(key: RunKey) -> str:
+    """A run's name in files: ``stack/first-last``."""
+    return f"{key[0]}/{key[1]}-{key[2]}"
+
+
+def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.Module:
+    """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
+
+    Args:
+        blocks: The teacher's block list.
+        first: First block of the run.
+        last: Last block of the run, inclusive.
+        start: ``first`` (the paper), ``middle`` (its code), ``last``, or ``mean`` of the run's weights.
+
+    Raises:
+        ValueError: The start is unknown.
+    """
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r}; expected one of {', '.join(STARTS)}")
+    block = copy.deepcopy(blocks[start_index(first, last, start)])
+    if start == "mean":
+        members = [dict(blocks[i].named_parameters()) for i in range(first, last + 1)]
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                # Blocks of SD3.5 medium differ in shape: the mean is over those that have this parameter.
+                alike = [m[name].float() for m in members if name in m and m[name].shape == parameter.shape]
+                parameter.copy_(torch.stack(alike).mean(0))
+    trained: nn.Module = block.requires_grad_(True)
+    return trained
+
+
+def fill_width(
+    block: nn.Module,
+    original: nn.Module,
+    spec: StackSpec,
+    index: int,
+    parts: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the smaller modules of a block their closed-form weights.
+
+    Args:
+        block: Has the smaller modules already.
+        original: The block as it was, whose weights a low-rank layer approximates.
+        spec: Its stack.
+        index: The teacher's block whose inputs it sees, nearest.
+        parts: The replacements by path.
+        tensors: Metrics, linear maps and corrected columns, as the analyze and fit stages wrote them.
+    """
+    names = {path: f"modulation.{stream}" for stream, path in spec.modulation.items()}
+    names |= {path: f"ffn.{stream}" for stream, path in spec.ffn.items()}
+    for path, part in parts.items():
+        module, old = block.get_submodule(path), original.get_submodule(path)
+        here = f"{spec.name}/{index}"
+        prefix = f"{here}/{names.get(path)}"
+        if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
+            device = old.weight.device
+            metric = Metric(*(tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root")))
+            fill_low_rank(module, old.weight, old.bias, metric)
+        elif isinstance(module, LinearFeedForward):
+            fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
+        elif part["kind"] in SLICED:
+            cut = f"{here}/{path}/{part['kind']}-{part['size']}/"
+            fill_sliced(module, old, part, {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)})
+        elif part["kind"] in ("text_input", "text_output"):
+            name = f"{here}/text_input" if part["kind"] == "text_input" else f"{here}/text"
+            fill_text(module, tensors[f"{name}/weight"], tensors[f"{name}/bias"])
+
+
+def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
+    """Return the block of a plan's segment: a copy of its start with the segment's smaller modules, untrained.
+
+    What stands for a run is trainable throughout, and so is a block with zeros; of another only what is new in it.
+    """
+    block = start_block(blocks, segment.first, segment.last, segment.start or "middle")
+    apply_width(block, segment.width)
+    if not segment.is_run and not segment.sparsity:
+        block.requires_grad_(False)
+        for path in segment.width:
+            block.get_submodule(path).requires_grad_(True)
+    return block
+
+
+def own_names(segment: Segment, names: Sequence[str]) -> list[str]:
+    """Of a substitute's weight names, those that are not simply the teacher's block's."""
+    whole = segment.is_run or segment.sparsity
+    return [n for n in names if whole or any(n.startswith(f"{path}.") for path in segment.width)]
+
+
+def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:
+    """Return a shallow copy of a transformer with other block lists; all else is shared.
+
+    Args:
+        transformer: The teacher's transformer or a student.
+        lists: The blocks of some stacks, without fixed tails, which are kept.
+        own: Copy the fixed tails, and the parameters and buffers that lie in no submodule, instead of
+            sharing them: what is done to them then leaves the given transformer alone.
+    """
+    clone = copy.copy(transformer)
+    clone.__dict__["_modules"] = dict(transformer._modules)
+    if own:
+        for kind in ("_parameters", "_buffers"):
+            clone.__dict__[kind] = copy.deepcopy(transformer.__dict__[kind])
+    for name, blocks in lists.items():
+        tail = fixed_tail(transformer, name)
+        setattr(clone, name, nn.ModuleList([*blocks, *(copy.deepcopy(tail) if own else tail)]))
+    return clone
+
+
+def assemble_student(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    substitutes: Mapping[RunKey, nn.Module],
+    active: Collection[RunKey] | None = None,
+) -> Any:
+    """Build the student (or a hybrid) that a plan describes.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        plan: Which blocks stay.
+        substitutes: One block for each run and each block with smaller modules, keyed (stack, first, last).
+        active: Those that are put in; the teacher's blocks stay in the others. All if None.
+
+    Returns:
+        A transformer of the teacher's class that shares its kept blocks.
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        chosen: list[nn.Module] = []
+        for segment in plan.stacks[spec.name]:
+            key = (spec.name, segment.first, segment.last)
+            if segment.is_substitute and (active is None or key in active):
+                chosen.append(substitutes[key])
+            else:
+                chosen.extend(blocks[segment.first : segment.last + 1])
+        lists[spec.name] = chosen
+    return with_blocks(transformer, lists)
+
+
+def register_plan(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
+    """Write counts, smaller modules and provenance into the student's config, so that diffusers loads it.
+
+    The student stays of its stock class unless the plan makes modules smaller.
+    """
+    kept: dict[str, list[Any]] = {
+        name: [[s.first, s.last] if s.is_run else s.first for s in segments] for name, segments in plan.stacks.items()
+    }
+    for spec in adapter.stacks:  # a fixed tail keeps its place behind the planned blocks
+        end = plan.stacks[spec.name][-1].last + 1
+        kept[spec.name] += range(end, end + spec.fixed_tail)
+    starts = {name: [s.start if s.is_run else None for s in segments] for name, segments in plan.stacks.items()}
+    if plan.has_width:
+        compress_class(
+            student,
+            {
+                f"{name}.{position}.{path}": part
+                for name, segments in plan.stacks.items()
+                for position, segment in enumerate(segments)
+                for path, part in segment.width.items()
+            },
+        )
+    sparsity = {"sparsity": dict(plan.sparsity)} if plan.sparsity else {}
+    # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
+    student.register_to_config(
+        **adapter.depth_config(student),
+        _ppcl={"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget), **sparsity},
+    )
+
+
+class StandIn(nn.Module):
+    """Stands in a block list; what a model asks of its blocks beside calling them, a real block answers."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.template = [block]  # in a list: its parameters are not this module's
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of its own, or the block's (Qwen-Image 2.1 looks at ``attn.processor``)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "template" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["template"][0], name)
+
+
+class FixedStates(StandIn):
+    """Stands for all blocks before a run: returns recorded states whatever it is given."""
+
+    def __init__(self, adapter: Adapter, stack: StackSpec, states: States, block: nn.Module) -> None:
+        super().__init__(block)
+        self.packed = adapter.pack(stack, states)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the recorded states."""
+        return self.packed
+
+
+class LinearRun(StandIn):
+    """A run replaced by one affine map a stream (chained probes, eq. 3): h -> h A + c."""
+
+    def __init__(
+        self, adapter: Adapter, stack: StackSpec, block: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__(block)
+        self.adapter, self.stack, self.maps = adapter, stack, dict(maps)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the maps to the streams of the call."""
+        arguments = self.adapter.bind(self.template[0], args, kwargs)
+        states = self.adapter.input_states(self.stack, arguments)
+        mapped = {
+            s: (h.to(self.maps[s][0].dtype) @ self.maps[s][0] + self.maps[s][1]).to(h.dtype) for s, h in states.items()
+        }
+        return self.adapter.pack(self.stack, mapped)
+
+
+def patched(
+    transformer: nn.Module,
+    adapter: Adapter,
+    run: RunKey,
+    replacement: nn.Module,
+    before: States | None = None,
+) -> Any:
+    """Return the transformer with one run replaced.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        run: (stack, first, last).
+        replacement: A module with the blocks' contract.
+        before: The states that enter the run, if known: then no block before it is executed.
+    """
+    lists: dict[str, list[nn.Module]] = {}
+    for position, spec in enumerate(adapter.stacks):
+        blocks = list(adapter.blocks(transformer, spec))
+        here = [s.name for s in adapter.stacks].index(run[0])
+        if spec.name == run[0]:
+            head: list[nn.Module] = (
+                blocks[: run[1]] if before is None else [FixedStates(adapter, spec, before, blocks[0])]
+            )
+            lists[spec.name] = [*head, replacement, *blocks[run[2] + 1 :]]
+        elif before is not None and position < here:
+            lists[spec.name] = []
+    return with_blocks(transformer, lists)

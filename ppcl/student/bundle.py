@@ -1,0 +1,168 @@
+"""The bundle: a plan and its trained substitutes, from which a pipeline is built.
+
+bundle/plan.json                 the plan
+bundle/substitutes.safetensors   one block for each run, named ``stack/first-last/...``
+bundle/tuned.safetensors         kept weights that the output stage changed (if it did)
+bundle/lora.safetensors          LoRA of kept blocks, by their path in the student (if the output stage trained one)
+bundle/masks.safetensors         where substitutes' weights are zero, a bit each (if the run is sparse)
+bundle/bundle.json               how it was trained, and hashes of the above
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact, save_artifact
+from ppcl.common.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
+from ppcl.errors import ArtifactError
+from ppcl.student.assembly import (
+    RunKey,
+    assemble_student,
+    own_names,
+    register_plan,
+    run_name,
+    substitute_block,
+    with_blocks,
+)
+from ppcl.student.masks import Masks, pack_masks, unpack_masks
+from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.teacher.families import Adapter
+
+
+@dataclass
+class Bundle:
+    """A plan with its substitutes.
+
+    Attributes:
+        plan: The plan.
+        substitutes: One block for each of its runs and of its blocks with smaller modules.
+        tuned: Student parameters by name that differ from the teacher's, substitutes excluded.
+        lora: ``<layer>.lora_A.weight`` and ``lora_B.weight`` of kept blocks: to their weight belongs B A. The factors
+            and not their sums are kept, so that the bundle of a large model stays small.
+        masks: Of substitutes with zeros, by ``stack/first-last/path.weight``: true where a weight stays.
+    """
+
+    plan: CompressionPlan
+    substitutes: Mapping[RunKey, nn.Module]
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
+    lora: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def members(self) -> list[tuple[RunKey, Segment]]:
+        """The plan's segments that have a substitute."""
+        return [
+            ((stack, segment.first, segment.last), segment)
+            for stack, segments in self.plan.stacks.items()
+            for segment in segments
+            if segment.is_substitute
+        ]
+
+
+def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
+    """Write a bundle folder, atomically."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_artifact(bundle.plan, temporary / "plan.json")
+        tensors = {
+            f"{run_name(key)}/{name}": state[name]
+            for key, segment in bundle.members()
+            for state in [bundle.substitutes[key].state_dict()]
+            for name in own_names(segment, list(state))
+        }
+        write_tensors(temporary / "substitutes.safetensors", tensors)
+        for name, extra in (("tuned", bundle.tuned), ("lora", bundle.lora), ("masks", pack_masks(bundle.masks))):
+            if extra:
+                write_tensors(temporary / f"{name}.safetensors", extra)
+        hashes = {p.name: file_digest(p) for p in sorted(temporary.iterdir())}
+        write_json(temporary / "bundle.json", {"schema_version": SCHEMA_VERSION, "files": hashes, **how})
+
+
+def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:
+    """Read a bundle for a teacher.
+
+    Raises:
+        ArtifactError: A file is missing, damaged, or does not belong to the others.
+    """
+    about = read_json(folder / "bundle.json")
+    if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
+        raise ArtifactError(f"{folder / 'bundle.json'} is not of a bundle; delete {folder} and run again")
+    for name, expected in about["files"].items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing; delete {folder} and run again")
+        if file_digest(folder / name) != expected:
+            raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
+    plan = load_artifact(CompressionPlan, folder / "plan.json")
+    tensors, _ = read_tensors(folder / "substitutes.safetensors")
+    substitutes: dict[RunKey, nn.Module] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for segment in plan.stacks[spec.name]:
+            if segment.is_substitute:
+                key = (spec.name, segment.first, segment.last)
+                prefix = f"{run_name(key)}/"
+                block = substitute_block(blocks, segment)
+                state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                if state.keys() != set(own_names(segment, list(block.state_dict()))):
+                    raise ArtifactError(f"{folder} has other weights than its plan; delete it and run again")
+                block.load_state_dict(state, strict=False)
+                substitutes[key] = block
+    extra = [folder / f"{name}.safetensors" for name in ("tuned", "lora", "masks")]
+    tuned, lora, packed = (read_tensors(path)[0] if path.is_file() else {} for path in extra)
+    masks = unpack_masks(packed, substitutes)
+    Masks(masks, substitutes).hold_weights()
+    return Bundle(plan, substitutes, tuned, lora, masks)
+
+
+@torch.no_grad()
+def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtype: torch.dtype | None = None) -> Any:
+    """Build the student of a bundle as an independent model, with counts and provenance in its config.
+
+    Args:
+        transformer: The teacher's transformer; it is left as it is.
+        adapter: Its family.
+        bundle: Plan, substitutes, tuned weights.
+        dtype: The weights' dtype; the teacher's, weight by weight, if None.
+    """
+    import copy
+
+    student = assemble_student(transformer, adapter, bundle.plan, bundle.substitutes)
+    lists = {spec.name: [copy.deepcopy(b) for b in adapter.blocks(student, spec)] for spec in adapter.stacks}
+    student = with_blocks(student, lists, own=True)
+    for name, module in list(student._modules.items()):
+        if name not in lists:
+            student._modules[name] = copy.deepcopy(module)
+    register_plan(student, adapter, bundle.plan)
+    parameters = dict(student.named_parameters())
+    for name, value in bundle.tuned.items():
+        parameters[name].copy_(value)
+    _merge_lora(parameters, bundle.lora)
+    student.requires_grad_(False).eval()
+    if dtype is not None:
+        return student.to(dtype)
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        for block, segment in zip(adapter.blocks(student, spec), bundle.plan.stacks[spec.name], strict=True):
+            _cast_like(block, blocks[start_index(segment.first, segment.last, segment.start)])
+    return student
+
+
+def _merge_lora(parameters: Mapping[str, nn.Parameter], lora: Mapping[str, Tensor]) -> None:
+    """Add B A to the weights, in float32 at least."""
+    for name, a in lora.items():
+        if name.endswith(".lora_A.weight"):
+            weight, b = parameters[name.replace("lora_A.", "")], lora[name.replace("lora_A", "lora_B")]
+            weight.copy_(weight + (b @ a).to(weight.device))
+
+
+def _cast_like(block: nn.Module, like: nn.Module) -> None:
+    """Give a block the dtypes of another; some classes keep a few weights in float32 whatever the rest is."""
+    dtypes = {name: parameter.dtype for name, parameter in like.named_parameters()}
+    main = max(like.parameters(), key=torch.numel).dtype
+    for name, parameter in block.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, main))

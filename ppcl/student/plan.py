@@ -1,0 +1,135 @@
+"""What the stages hand to each other: typed, frozen, versioned, stored as JSON (no torch here).
+
+Blocks are numbered from 0 in execution order inside their stack (a block list of the
+transformer). A run ``first..last`` is inclusive. The paper numbers blocks from 1 and
+writes [u, v]; here u = first + 1 and v = last + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ppcl.common.artifacts import SCHEMA_VERSION, to_jsonable
+from ppcl.teacher.model_info import ModelInfo
+
+
+def start_index(first: int, last: int, start: str | None) -> int:
+    """Number of the teacher's block whose shape the substitute of first..last has (``mean``: the first's)."""
+    return {"first": first, "mean": first, "last": last}.get(start or "middle", (first + last) // 2)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a stack in a plan: blocks first..last of the teacher become one block.
+
+    ``first == last`` keeps the teacher's block.
+
+    Attributes:
+        start: What the substitute of a run starts from.
+        width: Smaller modules inside the block that stays or the substitute: path -> ``kind`` and ``size``
+            (:mod:`ppcl.modules.replacements`); empty in plans of depth alone.
+        saved_params: Parameters that ``width`` saves.
+        saved_flops: Forward FLOPs that ``width`` saves for one sample.
+        error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
+            it was not measured.
+        saved_time: See :class:`WidthOption`.
+        sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.pruning.sparsity`).
+    """
+
+    first: int
+    last: int
+    start: str | None = None
+    width: dict[str, dict[str, Any]] = field(default_factory=dict)
+    saved_params: int = 0
+    saved_flops: int = 0
+    error: float | None = None
+    saved_time: int | None = None
+    sparsity: float = 0.0
+
+    @property
+    def saved_speed(self) -> int:
+        """What ``width`` saves that counts for a speed-up, in FLOPs: measured time where there is any."""
+        return self.saved_flops if self.saved_time is None else self.saved_time
+
+    @property
+    def is_run(self) -> bool:
+        """Whether several blocks become one."""
+        return self.last > self.first
+
+    @property
+    def is_substitute(self) -> bool:
+        """Whether anything is replaced: a run by one block, modules inside a block, or weights by zeros."""
+        return self.is_run or bool(self.width) or bool(self.sparsity)
+
+    @property
+    def is_sparse_only(self) -> bool:
+        """Whether it is a kept block with zeros and nothing else: as many parameters, and as fast."""
+        return bool(self.sparsity) and not self.is_run and not self.width
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan should give, before it is built.
+
+    Attributes:
+        params: Parameters of the compressed transformer (exact).
+        speedup: Estimate of the transformer's speed-up: teacher FLOPs / student FLOPs, smaller modules by their
+            measured time.
+        bytes: Bytes of the whole pipeline's weights.
+        error: Square root of the summed squared velocity errors of the single substitutes (an estimate).
+    """
+
+    params: int
+    param_ratio: float
+    speedup: float
+    bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Which blocks stay and which runs become one block, for every stack of the teacher.
+
+    Attributes:
+        mode: The search that chose it (:mod:`ppcl.pruning.searches`).
+        budget: Kind and value.
+        stacks: Segments of each stack.
+        predicted: What it should give.
+        teacher_forwards: What the search said it would cost: runs of the transformer on one state.
+    """
+
+    model: ModelInfo
+    mode: str
+    budget: dict[str, float]
+    stacks: dict[str, tuple[Segment, ...]]
+    predicted: Prediction
+    teacher_forwards: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+    # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
+    sparsity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[tuple[str, Segment]]:
+        """All (stack name, run) pairs that a substitute block replaces, in execution order."""
+        order = [stack.name for stack in self.model.stacks]  # JSON sorts the keys of ``stacks``
+        names = sorted(self.stacks, key=lambda name: order.index(name) if name in order else len(order))
+        return [(name, s) for name in names for s in self.stacks[name] if s.is_run]
+
+    @property
+    def has_width(self) -> bool:
+        """Whether any block has smaller modules; then the model is not of a stock class."""
+        return any(segment.width for segments in self.stacks.values() for segment in segments)
+
+
+def identity_segments(num_blocks: int) -> tuple[Segment, ...]:
+    """The segments that keep every block."""
+    return tuple(Segment(i, i) for i in range(num_blocks))
+
+
+def plan_digest(plan: CompressionPlan) -> str:
+    """SHA-256 of a plan's canonical JSON (sorted keys, no spaces, UTF-8), as 64 hexadecimal digits."""
+    text = json.dumps(to_jsonable(plan), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""Describing a loaded teacher for the planner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.common.files import digest
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.model_info import ModelInfo, Stack
+
+
+def config_digest(transformer: Any) -> str:
+    """Identify a transformer by its class and config (weights excluded, private keys too)."""
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    return digest(type(transformer).__name__, config)
+
+
+def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
+    """Describe a pipeline's transformer for the planner.
+
+    Args:
+        pipeline: The teacher.
+        flops: What :func:`ppcl.teacher.flops.count_flops` measured: ``total`` and per-stack lists.
+    """
+    transformer = pipeline.transformer
+    adapter = adapter_for(transformer)
+    stacks = []
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(transformer, spec)
+        counted = tuple(flops["stacks"][spec.name]) if flops else ()
+        stacks.append(Stack(spec.name, spec.count_field, len(blocks), tuple(map(count_params, blocks)), counted))
+    others = [c for n, c in pipeline.components.items() if n != "transformer" and isinstance(c, nn.Module)]
+    return ModelInfo(
+        transformer_class=type(transformer).__name__,
+        config_digest=config_digest(transformer),
+        params=count_params(transformer),
+        flops=int(flops["total"]) if flops else 0,
+        # the largest weight's: some classes keep small ones in float32 whatever the rest is loaded in
+        bytes_per_param=max(transformer.parameters(), key=torch.numel).element_size(),
+        other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
+        stacks=tuple(stacks),
+    )

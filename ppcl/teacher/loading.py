@@ -1,0 +1,319 @@
+"""Load the teacher: any diffusers pipeline with a supported transformer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.common.devices import weights_dtype
+from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
+from ppcl.errors import ModelError
+from ppcl.modules.compressed import PREFIX, register
+from ppcl.modules.remote_code import MODULE
+from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
+
+EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "teacher"}
+
+
+def model_path(model: str) -> str:
+    """Return the folder of an embedded model, or ``model`` itself."""
+    return str(EMBEDDED.get(model, model))
+
+
+def source_name(model: str) -> str:
+    """What a compressed model says it was made from: the hub id or embedded name, of a folder its name alone."""
+    return Path(model).resolve().name if Path(model).is_dir() and model not in EMBEDDED else model
+
+
+def stored_folder(model: str) -> Path | None:
+    """Return where a pipeline's files are: its folder, or its snapshot in the hub's cache; None if neither is there."""
+    folder = Path(model_path(model))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, "model_index.json")
+    except ValueError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def stored_dtype(model: str) -> torch.dtype | None:
+    """The dtype that most bytes of a pipeline's stored transformer have.
+
+    Returns:
+        float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
+    """
+    folder = stored_folder(model)
+    if folder is None:
+        return None
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    plain = [file for file in files if "." not in file.stem]  # others are variants beside them
+    sizes: Counter[str] = Counter()
+    for file in plain or files:
+        for entry in read_tensor_header(file).values():
+            begin, end = entry["data_offsets"]
+            sizes[entry["dtype"]] += end - begin
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return kinds.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
+
+
+def check_folder(folder: Path) -> None:
+    """Check a pipeline folder before any heavy import touches it.
+
+    Raises:
+        ModelError: It is not a pipeline, has no transformer, or a weight file is damaged.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"{folder} is not a diffusers pipeline: model_index.json is missing; give the pipeline's top folder"
+        )
+    try:
+        components = json.loads(index.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
+    if not isinstance(components, dict):
+        raise ModelError(f"{index} is damaged (a {type(components).__name__}, not a mapping); fetch the pipeline again")
+    if "transformer" not in components:
+        raise ModelError(
+            f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
+            "ppcl compresses diffusion transformers, not U-Nets"
+        )
+    _check_family(components["transformer"])
+    for name in ("diffusion_pytorch_model", "model"):
+        for listing in sorted(folder.glob(f"*/{name}.safetensors.index.json")):
+            _check_shards(listing)
+    for weights in sorted(folder.glob("*/*.safetensors")):
+        read_tensor_header(weights)
+
+
+def _check_shards(listing: Path) -> None:
+    """Refuse an index of sharded weights that is damaged or names a file that is not there."""
+    shards = set(_weight_map(listing).values())
+    missing = sorted(name for name in shards if not (listing.parent / name).is_file())
+    if missing:
+        raise ModelError(
+            f"{listing.parent / missing[0]} is missing ({len(missing)} of the {len(shards)} files that {listing.name} "
+            "names); fetch the pipeline again"
+        )
+
+
+def _weight_map(listing: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name."""
+    try:
+        content = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{listing} is damaged ({error or type(error).__name__}); fetch the pipeline again") from None
+
+
+def absent_parts(folder: Path) -> list[str]:
+    """Components that a pipeline folder was saved without, although its class asks for them.
+
+    Such a pipeline (SD3 without its T5, for one) loads only if they are named as None.
+
+    Args:
+        folder: A pipeline folder; empty for anything else.
+    """
+    import diffusers
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return []
+    components = json.loads(index.read_text(encoding="utf-8"))
+    kind = getattr(diffusers, str(components.get("_class_name")), None)
+    optional = getattr(kind, "_optional_components", ())
+    return [name for name, entry in components.items() if entry == [None, None] and name not in optional]
+
+
+def loading_arguments(folder: Path) -> str:
+    """What plain diffusers must be told beside the folder to load a pipeline: ``, variant="bf16"`` or nothing."""
+    variant = weights_variant(folder)
+    absent = "".join(f", {name}=None" for name in absent_parts(folder))
+    trust = ", trust_remote_code=True" if (folder / "transformer" / f"{MODULE}.py").is_file() else ""
+    return (f', variant="{variant}"' if variant else "") + trust + absent
+
+
+def loading_call(folder: Path) -> str:
+    """The Python line that loads a pipeline folder: plain diffusers, and our import where its class is ours."""
+    index = read_json(folder / "model_index.json")
+    entry = index.get("transformer") if isinstance(index, dict) else None
+    ours = isinstance(entry, list) and entry[0] == "diffusers" and str(entry[-1]).startswith(PREFIX)
+    call = f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
+    return f"import ppcl.pipelines; {call}" if ours else call
+
+
+def _check_family(entry: Any) -> None:
+    """Refuse a stock class that has no adapter before its weights are read."""
+    import diffusers
+
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if library == "diffusers" and name not in ADAPTERS:
+        kind = getattr(diffusers, str(name), None)
+        if isinstance(kind, type):
+            adapter_class(kind)
+
+
+def check_model(model: str) -> None:
+    """Check a model's name, and its folder if it is one, without loading it.
+
+    Raises:
+        ModelError: It is nothing that could be loaded.
+    """
+    path = model_path(model)
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        known = ", ".join(EMBEDDED)
+        raise ModelError(
+            f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known}); "
+            "check the name"
+        )
+
+
+def load_pipeline(
+    model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
+    """Load a text-to-image pipeline, frozen, in evaluation mode.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id.
+        device: Where it goes.
+        dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
+        variant: In the weights' file names; components without such files are loaded without it.
+
+    Returns:
+        The ``DiffusionPipeline``, without a progress bar.
+
+    Raises:
+        ModelError: It cannot be found or loaded, or its transformer is not supported.
+    """
+    check_model(model)
+    pipeline = open_pipeline(model, device, dtype, variant)
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise ModelError(
+            f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
+        )
+    adapter_for(transformer)
+    check_complete(model, transformer)
+    return pipeline.to(device)
+
+
+def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, variant: str | None = None) -> Any:
+    """Load any diffusers pipeline, frozen and quiet, on the CPU still; see :func:`load_pipeline`.
+
+    Raises:
+        ModelError: It cannot be found or loaded.
+    """
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    register()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    path = model_path(model)
+    if dtype is None:
+        dtype = weights_dtype(device)
+    try:
+        given: dict[str, Any] = dict.fromkeys(absent_parts(Path(path)))
+        given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **given)
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(
+            f"model {model!r} cannot be loaded: {reason[:300]}; check the name, the network and the files"
+        ) from None
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:
+    """The transformer of a pipeline whose code went along, by ppcl's own class: no file of the folder is run."""
+    import diffusers
+
+    if not (folder / "transformer" / f"{MODULE}.py").is_file():
+        return {}
+    entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["transformer"]
+    kind = getattr(diffusers, entry[1], None) if entry[0] == MODULE else None
+    sys.modules.setdefault(MODULE, diffusers)  # where diffusers looks for the class of a component that it is given
+    return {} if kind is None else {"transformer": kind.from_pretrained(folder, subfolder="transformer", **options)}
+
+
+def check_complete(model: str, transformer: Any) -> None:
+    """Refuse a transformer whose config and weight files disagree.
+
+    diffusers loads both kinds of disagreement without an error: a weight that is not in the files stays
+    unset, and blocks beyond the config's count are left out.
+
+    Args:
+        model: What it was loaded from, for the message.
+        transformer: As diffusers loaded it.
+
+    Raises:
+        ModelError: Weights are missing, or the files hold more blocks than the config counts.
+    """
+    unset = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
+    if unset:
+        raise ModelError(
+            f"model {model!r}: the transformer's config.json and its weights disagree (the files have no '{unset[0]}', "
+            f"and {len(unset) - 1} more); mend config.json, or fetch it again"
+        )
+    stored = _stored_names(Path(str(transformer.config.get("_name_or_path") or "")))
+    for spec in adapter_for(transformer).stacks:
+        blocks = len(getattr(transformer, spec.name))
+        parts = [
+            name.removeprefix(f"{spec.name}.").split(".")[0] for name in stored if name.startswith(f"{spec.name}.")
+        ]
+        held = 1 + max((int(part) for part in parts if part.isdecimal()), default=-1)
+        if held > blocks:
+            raise ModelError(
+                f"model {model!r}: the transformer's config.json and its weights disagree ({spec.count_field} is "
+                f"{blocks}, but the files hold {held} of '{spec.name}'); mend config.json, or fetch it again"
+            )
+
+
+def _stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in a transformer's folder; empty where they are not in diffusers' own files."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    listing = folder / f"{file.name}.index.json"
+    if listing.is_file():
+        return set(_weight_map(listing))
+    return set(read_tensor_header(file)) if file.is_file() else set()
+
+
+def weights_digest(model: str) -> str:
+    """Identify the weights that a model name stands for: the hub id, or names, sizes and ends of a folder's files.
+
+    Reading 40 GB to name them would take minutes; other weights differ in the last 64 kB of their files too.
+    """
+    folder = Path(model_path(model))
+    if not folder.is_dir():
+        return digest(model)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([(str(p.relative_to(folder)), p.stat().st_size, _tail(p)) for p in files])
+
+
+def _tail(path: Path, size: int = 65536) -> str:
+    """SHA-256 of the last bytes of a file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from None
