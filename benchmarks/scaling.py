@@ -20,7 +20,7 @@ from common import parser, publish
 
 from ppcl.cli import resolve
 from ppcl.common.tables import markdown_table
-from ppcl.run.stages import Run
+from ppcl.run import Run
 
 QUICK_FIT = ["fit.width=[]", "fit.steps=0", "fit.max_candidates=16", "fit.eval_states=8"]
 STAGES = ("local", "output")

@@ -25,6 +25,7 @@ from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.eval.costs import Costs, Timing, costs, transformer_call
 from ppcl.eval.evaluate import finite
+from ppcl.eval.feature_choice import extractor_with_note, references_for
 from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.fidelity import pair_measures
 from ppcl.eval.generate import accepted_kwargs, generate, read_picture
@@ -59,7 +60,6 @@ from ppcl.eval.results import (
 from ppcl.eval.scoring import SCORES, Measured, Reference, differences, drop, measure, paired, reference_of
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
-from ppcl.run.evaluation import extractor_with_note, references_for
 from ppcl.teacher.flops import count_params
 from ppcl.training.tracking import Tracker
 

@@ -19,6 +19,7 @@ from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
 from ppcl.pipelines.lora import convert_lora, load_lora, remap_lora
 from ppcl.pipelines.lora_report import MappingReport
 from ppcl.pipelines.semi_structured import to_semi_structured
+from ppcl.teacher.families import ADAPTERS
 
 __all__ = [
     "MappingReport",
@@ -32,7 +33,7 @@ __all__ = [
     "to_semi_structured",
 ]
 
-register()
+register(ADAPTERS)
 
 
 def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:

@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Run": "ppcl.run.stages",
+    "Run": "ppcl.run",
     "STAGES": "ppcl.run.stages",
     "RunConfig": "ppcl.config",
     "load_config": "ppcl.config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.config import RunConfig, load_config
-from ppcl.run.stages import STAGES, Run
+from ppcl.run import STAGES, Run
 
 
 def compress(

@@ -46,7 +46,7 @@ def finished_run(
 ) -> Path:
     """A run directory with every stage done; do not write into it."""
     from ppcl.config import load_config
-    from ppcl.run.stages import STAGES, Run
+    from ppcl.run import STAGES, Run
 
     out = tmp_path_factory.mktemp("finished") / "run"
     run = Run(str(tiny_model), out, load_config([small_config], []), prompts_file, "test")

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +21,6 @@ from PIL import Image
 from ppcl.capture.sources import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.capture.trajectories import (
     call_pipeline,
-    capture,
     choose_rows,
     guidance_arguments,
     prompt_length,
@@ -37,9 +36,6 @@ from ppcl.config.sections import PROMPTS
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
@@ -149,15 +145,6 @@ def check_data(pipeline: Any, settings: CaptureConfig) -> None:
     if settings.data != PROMPTS:
         image_to_image(pipeline)
         open_source(settings)
-
-
-def capture_run(run: Run) -> None:
-    """The capture stage: states of trajectories or of pictures, as ``capture.data`` says."""
-    folder, settings, seed = run.out / "calibration", run.config.capture, run.config.seed
-    if settings.data == PROMPTS:
-        capture(run.teacher, run.calibration_prompts, folder, settings, seed)
-    else:
-        capture_pictures(run.teacher, folder, settings, seed, run.evaluation_prompts)
 
 
 @dataclass(frozen=True)

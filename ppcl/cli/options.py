@@ -1,12 +1,21 @@
-"""What the commands share: their options, and how a run is opened from them."""
+"""What the commands share: their options, each written once, and how a run is opened from them.
+
+A command takes dataclasses of options; :func:`expanded` turns each of their fields into an option of its own.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import logging
 import os
 import shlex
 import sys
+import typing
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,73 +28,146 @@ from ppcl.training.launch import silence_others
 logger = logging.getLogger(__name__)
 Model = Annotated[str, typer.Argument(help="'emoji' (embedded), a pipeline folder, or a hub id")]
 Out = Annotated[Path, typer.Option("--out", help="the run directory; run again to resume")]
-Files = Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")]
-Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
-Speedup = Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")]
-Fit = Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")]
-PushTo = Annotated[str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")]
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
-Private = Annotated[bool, typer.Option("--private", help="create that repository private")]
 Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
-Methods = Annotated[str | None, typer.Option("--methods", help="all, or some, e.g. ours,path,units-wanda")]
-Budgets = Annotated[
-    str | None, typer.Option("--budgets", help="of --methods; keep=0.7,keep=0.5,speedup=1.5 if left out")
-]
-Mode = Annotated[
-    str | None,
-    typer.Option("--mode", help="the search: optimal, paper, others (docs/extending.md), or FILE.py:Class"),
-]
+Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 
 
-def resolve(
-    model: str,
-    files: list[Path] | None,
-    sets: list[str] | None,
-    keep: float | None,
-    speedup: float | None,
-    fit: str | None,
-    mode: str | None,
-) -> Any:
-    """Build the config: built-in file for the embedded model, files, overrides, budget options."""
-    from ppcl.config import load_config
+@dataclass(frozen=True)
+class Settings:
+    """Where settings come from: files, overrides, and the prompts."""
 
-    overrides = list(sets or [])
-    given = {"keep": keep, "speedup": speedup, "fit_gb": parse_size(fit) if fit else None}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) > 1:
-        raise ConfigError(f"give one budget, got {len(chosen)}: --keep, --speedup and --fit exclude each other")
-    if chosen:  # the option replaces a budget from a file
-        overrides = [f"plan.{name}={chosen.get(name, 'null')}" for name in given] + overrides
-    if mode:
-        overrides.append(f"plan.mode={mode}")
-    built_in = [Path(__file__).resolve().parents[1] / "assets" / "emoji.yaml"] if model == "emoji" else []
-    return load_config([*built_in, *(files or [])], overrides)
+    config: Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")
+    ] = None
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")] = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was given."""
+        return self == type(self)()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the plan must meet, and who looks for it."""
+
+    keep: Keep = None
+    speedup: Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")] = None
+    fit: Annotated[str | None, typer.Option("--fit", help="all weights within, e.g. 24GB")] = None
+    mode: Annotated[
+        str | None,
+        typer.Option("--mode", help="the search: optimal, paper, others (docs/extending.md), or FILE.py:Class"),
+    ] = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was given."""
+        return self == type(self)()
+
+    def given(self) -> dict[str, float]:
+        """The budgets that were given, by the name of their setting."""
+        values = {"keep": self.keep, "speedup": self.speedup, "fit_gb": parse_size(self.fit) if self.fit else None}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where the finished pipeline is uploaded to."""
+
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="then upload the pipeline, e.g. user/name")
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="create that repository private")] = False
+
+    def check(self) -> None:
+        """Say early what would keep a push from working, since hours may lie before it."""
+        quiet_libraries()
+        if self.push_to_hub is None:
+            if self.private:
+                logger.warning("--private has no effect without --push-to-hub")
+            return
+        from ppcl.export.hub import check_repo_id, has_token
+
+        check_repo_id(self.push_to_hub)
+        if not has_token():
+            logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
+
+    def upload(self, folder: Path) -> None:
+        """Upload a pipeline folder, if a repository was given."""
+        if self.push_to_hub is None:
+            return
+        from ppcl.export.card import PLACEHOLDER
+        from ppcl.export.hub import push
+
+        typer.echo(f"pushed:  {push(folder, self.push_to_hub, self.private, PLACEHOLDER)}")
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a command's dataclasses of options into single options, as typer reads them off a signature."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = groups.get(parameter.name)
+        if kind is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        of_fields = typing.get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=of_fields[field.name]
+            )
+            for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        ]
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        for name, kind in groups.items():
+            fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    ordered = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    called.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+    del called.__wrapped__  # type: ignore[attr-defined]
+    return called
+
+
+def resolve(model: str, settings: Settings, budget: Budget, processes: int | None = None) -> Any:
+    """Build the config: the model's own defaults, files, overrides, budget options.
+
+    Raises:
+        ConfigError: A key or value cannot be used, or there are several budgets.
+    """
+    from ppcl.config import for_model, load_config
+
+    overrides = list(settings.overrides or [])
+    given = budget.given()
+    if len(given) > 1:
+        raise ConfigError(f"give one budget, got {len(given)}: --keep, --speedup and --fit exclude each other")
+    if given:  # the option replaces a budget from a file
+        overrides = [f"plan.{name}={given.get(name, 'null')}" for name in ("keep", "speedup", "fit_gb")] + overrides
+    if budget.mode:
+        overrides.append(f"plan.mode={budget.mode}")
+    if processes:
+        overrides.append(f"processes={processes}")
+    return for_model(model, load_config(settings.config or [], overrides))
 
 
 def open_run(
-    model: str,
-    out: Path,
-    files: list[Path] | None,
-    sets: list[str] | None,
-    prompts: Path | None,
-    keep: float | None = None,
-    speedup: float | None = None,
-    fit: str | None = None,
-    mode: str | None = None,
-    processes: int | None = None,
+    model: str, out: Path, settings: Settings, budget: Budget | None = None, processes: int | None = None
 ) -> Any:
     """Open the run directory of a command; config errors come before heavy imports."""
-    from ppcl.config import load_config  # noqa: F401 - config errors come before heavy imports
-    from ppcl.run.stages import Run
+    config = resolve(model, settings, budget or Budget(), processes)
+    from ppcl.run import Run
 
-    sets = [*(sets or []), *([f"processes={processes}"] if processes else [])]
-    config = resolve(model, files, sets, keep, speedup, fit, mode)
     quiet_libraries()
     silence_others()
-    run = Run(model, out, config, prompts, shlex.join(["ppcl", *sys.argv[1:]]))
+    run = Run(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]]))
     if run.group.size > 1 or config.processes:
         typer.echo(f"{run.group.size} process{'es' * (run.group.size > 1)} training", err=True)
     return run
@@ -107,27 +189,3 @@ def skip_peft() -> None:
 
     if hasattr(import_utils, "_peft_available"):
         import_utils._peft_available = False
-
-
-def check_push(repo_id: str | None, private: bool) -> None:
-    """Say early what would keep a push from working, since hours may lie before it."""
-    quiet_libraries()
-    if repo_id is None:
-        if private:
-            logger.warning("--private has no effect without --push-to-hub")
-        return
-    from ppcl.export.hub import check_repo_id, has_token
-
-    check_repo_id(repo_id)
-    if not has_token():
-        logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
-
-
-def push_folder(folder: Path, repo_id: str | None, private: bool) -> None:
-    """Upload a pipeline folder, if a repository was given."""
-    if repo_id is None:
-        return
-    from ppcl.export.card import PLACEHOLDER
-    from ppcl.export.hub import push
-
-    typer.echo(f"pushed:  {push(folder, repo_id, private, PLACEHOLDER)}")

@@ -9,9 +9,9 @@ whole batch: so that padding, and with it the result, does not depend on the num
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,9 +24,6 @@ from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 from ppcl.teacher.calls import Call
 from ppcl.training.distributed import SINGLE, Group, Share
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 
@@ -93,28 +90,30 @@ class FreshStates(States):
         return call.take(range(at, at + len(captions)))
 
 
-def fresh_states(run: Run, pipeline: Any) -> FreshStates | None:
-    """What the distill stage draws from, or None where it trains on recorded states.
+def fresh_states(
+    pipeline: Any, folder: Path, settings: CaptureConfig, count: int, exclude: Collection[str], seed: int, speaks: bool
+) -> FreshStates:
+    """What training draws from where states are made on the fly.
 
     Captions of held-out states and of the evaluation are left out.
 
     Args:
-        run: The run.
         pipeline: The teacher's, text encoder and VAE on its device.
+        folder: What the capture stage wrote.
+        settings: Where the pictures are; see :class:`CaptureConfig`.
+        count: Pictures at most.
+        exclude: Captions of the evaluation.
+        seed: Fixes which pictures.
+        speaks: Whether this process says what it found.
 
     Raises:
         UserError: No picture is usable.
     """
-    settings, folder = run.config.capture, run.out / "calibration"
-    count = run.config.distill.fresh
-    if not count:
-        return None
     held_out = {text for path in folder.glob("held-out-*.safetensors") for text in read_tensors(path)[1]["prompts"]}
     skipped, sizes = Skipped(), picture_sizes(pipeline, settings)
-    exclude = {*held_out, *run.evaluation_prompts}
-    samples = choose_samples(open_source(settings), count, sizes, exclude, skipped, run.config.seed)
+    samples = choose_samples(open_source(settings), count, sizes, {*held_out, *exclude}, skipped, seed)
     if not samples:
         raise UserError(f"distill.fresh: {settings.data} has no usable sample for training; left out: {skipped}")
-    if run.group.is_main:
+    if speaks:
         logger.info("distill.fresh: %d pictures%s", len(samples), f"; left out: {skipped}" if skipped.rows else "")
     return FreshStates(folder, pipeline, samples, settings)

@@ -31,7 +31,7 @@ from ppcl.experiments.compare import Judge, run_row
 from ppcl.experiments.compare_text import MEASURES, Row
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import Runs, free_blocks, paper_ladder, plan
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.run.summary import describe_plan
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import Adapter

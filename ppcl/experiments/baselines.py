@@ -17,7 +17,7 @@ from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.teacher.model_info import ModelInfo
 
 if TYPE_CHECKING:
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
 BASELINES = {"paper": "the paper's intervals", "uniform": "uniform", "influence": "block influence"}
 OURS = "optimal"

@@ -28,6 +28,7 @@ from ppcl.config import DistillConfig
 from ppcl.config.memory import for_tables
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.evaluate import average_drop, score
+from ppcl.eval.feature_choice import choose_extractor, references_for
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.generate import generate
 from ppcl.eval.pictures import describe
@@ -43,8 +44,7 @@ from ppcl.experiments.baselines import (
 )
 from ppcl.experiments.compare_text import Row, mean_scores, write_up
 from ppcl.pruning.artifacts import Candidates
-from ppcl.run.evaluation import choose_extractor, references_for
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.flops import count_params

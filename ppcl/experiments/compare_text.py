@@ -14,7 +14,7 @@ from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
 MEASURES = ("fid", *SCORES, "average_drop")
 

@@ -20,7 +20,7 @@ from ppcl.experiments.compare import Judge, claim
 from ppcl.experiments.compare_text import MEASURES
 from ppcl.export.pipeline import export
 from ppcl.pruning.selection import select_bundle
-from ppcl.run.stages import STAGES, Run
+from ppcl.run import STAGES, Run
 from ppcl.run.summary import describe_plan
 from ppcl.student.bundle import Bundle, build_student, load_bundle
 from ppcl.teacher.families import adapter_for

@@ -15,7 +15,7 @@ from ppcl.experiments.baselines import removed_blocks, run_keys
 from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
 HEADER = (
     *("method", "takes away", "blocks removed", "parameters", "speed-up (predicted)", "teacher forwards"),

@@ -44,7 +44,7 @@ from ppcl.experiments.baselines import (
 from ppcl.experiments.study_text import write_up
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import cost_of, is_allowed, optimal_ladder
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.student.assembly import LinearRun, assemble_student, with_blocks
 from ppcl.student.bundle import load_bundle
 from ppcl.student.plan import CompressionPlan

@@ -7,18 +7,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import read_json
 from ppcl.common.tables import device_name, markdown_table, number, versions, zeros_meaning
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -80,27 +76,30 @@ class Facts:
     licence: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_card(run: Run, folder: Path) -> str:
-    """Write the card of a run's pipeline as it stands: with its numbers once they are measured.
+def facts_of(
+    source: str, folder: Path, commands: Sequence[str], seed: int, device: str, metrics: Mapping[str, Any] | None
+) -> Facts:
+    """What is known of a pipeline folder as it stands.
 
     Args:
-        run: The run; its distill stage is done.
+        source: The teacher.
         folder: The pipeline, under its final or a temporary name.
+        commands: That made it, oldest first; empty and repeated ones are left out.
+        seed: Of the run.
+        device: On which it was trained and timed.
+        metrics: ``metrics.json`` of the evaluate stage; None before it.
     """
-    done = [record.get("command", "") for record in run.stages.values() if isinstance(record, dict)]
-    commands = tuple(dict.fromkeys(shown_command(text) for text in (*done, run.command) if text))
-    metrics = run.out / "eval" / "metrics.json"
     dtype = stored_dtype(str(folder))
-    facts = Facts(
-        source=run.model,
+    shown = tuple(dict.fromkeys(shown_command(text) for text in commands if text))
+    return Facts(
+        source=source,
         pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
         dtype=str(dtype).removeprefix("torch.") if dtype else "",
         arguments=loading_arguments(folder),
-        making=Making(commands, run.config.seed, versions(), device_name(str(run.device))),
-        metrics=read_json(metrics) if metrics.is_file() else None,
-        licence=source_licence(run.model),
+        making=Making(shown, seed, versions(), device_name(device)),
+        metrics=metrics,
+        licence=source_licence(source),
     )
-    return model_card(load_artifact(CompressionPlan, run.out / "bundle" / "plan.json"), facts)
 
 
 def shown_command(command: str) -> str:

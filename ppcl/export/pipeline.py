@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,14 +16,10 @@ from ppcl import __version__
 from ppcl.common.files import atomic_path, read_json, write_json, write_text
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
-from ppcl.export.card import Facts, model_card, run_card
+from ppcl.export.card import Facts, model_card
 from ppcl.modules.remote_code import MODULE, write_code
-from ppcl.student.bundle import build_student, load_bundle
 from ppcl.student.plan import CompressionPlan, plan_digest
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +29,6 @@ INDEX = "model_index.json"
 # would reach the teacher through a link.
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 TOP_LEVEL = ("LICENSE*", "LICENCE*", "NOTICE*", "*.py")  # beside the components: terms, and custom pipeline code
-
-
-def export_run(run: Run) -> Path:
-    """Export the bundle of a run as ``RUN/pipeline``."""
-    transformer = run.teacher.transformer
-    bundle = load_bundle(run.out / "bundle", transformer, run.adapter)
-    student = build_student(transformer, run.adapter, bundle)
-    out, settings = run.out / "pipeline", run.config.export
-    return export(run.teacher, student, bundle.plan, run.model, out, settings, lambda folder: run_card(run, folder))
 
 
 def export(

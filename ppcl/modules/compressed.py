@@ -9,7 +9,7 @@ that they know. Plans of depth alone need none of this.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,6 @@ from diffusers.configuration_utils import register_to_config
 
 from ppcl.errors import ModelError
 from ppcl.modules.replacements import apply_width
-from ppcl.teacher.families import ADAPTERS
 
 PREFIX = "PPCL"
 
@@ -70,16 +69,20 @@ def compress_class(transformer: Any, pruning: Mapping[str, Mapping[str, Any]]) -
     transformer.register_to_config(pruning={path: dict(part) for path, part in pruning.items()})
 
 
-def register() -> None:
-    """Make the compressed classes of all supported families known to diffusers, so that pipelines load."""
+def register(names: Iterable[str]) -> None:
+    """Make the compressed classes of some families known to diffusers, so that pipelines load.
+
+    Args:
+        names: Of diffusers' transformer classes; those of another version of diffusers are passed over.
+    """
     from diffusers.loaders import peft
 
     scales = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
-    for name in ADAPTERS:
+    for name in names:
         base = getattr(diffusers, name, None)
-        if base is None:  # another version of diffusers
+        if base is None:
             continue
-        made = compressed_class(base)
-        setattr(diffusers, made.__name__, made)
+        compressed = compressed_class(base)
+        setattr(diffusers, compressed.__name__, compressed)
         if name in scales:  # LoRA scales are looked up by class name
-            scales.setdefault(made.__name__, scales[name])
+            scales.setdefault(compressed.__name__, scales[name])

@@ -1,1 +1,8 @@
 """The run directory, its stages, and the glue between them."""
+
+from ppcl.run.run import Run
+from ppcl.run.session import Session
+from ppcl.run.stage import Stage
+from ppcl.run.stages import STAGES
+
+__all__ = ["STAGES", "Run", "Session", "Stage"]

@@ -220,7 +220,7 @@ def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, v
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
-    register()
+    register(ADAPTERS)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     path = model_path(model)

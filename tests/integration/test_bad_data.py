@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ppcl.config import load_config
-from ppcl.run.stages import Run
+from ppcl.run import Run
 
 
 def write_data(folder: Path, broken: bool) -> Path:

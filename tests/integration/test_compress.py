@@ -103,7 +103,7 @@ def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, sm
     import shutil
 
     from ppcl.config import load_config
-    from ppcl.run.stages import Run
+    from ppcl.run import Run
 
     out = shutil.copytree(finished_run, tmp_path / "run")
     shard = out / "calibration" / "train-0001.safetensors"

@@ -14,7 +14,7 @@ from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
 from ppcl.experiments.compare import compare_plans
 from ppcl.experiments.ladder import measure_ladder
-from ppcl.run.stages import STAGES, Run
+from ppcl.run import STAGES, Run
 from ppcl.teacher import loading as teacher
 
 

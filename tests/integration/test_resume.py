@@ -58,7 +58,7 @@ class Events:
     def install(self):
         import ppcl.capture.trajectories
         import ppcl.eval.generate
-        from ppcl.run.stages import Run
+        from ppcl.run import Run
         from ppcl.training.loop import TrainingLoop
 
         self.around(Path, "replace", after=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ppcl.config import load_config
 from ppcl.pipelines.semi_structured import is_two_of_four
-from ppcl.run.stages import Run
+from ppcl.run import Run
 
 
 def sparse_layers(transformer):

@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 from ppcl.experiments.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder
 from ppcl.experiments.baselines import run_keys
 from ppcl.pruning.artifacts import Candidates
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.trace import record_boundaries
 

@@ -27,7 +27,7 @@ from ppcl.experiments.study import Ruler, contiguous_removals, scattered_removal
 from ppcl.experiments.study_text import Comparison, contiguity_section, squares_section
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import uniform_ladder
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.student.assembly import LinearRun, patched
 from ppcl.teacher.calls import velocity
 

@@ -14,7 +14,7 @@ from tiny_models import tiny_qwen
 from ppcl.common.devices import resolve_device
 from ppcl.config import load_config
 from ppcl.distill import stage as distill_run
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.teacher import loading as teacher_module
 from ppcl.training.distributed import Group
 

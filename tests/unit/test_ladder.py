@@ -16,7 +16,7 @@ from ppcl.eval.report import write_report
 from ppcl.eval.report_ladder import _reading
 from ppcl.experiments.ladder import export_size, measure_ladder
 from ppcl.pipelines import load_bundle
-from ppcl.run.stages import Run
+from ppcl.run import Run
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.flops import count_params
 

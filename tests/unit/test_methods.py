@@ -19,7 +19,7 @@ from ppcl.experiments.methods_text import Entry, verdict
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.criteria import CRITERIA
 from ppcl.pruning.searches import SEARCHES
-from ppcl.run.stages import Run
+from ppcl.run import Run
 
 CHOSEN = "ours,ours-depth,random,units-magnitude,zeros-wanda"
 BUDGETS = [{"keep": 0.9}, {"speedup": 1.0}]  # no more: times of a tiny model are noise

@@ -14,8 +14,8 @@ from tiny_models import shared_pipeline
 from torch import nn
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.distill.samples import SampleSheet
 from ppcl.errors import UserError
+from ppcl.eval.samples import SampleSheet
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings

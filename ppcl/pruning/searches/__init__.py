@@ -10,24 +10,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ppcl.analysis.artifacts import Analysis
 from ppcl.common.plugins import load_object
-from ppcl.common.progress import announce
 from ppcl.config.search import SEARCH_NAMES
 from ppcl.errors import ConfigError, nearest
-from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import is_allowed_segment, meets
 from ppcl.pruning.searches.base import Context, Search
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.prediction import predict
 
-if TYPE_CHECKING:
-    from ppcl.config import PlanConfig
-    from ppcl.run.stages import Run
-
-__all__ = ["SEARCHES", "Context", "Search", "choose", "context_of", "plan_of_run", "search_named"]
+__all__ = ["SEARCHES", "Context", "Search", "choose", "search_named"]
 
 logger = logging.getLogger(__name__)
 SEARCHES = {
@@ -121,41 +114,6 @@ def checked(found: Any, context: Context) -> CompressionPlan:
             f"parameters, {prediction.speedup:.2f} times as fast); expected one that meets it, or a BudgetError"
         )
     return dataclasses.replace(found, budget={kind: value}, predicted=prediction)
-
-
-def context_of(run: Run, settings: PlanConfig | None = None, seed: int | None = None) -> Context:
-    """What a run's search may look at; the teacher is loaded if the search asks for it.
-
-    Args:
-        run: Its analyze and fit stages are done.
-        settings: Budget and search; the run's own if None.
-        seed: The run's own if None.
-    """
-
-    def open_teacher() -> Any:
-        from ppcl.pruning.searches.teacher import Teacher
-
-        return Teacher(run.teacher.transformer, run.adapter, run.out, run.config.precision)
-
-    return Context(
-        run.read(Analysis, "analysis.json"),
-        run.read(Candidates, "candidates.json"),
-        settings or run.config.plan,
-        run.config.seed if seed is None else seed,
-        open_teacher,
-    )
-
-
-def plan_of_run(run: Run) -> CompressionPlan:
-    """The plan of a run, by its ``plan.mode``.
-
-    Args:
-        run: Its analyze and fit stages are done.
-
-    Raises:
-        UserError: See :func:`choose`.
-    """
-    return choose(run.config.plan.mode, context_of(run), announce)
 
 
 assert tuple(SEARCHES) == SEARCH_NAMES  # the config knows the names without importing the planner

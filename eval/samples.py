@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,13 +20,11 @@ from torch import nn
 from ppcl.capture.trajectories import guidance_arguments
 from ppcl.common.devices import autocast
 from ppcl.common.files import atomic_path, read_json, write_json
+from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.tracking import PICTURE
-
-if TYPE_CHECKING:
-    from ppcl.run.stages import Run
 
 logger = logging.getLogger(__name__)
 Log = Callable[[dict[str, Any]], None]
@@ -163,22 +161,24 @@ class SampleSheet:
             sheet.save(temporary, "PNG")
 
 
-def sheet_for(run: Run, pipeline: Any) -> SampleSheet | None:
+def sample_sheet(
+    pipeline: Any | None, config: RunConfig, prompts: Sequence[str], out: Path, log: Log, group: Group
+) -> SampleSheet | None:
     """What draws the sheets of a run with the teacher's pipeline, or None where the run asks for none."""
-    settings = run.config
-    if not settings.distill.sample_every:
+    settings = config.distill
+    if pipeline is None or not settings.sample_every:
         return None
     return SampleSheet(
         pipeline,
-        run.evaluation_prompts[: settings.distill.sample_prompts],
-        run.out,
-        settings.evaluate.num_inference_steps,
-        guidance_arguments(pipeline, settings.capture),
-        settings.seed,
-        settings.precision,
-        run.log if run.group.is_main else None,
-        run.group if settings.distill.shard or settings.distill.shard_teacher else SINGLE,
-        settings.distill.splits_teacher(run.group.size),
+        prompts[: settings.sample_prompts],
+        out,
+        config.evaluate.num_inference_steps,
+        guidance_arguments(pipeline, config.capture),
+        config.seed,
+        config.precision,
+        log if group.is_main else None,
+        group if settings.shard or settings.shard_teacher else SINGLE,
+        settings.splits_teacher(group.size),
     )
 
 

@@ -1,0 +1,151 @@
+"""The run directory: whose it is, what is done in it, and who works there now. No torch.
+
+``stages.json`` is the ledger. A stage that is done is recorded with a digest of everything it depended on and with the
+files it wrote; while the digest stays the same and the files are there it is skipped. A stage that began is recorded as
+``<stage>.started``, so that the next attempt knows whether what lies there is its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppcl.common.files import lock_folder, read_json, remove, remove_leftovers, write_json
+from ppcl.errors import ArtifactError
+from ppcl.run.stage import Stage
+
+logger = logging.getLogger(__name__)
+LEDGER, CHECKPOINTS = "stages.json", "checkpoints"
+
+
+class RunFolder:
+    """A run directory, claimed for one model with its prompts and seed.
+
+    Args:
+        path: The directory; it need not exist.
+        model: What the run compresses, for people who read the ledger.
+        identity: Digest of the weights, prompts and seed.
+
+    Raises:
+        ArtifactError: The directory is another run's, holds something else, or cannot be read.
+    """
+
+    def __init__(self, path: Path, model: str, identity: str) -> None:
+        self.path, self.model, self.identity = path, model, identity
+        self._is_locked = False
+        self.ledger: dict[str, Any] = self._read_ledger()
+
+    def _read_ledger(self) -> dict[str, Any]:
+        """Read what is done, or refuse a directory that is another's; nothing is written yet."""
+        if (self.path / LEDGER).is_file():
+            return self._own_ledger()
+        try:
+            is_empty = not self.path.is_dir() or all(entry.name.startswith(".") for entry in self.path.iterdir())
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.path} cannot be read: {error.strerror or error}; choose another --out"
+            ) from error
+        if not is_empty:
+            raise ArtifactError(f"{self.path} is not empty and not a run of ppcl; choose another --out")
+        return {"schema_version": 1, "model": self.model, "identity": self.identity}
+
+    def _own_ledger(self) -> dict[str, Any]:
+        try:
+            ledger = read_json(self.path / LEDGER)
+        except ArtifactError as error:
+            reason = str(error).partition("; ")[0]
+            raise ArtifactError(f"{reason}; choose another --out or delete {self.path}") from None
+        if isinstance(ledger, dict) and ledger.get("identity") == self.identity:
+            return ledger
+        owner = ledger.get("model", "another model") if isinstance(ledger, dict) else "another model"
+        raise ArtifactError(
+            f"{self.path} holds a run of {owner} with other weights, prompts, evaluate.num_prompts or seed; "
+            "choose another --out or delete it"
+        )
+
+    def lock(self) -> None:
+        """Take the directory for as long as this object lives, and clear up after attempts that were killed.
+
+        Raises:
+            UserError: Another process works here.
+        """
+        if self._is_locked:
+            return
+        descriptor = lock_folder(self.path)
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+        self._is_locked = True
+        remove_leftovers(self.path)
+        self.ledger = self._read_ledger()
+        self._clear()  # of a process that was killed between recording its stage and this
+
+    def record_of(self, stage: Stage) -> dict[str, Any] | None:
+        """What the ledger says of a stage that was done: ``digest``, ``seconds``, ``files``, ``command``."""
+        record = self.ledger.get(stage.name)
+        return record if isinstance(record, dict) else None
+
+    def is_done(self, stage: Stage, digest: str) -> bool:
+        """Whether a stage ran with what it depends on now, and its files are there."""
+        record = self.record_of(stage)
+        if record is None or record.get("digest") != digest:
+            return False
+        return all((self.path / name).exists() for name in (*stage.products, *record.get("files", ())))
+
+    def begin(self, stage: Stage, digest: str, later: Sequence[Stage], changes: Sequence[str] = ()) -> None:
+        """Remove what an attempt with other settings left, and note that the stage began.
+
+        Args:
+            stage: The stage.
+            digest: Of everything it depends on now.
+            later: The stages after it, whose products go with its own when it changes.
+            changes: Settings of the stage that differ from when it was done, for the warning.
+        """
+        record = self.record_of(stage)
+        has_changed = record is not None and record.get("digest") != digest
+        if has_changed:
+            logger.warning(
+                "%s was made with other settings (%s): %s and what follows are removed and made again",
+                self.path,
+                "; ".join(changes) or "or by another version",
+                stage.name,
+            )
+            self._forget([stage, *later])
+        is_new = record is None or has_changed  # else some of its files went missing, and the rest is kept
+        if is_new and self.ledger.get(f"{stage.name}.started") != digest:
+            for name in (*stage.products, *stage.on_the_way):
+                remove(self.path / name)
+        self._write({**self.ledger, f"{stage.name}.started": digest})
+
+    def finish(self, stage: Stage, digest: str, seconds: float, command: str) -> None:
+        """Note that a stage is done, with the files that it wrote."""
+        ledger = {name: entry for name, entry in self.ledger.items() if name != f"{stage.name}.started"}
+        files = self._files_of(stage)
+        record = {"digest": digest, "seconds": round(seconds, 2), "files": files, "command": command}
+        self._write({**ledger, stage.name: record})
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove training states that no interrupted stage can go on from."""
+        if not any(name.endswith(".started") for name in self.ledger):
+            remove(self.path / CHECKPOINTS)
+
+    def _files_of(self, stage: Stage) -> list[str]:
+        """Files that a stage wrote into its folders, relative to the run directory."""
+        files = (p for name in stage.products for p in (self.path / name).rglob("*") if p.is_file())
+        return sorted(str(p.relative_to(self.path)) for p in files)
+
+    def _forget(self, stages: Sequence[Stage]) -> None:
+        """Remove the products of stages and their records."""
+        names = {stage.name for stage in stages}
+        self._write({name: entry for name, entry in self.ledger.items() if name not in names})
+        for stage in stages:
+            for name in stage.products:
+                remove(self.path / name)
+
+    def _write(self, ledger: dict[str, Any]) -> None:
+        self.ledger = ledger
+        write_json(self.path / LEDGER, ledger)

@@ -1,0 +1,127 @@
+"""A run: the stages one after another in one directory, resumed by the same command.
+
+A stage that is done is skipped while everything it depended on (its config section, the seed, the stages before it)
+stays the same and its files are there. A changed config runs the stage and all that follow again; what a user can have
+got wrong is found before anything older is removed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import digest, read_json, read_tensor_header, write_text
+from ppcl.config import RunConfig
+from ppcl.errors import UserError
+from ppcl.run.folder import RunFolder
+from ppcl.run.record import changed_settings, record_of
+from ppcl.run.session import Session
+from ppcl.run.stage import Stage
+from ppcl.run.stages import STAGES
+
+
+class Run(Session):
+    """A run directory and what its stages share; see :class:`Session` for the arguments.
+
+    Raises:
+        ModelError: There is no such model.
+        ArtifactError: The directory belongs to another model or another prompts file.
+    """
+
+    def __init__(
+        self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
+    ) -> None:
+        super().__init__(model, out, config, prompts, command)
+        self.folder = RunFolder(out, model, self.identity)
+        self.group.barrier()  # all have looked at the directory before the first one writes into it
+
+    def depends(self, name: str) -> str:
+        """Digest of everything a stage depends on."""
+        section: Any = getattr(self.config, name, None)  # the report has no settings
+        shared = [self.identity, self.config.seed, self.config.precision]
+        before = _before(name)
+        return digest(name, section.identity() if section else None, shared, self.depends(before) if before else "")
+
+    def is_done(self, name: str) -> bool:
+        """Whether a stage ran with what it depends on now, and its files are there."""
+        return self.folder.is_done(STAGES[name], self.depends(name))
+
+    def through(self, name: str) -> None:
+        """Run all stages up to one and that one, as far as they are not done."""
+        for stage in STAGES:
+            self.run(stage)
+            if stage == name:
+                return
+
+    def run(self, name: str) -> bool:
+        """Run a stage unless it is done; returns whether it ran.
+
+        Raises:
+            UserError: A stage before it is not done, another process works here, or the stage failed.
+        """
+        stage, prepared = STAGES[name], None
+
+        def begin() -> bool:
+            nonlocal prepared
+            must_run, prepared = self._begin(stage)
+            return must_run
+
+        if not self.group.on_main(begin):
+            return False
+        began = time.perf_counter()
+        if stage.is_shared:
+            stage.work(self, prepared)
+        else:
+            self.group.on_main(lambda: stage.work(self, prepared))
+        wanted, seconds = self.depends(name), time.perf_counter() - began
+        self.group.on_main(lambda: self.folder.finish(stage, wanted, seconds, self.command))
+        return True
+
+    def _begin(self, stage: Stage) -> tuple[bool, Any]:
+        """Make the directory ready for a stage.
+
+        Returns:
+            Whether the stage must run, and what it prepared.
+        """
+        before = _before(stage.name)
+        if before and not self.is_done(before):
+            raise UserError(f"ppcl {stage.name} needs the stage before it; run ppcl {before} first, or ppcl compress")
+        if self.is_done(stage.name):
+            return False, None
+        check_inputs(self.out, stage)
+        prepared = stage.prepare(self)
+        self.folder.lock()
+        if self.is_done(stage.name):  # by a process that has just left
+            return False, None
+        names = list(STAGES)
+        later = [STAGES[name] for name in names[names.index(stage.name) + 1 :]]
+        changes = changed_settings(self.out / "config.yaml", self.config, stage.name)
+        self.folder.begin(stage, self.depends(stage.name), later, changes)
+        write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
+        return True, prepared
+
+
+def _before(name: str) -> str | None:
+    """The stage before a stage."""
+    names = list(STAGES)
+    position = names.index(name)
+    return names[position - 1] if position else None
+
+
+def check_inputs(out: Path, stage: Stage) -> None:
+    """Read what a stage starts from, as far as that is cheap.
+
+    Raises:
+        ArtifactError: A file is missing, damaged, or of another schema.
+    """
+    for name, kind in stage.inputs.items():
+        path = out / name
+        if kind is not None:
+            load_artifact(kind, path)
+        elif path.suffix == ".json":
+            read_json(path)
+        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+            if file.suffix == ".safetensors":
+                read_tensor_header(file)

@@ -1,0 +1,137 @@
+"""What the stages of a run share: settings, prompts, processes, device, teacher. Loaded when first needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ppcl.capture.prompts import prompts_for
+from ppcl.common.artifacts import load_artifact
+from ppcl.common.files import digest
+from ppcl.config import PlanConfig, RunConfig
+from ppcl.errors import UserError
+from ppcl.training.launch import world
+from ppcl.training.tracking import Tracker
+
+
+class Session:
+    """A model, its settings and its prompts, and what of them is loaded.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id.
+        out: The run directory.
+        config: The resolved config.
+        prompts: The user's prompts file, if any.
+        command: The command line, for the record.
+
+    Raises:
+        ModelError: There is no such model.
+        UserError: The prompts cannot be used, or other processes do not answer.
+    """
+
+    def __init__(
+        self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
+    ) -> None:
+        self.model, self.out, self.config, self.prompts, self.command = model, out, config, prompts, command
+        from ppcl.teacher.loading import check_model, resolve_device, weights_digest
+        from ppcl.training.distributed import connect
+
+        self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
+        check_model(model)
+        self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
+        self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
+
+    @property
+    def calibration(self) -> Path:
+        """Folder of the teacher's recorded states."""
+        return self.out / "calibration"
+
+    @cached_property
+    def device(self) -> Any:
+        """The device of the run."""
+        import torch
+
+        from ppcl.teacher.loading import resolve_device
+
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        return self.group.place(resolve_device(self.config.device))
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """The mirror of the log in wandb."""
+        config = {"identity": self.identity, "model": self.model, **self.config.model_dump(mode="json")}
+        return Tracker(self.config.wandb, self.out, config)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The teacher's pipeline."""
+        from ppcl.teacher.loading import load_pipeline, weights_dtype
+
+        return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
+
+    def release_teacher(self) -> Any | None:
+        """Give away the teacher's pipeline, if it is loaded; who asks for it later loads it again."""
+        return vars(self).pop("teacher", None)
+
+    @cached_property
+    def adapter(self) -> Any:
+        """The adapter of the teacher's transformer."""
+        from ppcl.teacher.families import adapter_for
+
+        return adapter_for(self.teacher.transformer)
+
+    @cached_property
+    def extractor(self) -> Any:
+        """The features behind the scores."""
+        from ppcl.eval.feature_choice import choose_extractor
+
+        return choose_extractor(self.model, self.config.evaluate.features, str(self.device))
+
+    def with_config(self, config: RunConfig) -> Any:
+        """The same session, all that is loaded included, with other settings."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
+    def search_context(self, settings: PlanConfig | None = None, seed: int | None = None) -> Any:
+        """What a search may look at; the teacher is loaded if the search asks for it.
+
+        Args:
+            settings: Budget and search; the run's own if None.
+            seed: The run's own if None.
+        """
+        from ppcl.analysis.artifacts import Analysis
+        from ppcl.pruning.artifacts import Candidates
+        from ppcl.pruning.searches import Context
+
+        def open_teacher() -> Any:
+            from ppcl.pruning.searches.teacher import Teacher
+
+            return Teacher(self.teacher.transformer, self.adapter, self.out, self.config.precision)
+
+        return Context(
+            self.read(Analysis, "analysis.json"),
+            self.read(Candidates, "candidates.json"),
+            settings or self.config.plan,
+            self.config.seed if seed is None else seed,
+            open_teacher,
+        )
+
+    def read(self, kind: Any, name: str) -> Any:
+        """Read a JSON artifact of this run."""
+        return load_artifact(kind, self.out / name)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to ``log.jsonl`` and mirror it in wandb, if asked."""
+        path = self.out / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                print(json.dumps(row), file=file, flush=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {path}: {reason}; free some space and run again") from error
+        self.tracker.log(row)
