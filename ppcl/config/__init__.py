@@ -1,6 +1,6 @@
 """Settings: what there is (:mod:`ppcl.config.schema`), and how they are read (:mod:`ppcl.config.load`)."""
 
-from ppcl.config.load import load_config, merge, parse_override, parse_seeds, parse_size
+from ppcl.config.load import for_model, load_config, merge, parse_override, parse_seeds, parse_size
 from ppcl.config.schema import (
     CRITERION_NAMES,
     AnalyzeConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "FitConfig",
     "PlanConfig",
     "RunConfig",
+    "for_model",
     "load_config",
     "merge",
     "parse_override",

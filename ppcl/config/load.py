@@ -12,6 +12,10 @@ from ppcl.config.aliases import resolve_aliases
 from ppcl.config.schema import RunConfig
 from ppcl.errors import ConfigError, nearest
 
+# what a model is compressed with where nothing else is said
+DEFAULTS = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji.yaml"}
+BUDGETS = {"keep", "speedup", "fit_gb"}
+
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
     for part in prefix:
@@ -96,6 +100,28 @@ def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any
         data = merge(data, resolve_aliases(change))
     try:
         return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def for_model(model: str, config: RunConfig) -> RunConfig:
+    """The config with the model's own defaults in place of everything that nobody set.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id; only the embedded model has defaults of its own.
+        config: From :func:`load_config`, or what this function made of it: it stays the same then.
+
+    Raises:
+        ConfigError: The settings do not fit together with these defaults.
+    """
+    if model not in DEFAULTS:
+        return config
+    own = yaml.safe_load(DEFAULTS[model].read_text(encoding="utf-8"))
+    given = config.model_dump(exclude_unset=True)
+    if BUDGETS & given.get("plan", {}).keys():  # one budget replaces another
+        own["plan"] = {key: value for key, value in own["plan"].items() if key not in BUDGETS}
+    try:
+        return RunConfig.model_validate(merge(own, given))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 

@@ -237,6 +237,9 @@ class EvaluateConfig(Section):
     num_inference_steps: int = Field(20, ge=1)
     batch_size: int = Field(32, ge=1)
     teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")
+    picture_seeds: int = Field(
+        3, ge=1, description="times that what compare, ablate and ladder tell apart draws every prompt; a run: once"
+    )
     velocity_states: int = Field(64, ge=1)
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
     latency_runs: int = Field(10, ge=1, description="timed calls; another number draws all pictures again, too")
@@ -244,6 +247,10 @@ class EvaluateConfig(Section):
     speed_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="step counts of whole pictures; all steps and half of them if empty"
     )
+
+    def identity(self) -> dict[str, Any]:
+        """Without what a run does not read."""
+        return self.model_dump(exclude={"picture_seeds"})
 
     @field_validator("features")
     @classmethod

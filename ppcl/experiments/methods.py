@@ -30,9 +30,9 @@ from ppcl.experiments.methods_text import Entry, draw, write_up
 from ppcl.export.pipeline import link_file
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA, criterion_named
-from ppcl.pruning.searches import choose, context_of, search_named
+from ppcl.pruning.searches import choose, search_named
 from ppcl.pruning.sparsity import sparse_layers, sparsity_cost
-from ppcl.run.stages import PRODUCTS, Run
+from ppcl.run import STAGES, Run
 from ppcl.student.plan import CompressionPlan
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def forked(run: Run, criterion: str) -> Run:
     if not record.is_file():
         remove(folder)
         for stage, known in shared.items():
-            for source in (run.out / name for name in (*PRODUCTS[stage], *known["files"])):
+            for source in (run.out / name for name in (*STAGES[stage].products, *known["files"])):
                 place = folder / source.relative_to(run.out)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if source.is_file() and not link_file(source, place):
@@ -224,7 +224,7 @@ def plan_for(run: Run, settings: PlanConfig, seed: int) -> CompressionPlan:
     if path.is_file():
         return load_artifact(CompressionPlan, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = with_starts(run, choose(settings.mode, context_of(run, settings, seed)))
+    found = with_starts(run, choose(settings.mode, run.search_context(settings, seed)))
     save_artifact(found, path)
     return found
 
@@ -240,7 +240,7 @@ def zeros_row(run: Run, name: str, method: Method, budget: Mapping[str, float]) 
         raise BudgetError("zeros make nothing faster by themselves")
     transformer, adapter = run.teacher.transformer, run.adapter
     candidates = run.read(Candidates, "candidates.json")
-    model = context_of(run).model
+    model = run.search_context().model
     plan = plan_from_runs(model, (), "optimal", candidates)
     blocks = {
         (spec.name, index, index): block

@@ -31,6 +31,30 @@ def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
     return str(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
 
+def changed_settings(record: Path, config: RunConfig, section: str) -> list[str]:
+    """What differs between ``RUN/config.yaml`` and a config in the settings that a stage reads.
+
+    Args:
+        record: The file; one that is missing or damaged says nothing.
+        config: Of now.
+        section: The stage's section.
+
+    Returns:
+        Lines like ``capture.height 48 -> 512``.
+    """
+    try:
+        old = yaml.safe_load(record.read_text(encoding="utf-8"))["config"]
+        settings = getattr(config, section)
+        keys = {f"{section}.{key}": (old[section].get(key), key) for key in settings.identity()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return []
+    now = settings.model_dump(mode="json")
+    changes = [f"{name} {was} -> {now[key]}" for name, (was, key) in keys.items() if was != now[key]]
+    if old.get("precision") != config.precision:
+        changes.append(f"precision {old.get('precision')} -> {config.precision}")
+    return changes
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import digest, read_json, read_tensor_header, write_text
+from ppcl.common.files import read_json, read_tensor_header, write_text
 from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.run.folder import RunFolder
 from ppcl.run.record import changed_settings, record_of
 from ppcl.run.session import Session
-from ppcl.run.stage import Stage
+from ppcl.run.stage import ORDER, Stage
 from ppcl.run.stages import STAGES
 
 
@@ -37,23 +37,14 @@ class Run(Session):
         self.folder = RunFolder(out, model, self.identity)
         self.group.barrier()  # all have looked at the directory before the first one writes into it
 
-    def depends(self, name: str) -> str:
-        """Digest of everything a stage depends on."""
-        section: Any = getattr(self.config, name, None)  # the report has no settings
-        shared = [self.identity, self.config.seed, self.config.precision]
-        before = _before(name)
-        return digest(name, section.identity() if section else None, shared, self.depends(before) if before else "")
-
     def is_done(self, name: str) -> bool:
         """Whether a stage ran with what it depends on now, and its files are there."""
         return self.folder.is_done(STAGES[name], self.depends(name))
 
     def through(self, name: str) -> None:
         """Run all stages up to one and that one, as far as they are not done."""
-        for stage in STAGES:
+        for stage in ORDER[: ORDER.index(name) + 1]:
             self.run(stage)
-            if stage == name:
-                return
 
     def run(self, name: str) -> bool:
         """Run a stage unless it is done; returns whether it ran.
@@ -85,7 +76,8 @@ class Run(Session):
         Returns:
             Whether the stage must run, and what it prepared.
         """
-        before = _before(stage.name)
+        position = ORDER.index(stage.name)
+        before = ORDER[position - 1] if position else None
         if before and not self.is_done(before):
             raise UserError(f"ppcl {stage.name} needs the stage before it; run ppcl {before} first, or ppcl compress")
         if self.is_done(stage.name):
@@ -95,19 +87,11 @@ class Run(Session):
         self.folder.lock()
         if self.is_done(stage.name):  # by a process that has just left
             return False, None
-        names = list(STAGES)
-        later = [STAGES[name] for name in names[names.index(stage.name) + 1 :]]
+        later = [STAGES[name] for name in ORDER[position + 1 :]]
         changes = changed_settings(self.out / "config.yaml", self.config, stage.name)
         self.folder.begin(stage, self.depends(stage.name), later, changes)
         write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
         return True, prepared
-
-
-def _before(name: str) -> str | None:
-    """The stage before a stage."""
-    names = list(STAGES)
-    position = names.index(name)
-    return names[position - 1] if position else None
 
 
 def check_inputs(out: Path, stage: Stage) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import digest
-from ppcl.config import PlanConfig, RunConfig
+from ppcl.config import PlanConfig, RunConfig, for_model
 from ppcl.errors import UserError
+from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
 
@@ -23,7 +24,7 @@ class Session:
     Args:
         model: ``emoji``, a folder, or a hub id.
         out: The run directory.
-        config: The resolved config.
+        config: What it does not set is the model's default.
         prompts: The user's prompts file, if any.
         command: The command line, for the record.
 
@@ -35,7 +36,8 @@ class Session:
     def __init__(
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
-        self.model, self.out, self.config, self.prompts, self.command = model, out, config, prompts, command
+        self.model, self.out, self.prompts, self.command = model, out, prompts, command
+        self.config = for_model(model, config)
         from ppcl.teacher.loading import check_model, resolve_device, weights_digest
         from ppcl.training.distributed import connect
 
@@ -43,6 +45,14 @@ class Session:
         check_model(model)
         self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
         self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
+
+    def depends(self, stage: str) -> str:
+        """Digest of everything a stage depends on: its settings, the seed, the model, the stages before it."""
+        section: Any = getattr(self.config, stage, None)  # the report has no settings
+        shared = [self.identity, self.config.seed, self.config.precision]
+        position = ORDER.index(stage)
+        upstream = self.depends(ORDER[position - 1]) if position else ""
+        return digest(stage, section.identity() if section else None, shared, upstream)
 
     @property
     def calibration(self) -> Path:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ORDER = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
+
 
 def _nothing(_: Any) -> None:
     """Prepare nothing."""
@@ -13,7 +15,7 @@ def _nothing(_: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage; :data:`ppcl.run.stages.STAGES` has them all, in order.
+    """One stage; :data:`ppcl.run.stages.STAGES` has them all.
 
     Attributes:
         name: Of the command, and of the config section whose settings count (the report has none).

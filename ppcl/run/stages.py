@@ -13,7 +13,7 @@ from ppcl.common.files import read_json, read_tensors, write_text
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run.folder import CHECKPOINTS, LEDGER
 from ppcl.run.session import Session
-from ppcl.run.stage import Stage
+from ppcl.run.stage import ORDER, Stage
 from ppcl.student.plan import CompressionPlan
 
 STATES, BUNDLE, PIPELINE, PICTURES = "calibration", "bundle", "pipeline", "eval"
@@ -247,3 +247,4 @@ _ALL = (
     Stage("report", "The report, as a page and as Markdown.", ("report.html", "report.md"), _report),
 )
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
+assert tuple(STAGES) == ORDER
