@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from ppcl.capture.prompts import prompts_for, read_prompts
 from ppcl.capture.trajectories import guidance_arguments
 from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
 from ppcl.config import CaptureConfig, RunConfig, load_config
 from ppcl.errors import ConfigError, ModelError, UserError
+from ppcl.eval.costs import denoiser_of
 from ppcl.eval.results import Block
 from ppcl.teacher.loading import EMBEDDED, check_model, model_path, open_pipeline, source_name, weights_digest
 
@@ -26,7 +26,7 @@ FOLDERS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ModelSource:
     """A model to evaluate.
 
     Attributes:
@@ -57,7 +57,7 @@ def is_run(argument: str) -> bool:
     return argument not in EMBEDDED and (Path(argument) / "stages.json").is_file()
 
 
-def contestants(arguments: Sequence[str]) -> list[Contestant]:
+def sources(arguments: Sequence[str]) -> list[ModelSource]:
     """Find out what the arguments are.
 
     A run stands for its compressed pipeline; alone, for its teacher and its compressed pipeline. A folder
@@ -66,24 +66,24 @@ def contestants(arguments: Sequence[str]) -> list[Contestant]:
     Raises:
         UserError: An argument is none of these, or the same model is given twice.
     """
-    found: list[Contestant] = []
+    found: list[ModelSource] = []
     for argument in arguments:
         path = Path(argument)
         if is_run(argument):
             if len(arguments) == 1:
                 teacher = str(read_json(path / "stages.json").get("model"))
-                found.append(Contestant("teacher", teacher, source_name(teacher)))
+                found.append(ModelSource("teacher", teacher, source_name(teacher)))
             if not (path / "pipeline" / "model_index.json").is_file():
                 raise UserError(f"{path} is a run without a pipeline; run ppcl export (or compress) first")
             name = path.resolve().name
             label = "student" if len(arguments) == 1 else name
-            found.append(Contestant(label, str(path / "pipeline"), f"{name}/pipeline"))
+            found.append(ModelSource(label, str(path / "pipeline"), f"{name}/pipeline"))
         elif (path / "bundle.json").is_file():
             run = path.resolve().parent
-            found.append(Contestant(f"{run.name}-bundle", str(run), f"{run.name}/bundle", is_bundle=True))
+            found.append(ModelSource(f"{run.name}-bundle", str(run), f"{run.name}/bundle", is_bundle=True))
         else:
             name = source_name(argument)
-            found.append(Contestant(name.rpartition("/")[2], argument, name))
+            found.append(ModelSource(name.rpartition("/")[2], argument, name))
     if len({one.model for one in found}) < len(found):
         raise UserError(f"the same model is given twice among {', '.join(one.shown for one in found)}; give others")
     for one in found:
@@ -91,7 +91,7 @@ def contestants(arguments: Sequence[str]) -> list[Contestant]:
     return _with_own_labels(found)
 
 
-def _with_own_labels(found: list[Contestant]) -> list[Contestant]:
+def _with_own_labels(found: list[ModelSource]) -> list[ModelSource]:
     """Labels that work as folder names and differ, whatever the case."""
     labels: list[str] = []
     for one in found:
@@ -99,10 +99,10 @@ def _with_own_labels(found: list[Contestant]) -> list[Contestant]:
         while label.lower() in (known.lower() for known in labels):
             label = f"{stem}-{sum(known.lower().startswith(stem.lower()) for known in labels) + 1}"
         labels.append(label)
-    return [Contestant(label, one.model, one.shown, one.is_bundle) for label, one in zip(labels, found, strict=True)]
+    return [ModelSource(label, one.model, one.shown, one.is_bundle) for label, one in zip(labels, found, strict=True)]
 
 
-def _check(one: Contestant) -> None:
+def _check(one: ModelSource) -> None:
     """Find what is wrong with a folder before hours go into drawing; any diffusers pipeline will do."""
     folder = Path(model_path(one.model))
     if one.is_bundle:
@@ -123,34 +123,23 @@ def _check(one: Contestant) -> None:
         read_tensor_header(weights)
 
 
-def load(one: Contestant, device: torch.device) -> Any:
-    """Load a contestant's pipeline onto a device.
+def load(source: ModelSource, device: torch.device) -> Any:
+    """Load its pipeline onto a device.
 
     Raises:
         ModelError: It cannot be loaded, or draws without a transformer or U-Net.
     """
-    if one.is_bundle:
+    if source.is_bundle:
         from ppcl.pipelines.bundle import load_bundle
 
-        return load_bundle(one.model, device=str(device))
-    folder = Path(model_path(one.model))
+        return load_bundle(source.model, device=str(device))
+    folder = Path(model_path(source.model))
     variant = weights_variant(folder) if folder.is_dir() else None
-    pipeline = open_pipeline(one.model, device, None, variant)
-    denoiser(pipeline)
+    pipeline = open_pipeline(source.model, device, None, variant)
+    if denoiser_of(pipeline) is None:
+        name = type(pipeline).__name__
+        raise ModelError(f"{name} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
     return pipeline.to(device)
-
-
-def denoiser(pipeline: Any) -> nn.Module:
-    """The transformer or U-Net of a pipeline.
-
-    Raises:
-        ModelError: It has neither.
-    """
-    for name in ("transformer", "unet"):
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise ModelError(f"{type(pipeline).__name__} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
 
 
 def blocks_of(pipeline: Any) -> dict[str, list[Block]]:

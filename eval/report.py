@@ -1,37 +1,39 @@
-"""The report of a run: one self-contained HTML page, and a contact sheet for a README.
+"""The page of a run or of an evaluation: one self-contained HTML file, and ``report.md`` of its numbers.
 
-The page shows, in the order a stranger needs it: the result, the pictures, the numbers,
-the blocks that were redundant, training, cost, and how to reproduce it. It is built from
-the run directory's files alone, without torch; a part whose file is absent says which
-stage writes it.
+The page shows, in the order a stranger needs it: the result, the pictures, the numbers, the blocks that were redundant,
+training, cost, and how to reproduce it. It is built from the folder's files alone, without torch; a part whose file is
+absent says which stage writes it, and what an evaluation of finished models knows nothing of is left out.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from ppcl.common.files import read_json, write_text
+from ppcl.common.files import write_text
 from ppcl.errors import ArtifactError
+from ppcl.eval.markdown import report as markdown_report
 from ppcl.eval.report_blocks import redundancy
-from ppcl.eval.report_data import read_run
-from ppcl.eval.report_gallery import MAX_MEASURED
-from ppcl.eval.report_html import page, text
+from ppcl.eval.report_data import RunData, read_run
+from ppcl.eval.report_html import missing, page, section, text
 from ppcl.eval.report_ladder import ladder_section
-from ppcl.eval.report_models import write_models_report
-from ppcl.eval.report_pictures import find_pairs, readme_picture
-from ppcl.eval.report_scores import metrics_section
-from ppcl.eval.report_sections import cost, headline, pictures, reproduce, training
-from ppcl.eval.results import Evaluation
-from ppcl.eval.results import report as report_of_models
-from ppcl.eval.run_metrics import write_run_report
+from ppcl.eval.report_numbers import numbers_section, plots_section
+from ppcl.eval.report_pictures import readme_picture
+from ppcl.eval.report_sections import (
+    cost_section,
+    headline,
+    pictures_section,
+    reproduce_section,
+    strips_section,
+    title_of,
+    training_section,
+)
 
 __all__ = ["readme_picture", "rewrite", "write_report"]
 
-CONTENTS = {
+TITLES = {
     "pictures": "Side by side",
     "numbers": "How good is it",
+    "plots": "Against size and time",
     "ladder": "Many sizes",
     "blocks": "Which blocks, and why",
     "training": "Training",
@@ -40,38 +42,54 @@ CONTENTS = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write ``report.html`` into a run directory from whatever artifacts it holds, and ``report.md`` of its numbers.
+def _sections(data: RunData) -> dict[str, str]:
+    """The sections by their anchor; empty ones do not apply."""
+    result = data.evaluation
+    unmeasured = section("numbers", "How good is it", missing(data.missing("eval/metrics.json")))
+    return {
+        "pictures": pictures_section(data),
+        "numbers": numbers_section(result) if result else unmeasured,
+        "plots": plots_section(result) if result else "",
+        "ladder": ladder_section(data),
+        "blocks": redundancy(data) if data.is_run else strips_section(result) if result else "",
+        "training": training_section(data) if data.is_run else "",
+        "cost": cost_section(data),
+        "reproduce": reproduce_section(data),
+    }
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` and ``report.md`` into the folder of a run or an evaluation, from what it holds.
 
     Returns:
         The path of the page.
 
     Raises:
-        ArtifactError: ``run`` is not a directory.
+        ArtifactError: ``folder`` is not a directory.
         UserError: The report cannot be written.
     """
-    data = read_run(Path(run))
-    sizes = ladder_section(data)
-    shown = {anchor: title for anchor, title in CONTENTS.items() if sizes or anchor != "ladder"}
-    contents = "".join(f'<a href="#{anchor}">{text(title)}</a>' for anchor, title in shown.items())
-    body = "\n".join(
-        [
-            headline(data),
-            f"<nav>{contents}</nav>",
-            pictures(data, find_pairs(data.folder), find_pairs(data.folder, MAX_MEASURED)),
-            metrics_section(data),
-            sizes,
-            redundancy(data),
-            training(data),
-            cost(data),
-            reproduce(data),
-        ]
-    )
-    write_run_report(data.folder)
+    data = read_run(Path(folder))
+    sections = {anchor: html for anchor, html in _sections(data).items() if html}
+    contents = "".join(f'<a href="#{anchor}">{text(TITLES[anchor])}</a>' for anchor in sections)
+    body = "\n".join([headline(data), f"<nav>{contents}</nav>", *sections.values()])
+    title = f"ppcl report: {data.config.get('model') or data.folder.name}"
+    if not data.is_run and data.evaluation:
+        title = f"ppcl evaluation: {title_of(data.evaluation)}"
+    _write_markdown(data)
     path = data.folder / "report.html"
-    model = data.config.get("model")
-    write_text(path, page(f"ppcl report: {model or data.folder.name}", body))
+    write_text(path, page(title, body))
     return path
+
+
+def _write_markdown(data: RunData) -> None:
+    from ppcl.export.card import draw_plan
+
+    path = data.folder / "report.md"
+    if data.evaluation is None:
+        path.unlink(missing_ok=True)  # of an evaluation that is gone
+        return
+    plan = f"```\n{draw_plan(data.plan)}\n```" if data.plan else ""
+    write_text(path, markdown_report(data.evaluation, plan))
 
 
 def rewrite(folder: Path) -> Path:
@@ -90,13 +108,7 @@ def rewrite(folder: Path) -> Path:
             f"{folder} is neither a run nor an evaluation: it has no stages.json and no metrics.json; "
             "give what ppcl compress or ppcl evaluate got as --out"
         )
-    path = write_models_report(folder)
-    try:
-        result = Evaluation.model_validate(read_json(folder / "metrics.json"))
-    except ValidationError as error:
-        raise ArtifactError(
-            f"{folder / 'metrics.json'} is of another version ({error.error_count()} entries do not fit); "
-            "run ppcl evaluate again, it keeps the pictures"
-        ) from None
-    write_text(folder / "report.md", report_of_models(result))
-    return path
+    data = read_run(folder)
+    if data.evaluation is None:
+        raise ArtifactError(data.problems["metrics.json"])
+    return write_report(folder)

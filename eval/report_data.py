@@ -1,4 +1,4 @@
-"""What a run directory holds, read without torch; a missing or damaged file is noted, never fatal."""
+"""What the folder of a run or of an evaluation holds, read without torch; a missing file is noted, never fatal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import read_json
 from ppcl.errors import ArtifactError
+from ppcl.eval.results import Comparison, Evaluation, load_evaluation
 from ppcl.pruning.artifacts import Candidates
 from ppcl.student.plan import CompressionPlan
 
@@ -37,12 +38,12 @@ STAGE_OF = {
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything the report shows except the pictures.
+    """Everything the report shows except the pictures; of an evaluation of finished models that is the numbers.
 
     Attributes:
-        folder: The run directory, as the user named it.
+        folder: The folder, as the user named it.
+        evaluation: Content of ``eval/metrics.json``, of an evaluation ``metrics.json``; None if absent.
         config: Content of ``config.yaml``; empty if absent.
-        metrics: Content of ``eval/metrics.json``; empty if absent.
         log: Rows of ``log.jsonl`` by stage, sorted by step, one row a step.
         seconds: Seconds by stage.
         ladder: Content of ``ladder/table.json``; empty if absent.
@@ -54,11 +55,26 @@ class RunData:
     analysis: Analysis | None = None
     candidates: Candidates | None = None
     plan: CompressionPlan | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
     log: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: dict[str, Any] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is of a run, and not of finished models."""
+        return self.seconds != {} or self.plan is not None or not (self.folder / "metrics.json").is_file()
+
+    @property
+    def pictures(self) -> Path:
+        """Where the models' pictures are, as ``<label>/seed-<s>``."""
+        return self.folder / ("eval" if self.is_run else "pictures")
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The student against the teacher, in a run that is evaluated."""
+        return self.evaluation.comparisons[0] if self.evaluation and self.evaluation.comparisons else None
 
     def runs_of(self, stack: str) -> list[tuple[int, int]]:
         """The plan's runs (first, last) in one stack; empty without a plan."""
@@ -72,13 +88,13 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read the artifacts of a run directory.
+    """Read what a folder holds.
 
     Raises:
         ArtifactError: ``folder`` is not a directory.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a run directory; give the --out folder of a run")
+        raise ArtifactError(f"{folder} is not a folder; give what ppcl compress or ppcl evaluate got as --out")
     problems: dict[str, str] = {}
 
     def attempt(name: str, read: Callable[[Path], T]) -> T | None:
@@ -99,7 +115,7 @@ def read_run(folder: Path) -> RunData:
         analysis=attempt("analysis.json", lambda p: load_artifact(Analysis, p)),
         candidates=attempt("candidates.json", lambda p: load_artifact(Candidates, p)),
         plan=attempt("plan.json", lambda p: load_artifact(CompressionPlan, p)),
-        metrics=attempt("eval/metrics.json", _read_mapping) or {},
+        evaluation=attempt("eval/metrics.json", load_evaluation) or attempt("metrics.json", load_evaluation),
         log=attempt("log.jsonl", read_log) or {},
         seconds={k: s for k, v in seconds.items() if (s := pick(v, "seconds")) is not None},
         ladder=attempt("ladder/table.json", _read_mapping) or {},
@@ -156,16 +172,6 @@ def pick(data: object, *keys: str) -> float | None:
     if isinstance(data, bool) or not isinstance(data, int | float) or not math.isfinite(data):
         return None
     return float(data)
-
-
-def limits(data: object, *keys: str) -> tuple[float, float] | None:
-    """The interval (low, high) that ``keys`` lead to; None where it is absent or not two finite numbers."""
-    for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    found = [pick({"limit": value}, "limit") for value in data] if isinstance(data, list | tuple) else []
-    if len(found) != 2 or found[0] is None or found[1] is None:
-        return None
-    return found[0], found[1]
 
 
 def differences(stack: StackAnalysis, first: int) -> list[tuple[int, float]]:

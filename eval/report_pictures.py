@@ -36,7 +36,9 @@ class Pair:
     other: Path | None = None
 
 
-def _seed_folders(folder: Path) -> list[Path]:
+def seed_folders(folder: Path) -> list[Path]:
+    """Folders of drawn pictures, ``seed-<s>``, in the order of their seeds."""
+
     def seed(path: Path) -> tuple[int, str]:
         digits = path.name.removeprefix("seed-")
         return (int(digits), "") if digits.isdecimal() else (1 << 62, digits)
@@ -67,8 +69,8 @@ def find_pairs(run: Path, limit: int = MAX_PAIRS) -> list[Pair]:
 
     Empty before the evaluate stage.
     """
-    students = _seed_folders(run / "eval" / "student")
-    teachers = {p.name: p for p in _seed_folders(run / "eval" / "teacher")}
+    students = seed_folders(run / "eval" / "student")
+    teachers = {p.name: p for p in seed_folders(run / "eval" / "teacher")}
     shared = [p for p in students if p.name in teachers]
     if not shared:
         return []

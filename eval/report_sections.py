@@ -1,17 +1,20 @@
-"""The report's sections on the run: headline, pictures, training, cost, how to reproduce."""
+"""The page's other sections: headline, pictures, training, cost, how it was measured and run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 
 from ppcl.common.files import weights_variant
 from ppcl.common.tables import zeros_meaning
 from ppcl.eval import figures
+from ppcl.eval.report_blocks import strip
 from ppcl.eval.report_data import RunData, pick
-from ppcl.eval.report_gallery import NUM_TRIPLES, extremes, extremes_html, gallery, grid, lay_out, pair_card
+from ppcl.eval.report_gallery import MAX_MEASURED, NUM_TRIPLES, Card, extremes, extremes_html, gallery, grid, lay_out
 from ppcl.eval.report_html import (
     TIMES,
     count,
@@ -27,36 +30,31 @@ from ppcl.eval.report_html import (
     table,
     text,
 )
-from ppcl.eval.report_pictures import Pair
-from ppcl.eval.report_speed import speed_table
+from ppcl.eval.report_numbers import speed_table
+from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, seed_folders, spread
+from ppcl.eval.results import Evaluation
+from ppcl.student.plan import Segment
 
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
-
-
-def share_of_params(run: RunData) -> float | None:
-    """Student parameters / teacher parameters: measured, or else the plan's (exact) prediction."""
-    measured = pick(run.metrics, "param_ratio")
-    student, teacher = pick(run.metrics, "student", "params"), pick(run.metrics, "teacher", "params")
-    if measured is None and student is not None and teacher:
-        measured = student / teacher
-    return run.plan.predicted.param_ratio if measured is None and run.plan else measured
+MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
 
 
 def headline_sentence(run: RunData) -> str:
     """The result in one plain sentence, with what is known so far."""
-    speedup, drop, parts = pick(run.metrics, "speedup"), pick(run.metrics, "average_drop"), []
-    if (ratio := share_of_params(run)) is not None:
+    row, predicted, parts = run.comparison, run.plan.predicted if run.plan else None, []
+    ratio = row.param_ratio if row else predicted.param_ratio if predicted else None
+    if ratio is not None:
         parts.append(f"{percent(ratio, 0)} of the parameters")
-    if speedup is not None:
-        parts.append(f"{number(speedup)} times as fast")
-    elif run.plan:
-        parts.append(f"about {number(run.plan.predicted.speedup)} times as fast (predicted)")
-    if drop is not None:
-        parts.append(f"average drop {number(drop, 2)}%")
+    if row and row.speedup is not None:
+        parts.append(f"{number(row.speedup)} times as fast")
+    elif predicted:
+        parts.append(f"about {number(predicted.speedup)} times as fast (predicted)")
+    if row and row.average_drop is not None:
+        parts.append(f"average drop {number(row.average_drop.value, 2)}%")
     sentence = ", ".join(parts)
     if not sentence:
         return "Nothing has been measured in this run yet"
-    return sentence if run.metrics else f"Planned, not measured yet: {sentence}"
+    return sentence if row else f"Planned, not measured yet: {sentence}"
 
 
 def _tile(name: str, value: str, *lines: str) -> str:
@@ -65,30 +63,31 @@ def _tile(name: str, value: str, *lines: str) -> str:
 
 
 def _tiles(run: RunData) -> str:
-    metrics, predicted = run.metrics, run.plan.predicted if run.plan else None
-    teacher_params = pick(metrics, "teacher", "params") or (run.plan.model.params if run.plan else None)
-    student_params = pick(metrics, "student", "params") or (predicted.params if predicted else None)
-    tiles = []
-    if teacher_params and student_params:
+    """The main numbers, measured and predicted."""
+    row, predicted, tiles = run.comparison, run.plan.predicted if run.plan else None, []
+    before, after = (model.params for model in run.evaluation.models[:2]) if run.evaluation and row else (None, None)
+    before = before or (run.plan.model.params if run.plan else None)
+    after = after or (predicted.params if predicted else None)
+    if before and after:
         planned = f"predicted {percent(predicted.param_ratio)}" if predicted else ""
-        change = f"{count(teacher_params)} \N{RIGHTWARDS ARROW} {count(student_params)}"
-        tiles.append(_tile("Parameters", percent(share_of_params(run)), change, planned))
-    speedup, whole = pick(metrics, "speedup"), pick(metrics, "speedup_end_to_end")
-    if speedup is not None or predicted:
-        planned = f"predicted {number(predicted.speedup)}{TIMES} from FLOPs" if predicted else ""
+        change = f"{count(before)} \N{RIGHTWARDS ARROW} {count(after)}"
+        tiles.append(_tile("Parameters", percent(after / before), change, planned))
+    if predicted or (row and row.speedup is not None):
+        planned = f"predicted {number(predicted.speedup)}{TIMES}" if predicted else ""
+        whole = row.speedup_end_to_end if row else None
         end = f"{number(whole)}{TIMES} end to end" if whole is not None else ""
-        shown = f"{number(speedup)}{TIMES}" if speedup is not None else "not measured"
+        shown = f"{number(row.speedup)}{TIMES}" if row and row.speedup is not None else "not measured"
         tiles.append(_tile("Transformer speed", shown, end, planned))
-    error = pick(metrics, "fidelity", "velocity_error")
+    error = row.fidelity.get("velocity_error") if row else None
     if error is not None or (predicted and predicted.error is not None):
         planned = f"predicted {number(predicted.error)} before distillation" if predicted and predicted.error else ""
-        before = pick(metrics, "fidelity", "velocity_error_undistilled")
-        start = f"{number(before)} before distillation" if before is not None else ""
-        tiles.append(_tile("Velocity error", number(error) if error is not None else "not measured", start, planned))
-    if (drop := pick(metrics, "average_drop")) is not None:
-        ratio = pick(metrics, "fid_ratio")
-        fid = f"FID {number(ratio)}{TIMES} the teacher's" if ratio is not None else ""
-        tiles.append(_tile("Average drop", f"{number(drop, 2)}%", "mean of CLIP score, retrieval at 1 and 5", fid))
+        undistilled = row.scale.get("velocity_error") if row else None
+        start = f"{number(undistilled)} before distillation" if undistilled is not None else ""
+        tiles.append(_tile("Velocity error", number(error.value) if error else "not measured", start, planned))
+    if row and row.average_drop is not None:
+        fid = f"FID {number(row.fid_ratio.value)}{TIMES} the teacher's" if row.fid_ratio else ""
+        shown = f"{number(row.average_drop.value, 2)}%"
+        tiles.append(_tile("Average drop", shown, "mean of CLIP score, retrieval at 1 and 5", fid))
     return '<div class="tiles">' + "".join(tiles) + "</div>" if tiles else ""
 
 
@@ -109,7 +108,9 @@ def load_lines(run: RunData) -> str:
 
 
 def headline(run: RunData) -> str:
-    """Title, headline numbers measured and predicted, and the line that loads the result."""
+    """Title and main numbers; of a run with the line that loads the result, of an evaluation with its verdicts."""
+    if not run.is_run and run.evaluation:
+        return _evaluation_headline(run.evaluation)
     model = run.config.get("model") or (run.plan.model.transformer_class if run.plan else "")
     kicker = f"ppcl compression report{' of ' + str(model) if model else ''}"
     exported = (run.folder / "pipeline" / "model_index.json").is_file()
@@ -122,36 +123,80 @@ def headline(run: RunData) -> str:
     )
 
 
-def pictures(run: RunData, pairs: Sequence[Pair], measured: Sequence[Pair]) -> str:
-    """Teacher beside student, the least and most alike pairs, and the teacher's other seed for scale.
+def title_of(result: Evaluation) -> str:
+    """Which models are compared with which."""
+    first, *others = [model.label for model in result.models]
+    return f"{', '.join(others)} against {first}" if others else first
 
-    Args:
-        run: The run.
-        pairs: What the gallery shows.
-        measured: What the least and most alike pairs are looked for in.
-    """
-    extra = [pair_card(pair, with_other=True) for pair in pairs if pair.other][:NUM_TRIPLES]
-    worst, best = extremes(measured)
-    cards, triples, least, most = lay_out([[pair_card(pair) for pair in pairs], extra, worst, best])
-    if not cards:
-        return section("pictures", "Side by side", missing(run.missing("eval")))
-    parts = [
-        paragraph(
-            "Left the teacher, right the compressed student: same prompt, same initial noise. "
-            "The prompts are those of the evaluation in order, not chosen. Open a pair to compare it with a divider."
-        ),
-        gallery(cards),
+
+def _evaluation_headline(result: Evaluation) -> str:
+    verdicts = [paragraph(f"<b>{text(row.verdict)}.</b>") for row in result.comparisons if row.verdict]
+    header = f"<header><p class=kicker>ppcl evaluation</p><h1>{text(title_of(result))}</h1></header>"
+    return header + "".join(verdicts)
+
+
+def _labels(run: RunData) -> list[str]:
+    """The models whose pictures are shown; of a run that is not evaluated yet those that have drawn."""
+    if run.evaluation:
+        return [model.label for model in run.evaluation.models]
+    return [label for label in ("teacher", "student") if (run.pictures / label).is_dir()]
+
+
+def _drawn(run: RunData, labels: list[str]) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
+    """Pictures of each model by file name, all of one seed; and the first model's of its next seed."""
+    folders = {label: {path.name: path for path in seed_folders(run.pictures / label)} for label in labels}
+    shared = [seed for seed in folders[labels[0]] if all(seed in seeds for seeds in folders.values())]
+    if not shared:
+        return {label: {} for label in labels}, {}
+
+    def of(folder: Path) -> dict[str, Path]:
+        return {path.name: path for path in sorted(folder.glob("[0-9]*.png"))}
+
+    other = next((path for seed, path in folders[labels[0]].items() if seed != shared[0]), None)
+    return {label: of(folders[label][shared[0]]) for label in labels}, of(other) if other else {}
+
+
+def pictures_section(run: RunData) -> str:
+    """All models side by side, the least and most alike pairs of each with the first, and another seed for scale."""
+    labels = _labels(run)
+    files, other = _drawn(run, labels) if labels else ({}, {})
+    names = [name for name in files[labels[0]] if all(name in drawn for drawn in files.values())] if labels else []
+    if not names:
+        why = run.missing("eval") if run.is_run else f"There are no pictures of all models in {run.pictures}."
+        return section("pictures", "Side by side", missing(why))
+    prompts = prompts_of(files[labels[0]][names[0]].parent)
+
+    def prompt(name: str) -> str:
+        index = int(Path(name).stem)
+        return prompts[index] if index < len(prompts) else f"picture {index}"
+
+    shown = spread(names, max(1, min(MAX_PAIRS, MAX_PICTURES // len(labels))))
+    cards = [Card(prompt(name), tuple((label, files[label][name]) for label in labels)) for name in shown]
+    triples = [
+        Card(card.prompt, (*card.shots, (f"{labels[0]}, other seed", other[name])))
+        for card, name in zip(cards, shown, strict=True)
+        if name in other
+    ][:NUM_TRIPLES]
+    tried = spread(names, MAX_MEASURED)
+    found = [
+        extremes([Pair(prompt(n), files[labels[0]][n], files[label][n]) for n in tried], (labels[0], label))
+        for label in labels[1:]
     ]
-    if unreadable := len(pairs) - len(cards):
-        pairs_are = "1 pair is" if unreadable == 1 else f"{unreadable} pairs are"
-        parts.append(note(f"{pairs_are} left out because a picture cannot be read; evaluate again."))
-    parts.append(extremes_html(least, most, ("teacher", "student"), len(measured)))
-    if triples:
-        parts.append("<h3>For scale: the teacher with another seed</h3>")
-        parts.append(
-            paragraph("How much a picture changes when only the noise changes. A good student stays well inside that.")
-        )
-        parts.append(grid(triples, "triples"))
+    whole, scale, *rest = lay_out([cards, triples, *(cards for both in found for cards in both)])
+    guide = (
+        f"In each: {', '.join(labels)}; same prompt, same initial noise. The prompts are those of the evaluation in "
+        "order, not chosen. Open one to compare two with a divider."
+    )
+    parts = [paragraph(text(guide)), gallery(whole, "triples" if len(labels) > 2 else "")]
+    if unreadable := len(cards) - len(whole):
+        are = "1 prompt is" if unreadable == 1 else f"{unreadable} prompts are"
+        parts.append(note(f"{are} left out because a picture cannot be read; evaluate again."))
+    for index, label in enumerate(labels[1:]):
+        parts.append(extremes_html(rest[2 * index], rest[2 * index + 1], (labels[0], label), len(tried)))
+    if scale:
+        parts.append(f"<h3>For scale: {text(labels[0])} with another seed</h3>")
+        parts.append(paragraph("How much a picture changes when only the noise changes."))
+        parts.append(grid(scale, "triples"))
     return section("pictures", "Side by side", *parts)
 
 
@@ -162,7 +207,7 @@ STAGE_NAMES = {
 }
 
 
-def training(run: RunData) -> str:
+def training_section(run: RunData) -> str:
     """Loss curves by stage."""
     order = [*STAGE_NAMES, *(stage for stage in run.log if stage not in STAGE_NAMES)]
     cards = []
@@ -191,56 +236,68 @@ def _ratio(before: float | None, after: float | None) -> str:
     return percent(after / before) if before and after is not None else number(None)
 
 
-def cost(run: RunData) -> str:
-    """Size, speed and memory of both models, and the time every stage took."""
-    metrics, plan = run.metrics, run.plan
-    rows: list[list[str]] = []
+def _cost_rows(run: RunData) -> list[list[str]]:
+    """What two models cost, and what was predicted."""
+    plan, rows = run.plan, []
+    models = run.evaluation.models[:2] if run.evaluation and len(run.evaluation.models) > 1 else []
 
     def row(name: str, key: str, show: Callable[[float | None], str], predicted: str = number(None)) -> None:
-        before, after = pick(metrics, "teacher", key), pick(metrics, "student", key)
-        if before is not None or after is not None:
-            rows.append([name, show(before), show(after), _ratio(before, after), predicted])
+        values = [float(model.params) if key == "params" else model.costs.get(key) for model in models]
+        if any(value is not None for value in values):
+            rows.append([name, *map(show, values), _ratio(*values), predicted])
 
+    faster = percent(1 / plan.predicted.speedup) if plan else number(None)
     row("Parameters of the transformer", "params", count, percent(plan.predicted.param_ratio) if plan else number(None))
-    row("FLOPs of a call for one prompt", "flops", count, percent(1 / plan.predicted.speedup) if plan else number(None))
-    if plan and plan.model.flops and pick(metrics, "student", "flops") is None:
-        student = plan.model.flops / plan.predicted.speedup
-        share = percent(1 / plan.predicted.speedup)
-        rows.append(["FLOPs a transformer call", count(plan.model.flops), number(None), number(None), share])
-        rows[-1][2] = f"{count(student)} (predicted)"
+    row("FLOPs of a call for one prompt", "flops", count)
+    if plan and plan.model.flops and not (models and models[1].costs.get("flops") is not None):
+        student = f"{count(plan.model.flops / plan.predicted.speedup)} (predicted)"
+        rows.append(["FLOPs a transformer call", count(plan.model.flops), student, number(None), faster])
     if plan:
         whole = plan.model.params * plan.model.bytes_per_param + plan.model.other_bytes
-        kept = _ratio(whole, plan.predicted.bytes)
         shown = f"{size_bytes(plan.predicted.bytes)} (predicted)"
+        kept = _ratio(whole, plan.predicted.bytes)
         rows.append(["Weights of the whole pipeline", size_bytes(whole), shown, number(None), kept])
-    faster = percent(1 / plan.predicted.speedup) if plan else number(None)
     row("Transformer call, ms", "latency_ms", number, faster)
     row("End to end, ms", "latency_end_to_end_ms", number)
     row("Peak memory", "peak_memory_bytes", size_bytes)
-    sparsity = metrics.get("sparsity") if metrics else None
-    if isinstance(sparsity, Mapping) and pick(sparsity, "zeros") is not None:
-        shown = f"{percent(pick(sparsity, 'zeros'))} ({sparsity.get('pattern')})"
+    if models and models[1].zeros:
+        shown = f"{percent(pick(models[1].zeros, 'zeros'))} ({models[1].zeros.get('pattern')})"
         rows.append(["Weights that are zero", number(None), shown, number(None), number(None)])
-    parts = []
+    return rows
+
+
+def cost_section(run: RunData) -> str:
+    """Size, speed and memory of the models, and the time every stage of a run took."""
+    result, rows, parts = run.evaluation, _cost_rows(run), []
     if rows:
         parts.append(table(["", "teacher", "student", "student / teacher", "predicted"], rows))
-        if isinstance(sparsity, Mapping):
-            parts.append(paragraph(text(zeros_meaning(str(sparsity.get("pattern")))), "soft small"))
+        measure = MEMORY.get(result.memory_measure if result else "", "as evaluate measured it")
         parts.append(
             paragraph(
-                "Parameters are counted before anything is built. The predicted time counts FLOPs only; "
-                "launch overhead, memory traffic and the text encoder and VAE come on top of it. "
-                f"Peak memory is {MEMORY.get(str(metrics.get('memory_measure')), 'as evaluate measured it')}.",
+                "Parameters are counted before anything is built. The predicted time counts blocks by FLOPs and smaller "
+                "modules by times that the fit stage measured; the text encoder and VAE come on top of it. "
+                f"Peak memory is {measure}.",
                 "soft small",
             )
         )
-    if not metrics:
+    if result and len(result.models) > 1 and result.models[1].zeros:
+        parts.append(paragraph(text(zeros_meaning(str(result.models[1].zeros.get("pattern")))), "soft small"))
+    if result is None:
         parts.append(missing(run.missing("eval/metrics.json")))
-    speed = metrics.get("speed")
-    if isinstance(speed, Mapping):
-        shown = speed_table(["teacher", "student"], [speed.get("teacher"), speed.get("student")])
-        parts += ["<h3>At several step counts and batch sizes</h3>", shown] if shown else []
-    return section("cost", "What it costs", *parts, "<h3>Time spent by stage</h3>", _stage_bars(run))
+    shown = speed_table([m.label for m in result.models], [m.speed for m in result.models]) if result else ""
+    parts += ["<h3>At several step counts and batch sizes</h3>", shown] if shown else []
+    parts += ["<h3>Time spent by stage</h3>", _stage_bars(run)] if run.is_run else []
+    return section("cost", "What it costs", *parts)
+
+
+def strips_section(result: Evaluation) -> str:
+    """What became of the teacher's blocks in each model that ppcl made; empty if there is none."""
+    parts = []
+    for model in result.models:
+        for name, blocks in model.blocks.items():
+            segments = [Segment(b.first, b.last, width={module: {} for module in b.width}) for b in blocks]
+            parts += [f"<h3>{text(model.label)}</h3>", strip(name, segments)]
+    return section("blocks", "What became of the blocks", *parts) if parts else ""
 
 
 def _place(stage: str) -> int:
@@ -261,8 +318,21 @@ def _stage_bars(run: RunData) -> str:
     return '<div class="bars">' + "".join(lines) + "</div>" + total
 
 
-def reproduce(run: RunData) -> str:
-    """Command, versions, seed, device, commit and the whole config."""
+def _evaluate_command(result: Evaluation) -> str:
+    settings = [f"seed={result.seed}", f"evaluate.num_inference_steps={result.num_inference_steps}"]
+    command = ["ppcl", "evaluate", *(model.model for model in result.models), "--out", "DIR"]
+    return shlex.join([*command, *(part for setting in settings for part in ("--set", setting))])
+
+
+def reproduce_section(run: RunData) -> str:
+    """Command, versions, seed, device, commit and the whole config; of an evaluation its command."""
+    if not run.is_run and run.evaluation:
+        return section(
+            "reproduce",
+            "What was run",
+            paragraph("Folders by their last name; prompts and reference pictures as they were given:"),
+            f"<pre><code>{text(_evaluate_command(run.evaluation))}</code></pre>",
+        )
     if not run.config:
         return section("reproduce", "What was run", missing(run.missing("config.yaml")))
     command = run.config.get("command", "")

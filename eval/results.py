@@ -1,45 +1,29 @@
-"""What ``ppcl evaluate A B ...`` finds out, as typed data; ``metrics.json`` holds it.
+"""What an evaluation finds out, as typed data; ``metrics.json`` of a run and of ``ppcl evaluate`` holds it.
 
-The JSON schema of the file follows from these classes: :func:`write_schema`. It lies beside every such file
-and, for who reads them without ppcl, in ``schemas``.
+The first model is what the others are compared with: in a run the teacher. The JSON schema of the file follows from
+these classes; it lies beside every such file and, for who reads them without ppcl, in ``schemas``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ppcl.common.files import write_json
-from ppcl.common.tables import markdown_table, number
+from ppcl.common.files import read_json, write_json
+from ppcl.common.tables import number
+from ppcl.errors import ArtifactError
 from ppcl.eval.intervals import LEVEL, RESAMPLES, Interval
 
 if TYPE_CHECKING:
     from ppcl.eval.scoring import Measured
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DIALECT = "https://json-schema.org/draft/2020-12/schema"  # what pydantic writes
-NAMES = {
-    "fid": "FID ↓",
-    "kid": "KID ↓",
-    "kid_std": "KID, standard deviation of subsets",
-    "cmmd": "CMMD ↓",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "density": "density ↑",
-    "coverage": "coverage ↑",
-    "clip_score": "CLIP score ↑",
-    "retrieval_at_1": "retrieval at 1 ↑",
-    "retrieval_at_5": "retrieval at 5 ↑",
-    "velocity_error": "velocity error ↓",
-    "psnr": "PSNR (dB) ↑",
-    "ssim": "SSIM ↑",
-    "lpips": "LPIPS ↓",
-    "feature_cosine": "feature cosine ↑",
-    "average_drop": "average drop (%) ↓",
-}
+Over = Literal["pictures", "references", "states"]
 
 
 class _Frozen(BaseModel):
@@ -53,13 +37,26 @@ class Number(_Frozen):
     low: float | None = None
     high: float | None = None
     count: int | None = Field(default=None, description="items behind the interval")
-    over: Literal["pictures", "references", "states"] = Field(default="pictures", description="what the items are")
+    over: Over = Field(default="pictures", description="what the items are")
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Both limits, or None."""
+        return (self.low, self.high) if self.low is not None and self.high is not None else None
 
     def __str__(self) -> str:
         """The number and its limits, as in ``31.4 (30.9 to 31.9)``."""
-        if self.low is None or self.high is None:
+        if self.limits is None:
             return number(self.value)
         return f"{number(self.value)} ({number(self.low)} to {number(self.high)})"
+
+
+class Spread(_Frozen):
+    """A score of one model over several seeds of pictures."""
+
+    mean: float
+    std: float | None = Field(description="sample standard deviation; null for one seed")
+    values: list[float]
 
 
 class Step(_Frozen):
@@ -104,12 +101,14 @@ class ModelResult(_Frozen):
     label: str
     model: str = Field(description="as it was given, folders by their last name")
     params: int = Field(description="of the transformer or U-Net")
-    numbers: dict[str, Number]
+    numbers: dict[str, Number] = Field(description="of the pictures of the first seed")
+    spread: dict[str, Spread] = Field(default={}, description="the same numbers over all seeds that were drawn")
     costs: dict[str, float | None] = Field(
         description="times in milliseconds, bytes, FLOPs of a transformer call for one prompt; times and bytes vary"
     )
     speed: list[Speed] = Field(default=[], description="several step counts and batch sizes")
     blocks: dict[str, list[Block]] = Field(default={}, description="by stack; empty for models not made by ppcl")
+    zeros: dict[str, Any] = Field(default={}, description="share and pattern of weights that are zero, if it is sparse")
 
 
 class Comparison(_Frozen):
@@ -120,7 +119,11 @@ class Comparison(_Frozen):
     average_drop: Number | None = Field(description="percent; negative: a gain")
     average_drop_per_score: dict[str, Number]
     differences: dict[str, Number] = Field(description="this model's number minus the first one's, paired by prompt")
+    fid_ratio: Number | None = Field(default=None, description="this model's FID over the first one's")
     fidelity: dict[str, Number]
+    scale: dict[str, float] = Field(
+        default={}, description="for fidelity: PSNR of the first model's two seeds, velocity error before distillation"
+    )
     velocity_error_by_timestep: list[Step]
     param_ratio: float
     speedup: float | None = Field(description="of the transformer or U-Net; above 1: faster than the first")
@@ -138,22 +141,50 @@ class Evaluation(_Frozen):
     num_inference_steps: int
     reference: str | None = Field(description="what FID and the like compare with")
     reference_count: int | None
+    memory_measure: str = Field(default="", description="cuda (allocated tensors) or resident (the process)")
     level: float = LEVEL
     resamples: int = RESAMPLES
     notes: list[str] = Field(description="what is missing, what was used instead, what to be careful about")
-    models: list[ModelResult]
+    models: list[ModelResult] = Field(min_length=1)
     comparisons: list[Comparison]
 
+    def comparison_of(self, model: ModelResult) -> Comparison | None:
+        """What compares a model with the first one; None for the first one itself."""
+        return next((row for row in self.comparisons if row.label == model.label), None)
 
-def of_interval(found: Interval, over: Literal["pictures", "references", "states"] = "pictures") -> Number:
+    def numbers_of(self, model: ModelResult) -> dict[str, Number]:
+        """All numbers of a model: its own, and those of its comparison with the first."""
+        comparison = self.comparison_of(model)
+        if comparison is None:
+            return dict(model.numbers)
+        drop = {"average_drop": comparison.average_drop} if comparison.average_drop else {}
+        return {**drop, **comparison.fidelity, **model.numbers}
+
+
+def of_interval(interval: Interval, over: Over = "pictures") -> Number:
     """An interval as the file holds it."""
-    return Number(value=found.value, low=found.low, high=found.high, count=found.count, over=over)
+    return Number(value=interval.value, low=interval.low, high=interval.high, count=interval.count, over=over)
 
 
 def of_measured(measured: Measured) -> Number:
     """A measure as the file holds it."""
-    known = measured.interval
-    return of_interval(known, measured.over) if known else Number(value=measured.value, over=measured.over)
+    interval = measured.interval
+    return of_interval(interval, measured.over) if interval else Number(value=measured.value, over=measured.over)
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON cannot hold, by None, all the way down."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_evaluation(result: Evaluation, folder: Path) -> None:
+    """Write ``metrics.json`` and its schema into a folder."""
+    write_json(folder / "metrics.json", finite(result.model_dump(mode="json")))
+    write_schema(folder / "metrics.schema.json")
 
 
 def write_schema(path: str | Path) -> None:
@@ -161,110 +192,42 @@ def write_schema(path: str | Path) -> None:
     write_json(path, {"$schema": DIALECT, **Evaluation.model_json_schema()})
 
 
-def cost_rows(result: Evaluation) -> list[list[str]]:
-    """Parameters, times and memory, one row each."""
-    rows = [["parameters (M)", *(number(one.params / 1e6, 4) for one in result.models)]]
-    for key, name, unit in (
-        ("latency_ms", "one transformer call (ms)", 1.0),
-        ("latency_end_to_end_ms", "one picture (ms)", 1.0),
-        ("peak_memory_bytes", "peak memory (MB)", 1e-6),
-        ("flops", "transformer call for one prompt (GFLOPs)", 1e-9),
-    ):
-        values = [one.costs.get(key) for one in result.models]
-        if any(value is not None for value in values):
-            rows.append([name, *(number(value * unit if value is not None else None) for value in values)])
-    for key, name in (("speedup", "times as fast, transformer"), ("speedup_end_to_end", "times as fast, one picture")):
-        if result.comparisons:
-            rows.append([name, "1", *(number(getattr(one, key)) for one in result.comparisons)])
-    return rows
+def load_evaluation(path: Path) -> Evaluation:
+    """Read a ``metrics.json``, of an older version too.
 
-
-def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
-    """Times of several models at several step counts and batch sizes, as Markdown; empty if there are none.
-
-    Args:
-        labels: The models.
-        rows: The times of each, in one order.
+    Raises:
+        ArtifactError: It is missing, damaged, or of no evaluation.
     """
-    if not rows or not all(rows) or len({len(own) for own in rows}) > 1:
-        return ""
-    lines = []
-    for same in zip(*rows, strict=True):
-        first = same[0]
-        what = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
-        cells = [
-            f"{number(one.latency_ms)} ({number(one.latency_p10_ms)} to {number(one.latency_p90_ms)})"
-            + (f", {one.times_as_fast:.2f}x" if one.times_as_fast is not None else "")
-            for one in same
-        ]
-        memory = [number(one.peak_memory_bytes / 1e6 if one.peak_memory_bytes is not None else None) for one in same]
-        lines.append([what, str(first.batch_size), *cells, *memory])
-    header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
-    counted = sorted({f"{one.runs} runs after {one.warmup_runs}" for own in rows for one in own})
-    guide = (
-        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, "
-        "timed in turn with it, whatever else the machine did."
-    )
-    return f"{markdown_table(header, lines)}\n\n{guide}"
+    from ppcl.eval.older_results import upgraded
 
-
-def score_rows(result: Evaluation) -> list[list[str]]:
-    """All numbers, one row each: the models', then those that only a comparison has."""
-    rows = []
-    for key, name in NAMES.items():
-        cells = [str(one.numbers[key]) if key in one.numbers else "-" for one in result.models]
-        if set(cells) != {"-"}:
-            rows.append([name, *cells])
-    for key, name in NAMES.items():
-        found = [one.fidelity.get(key) for one in result.comparisons]
-        if key == "average_drop":
-            found = [one.average_drop for one in result.comparisons]
-        if any(value is not None for value in found):
-            rows.append([name, "", *(str(value) if value is not None else "-" for value in found)])
-    return rows
+    data = read_json(path)
+    try:
+        return Evaluation.model_validate(upgraded(data))
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        count = error.error_count() if isinstance(error, ValidationError) else 1
+        raise ArtifactError(
+            f"{path} is of no evaluation of ppcl, or of another version ({count} entries do not fit); "
+            "run ppcl evaluate again, it keeps the pictures"
+        ) from None
 
 
 def flat_numbers(result: Evaluation) -> dict[str, float | None]:
     """Every number of every model by ``label/name``, for who plots them over evaluations."""
-    found: dict[str, float | None] = {}
-    for one in result.models:
-        found |= {f"{one.label}/{name}": value.value for name, value in one.numbers.items()}
-        found |= {f"{one.label}/{name}": value for name, value in one.costs.items()}
-    for made in result.comparisons:
-        found |= {f"{made.label}/{name}": value.value for name, value in made.fidelity.items()}
-        found[f"{made.label}/average_drop"] = made.average_drop.value if made.average_drop else None
-        found[f"{made.label}/speedup"] = made.speedup
-    return found
+    flat: dict[str, float | None] = {}
+    for model in result.models:
+        flat |= {f"{model.label}/{name}": entry.value for name, entry in result.numbers_of(model).items()}
+        flat |= {f"{model.label}/{name}": value for name, value in model.costs.items()}
+    for row in result.comparisons:
+        flat |= {f"{row.label}/speedup": row.speedup, f"{row.label}/param_ratio": row.param_ratio}
+    return flat
 
 
-def report(result: Evaluation) -> str:
-    """Lay the result out as Markdown: verdicts, notes, tables."""
-    labels = [one.label for one in result.models]
-    against = f"{result.reference} ({result.reference_count or 'unknown number of'} pictures)"
-    parts = [
-        f"# {' against '.join([', '.join(labels[1:]), labels[0]]) if labels[1:] else labels[0]}",
-        *(f"**{one.verdict}.**" for one in result.comparisons),
-        f"{result.prompts} prompts, {result.num_inference_steps} steps, seed {result.seed}. "
-        f"Features: {result.features}. "
-        f"FID and the like compare with: {against if result.reference else 'nothing'}. In brackets: {result.level:.0%} "
-        f"bootstrap intervals ({result.resamples:,} resamples, paired by prompt where models are compared).",
-        *(f"> {note}" for note in result.notes),
-        markdown_table(["", *labels], [*score_rows(result), *cost_rows(result)]),
-    ]
-    speed = speed_table(labels, [one.speed for one in result.models])
-    parts += ["## Speed and memory", speed] if speed else []
-    for one in result.comparisons:
-        if one.velocity_error_by_timestep:
-            rows = [
-                [
-                    f"{number(step.timestep_high)} to {number(step.timestep_low)}",
-                    str(step.states),
-                    f"{number(step.error)} ({number(step.low)} to {number(step.high)})",
-                ]
-                for step in one.velocity_error_by_timestep
-            ]
-            parts += [
-                f"Velocity error of {one.label} by timestep, on states of {one.against}:",
-                markdown_table(["timestep", "states", "error"], rows),
-            ]
-    return "\n\n".join(parts) + "\n"
+def spread_of(values: Sequence[float]) -> Spread:
+    """A score over seeds.
+
+    Args:
+        values: At least one.
+    """
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    return Spread(mean=mean, std=std, values=list(values))

@@ -135,11 +135,12 @@ def _evaluate_command(
     if not budget.is_empty:
         logger.warning("--keep, --speedup, --fit and --mode have no effect on the evaluation of finished models")
     quiet_libraries()
-    from ppcl.eval.judge import judge_command
+    from ppcl.eval.command import evaluate_command
     from ppcl.run.summary import print_evaluation
 
     files, overrides = settings.config or [], settings.overrides or []
-    print_evaluation(judge_command(models, out, files, overrides, settings.prompts, reference), out)
+    print_evaluation(evaluate_command(models, out, files, overrides, settings.prompts, reference))
+    typer.echo(f"report:  {out / 'report.html'}")
 
 
 def _report_command(

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ppcl.common.files import read_json
-from ppcl.common.tables import device_name, markdown_table, number, versions, zeros_meaning
+from ppcl.common.tables import device_name, versions, zeros_meaning
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
@@ -23,17 +23,6 @@ REMOTE_LIMITS = (
     "copy that `save_pretrained` writes lacks that file and needs `import ppcl.pipelines`; "
     '`device_map="balanced"` does not work with code from a folder.'
 )
-MEASURED = {
-    "params": "parameters of the transformer",
-    "fid": "FID",
-    "kid": "KID",
-    "clip_score": "CLIP score",
-    "retrieval_at_1": "caption retrieval at 1",
-    "retrieval_at_5": "caption retrieval at 5",
-    "latency_ms": "transformer call, ms",
-    "latency_end_to_end_ms": "one picture, ms",
-}
-REFERENCES = {"real": "real pictures", "teacher": "the teacher's pictures of another seed"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class Facts:
         dtype: In which the transformer's weights are stored; empty if unknown.
         arguments: What loading needs beside the folder, see :func:`ppcl.teacher.loading.loading_arguments`.
         making: How it was made; None leaves that section out.
-        metrics: ``metrics.json`` of the evaluate stage; None before it.
+        measured: The numbers of the evaluate stage, as Markdown; empty before it.
         licence: ``license``, ``license_name`` and ``license_link`` of the source's card.
     """
 
@@ -72,13 +61,11 @@ class Facts:
     dtype: str = ""
     arguments: str = ""
     making: Making | None = None
-    metrics: Mapping[str, Any] | None = None
+    measured: str = ""
     licence: Mapping[str, str] = field(default_factory=dict)
 
 
-def facts_of(
-    source: str, folder: Path, commands: Sequence[str], seed: int, device: str, metrics: Mapping[str, Any] | None
-) -> Facts:
+def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, device: str, measured: str) -> Facts:
     """What is known of a pipeline folder as it stands.
 
     Args:
@@ -87,7 +74,7 @@ def facts_of(
         commands: That made it, oldest first; empty and repeated ones are left out.
         seed: Of the run.
         device: On which it was trained and timed.
-        metrics: ``metrics.json`` of the evaluate stage; None before it.
+        measured: The numbers of the evaluate stage, as Markdown; empty before it.
     """
     dtype = stored_dtype(str(folder))
     shown = tuple(dict.fromkeys(shown_command(text) for text in commands if text))
@@ -97,7 +84,7 @@ def facts_of(
         dtype=str(dtype).removeprefix("torch.") if dtype else "",
         arguments=loading_arguments(folder),
         making=Making(shown, seed, versions(), device_name(device)),
-        metrics=metrics,
+        measured=measured,
         licence=source_licence(source),
     )
 
@@ -167,32 +154,6 @@ def _drawn(segment: Segment) -> str:
     return f"[{numbers}]" if segment.is_run else numbers
 
 
-def measured_table(metrics: Mapping[str, Any]) -> str:
-    """The measured numbers with what they were measured on."""
-    samples, rows = metrics["samples"], []
-    for key, label in MEASURED.items():
-        teacher, student = metrics["teacher"].get(key), metrics["student"].get(key)
-        if student is None:
-            continue
-        std = metrics["teacher_spread"].get(key, {}).get("std")
-        digits = 4 if abs(student) < 10_000 else len(str(int(abs(student))))
-        spread = f"± {number(std, 2)}" if std is not None else ""
-        rows.append((label, number(teacher, digits), number(student, digits), spread))
-    against = REFERENCES.get(str(metrics.get("fid_reference")), "")
-    counted = f" ({samples['references']:,})" if samples["references"] else ""
-    drop, error = metrics["average_drop"], metrics["fidelity"]["velocity_error"]
-    notes: Sequence[str] = (
-        f"{samples['prompts']} prompts that were not used for calibration, one picture each, "
-        f"{metrics['num_inference_steps']} steps; the teacher with {samples['teacher_seeds']} seed(s), "
-        f"features: {metrics['features']}.",
-        f"FID and KID compare with {against}{counted}." if against else "",
-        f"Average drop of the scores {number(drop)}%." if drop is not None else "",
-        f"Velocity error on held-out states {number(error)}." if error is not None else "",
-    )
-    table = markdown_table(("", "teacher", "compressed", "teacher's spread over seeds"), rows)
-    return f"{table}\n\n{' '.join(note for note in notes if note)}"
-
-
 def model_card(plan: CompressionPlan, facts: Facts) -> str:
     """The README of an exported pipeline, with a YAML header that the hub accepts.
 
@@ -248,7 +209,7 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         f"```\n{draw_plan(plan)}\n```",
         *_sparse(plan),
         "## Measured",
-        measured_table(facts.metrics) if facts.metrics else "Nothing yet: `ppcl evaluate` writes the numbers here.",
+        facts.measured or "Nothing yet: `ppcl evaluate` writes the numbers here.",
         *_made(facts.making),
         _licence(facts.licence, name),
         "## LoRA and ControlNet",

@@ -1,98 +1,59 @@
-"""The evaluate stage of a run: the exported pipeline against the teacher."""
+"""The evaluate stage of a run: the exported pipeline against the teacher, by the one evaluation that there is."""
 
 from __future__ import annotations
-
-import logging
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import guidance_arguments, velocity_error
-from ppcl.common.files import file_digest, weights_variant, write_json
-from ppcl.eval.evaluate import evaluate
-from ppcl.eval.feature_choice import DEFAULT_FEATURES, references_for
-from ppcl.eval.run_metrics import HEADER, table_rows
+from ppcl.common.files import file_digest, weights_variant
+from ppcl.eval.command import track
+from ppcl.eval.feature_choice import references_for
+from ppcl.eval.judge import Entrant, Judge, described
+from ppcl.eval.results import Evaluation, save_evaluation
+from ppcl.eval.scoring import reference_of
 from ppcl.eval.velocity import state_errors
-from ppcl.pruning.sparsity import zeros_of
 from ppcl.run.session import Session
 from ppcl.student.assembly import assemble_student
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
-from ppcl.teacher.flops import count_params
-from ppcl.teacher.loading import load_pipeline, weights_digest
-
-logger = logging.getLogger(__name__)
+from ppcl.teacher.loading import load_pipeline, source_name, weights_digest
 
 
-def evaluate_session(run: Session) -> dict[str, Any]:
+def evaluate_session(session: Session) -> Evaluation:
     """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``."""
-    teacher = run.teacher
-    variant = weights_variant(run.out / "pipeline")
-    student = load_pipeline(str(run.out / "pipeline"), run.device, teacher.transformer.dtype, variant)
-    held_out = States(run.out / "calibration", "held-out")
-    settings = run.config.evaluate
+    teacher, folder, settings = session.teacher, session.out / "pipeline", session.config.evaluate
+    variant = weights_variant(folder)
+    student = load_pipeline(str(folder), session.device, teacher.transformer.dtype, variant)
+    held_out = States(session.calibration, "held-out")
     count = settings.velocity_states
-    errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
-    one = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), run.device)
-    metrics = evaluate(
-        teacher,
-        student,
-        prompts=run.evaluation_prompts,
-        folder=run.out / "eval",
-        settings=settings,
-        call_kwargs=guidance_arguments(teacher, run.config.capture),
-        references=references_for(run.model),
-        extractor=run.extractor,
-        velocity_error=errors.error.value,
-        state_errors=errors,
-        velocity_error_undistilled=undistilled_error(run, held_out),
-        transformer_calls=(lambda: velocity(teacher.transformer, one), lambda: velocity(student.transformer, one)),
-        seed=run.config.seed,
-        params=(count_params(teacher.transformer), count_params(student.transformer)),
-        models=(weights_digest(run.model), file_digest(Path(run.out / "pipeline" / "transformer"))),
-        notes=_feature_notes(run),
+    extractor, pictures = session.extractor, references_for(session.model)
+    reference = (reference_of(extractor.image_features(pictures)), "real pictures") if pictures is not None else None
+    judge = Judge(session.out / "eval", session.evaluation_prompts, session.config, extractor, reference)
+    judge.note(session.feature_note)
+    first = judge.side(
+        Entrant("teacher", source_name(session.model), weights_digest(session.model), lambda: teacher),
+        settings.teacher_seeds,
     )
-    if sparsity := zeros_of(student.transformer):
-        metrics["sparsity"] = sparsity
-        write_json(run.out / "eval" / "metrics.json", metrics)
-    _mirror(run, metrics)
-    return metrics
+    second = judge.side(Entrant("student", "pipeline", file_digest(folder / "transformer"), lambda: student))
+    errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
+    state = to_device(next(held_out.batches(settings.batch_size, settings.batch_size)), session.device)
+    calls = (lambda: velocity(teacher.transformer, state), lambda: velocity(student.transformer, state))
+    comparison, cost = judge.compare(first, second, errors, calls, undistilled_error(session, held_out))
+    models = [described(first, cost.teacher, cost.speed[0]), described(second, cost.student, cost.speed[1])]
+    result = judge.result(models, [comparison], cost.memory_measure)
+    save_evaluation(result, session.out / "eval")
+    track(session.tracker, result, session.out / "eval", session.evaluation_prompts)
+    return result
 
 
-def _mirror(run: Session, metrics: dict[str, Any]) -> None:
-    """Send table, pictures and the main numbers to wandb, if asked."""
-    folder = f"seed-{run.config.seed}"
-    pictures = {
-        side: list(
-            zip(run.evaluation_prompts, sorted((run.out / "eval" / side / folder).glob("[0-9]*.png")), strict=False)
-        )
-        for side in ("teacher", "student")
-    }
-    names = ("average_drop", "fid_ratio", "param_ratio", "speedup", "speedup_end_to_end")
-    numbers = {name: metrics[name] for name in names} | {f"student/{k}": v for k, v in metrics["student"].items()}
-    numbers["velocity_error"] = metrics["fidelity"]["velocity_error"]
-    run.tracker.evaluation(HEADER, table_rows(metrics), numbers, pictures)
-
-
-def _feature_notes(run: Session) -> list[str]:
-    """Say so in the numbers, too, if another network than the usual one had to do."""
-    if run.config.evaluate.features == "auto" and run.model != "emoji" and run.extractor.name == "emoji":
-        return [
-            f"the weights of {DEFAULT_FEATURES} can be neither found nor downloaded: the embedded emoji evaluator is "
-            "used instead, which knows emoji alone"
-        ]
-    return []
-
-
-def undistilled_error(run: Session, held_out: States) -> float:
+def undistilled_error(session: Session, held_out: States) -> float:
     """Velocity error of the same plan with substitutes that were never trained."""
-    plan = run.read(CompressionPlan, "plan.json")
-    transformer, count = run.teacher.transformer, run.config.evaluate.velocity_states
-    substitutes = new_substitutes(transformer, run.adapter, plan, None, run.out / "analysis.safetensors")
+    plan = session.read(CompressionPlan, "plan.json")
+    transformer, count = session.teacher.transformer, session.config.evaluate.velocity_states
+    substitutes = new_substitutes(transformer, session.adapter, plan, None, session.out / "analysis.safetensors")
     with torch.no_grad():
-        student = assemble_student(transformer, run.adapter, plan, substitutes)
-        return velocity_error(transformer, student, held_out.batches(count, count), run.config.precision)
+        student = assemble_student(transformer, session.adapter, plan, substitutes)
+        errors = state_errors(transformer, student, held_out.batches(count, count), session.config.precision)
+    return errors.error.value

@@ -95,11 +95,21 @@ class Session:
         return adapter_for(self.teacher.transformer)
 
     @cached_property
+    def _features(self) -> Any:
+        from ppcl.eval.feature_choice import extractor_with_note
+
+        return extractor_with_note(self.model, self.config.evaluate.features, str(self.device))
+
+    @property
     def extractor(self) -> Any:
         """The features behind the scores."""
-        from ppcl.eval.feature_choice import choose_extractor
+        return self._features[0]
 
-        return choose_extractor(self.model, self.config.evaluate.features, str(self.device))
+    @property
+    def feature_note(self) -> str | None:
+        """What was used instead of what, if the features asked for are out of reach."""
+        note: str | None = self._features[1]
+        return note
 
     def with_config(self, config: RunConfig) -> Any:
         """The same session, all that is loaded included, with other settings."""

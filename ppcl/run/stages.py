@@ -154,12 +154,14 @@ def _distill(session: Session, _: None) -> None:
 
 def _card(session: Session, folder: Path) -> str:
     """The model card of the run's pipeline as it stands: with its numbers once they are measured."""
+    from ppcl.eval.markdown import measured_table
+    from ppcl.eval.results import load_evaluation
     from ppcl.export.card import facts_of, model_card
 
     ledger = read_json(session.out / LEDGER)
     done = [record.get("command", "") for record in ledger.values() if isinstance(record, dict)]
     metrics = session.out / PICTURES / "metrics.json"
-    measured = read_json(metrics) if metrics.is_file() else None
+    measured = measured_table(load_evaluation(metrics)) if metrics.is_file() else ""
     commands, seed, device = [*done, session.command], session.config.seed, str(session.device)
     facts = facts_of(session.model, folder, commands, seed, device, measured)
     return model_card(load_artifact(CompressionPlan, session.out / BUNDLE / "plan.json"), facts)

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_json
 from ppcl.student.plan import CompressionPlan
 
 if TYPE_CHECKING:
@@ -61,62 +60,25 @@ def print_prediction(out: Path) -> None:
     )
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.2f}"
-
-
 def print_summary(out: Path) -> None:
-    """Print the final table and the path of the report."""
-    from ppcl.eval.intervals import Interval
-    from ppcl.eval.verdict import doubt
+    """Print the final table of a run, the line that loads its pipeline, and the path of the report."""
+    from ppcl.eval.results import load_evaluation
     from ppcl.teacher.loading import loading_call
 
-    metrics = read_json(out / "eval" / "metrics.json")
-    table = Table(title=f"{metrics['samples']['prompts']} prompts, features: {metrics['features']}")
-    for name in ("", "teacher", "student", "teacher's own spread"):
-        table.add_column(name, justify="left" if not name else "right")
-    for key in (
-        "params",
-        "fid",
-        "clip_score",
-        "retrieval_at_1",
-        "retrieval_at_5",
-        "latency_ms",
-        "latency_end_to_end_ms",
-    ):
-        spread = metrics["teacher_spread"].get(key, {}).get("std")
-        noise = f"± {_number(spread)}" if spread is not None else ""
-        table.add_row(key, _number(metrics["teacher"].get(key)), _number(metrics["student"].get(key)), noise)
+    print_evaluation(load_evaluation(out / "eval" / "metrics.json"))
     console = Console(highlight=False)
-    console.print(table)
-    drop, fid = metrics["average_drop"], metrics["fid_ratio"]
-    limits = metrics.get("intervals", {}).get("average_drop")
-    sure = f" ({limits[0]:.2f} to {limits[1]:.2f})" if limits and None not in limits else ""
-    console.print(
-        f"{metrics['param_ratio']:.1%} of the parameters, {metrics['speedup']:.2f}x as fast, "
-        f"average drop {'-' if drop is None else f'{drop:.2f}%{sure}'}, FID {'-' if fid is None else f'{fid:.2f}x'}, "
-        f"velocity error {metrics['fidelity']['velocity_error']:.3f}"
-    )
-    if (
-        drop is not None
-        and sure
-        and (say := doubt(Interval(drop, limits[0], limits[1], metrics["samples"]["prompts"])))
-    ):
-        console.print(f"note:    the average drop: {say.removeprefix('; ')}", soft_wrap=True, markup=False)
     console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
     console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)
 
 
-def print_evaluation(result: Evaluation, out: Path) -> None:
-    """Print the table of an evaluation of several models, its notes and verdicts."""
-    from ppcl.eval.results import cost_rows, score_rows
+def print_evaluation(result: Evaluation) -> None:
+    """Print the table of an evaluation, its notes and verdicts."""
+    from ppcl.eval.markdown import cost_rows, score_rows
 
     table = Table(title=f"{result.prompts} prompts, features: {result.features}, {result.level:.0%} intervals")
     table.add_column("")
-    for one in result.models:
-        table.add_column(one.label, justify="right")
+    for model in result.models:
+        table.add_column(model.label, justify="right")
     for row in [*score_rows(result), *cost_rows(result)]:
         table.add_row(*row)
     console = Console(highlight=False)
@@ -125,4 +87,3 @@ def print_evaluation(result: Evaluation, out: Path) -> None:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     for comparison in result.comparisons:
         console.print(comparison.verdict, soft_wrap=True, markup=False)
-    console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)

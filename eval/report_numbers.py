@@ -1,0 +1,273 @@
+"""The page's numbers: scores of all models, closeness to the first one, plots against size and time, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ppcl.eval import figures
+from ppcl.eval.metrics import CAPTION_SCORES, COSTS, FIDELITY, METRICS, SCORES, Metric
+from ppcl.eval.report_html import (
+    NONE,
+    TIMES,
+    count,
+    figure,
+    missing,
+    note,
+    number,
+    paragraph,
+    percent,
+    ranged,
+    section,
+    signed,
+    size_bytes,
+    table,
+    text,
+)
+from ppcl.eval.results import Comparison, Evaluation, ModelResult, Number, Speed
+
+SHOW: dict[str, Callable[[float | None], str]] = {
+    "number": number,
+    "share": percent,
+    "count": count,
+    "bytes": size_bytes,
+}
+NUM_PLOTTED = 3  # measures in a plot
+PLOTTED = ("average_drop", "velocity_error", "fid", "kid", "clip_score")  # the first that are there
+UP, DOWN = "\N{UPWARDS ARROW}", "\N{DOWNWARDS ARROW}"
+VELOCITY_GUIDE = (
+    "How to read: relative error of the transformer's output at the first model's own denoising states, by range of "
+    "timesteps, from pure noise on the left to the finished picture on the right; shaded: the interval. Lower is "
+    "closer to the first model."
+)
+
+
+def verdict(first: float, second: float, values: Sequence[float], metric: Metric) -> str:
+    """What a difference means beside the first model's own spread over seeds.
+
+    The spread is the larger of two standard deviations and the full range of ``values``.
+    """
+    if len(values) < 2:
+        return "The first model was drawn with one seed, so its own spread is unknown."
+    mean = sum(values) / len(values)
+    deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    if abs(second - first) <= max(2 * deviation, max(values) - min(values)):
+        return "Inside the first model's own spread over seeds: this sample shows no difference."
+    better = (second < first) == (metric.better == "lower")
+    return f"Outside the first model's own spread: {'better' if better else 'worse'} on this sample."
+
+
+def _shown(metric: Metric, entry: Number | None) -> str:
+    show = SHOW[metric.shown_as]
+    return ranged(show(entry.value if entry else None), entry.limits if entry else None, show)
+
+
+def _score_table(first: ModelResult, second: ModelResult) -> str:
+    """Scores of two models, one row each, with what they mean."""
+    rows, explanations = [], []
+    for key, metric in SCORES.items():
+        before, after = first.numbers.get(key), second.numbers.get(key)
+        if before is None and after is None:
+            continue
+        show, is_share = SHOW[metric.shown_as], metric.shown_as == "share"
+        change = after.value - before.value if before and after else None
+        points = f"{number(None if change is None else 100 * change, 2)} points" if is_share else number(change, 2)
+        spread = first.spread.get(key)
+        deviation = spread.std if spread else None
+        around = f"\N{PLUS-MINUS SIGN}{show(deviation) if is_share else number(deviation, 2)}" if deviation else ""
+        rows.append([metric.label, _shown(metric, before), _shown(metric, after), signed(change, points), around])
+        better = {"lower": "Lower is better.", "higher": "Higher is better.", "neither": ""}[metric.better]
+        judged = ""
+        if before and after and spread:
+            judged = verdict(before.value, after.value, spread.values, metric)
+        explanations.append(f"{text(metric.meaning)} {better} <span class=verdict>{text(judged)}</span>")
+    header = ["", text(first.label), text(second.label), "change", f"spread of {text(first.label)}"]
+    return table(header, rows, explanations)
+
+
+def _fidelity_table(row: Comparison) -> str:
+    """How close a model is to the first one, with what that is to be judged by."""
+    lines, explanations = [], []
+    for key, metric in FIDELITY.items():
+        if key in row.fidelity:
+            lines.append([metric.label, _shown(metric, row.fidelity[key]), number(row.scale.get(key))])
+            explanations.append(text(metric.meaning))
+    return table(["", f"{text(row.label)} against {text(row.against)}", "for scale"], lines, explanations)
+
+
+def _drop(row: Comparison) -> str:
+    """The average drop in words, with its interval and its parts."""
+    if row.average_drop is None:
+        return ""
+    per_score = row.average_drop_per_score
+    names = [f"{METRICS[key].label} {number(per_score[key].value, 2)}%" for key in CAPTION_SCORES if key in per_score]
+    detail = f" ({'; '.join(names)})" if names else ""
+    around = row.average_drop.limits
+    interval = f", interval {number(around[0], 2)}% to {number(around[1], 2)}%" if around else ""
+    return paragraph(
+        f"<b>Average drop {text(number(row.average_drop.value, 2))}%</b>{text(interval)}, the mean relative loss of "
+        f"the scores where higher is better{text(detail)}. A negative drop is a gain."
+    )
+
+
+def cautions(result: Evaluation) -> list[str]:
+    """What a reader should know before believing the scores."""
+    seeds = max((len(spread.values) for spread in result.models[0].spread.values()), default=1)
+    lines = list(result.notes)
+    if result.prompts < 1000:
+        lines.append(
+            f"Small sample: {result.prompts} prompts. One picture more or less moves retrieval by "
+            f"{number(100 / max(result.prompts, 1), 2)} points, and FID needs thousands of pictures to settle."
+        )
+    if 1 < seeds < 4:
+        lines.append(f"The spread comes from {seeds} seeds of the first model, so it is itself only a rough guide.")
+    if result.features == "emoji":
+        lines.append(
+            "Scores come from the embedded emoji evaluator. It knows this domain only: do not compare them with "
+            "published numbers of other evaluators."
+        )
+    return lines
+
+
+def numbers_section(result: Evaluation) -> str:
+    """Scores of all models with their meaning; of two models side by side, of more one row a model, to be sorted."""
+    against = f"{result.reference} ({result.reference_count or 'unknown number of'} pictures)"
+    how = (
+        f"Measured with {result.prompts} prompts, {result.num_inference_steps} sampling steps, features: "
+        f"{result.features}. FID and the like compare with {against if result.reference else 'nothing'}."
+    )
+    level = paragraph(
+        f"Under a number: its {percent(result.level, 0)} bootstrap interval ({result.resamples:,} resamples).",
+        "soft small",
+    )
+    parts = [paragraph(text(how), "soft"), *(note(line) for line in cautions(result))]
+    if len(result.models) == 2 and result.comparisons:
+        first, second = result.models
+        closeness = [f"<h3>Closeness to {text(first.label)}, pair by pair</h3>", _fidelity_table(result.comparisons[0])]
+        parts += ["<h3>Scores</h3>", _score_table(first, second), level, _drop(result.comparisons[0]), *closeness]
+    else:
+        parts += [_sortable(result), level]
+    return section("numbers", "How good is it", *parts)
+
+
+def _cell(value: float | None, shown: str) -> str:
+    raw = f' data-value="{value:.10g}"' if value is not None else ""
+    return f"<td{raw}>{shown}</td>"
+
+
+def _costs(model: ModelResult) -> dict[str, float | None]:
+    return {key: float(model.params) if key == "params" else model.costs.get(key) for key in COSTS}
+
+
+def _sortable(result: Evaluation) -> str:
+    """One row a model; a click on a column's name sorts by it."""
+    numbers, costs = [result.numbers_of(model) for model in result.models], [_costs(model) for model in result.models]
+    cost_keys = [key for key in COSTS if any(row[key] is not None for row in costs)]
+    keys = [key for key in METRICS if any(key in row for row in numbers)]
+    heads = [
+        "Model",
+        "Times as fast",
+        *(COSTS[key].label for key in cost_keys),
+        *(METRICS[key].heading for key in keys),
+    ]
+    parts = ['<div class=scroll tabindex=0 role=region aria-label="all numbers"><table class="sortable"><thead><tr>']
+    parts += [f"<th scope=col><button type=button>{text(head)}</button></th>" for head in heads]
+    parts.append("</tr></thead><tbody>")
+    for model, row, cost in zip(result.models, numbers, costs, strict=True):
+        comparison = result.comparison_of(model)
+        faster = comparison.speedup if comparison else 1.0
+        parts += [f"<tr><th scope=row>{text(model.label)}</th>", _cell(faster, number(faster))]
+        parts += [_cell(cost[key], SHOW[COSTS[key].shown_as](cost[key])) for key in cost_keys]
+        parts += [_cell(row[key].value if key in row else None, _shown(METRICS[key], row.get(key))) for key in keys]
+        parts.append("</tr>")
+    parts.append("</tbody></table></div>")
+    guide = (
+        f"Click a name to sort. {NONE}: not measured. Times as fast: timed in turn with the first model; the "
+        "milliseconds also hold what else the machine did."
+    )
+    meanings = [f"<p><b>{text(METRICS[k].heading)}</b> {text(METRICS[k].meaning)}</p>" for k in keys]
+    more = f"<details><summary>What the numbers mean</summary>{''.join(meanings)}</details>" if meanings else ""
+    return "".join(parts) + paragraph(text(guide), "soft small") + more
+
+
+def _point(entry: Number | None, is_first: bool, key: str) -> figures.Point | None:
+    if entry is None:  # what the others are compared with loses nothing against itself
+        return (0.0, 0.0, 0.0) if is_first and key in ("average_drop", "velocity_error") else None
+    low, high = entry.limits or (entry.value, entry.value)
+    return entry.value, low, high
+
+
+def _relative_times(result: Evaluation) -> list[float | None]:
+    """Time of a transformer call in percent of the first model's: each was timed in turn with it, so load cancels."""
+    speedups = [row.speedup if (row := result.comparison_of(model)) else None for model in result.models[1:]]
+    return [100.0, *(100 / speedup if speedup else None for speedup in speedups)] if speedups else [None]
+
+
+def _against(result: Evaluation, title: str, axis: str, costs: Sequence[float | None]) -> str:
+    """Quality against one cost; empty where a cost is not known."""
+    numbers, labels = [result.numbers_of(model) for model in result.models], [model.label for model in result.models]
+    keys = [key for key in PLOTTED if any(key in row for row in numbers)][:NUM_PLOTTED]
+    measures = {METRICS[k].heading: [_point(row.get(k), i == 0, k) for i, row in enumerate(numbers)] for k in keys}
+    known = [cost for cost in costs if cost is not None]
+    if not measures or len(known) < len(labels):
+        return ""
+    guide = (
+        f"How to read: one mark a model, bars its intervals; further left is cheaper. {UP} higher is better, "
+        f"{DOWN} lower is better."
+    )
+    return figure(title, figures.quality_against(axis, labels, known, measures), guide)
+
+
+def plots_section(result: Evaluation) -> str:
+    """Quality against parameters and against time, and the velocity error by timestep."""
+    millions = [model.params / 1e6 for model in result.models]
+    time = f"time of a transformer call, % of {result.models[0].label}"
+    cards = [
+        _against(result, "Quality against size", "parameters, millions", millions),
+        _against(result, "Quality against time", time, _relative_times(result)),
+    ]
+    curves = {
+        row.label: [step.model_dump() for step in row.velocity_error_by_timestep]
+        for row in result.comparisons
+        if row.velocity_error_by_timestep
+    }
+    if curves:
+        svg = figures.velocity_curves(curves, first_colour=1)
+        cards.append(figure("Velocity error by timestep", svg, VELOCITY_GUIDE))
+    shown = [card for card in cards if card]
+    content = f'<div class="even">{"".join(shown)}</div>' if shown else missing("Nothing was measured to plot.")
+    return section("plots", "Quality against size and time", content)
+
+
+def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
+    """Times of one or many models, one line a kind of work; empty where they are missing or of different work.
+
+    Args:
+        labels: The models; the first is what the others are compared with.
+        rows: The times of each, in one order.
+    """
+    work = {tuple((row.part, row.num_inference_steps, row.batch_size) for row in times) for times in rows}
+    if not rows or not rows[0] or len(work) > 1:
+        return ""
+    lines = []
+    for same_work in zip(*rows, strict=True):
+        first = same_work[0]
+        name = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
+        cells = []
+        for position, row in enumerate(same_work):
+            cells.append(ranged(number(row.latency_ms), (row.latency_p10_ms, row.latency_p90_ms)))
+            if position:
+                cells.append(f"{number(row.times_as_fast)}{TIMES}" if row.times_as_fast is not None else number(None))
+        memory = [size_bytes(row.peak_memory_bytes) for row in same_work]
+        lines.append([text(name), text(first.batch_size), *cells, *memory])
+    names = [text(label) for label in labels]
+    header = ["", "prompts at once", f"{names[0]}, ms"]
+    for name in names[1:]:
+        header += [f"{name}, ms", "as fast"]
+    header += [f"{name}, peak memory" for name in names]
+    counted = sorted({str(row.runs) for times in rows for row in times})
+    guide = (
+        f"Median of {' or '.join(counted)} runs after a warm-up; small: 10th to 90th percentile. As fast: "
+        "timed in turn with the first model, whatever else the machine did. Pictures are from prompt to pixels; peak "
+        "memory is weights plus what the work adds."
+    )
+    return f'<div class="times">{table(header, lines)}</div>' + paragraph(text(guide), "soft small")
