@@ -10,9 +10,13 @@ pictures); KID is not, and may come out slightly negative. Everything is float64
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ppcl.common.files import atomic_path
@@ -121,14 +125,21 @@ def _root_factor(sigma: Tensor) -> Tensor:
     return factor
 
 
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+def _float64(value: Statistic) -> Tensor:
+    return torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value.detach().cpu()).double()
+
+
+Statistic = Tensor | NDArray[Any] | Sequence[Any]
+
+
+def frechet_distance(mu1: Statistic, sigma1: Statistic, mu2: Statistic, sigma2: Statistic) -> float:
     """Squared Frechet distance of two Gaussians.
 
     With S1 = A A^T and S2 = B B^T, tr (S1 S2)^(1/2) is the sum of the singular values of A^T B:
     real for any covariances, singular ones too, where the square root of the product is not.
 
     Args:
-        mu1: (D,) mean.
+        mu1: (D,) mean; a tensor, a numpy array, or what numpy makes one of.
         sigma1: (D, D) covariance.
         mu2: (D,) mean.
         sigma2: (D, D) covariance.
@@ -137,13 +148,16 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         The distance, not negative.
 
     Raises:
-        UserError: A statistic is not finite.
+        UserError: A statistic is not finite, or their shapes do not fit.
     """
-    mu1, mu2, sigma1, sigma2 = (value.detach().cpu().double() for value in (mu1, mu2, sigma1, sigma2))
-    if not all(bool(value.isfinite().all()) for value in (mu1, mu2, sigma1, sigma2)):
+    one, first, two, second = (_float64(value) for value in (mu1, sigma1, mu2, sigma2))
+    if one.ndim != 1 or two.shape != one.shape or not first.shape == second.shape == (len(one), len(one)):
+        shapes = ", ".join(str(tuple(value.shape)) for value in (one, first, two, second))
+        raise UserError(f"statistics must be (D,), (D, D), (D,), (D, D), got {shapes}; use one network for both sets")
+    if not all(bool(value.isfinite().all()) for value in (one, first, two, second)):
         raise UserError("features hold NaN or infinity, so no FID can be computed; look at the pictures they come from")
-    overlap = torch.linalg.svdvals(_root_factor(sigma1).T @ _root_factor(sigma2)).sum()
-    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
+    overlap = torch.linalg.svdvals(_root_factor(first).T @ _root_factor(second)).sum()
+    distance = (one - two).square().sum() + first.trace() + second.trace() - 2 * overlap
     return max(0.0, float(distance))
 
 

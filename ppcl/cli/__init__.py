@@ -171,7 +171,7 @@ def _stage_command(stage: str) -> Any:
     return command
 
 
-_SPECIAL = {"export": _export_command, "evaluate": _evaluate_command, "report": _report_command}
+_SPECIAL: dict[str, Any] = {"export": _export_command, "evaluate": _evaluate_command, "report": _report_command}
 for _name in STAGES:
     app.command(name=_name)(expanded(_SPECIAL.get(_name) or _stage_command(_name)))
 

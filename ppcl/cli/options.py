@@ -108,7 +108,7 @@ class Push:
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn a command's dataclasses of options into single options, as typer reads them off a signature."""
     hints = typing.get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = groups.get(parameter.name)
@@ -120,13 +120,13 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter(
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=of_fields[field.name]
             )
-            for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+            for field in dataclasses.fields(kind)
         ]
 
     @functools.wraps(command)
     def called(**values: Any) -> None:
         for name, kind in groups.items():
-            fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+            fields = [field.name for field in dataclasses.fields(kind)]
             values[name] = kind(**{field: values.pop(field) for field in fields})
         command(**values)
 

@@ -38,7 +38,8 @@ class Session:
     ) -> None:
         self.model, self.out, self.prompts, self.command = model, out, prompts, command
         self.config = for_model(model, config)
-        from ppcl.teacher.loading import check_model, resolve_device, weights_digest
+        from ppcl.common.devices import resolve_device
+        from ppcl.teacher.loading import check_model, weights_digest
         from ppcl.training.distributed import connect
 
         self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
@@ -64,7 +65,7 @@ class Session:
         """The device of the run."""
         import torch
 
-        from ppcl.teacher.loading import resolve_device
+        from ppcl.common.devices import resolve_device
 
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
@@ -79,7 +80,8 @@ class Session:
     @cached_property
     def teacher(self) -> Any:
         """The teacher's pipeline."""
-        from ppcl.teacher.loading import load_pipeline, weights_dtype
+        from ppcl.common.devices import weights_dtype
+        from ppcl.teacher.loading import load_pipeline
 
         return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
 

@@ -104,7 +104,7 @@ def _plan(session: Session, plan: CompressionPlan) -> None:
 
 def _check_distill(session: Session) -> None:
     from ppcl.distill.trainer import check_plan
-    from ppcl.pruning.criteria import weight_criterion_named
+    from ppcl.pruning.criteria.weights import weight_criterion_named
 
     model = session.read(Analysis, "analysis.json").model
     check_plan(session.read(CompressionPlan, "plan.json"), model.config_digest, session.out / "plan.json")
@@ -114,7 +114,7 @@ def _check_distill(session: Session) -> None:
 
 def _distill(session: Session, _: None) -> None:
     """With nothing of the pipeline in memory but its transformer, unless pictures are drawn or noised on the way."""
-    from ppcl.capture.trajectories import States
+    from ppcl.capture.states import States
     from ppcl.distill.fresh_states import fresh_states
     from ppcl.distill.preparation import say_memory, training_transformer
     from ppcl.distill.trainer import Distiller

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ppcl import cli
+from ppcl.config import parse_size
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import lock_folder, remove_leftovers
@@ -50,13 +51,13 @@ def test_start_up_is_light(what):
 
 @pytest.mark.parametrize(("text", "gigabytes"), [("24GB", 24), ("24", 24), ("1.5 gb", 1.5), ("800MB", 0.8)])
 def test_size(text, gigabytes):
-    assert cli.parse_size(text) == pytest.approx(gigabytes)
+    assert parse_size(text) == pytest.approx(gigabytes)
 
 
 @pytest.mark.parametrize("text", ["24TB", "GB", "big", "", "2,4GB"])
 def test_bad_size(text):
     with pytest.raises(ConfigError, match="write it like 24GB"):
-        cli.parse_size(text)
+        parse_size(text)
 
 
 def test_a_budget_option_replaces_the_budget_of_a_file(tmp_path):
@@ -165,7 +166,7 @@ def test_the_nearest_feasible_budget_is_feasible(finished_run, budget, mode):
     with pytest.raises(BudgetError) as caught:
         plan(analysis, candidates, PlanConfig(mode=mode, **budget))
     option, value = str(caught.value).partition("nearest feasible budget is --")[2].split()[:2]
-    number = cli.parse_size(value) if option == "fit" else float(value)
+    number = parse_size(value) if option == "fit" else float(value)
     name = "fit_gb" if option == "fit" else option
     assert name in budget
     assert plan(analysis, candidates, PlanConfig(mode=mode, **{name: number})).runs

@@ -1,0 +1,5 @@
+"""Allow ``python -m ppcl.cli``."""
+
+from ppcl.cli import main
+
+main()
