@@ -14,6 +14,7 @@ from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.cka import chained_cka, combine, sample_rows
 from ppcl.analysis.intervals import detect_intervals
 from ppcl.analysis.moments import Moments, best_ridge
+from ppcl.analysis.sums import rows_of, sampled_tokens, valid_tokens
 from ppcl.capture.states import States
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_tensors
@@ -54,7 +55,6 @@ class Collector:
     ) -> None:
         self.transformer, self.adapter, self.seed = transformer, adapter, seed
         self.num_states, self.rows_per_feature = num_states, rows_per_feature
-        self.strides: dict[tuple[str, str], int] = {}  # stack, stream
         self.moments: dict[Key, Moments] = {}
         self.cosine: dict[tuple[str, int], list[float]] = {}
         self.tokens: dict[tuple[str, str], int] = {}  # stack, stream
@@ -126,10 +126,9 @@ class Collector:
             after = call.outputs[stream]
             if after is None:
                 continue
-            mask = call.arguments.get(call.stack.masks.get(stream, ""))
-            valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == before.shape[:2] else None
-            rows = self._sampled(call, stream, before, valid)
-            x, y = _rows(before, rows), _rows(after, rows)
+            valid = valid_tokens(call, stream)
+            rows = sampled_tokens(before, valid, self.state_index, self.num_states, self.rows_per_feature)
+            x, y = rows_of(before, rows), rows_of(after, rows)
             self._add((stack, "probe", index, stream), x, y - x)
             if self.quota:
                 similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
@@ -143,32 +142,14 @@ class Collector:
                 self._keep_tokens(call, stream, before, after, valid)
             self._add_linearity(call, stream, rows)
 
-    def _sampled(self, call: BlockCall, stream: str, states: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Which tokens of a batch enter the sums, (B, tokens) bool; None is all of them.
-
-        Every stride-th, starting one token later in every state, so that all places count alike and the batch size
-        does not matter. The stride follows from the first state.
-        """
-        batch, tokens, features = states.shape
-        key = (call.stack.name, stream)
-        if key not in self.strides:
-            wanted = self.rows_per_feature * features
-            self.strides[key] = max(1, self.num_states * tokens // wanted) if wanted else 1
-        stride = self.strides[key]
-        if stride == 1:
-            return valid
-        place = torch.arange(tokens) + torch.arange(self.state_index, self.state_index + batch)[:, None]
-        chosen = (place % stride == 0).to(states.device)
-        return chosen if valid is None else chosen & valid
-
     def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
         stack, index = call.stack.name, call.index
         if (signal := self._signals.pop((stack, index, stream), None)) is not None and signal[0].ndim == 3:
-            self._add((stack, "ffn", index, stream), _rows(signal[0], valid), _rows(signal[1], valid))
+            self._add((stack, "ffn", index, stream), rows_of(signal[0], valid), rows_of(signal[1], valid))
         if stream == "text" and (now := self._text_inputs.get((stack, index))) is not None:
             earlier = self._text_inputs.pop((stack, index - 1), None)
             if earlier is not None:
-                self._add((stack, "text", index, stream), _rows(earlier, valid), _rows(now, valid))
+                self._add((stack, "text", index, stream), rows_of(earlier, valid), rows_of(now, valid))
 
     def _keep_tokens(self, call: BlockCall, stream: str, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
         """Keep a few tokens of each state, the same ones at every block; independent of the batch size."""
@@ -203,11 +184,6 @@ class Collector:
                 "raise capture.num_prompts or capture.states_per_prompt"
             )
         return states
-
-
-def _rows(states: Tensor, chosen: Tensor | None) -> Tensor:
-    """(B, tokens, d) to (rows, d), only the chosen ones."""
-    return states.flatten(0, -2) if chosen is None else states[chosen]
 
 
 def collect(

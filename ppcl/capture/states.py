@@ -74,7 +74,8 @@ class States:
             half.groups = [group for group in groups if group]
         return halves
 
-    def _assemble(self, rows: Sequence[tuple[int, int]]) -> Call:
+    def assemble(self, rows: Sequence[tuple[int, int]]) -> Call:
+        """The call of some states of one shape, given their places."""
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
@@ -86,7 +87,7 @@ class States:
 
     def largest(self, size: int) -> dict[str, Any]:
         """Arguments of a batch of at most ``size`` states, of the shapes that take the most room."""
-        batches = (self._assemble(group[:size]).arguments for group in self.groups)
+        batches = (self.assemble(group[:size]).arguments for group in self.groups)
         return max(batches, key=lambda arguments: sum(t.numel() for t in arguments.values() if isinstance(t, Tensor)))
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -98,13 +99,17 @@ class States:
 
         With ``limit``, about that many states, spread evenly over the set.
         """
+        return map(self.assemble, self.places(size, limit))
+
+    def places(self, size: int, limit: int | None = None) -> Iterator[list[tuple[int, int]]]:
+        """Yield the places of the states of each batch of :meth:`answered`."""
         stride = max(1, len(self) // limit) if limit else 1
         left = limit if limit else len(self)
         for group in self.groups:
             rows = group[::stride][:left]
             left -= len(rows)
             for start in range(0, len(rows), size):
-                yield self._assemble(rows[start : start + size])
+                yield rows[start : start + size]
 
     def draw(self, size: int, generator: torch.Generator) -> list[tuple[int, int]]:
         """Draw the places of a batch of states of one shape, groups in proportion to their size."""
@@ -115,7 +120,7 @@ class States:
 
     def sample(self, size: int, generator: torch.Generator) -> dict[str, Any]:
         """Draw the arguments of a batch of states of one shape."""
-        return self._assemble(self.draw(size, generator)).arguments
+        return self.assemble(self.draw(size, generator)).arguments
 
     def parts(
         self, size: int, generator: torch.Generator, group: Group = SINGLE, accumulate: int = 1
@@ -138,13 +143,13 @@ class States:
         """Yield this process's parts of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         if count == 1:
-            yield self._assemble(rows), WHOLE
+            yield self.assemble(rows), WHOLE
             return
         valid = self._valid_tokens(rows)
         for index in range(group.rank * accumulate, (group.rank + 1) * accumulate):
             own = slice(index * len(rows) // count, (index + 1) * len(rows) // count)
             tokens = {name: sum(counts[own]) / max(1, sum(counts)) for name, counts in valid.items()}
-            yield self._assemble(rows[own] or rows[:1]), Share(len(rows[own]) / len(rows), tokens)
+            yield self.assemble(rows[own] or rows[:1]), Share(len(rows[own]) / len(rows), tokens)
 
     def _valid_tokens(self, rows: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
         """Valid tokens of each state, by the argument that marks them."""
