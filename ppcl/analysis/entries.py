@@ -42,22 +42,34 @@ class _Arrived(Exception):
     """Ends a forward pass at the last block of a stack."""
 
 
-class _Recorder(StandIn):
-    """Stands for a block: notes its call and returns the states as they came."""
+class _Through(StandIn):
+    """Stands for a block: returns the states as they came."""
+
+    def __init__(self, adapter: Adapter, stack: StackSpec, block: nn.Module) -> None:
+        super().__init__(block)
+        self.adapter, self.stack = adapter, stack
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the states of the call."""
+        named = self.adapter.bind(self.template[0], args, kwargs)
+        return self.adapter.pack(self.stack, self.adapter.input_states(self.stack, named))
+
+
+class _Recorder(_Through):
+    """Notes its call besides; the last one ends the pass."""
 
     def __init__(
         self, adapter: Adapter, stack: StackSpec, block: nn.Module, calls: list[Arguments], last: bool
     ) -> None:
-        super().__init__(block)
-        self.adapter, self.stack, self.calls, self.last = adapter, stack, calls, last
+        super().__init__(adapter, stack, block)
+        self.calls, self.last = calls, last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Note the call; the last one ends the pass."""
-        named = self.adapter.bind(self.template[0], args, kwargs)
-        self.calls.append(named)
+        """Note the call, and return its states."""
+        self.calls.append(self.adapter.bind(self.template[0], args, kwargs))
         if self.last:
             raise _Arrived
-        return self.adapter.pack(self.stack, self.adapter.input_states(self.stack, named))
+        return super().forward(*args, **kwargs)
 
 
 def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States | None, precision: str) -> Entry:
@@ -77,7 +89,7 @@ def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States
     transformer, adapter = source.transformer, source.adapter
     calls: list[Arguments] = []
     blocks = adapter.blocks(transformer, stack)
-    lists = _emptied(source, stack.name, before)
+    lists = _stand_ins(source, stack.name, before)
     lists[stack.name] = [
         _Recorder(adapter, stack, block, calls, number == len(blocks) - 1) for number, block in enumerate(blocks)
     ]
@@ -100,19 +112,24 @@ def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States
 
 def leave(source: Blocks, arguments: Arguments, states: States, precision: str) -> Tensor:
     """What the transformer answers on a batch, given the states that leave its last block, on the source's device."""
-    lists = _emptied(source, None, states)
+    lists = _stand_ins(source, None, states)
     with autocast(source.device, precision):
         return velocity(with_blocks(source.transformer, lists), to_device(arguments, source.device))
 
 
-def _emptied(source: Blocks, stack: str | None, before: States | None) -> dict[str, list[nn.Module]]:
-    """Block lists without blocks; that of the stack before ``stack`` (None: the end) returns ``before``."""
-    lists: dict[str, list[nn.Module]] = {spec.name: [] for spec in source.adapter.stacks}
-    previous = stack_before(source, stack)
-    if before is not None and previous is not None:
-        spec = source.stacks[previous]
-        block = source.adapter.blocks(source.transformer, spec)[0]
-        lists[previous] = [FixedStates(source.adapter, spec, before, block)]
+def _stand_ins(source: Blocks, stack: str | None, before: States | None) -> dict[str, list[nn.Module]]:
+    """Stand-ins for all blocks, as many as there are: models count them. The stack before ``stack`` returns ``before``.
+
+    ``stack`` is None at the end of the transformer.
+    """
+    adapter, previous = source.adapter, stack_before(source, stack)
+    lists: dict[str, list[nn.Module]] = {}
+    for spec in adapter.stacks:
+        blocks = adapter.blocks(source.transformer, spec)
+        if spec.name == previous and before is not None:
+            lists[spec.name] = [FixedStates(adapter, spec, before, block) for block in blocks]
+        else:
+            lists[spec.name] = [_Through(adapter, spec, block) for block in blocks]
     return lists
 
 
