@@ -59,7 +59,8 @@ class StateStore:
         """
         marker = self.folder / "level.json"
         state = read_json(marker) if marker.is_file() else {}
-        here = state.get("fingerprint") == self.fingerprint
+        # what is held now but was not then is gone, if the sweep came past it
+        here = state.get("fingerprint") == self.fingerprint and self._holds() <= set(state["held"])
         if here:
             self.level, self._complete = state["level"], set(state["complete"])
             paths = (self._path(level, number) for level in self._needed() for number in numbers)
@@ -92,7 +93,7 @@ class StateStore:
             ArtifactError: They are not there, or damaged.
         """
         if not self._on_disk:
-            return {name: tensor.to(device) for name, tensor in self._in_memory[level][number].items()}
+            return {name: tensor.to(device, copy=True) for name, tensor in self._in_memory[level][number].items()}
         from safetensors import safe_open
 
         path = self._path(level, number)
@@ -108,8 +109,9 @@ class StateStore:
         self._complete.add(level)
         on_disk = self.group.any(self._on_disk)  # which also waits for the others' files
         if self.group.is_main and on_disk:
-            state = {"fingerprint": self.fingerprint, "level": level, "complete": sorted(self._complete)}
-            write_json(self.folder / "level.json", state)
+            complete, held = sorted(self._complete), sorted(self._holds())
+            marker = {"fingerprint": self.fingerprint, "level": level, "complete": complete, "held": held}
+            write_json(self.folder / "level.json", marker)
         self.group.barrier()
         self._retire()
 
@@ -123,9 +125,12 @@ class StateStore:
             remove(self.folder)
         self.group.barrier()
 
+    def _holds(self) -> set[int]:
+        return {level for level, count in self._held.items() if count > 0}
+
     def _needed(self) -> set[int]:
         """The complete levels that are of use."""
-        return {level for level in self._complete if level == self.level or self._held[level] > 0}
+        return self._complete & {self.level, *self._holds()}
 
     def _retire(self) -> None:
         """Remove all other levels."""

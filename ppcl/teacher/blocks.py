@@ -103,11 +103,11 @@ class StreamedBlocks(Blocks):
         folder = stored_folder(model)
         if folder is None:
             raise ModelError(f"the files of model {model!r} are not here; fetch them first: hf download {model}")
-        dtype = dtype or stored_dtype(model)
+        self._files = weight_files(folder, variant)
+        dtype = dtype or stored_dtype(model, variant)
         if dtype is None:
             raise ModelError(f"the transformer of {model!r} is quantised, and its blocks cannot be read one by one")
         self.dtype, self._model = dtype, model
-        self._files = weight_files(folder, variant)
         super().__init__(_without_weights(folder, dtype), device)
         streamed = {f"{stack}.{index}" for stack, index in self.order}
         names = [n for n in self.transformer.state_dict() if ".".join(n.split(".")[:2]) not in streamed]

@@ -47,8 +47,8 @@ def stored_folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def stored_dtype(model: str) -> torch.dtype | None:
-    """The dtype that most bytes of a pipeline's stored transformer have.
+def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
+    """The dtype that most bytes of a pipeline's stored transformer have, in the files of a variant if there are any.
 
     Returns:
         float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
@@ -57,9 +57,10 @@ def stored_dtype(model: str) -> torch.dtype | None:
     if folder is None:
         return None
     files = sorted((folder / "transformer").glob("*.safetensors"))
+    of_variant = [file for file in files if variant and f".{variant}" in file.stem]
     plain = [file for file in files if "." not in file.stem]  # others are variants beside them
     sizes: Counter[str] = Counter()
-    for file in plain or files:
+    for file in of_variant or plain or files:
         for entry in read_tensor_header(file).values():
             begin, end = entry["data_offsets"]
             sizes[entry["dtype"]] += end - begin

@@ -245,6 +245,20 @@ def test_levels_stay_as_long_as_somebody_holds_them(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "store").iterdir()} == {"level-5", "level.json"}
 
 
+def test_a_level_that_was_not_held_in_time_is_made_again(tmp_path: Path) -> None:
+    for held, expected in (((), 2), ((1,), None)):
+        store = StateStore(tmp_path / "store", "test", ALL_DISK)
+        for level in range(3):
+            store.write(level, 0, {"image": torch.zeros(2)})
+            store.commit(level)
+        again = StateStore(tmp_path / "store", "test", ALL_DISK)
+        for level in held:
+            again.hold(level)
+        assert again.resume([0]) == expected
+        assert again.resume([0, 1]) is None  # a batch that nobody wrote
+        assert not (tmp_path / "store").exists()
+
+
 def backward(transformer: nn.Module, calls: list[Batch], folder: Path, consumers: Sequence[Any] = ()) -> dict[int, Any]:
     """The gradients at what enters the first block, by batch."""
     course = Course(ResidentBlocks(transformer), calls, StateStore(folder / "states", "test", ALL_DISK))
