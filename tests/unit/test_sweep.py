@@ -100,6 +100,36 @@ def test_the_sums_are_those_of_one_pass_with_all_blocks_at_once(rows: int, recor
     assert distance(found, expected) == 0
 
 
+class Layers:
+    """Wants a layer of the second block."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        return ["img_mlp"] if index == 1 else None
+
+    def see(self, seen: Seen) -> None:
+        self.seen.append(seen)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_consumers_see_the_layers_that_they_ask_for(recorded: Recorded, tmp_path: Path) -> None:
+    transformer, layers = tiny_qwen(3), Layers()
+    batches = batches_of(recorded, 4)
+    forward_sweep(Course(ResidentBlocks(transformer), batches, StateStore(tmp_path / "sweep", "test")), [layers])
+    assert [seen.batch.number for seen in layers.seen] == [batch.number for batch in batches]
+    network = transformer.transformer_blocks[1].img_mlp
+    assert not network._forward_hooks
+    for seen in layers.seen:
+        assert seen.call.index == 1
+        (call,) = seen.layers["img_mlp"]
+        with torch.no_grad():
+            assert torch.equal(network(call.input), call.output)
+
+
 def test_two_stacks_on_disk(tmp_path: Path) -> None:
     transformer = tiny_flux(2, 3)
     recorded = {"train": _states(tmp_path / "calibration", "train", [flux_call(4), flux_call(3, seed=5)])}
