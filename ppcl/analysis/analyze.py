@@ -16,6 +16,7 @@ from ppcl.analysis.cka import GROUPS, combine, drawn_ckas, sample_rows
 from ppcl.analysis.intervals import detect_intervals, stability
 from ppcl.analysis.modulation import Conditioning, Layer, conditioning
 from ppcl.analysis.moments import Moments, best_ridge
+from ppcl.analysis.sums import sampled_tokens
 from ppcl.capture.states import States
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import write_tensors
@@ -57,7 +58,6 @@ class Collector:
     ) -> None:
         self.transformer, self.adapter, self.seed = transformer, adapter, seed
         self.num_states, self.rows_per_feature = num_states, rows_per_feature
-        self.strides: dict[tuple[str, str], int] = {}  # stack, stream
         self.moments: dict[Key, Moments] = {}
         self.cosine: dict[tuple[str, int], list[float]] = {}
         self.tokens: dict[tuple[str, str], int] = {}  # stack, stream
@@ -129,7 +129,7 @@ class Collector:
             if after is None:
                 continue
             valid = masks.get(stream)
-            rows = self._sampled(call, stream, before, valid)
+            rows = sampled_tokens(before, valid, self.state_index, self.num_states, self.rows_per_feature)
             x, y = valid_rows(before, rows), valid_rows(after, rows)
             self._add((stack, "probe", index, stream), x, y - x)
             if self.quota:
@@ -143,24 +143,6 @@ class Collector:
             if self.quota:
                 self._keep_tokens(call, stream, before, after, valid)
             self._add_linearity(call, stream, rows)
-
-    def _sampled(self, call: BlockCall, stream: str, states: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Which tokens of a batch enter the sums, (B, tokens) bool; None is all of them.
-
-        Every stride-th, starting one token later in every state, so that all places count alike and the batch size
-        does not matter. The stride follows from the first state.
-        """
-        batch, tokens, features = states.shape
-        key = (call.stack.name, stream)
-        if key not in self.strides:
-            wanted = self.rows_per_feature * features
-            self.strides[key] = max(1, self.num_states * tokens // wanted) if wanted else 1
-        stride = self.strides[key]
-        if stride == 1:
-            return valid
-        place = torch.arange(tokens) + torch.arange(self.state_index, self.state_index + batch)[:, None]
-        chosen = (place % stride == 0).to(states.device)
-        return chosen if valid is None else chosen & valid
 
     def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
         stack, index = call.stack.name, call.index

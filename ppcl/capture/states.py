@@ -75,7 +75,7 @@ class States:
         self.groups = [groups[key] for key in sorted(groups)]
         self.marks: dict[Row, Mark] = {}
         for shape, group in enumerate(self.groups):
-            size = trees.numbers(self._assemble(group[:1]).arguments)
+            size = trees.numbers(self.assemble(group[:1]).arguments)
             for row in group:
                 time, both, prompt = told[row]
                 self.marks[row] = Mark(time, both, shape, size, prompt)
@@ -100,7 +100,8 @@ class States:
             half.groups = [group for group in groups if group]
         return halves
 
-    def _assemble(self, rows: Sequence[Row]) -> Call:
+    def assemble(self, rows: Sequence[Row]) -> Call:
+        """The call of some states of one shape, given their places."""
         by_call: dict[int, list[int]] = {}
         for call, row in rows:
             by_call.setdefault(call, []).append(row)
@@ -113,7 +114,7 @@ class States:
     def alike(self, size: int) -> dict[str, Any]:
         """Arguments of ``size`` states of the commonest shape, for what looks at shapes alone, speed for one."""
         group = max(self.groups, key=len)
-        return self._assemble([group[i % len(group)] for i in range(size)]).arguments
+        return self.assemble([group[i % len(group)] for i in range(size)]).arguments
 
     def largest(self, size: int, parts: int = 1) -> dict[str, Any]:
         """Arguments of the piece of a batch that takes the most room; see :meth:`parts`.
@@ -132,7 +133,7 @@ class States:
     def _roomiest(self, counts: Sequence[int]) -> dict[str, Any]:
         """Of batches with so many states of each shape, the one with the most numbers."""
         pairs = zip(self.groups, counts, strict=True)
-        batches = (self._assemble([group[i % len(group)] for i in range(n)]).arguments for group, n in pairs)
+        batches = (self.assemble([group[i % len(group)] for i in range(n)]).arguments for group, n in pairs)
         return max(batches, key=trees.numbers)
 
     def spread(self, limit: int | None = None) -> list[Row]:
@@ -172,10 +173,11 @@ class States:
 
     def weighed(self, rows: Sequence[Row], size: int) -> Iterator[tuple[Call, Share]]:
         """Yield states in batches of one shape and at most ``size``, and what each counts in means over all of them."""
-        pieces = self._by_shape(rows, size)
-        return ((self._assemble(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
+        pieces = self.by_shape(rows, size)
+        return ((self.assemble(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
 
-    def _by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
+    def by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
+        """Cut states into batches of one shape and at most ``size``."""
         shapes: dict[int, list[Row]] = {}
         for row in rows:
             shapes.setdefault(self.marks[row].shape if row in self.marks else -1, []).append(row)
@@ -233,13 +235,13 @@ class States:
         """Yield this process's pieces of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
-        pieces = [self._by_shape(part, len(rows)) or [[]] for part in parts]
+        pieces = [self.by_shape(part, len(rows)) or [[]] for part in parts]
         own = [[p for part in pieces[at : at + accumulate] for p in part] for at in range(0, count, accumulate)]
         most = max(map(len, own))  # a model that is split over the processes runs in all of them at once
         everything = [piece for each in own for piece in each + [[]] * (most - len(each))]
         shares = self._shares(everything)
         for index in range(group.rank * most, (group.rank + 1) * most):
-            yield self._assemble(everything[index] or rows[:1]), shares[index]
+            yield self.assemble(everything[index] or rows[:1]), shares[index]
 
 
 def _read_calls(path: Path) -> tuple[list[Call], dict[str, Any]]:

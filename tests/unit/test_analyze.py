@@ -25,6 +25,7 @@ from ppcl.analysis.analyze import Collector, analyze
 from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import DRAWS, chained_cka, drawn_ckas
 from ppcl.analysis.intervals import detect_intervals
+from ppcl.analysis.sums import sampled_tokens
 from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import read_tensors
@@ -32,7 +33,7 @@ from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.teacher.call_arguments import per_sample, take
 from ppcl.teacher.families import adapter_for
-from ppcl.teacher.trace import BlockCall, record_boundaries
+from ppcl.teacher.trace import record_boundaries
 
 Calls = dict[str, list[dict[str, Any]]]
 RIDGES = (1e-4, 1e-1)
@@ -104,9 +105,7 @@ def test_the_sums_take_a_share_of_the_tokens_and_every_place_alike() -> None:
     assert collector.moments[DUAL, "probe", 0, "image"].count == 30 * 6 // 5
     assert collector.moments[DUAL, "ffn", 1, "image"].count == 30 * 6 // 5
     assert collector.tokens[DUAL, "image"] == 30 * 6
-    collector.state_index = 0
-    call = BlockCall(collector.adapter.stacks[0], 0, {}, {}, {})
-    chosen = collector._sampled(call, "image", torch.zeros(30, 6, 32), None)
+    chosen = sampled_tokens(torch.zeros(30, 6, 32), None, first=0, num_states=30, rows_per_feature=1)
     assert chosen is not None
     assert chosen.sum(0).tolist() == [6] * 6
 
