@@ -23,7 +23,7 @@ import torch
 from common import parser, publish
 from random_pipeline import WIDTH, anonymous_bytes, write_transformer
 
-from ppcl.analysis.sums import ProbeSums
+from ppcl.analysis.sums import BlockSums
 from ppcl.analysis.sweep import Batch, Course, forward_sweep
 from ppcl.capture.store import StateStore
 from ppcl.common.tables import markdown_table
@@ -83,7 +83,7 @@ def worker(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             source = StreamedBlocks(str(args.worker), torch.device("cpu"))
             built = time.perf_counter()
-            forward_sweep(Course(source, batches, store), [ProbeSums(held, 0, lambda place, sums: None)])
+            forward_sweep(Course(source, batches, store), [BlockSums(held, 0, lambda place, totals: None)])
             swept = time.perf_counter()
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     result = {

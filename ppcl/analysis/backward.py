@@ -73,7 +73,7 @@ def _back(
         states, others = course.inputs(entries, batch, visit.position)
     states = _leaves(states)
     with torch.enable_grad():
-        outputs = visit.run(batch, states, others, above)
+        outputs, _ = visit.run(batch, states, others, {}, above)
     below = products(states, outputs, above)
     if visit.index or not visit.position:
         return below

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.entries import Arguments, Entries, leave, stack_before
+from ppcl.capture.states import Row
 from ppcl.capture.states import States as Recorded
 from ppcl.capture.store import StateStore
 from ppcl.common.devices import autocast
@@ -41,12 +42,14 @@ class Batch:
         split: ``train`` or ``held-out``.
         first: Number of its first state in the split.
         load: Reads it.
+        rows: Where its states were recorded, if they were.
     """
 
     number: int
     split: str
     first: int
     load: Callable[[], Call]
+    rows: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class Seen:
         batch: The states.
         call: Arguments, states before and after.
         layers: The calls of the layers that the consumer asked for, by their paths.
+        carried: What consumers left with this batch at the block before, in the same stack.
         gradients: In a backward sweep: d<r_k, velocity> / d(state after the block), (K, B, tokens, features) each.
     """
 
     batch: Batch
     call: BlockCall
     layers: Mapping[str, Sequence[LayerCall]]
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -84,8 +89,12 @@ class Consumer(Protocol):
             Paths of the layers inside it whose calls are to be seen; None: this block is of no interest.
         """
 
-    def see(self, seen: Seen) -> None:
-        """The block was called on a batch (of this process)."""
+    def see(self, seen: Seen) -> Mapping[str, Tensor] | None:
+        """The block was called on a batch (of this process).
+
+        Returns:
+            What is wanted again with this batch at the next block; it is stored with the states.
+        """
 
     def finish(self) -> None:
         """All of this process's batches were seen, and the block is still there: solve, and write.
@@ -100,7 +109,7 @@ def batches_of(splits: Mapping[str, Recorded], size: int, limit: int | None = No
     for split, states in splits.items():
         first = 0
         for places in states.by_shape(states.spread(limit), size):
-            batches.append(Batch(len(batches), split, first, lambda s=states, p=places: s.assemble(p)))  # type: ignore[misc]
+            batches.append(Batch(len(batches), split, first, lambda s=states, p=places: s.assemble(p), places))  # type: ignore[misc]
             first += len(places)
     return batches
 
@@ -143,13 +152,21 @@ class Course:
     def read(self, position: int, batch: Batch) -> States:
         """The states that leave a block."""
         stack = self.source.stacks[self.source.order[position][0]]
-        states = self.store.read(position, batch.number, self.source.device)
+        states = self.store.read(position, batch.number, self.source.device, lambda name: name in stack.outputs)
         return {stream: stack.turn(state) for stream, state in states.items()}
 
-    def write(self, position: int, batch: Batch, states: States) -> None:
+    def carried(self, position: int, batch: Batch) -> dict[str, Tensor]:
+        """What consumers left with a batch at the block before, in the same stack."""
+        if not self.source.order[position][1]:
+            return {}
+        names = self.source.stacks[self.source.order[position][0]].outputs
+        return self.store.read(position - 1, batch.number, self.source.device, lambda name: name not in names)
+
+    def write(self, position: int, batch: Batch, states: States, carried: Mapping[str, Tensor]) -> None:
         """Store the states that leave a block, laid out as the block does, so that the next one rounds alike."""
         stack = self.source.stacks[self.source.order[position][0]]
-        self.store.write(position, batch.number, {stream: stack.turn(state) for stream, state in states.items()})
+        turned = {stream: stack.turn(state) for stream, state in states.items()}
+        self.store.write(position, batch.number, {**turned, **carried})
 
     def entries(self, position: int, present: Entries | None) -> Entries:
         """The entries of the stack of a block: the present ones, if they are of this stack."""
@@ -194,7 +211,7 @@ def forward_sweep(course: Course, consumers: Sequence[Consumer]) -> None:
             visit = Visit(course, position, block, consumers)
             for batch in course.own:
                 states, others = course.inputs(entries, batch, position)
-                course.write(position, batch, visit.run(batch, states, others))
+                course.write(position, batch, *visit.run(batch, states, others, course.carried(position, batch)))
             visit.finish()
             store.commit(position)
     for level in ends:
@@ -223,9 +240,18 @@ class Visit:
                 self.wanted.append((consumer, paths))
 
     def run(
-        self, batch: Batch, states: States, others: Arguments, gradients: Mapping[str, Tensor] | None = None
-    ) -> States:
-        """Run the block on a batch, show it to the consumers, and return the states after it."""
+        self,
+        batch: Batch,
+        states: States,
+        others: Arguments,
+        carried: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> tuple[States, dict[str, Tensor]]:
+        """Run the block on a batch and show it to the consumers.
+
+        Returns:
+            The states after it, and what the consumers want again at the next block.
+        """
         source, spec = self.course.source, self.stack
         layers: dict[str, list[LayerCall]] = {path: [] for _, paths in self.wanted for path in paths}
         handles = [self._watch(path, calls) for path, calls in layers.items()]
@@ -235,12 +261,14 @@ class Visit:
         finally:
             for handle in handles:
                 handle.remove()
-        carried = {name: spec.turn(states[stream]) for stream, name in spec.inputs.items()}
-        call = BlockCall(spec, self.index, {**others, **carried}, states, outputs)
+        named = {name: spec.turn(states[stream]) for stream, name in spec.inputs.items()}
+        call = BlockCall(spec, self.index, {**others, **named}, states, outputs)
+        left: dict[str, Tensor] = {}
         with torch.no_grad():
             for consumer, paths in self.wanted:
-                consumer.see(Seen(batch, call, {path: layers[path] for path in paths}, gradients or {}))
-        return outputs
+                seen = Seen(batch, call, {path: layers[path] for path in paths}, carried, gradients or {})
+                left |= consumer.see(seen) or {}
+        return outputs, left
 
     def finish(self) -> None:
         """Tell the consumers that the block leaves."""

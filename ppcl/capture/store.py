@@ -8,7 +8,7 @@ anywhere in between does that block again, and nothing else. Levels that somebod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -86,20 +86,24 @@ class StateStore:
             return
         write_tensors(self._path(level, number), states)
 
-    def read(self, level: int, number: int, device: torch.device) -> dict[str, Tensor]:
-        """Read a batch's states at a level.
+    def read(
+        self, level: int, number: int, device: torch.device, wanted: Callable[[str], bool] = lambda _: True
+    ) -> dict[str, Tensor]:
+        """Read a batch's states at a level, of wanted names.
 
         Raises:
             ArtifactError: They are not there, or damaged.
         """
         if not self._on_disk:
-            return {name: tensor.to(device, copy=True) for name, tensor in self._in_memory[level][number].items()}
+            kept = self._in_memory[level][number]
+            return {name: tensor.to(device, copy=True) for name, tensor in kept.items() if wanted(name)}
         from safetensors import safe_open
 
         path = self._path(level, number)
         try:
             with safe_open(path, framework="pt") as file:  # mapped: memory of its own on the device alone
-                return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+                names = filter(wanted, file.keys())
+                return {name: file.get_tensor(name).to(device, copy=True) for name in names}
         except Exception as error:  # safetensors raises errors of its own, and those of the system
             raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
 

@@ -16,7 +16,7 @@ from ppcl.run.session import Session
 from ppcl.run.stage import ORDER, Stage
 from ppcl.student.plan import CompressionPlan
 
-STATES, BUNDLE, PIPELINE, PICTURES = "calibration", "bundle", "pipeline", "eval"
+STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "pipeline", "eval"
 
 
 def _check_capture(session: Session) -> None:
@@ -42,6 +42,7 @@ def _analyze(session: Session, _: None) -> None:
 
     from ppcl.analysis.analyze import analyze
     from ppcl.capture.states import States
+    from ppcl.teacher.blocks import ResidentBlocks
     from ppcl.teacher.call_arguments import batch_size, to_device
     from ppcl.teacher.calls import velocity
     from ppcl.teacher.description import describe
@@ -56,14 +57,14 @@ def _analyze(session: Session, _: None) -> None:
         flops = count_flops(transformer, stacks, lambda: velocity(transformer, state), batch_size(state))
     model = describe(session.teacher, flops)
     analyze(
-        transformer,
-        adapter,
+        ResidentBlocks(transformer),
         model,
         session.calibration,
         session.out,
         session.config.analyze,
         session.config.seed,
         session.config.plan,
+        session.depends("analyze"),
     )
 
 
@@ -205,6 +206,7 @@ _ALL = (
         ("analysis.json", "analysis.safetensors"),
         _analyze,
         inputs={STATES: None},
+        on_the_way=(SWEEP,),
     ),
     Stage(
         "fit",

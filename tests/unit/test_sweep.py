@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import torch
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen, write_states
 from torch import Tensor, nn
 
-from ppcl.analysis.analyze import Collector
 from ppcl.analysis.backward import backward_sweep, random_signs
 from ppcl.analysis.moments import Moments
-from ppcl.analysis.sums import ProbeSums, Sums
+from ppcl.analysis.sums import BlockSums, Totals, sampled_tokens
 from ppcl.analysis.sweep import Batch, Course, Seen, batches_of, forward_sweep, velocities
 from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.teacher.blocks import Place, ResidentBlocks
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
+from ppcl.teacher.families.masks import valid_rows, valid_tokens
+from ppcl.teacher.trace import BlockCall, run_traced
 from ppcl.training.distributed import SINGLE, Group
 
 ALL_MEMORY, ALL_DISK = 1e12, 0
@@ -58,12 +60,12 @@ def probe_sums(
     """The sums of every block, and the velocity of every batch."""
     found = {} if found is None else found
 
-    def solve(place: Place, sums: Sums) -> None:
-        found.update({(place, *key): moments for key, moments in sums.items()})
+    def solve(place: Place, totals: Totals) -> None:
+        found.update({(place, *key): moments for key, moments in totals.moments.items()})
 
     store = StateStore(folder, "sums", memory, group)
     course = Course(ResidentBlocks(transformer), batches_of(recorded, size), store, group)
-    forward_sweep(course, [ProbeSums({k: len(s) for k, s in recorded.items()}, rows, solve, group), *extra])
+    forward_sweep(course, [BlockSums({k: len(s) for k, s in recorded.items()}, rows, solve, group), *extra])
     answers = {batch.number: answer for batch, answer in velocities(course)}
     store.close()
     assert not folder.exists()
@@ -88,16 +90,25 @@ def test_the_sums_are_those_of_one_pass_with_all_blocks_at_once(rows: int, recor
     transformer = tiny_qwen(3)
     found, _ = probe_sums(transformer, recorded, tmp_path / "sweep", rows=rows)
     expected: Found = {}
-    with torch.no_grad():
-        for split, states in recorded.items():
-            collector = Collector(transformer, adapter_for(transformer), 0, len(states), 0, rows)
-            for arguments in states.batches(3):
-                collector.run(arguments)
-            for (stack, kind, index, stream), moments in collector.moments.items():
-                if kind == "probe":
-                    expected[(stack, index), split, stream] = moments
-    assert len(found) == 3 * 2 * 2
-    assert distance(found, expected) == 0
+    for split, states in recorded.items():
+        first = 0
+        for arguments in states.batches(3):
+            run_traced(transformer, adapter_for(transformer), arguments, partial(add, expected, split, first, rows))
+            first += len(arguments["timestep"])
+    probes = {key: moments for key, moments in found.items() if key[2] in ("image", "text")}
+    assert len(probes) == 3 * 2 * 2
+    assert distance(probes, expected) == 0
+    assert len(found) == 3 * 2 * 4 + 2 * 2  # networks, and the text inputs of neighbouring blocks
+
+
+def add(expected: Found, split: str, first: int, rows: int, call: BlockCall) -> None:
+    """Add a block's call to the sums of all blocks at once."""
+    masks = valid_tokens(call.stack, call.arguments)
+    for stream, before in call.inputs.items():
+        chosen = sampled_tokens(before, masks.get(stream), first, {"train": 12, "held-out": 8}[split], rows)
+        x, y = valid_rows(before, chosen), valid_rows(call.outputs[stream], chosen)
+        key = ((call.stack.name, call.index), split, stream)
+        expected.setdefault(key, Moments(x.shape[-1], y.shape[-1], x.device)).update(x, y - x)
 
 
 class Layers:
@@ -177,6 +188,10 @@ class Threads(Group):
     def spread(self, jobs: Mapping[Any, Any], work: Callable[[dict[Any, Any]], dict[Any, Any]]) -> dict[Any, Any]:
         first, second = self._all(work(dict(list(jobs.items())[self.rank :: 2])))
         return {**first, **second}
+
+    def sum_scalars(self, row: Mapping[str, float]) -> dict[str, float]:
+        first, second = self._all(dict(row))
+        return {name: first[name] + second[name] for name in row}
 
     def sum_tensors(self, tensors: Any) -> None:
         tensors = list(tensors)
