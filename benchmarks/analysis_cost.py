@@ -117,7 +117,7 @@ def resident_growth(argv: list[str], calibration: Path) -> int | None:
 
 def worker(args: argparse.Namespace) -> None:
     """Run the analyze stage once and print its memory growth as JSON."""
-    pipeline, adapter, config = load(args)
+    pipeline, _, config = load(args)
     with tempfile.TemporaryDirectory() as out:
         model = describe(pipeline)
         one = next(States(args.worker, "held-out").batches(1))
@@ -136,7 +136,7 @@ def memory_rows(
     args: argparse.Namespace, argv: list[str], loaded: tuple[Any, Adapter, RunConfig], folders: tuple[Path, Path]
 ) -> list[list[str]]:
     """Rows of the table of memory, for the smaller and the larger set of states."""
-    pipeline, adapter, config = loaded
+    pipeline, _, config = loaded
     rows = []
     held = [held_bytes(pipeline.transformer, folder, config, folder / "sweep") for folder in folders]
     rows.append(["sums and tokens held for a block", *map(megabytes, held), number(held[1] / held[0])])

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import read_json
+from ppcl.common.files import read_json, read_tensor_header
 from ppcl.errors import ModelError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
@@ -58,6 +59,11 @@ class Blocks(ABC):
         """Lend one block."""
         with closing(self.walk([(stack, index)])) as lent:
             yield next(lent)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """Lend the transformer to be called as a whole, for what needs few calls."""
+        yield self.transformer
 
     def _module(self, place: Place) -> nn.Module:
         blocks: nn.ModuleList = getattr(self.transformer, place[0])
@@ -133,8 +139,31 @@ class StreamedBlocks(Blocks):
                 try:
                     yield block
                 finally:
-                    empty = {name: torch.empty_like(t, device="meta") for name, t in block.state_dict().items()}
-                    self._assign(block, empty)
+                    self._free(block)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """Lend the transformer; each block is read when it is called, and freed after."""
+        handles = []
+        for place in self.order:
+
+            def load(block: nn.Module, _: Any, place: Place = place) -> None:
+                self._assign(block, self._weights(place))
+
+            def free(block: nn.Module, *_: Any) -> None:
+                self._free(block)
+
+            block = self._module(place)
+            handles.append(block.register_forward_pre_hook(load, prepend=True))
+            handles.append(block.register_forward_hook(free, always_call=True))
+        try:
+            yield self.transformer
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _free(self, block: nn.Module) -> None:
+        self._assign(block, {name: torch.empty_like(t, device="meta") for name, t in block.state_dict().items()})
 
     def _assign(self, module: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
         try:
@@ -185,6 +214,30 @@ class StreamedBlocks(Blocks):
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({error}); fetch it again") from None
         return found
+
+
+def loaded_bytes(model: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each component's weights as they would be loaded; nothing of a model whose files are not here."""
+    folder = stored_folder(model)
+    if folder is None:
+        return {}
+    sizes: dict[str, int] = {}
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = list(part.glob("*.safetensors"))
+        plain = [file for file in files if "." not in file.stem]  # others are variants beside them
+        entries = [entry for file in plain or files for entry in read_tensor_header(file).values()]
+        numbers = sum(prod(entry["shape"]) for entry in entries if "F" in entry["dtype"])
+        sizes[part.name] = numbers * dtype.itemsize
+    return sizes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _without_weights(folder: Path, dtype: torch.dtype) -> Any:

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import DUAL, qwen_call, tiny_qwen
+from tiny_models import DUAL, qwen_call, shared_pipeline, tiny_qwen
 from torch import Tensor
 
+import ppcl.teacher.blocks
 from ppcl.analysis.sweep import Batch, Course, Seen, forward_sweep
 from ppcl.capture.store import StateStore
 from ppcl.common.files import read_json, write_json
+from ppcl.config import load_config
 from ppcl.errors import ModelError
-from ppcl.teacher.blocks import StreamedBlocks
-from ppcl.teacher.calls import Call
+from ppcl.run.session import Session
+from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks, free_bytes, loaded_bytes
+from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.flops import count_flops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from random_pipeline import anonymous_bytes, write_transformer
@@ -97,6 +101,47 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
         StreamedBlocks(model, CPU)
     with pytest.raises(ModelError, match="hf download nobody/nothing"):
         StreamedBlocks("nobody/nothing", CPU)
+
+
+def test_a_streamed_transformer_can_be_called_as_a_whole(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path, max_shard_size="60KB")
+    source, call = StreamedBlocks(model, CPU), qwen_call(2)
+    stacks = {DUAL: list(source.transformer.transformer_blocks)}
+    with torch.no_grad(), source.whole() as transformer:
+        answer = velocity(transformer, call)
+        flops = count_flops(transformer, stacks, lambda: velocity(transformer, call), 2)
+    whole = tiny_qwen(3)
+    with torch.no_grad():
+        assert torch.equal(answer, velocity(whole, call))
+    stacks = {DUAL: list(whole.transformer_blocks)}
+    assert flops == count_flops(whole, stacks, lambda: velocity(whole, call), 2)
+    assert all(weight.is_meta for block in source.transformer.transformer_blocks for weight in block.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in source.transformer.modules())
+
+
+def test_bytes_of_what_would_be_loaded(tmp_path: Path) -> None:
+    model, weights = saved(tmp_path, max_shard_size="60KB")
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    assert loaded_bytes(model, torch.bfloat16) == {"transformer": 2 * numbers}
+    assert loaded_bytes("nobody/nothing", torch.bfloat16) == {}
+    assert free_bytes(CPU) > 0
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1, StreamedBlocks), (1e12, ResidentBlocks)])
+def test_auto_takes_what_fits_and_says_so(
+    free: float, expected: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared_pipeline().save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"prompt {n}" for n in range(12)))
+    config = load_config([], ["device=cpu", "evaluate.num_prompts=4"])
+    session = Session(str(tmp_path / "model"), tmp_path / "run", config, prompts)
+    monkeypatch.setattr(ppcl.teacher.blocks, "free_bytes", lambda _: free)
+    assert isinstance(session.open_blocks(), expected)
+    kind = "streamed" if expected is StreamedBlocks else "resident"
+    assert f"blocks are {kind}: the transformer's weights take 0.0 GB; {free / 1e9:.1f} GB are free" in (
+        capsys.readouterr().err
+    )
 
 
 class Peak:
