@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import remove, write_tensors
+from ppcl.common.files import remove, write_one_by_one
 from ppcl.common.progress import Progress
 from ppcl.common.streams import step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
@@ -120,24 +120,26 @@ def analyze(
         num_tokens={stream: int(n) for tokens in reversed(first) for stream, n in reversed(tokens.items()) if n},
         seconds=time.perf_counter() - began,
     )
-    write_tensors(out / "analysis.safetensors", _matrices(source, findings, modulations))
+    write_one_by_one(out / "analysis.safetensors", _matrices(source, findings, modulations))
     save_artifact(analysis, out / "analysis.json")
     store.close()
     return analysis
 
 
-def _matrices(source: Blocks, findings: Findings, modulations: Modulations) -> dict[str, Tensor]:
-    """Probes, linear maps of networks, and what modulation layers are given."""
-    matrices = {}
-    for stack, index in source.order:
-        signals = [signal for signal in findings.numbers("forms", (stack, index))["errors"] if signal != "input.text"]
-        for name in [f"{signal}/{part}" for signal in signals for part in ("weight", "bias")]:
-            matrices[f"{stack}/{index}/{name}"] = findings.tensors("forms", (stack, index), name)[0].float()
-        if source.stacks[stack].modulation:
-            for stream, layer in findings.numbers("modulation", (stack, index))["source"].items():
+def _matrices(
+    source: Blocks, findings: Findings, modulations: Modulations
+) -> dict[str, tuple[Sequence[int], Callable[[], Tensor]]]:
+    """Probes, linear maps of networks, and what modulation layers are given: shapes, and what reads them."""
+    matrices: dict[str, tuple[Sequence[int], Callable[[], Tensor]]] = {}
+    for place in source.order:
+        here = f"{place[0]}/{place[1]}"
+        for name, shape in findings.shapes("forms", place).items():
+            matrices[f"{here}/{name}"] = shape, lambda place=place, name=name: findings.tensors("forms", place, name)[0]  # type: ignore[misc]
+        if source.stacks[place[0]].modulation:
+            for stream, layer in findings.numbers("modulation", place)["source"].items():
                 fitted = modulations.conditions[tuple(layer)].fitted
-                matrices[f"{stack}/{index}/modulation.{stream}/mean"] = fitted.mean.float()
-                matrices[f"{stack}/{index}/modulation.{stream}/root"] = fitted.root.float()
+                for name, tensor in (("mean", fitted.mean), ("root", fitted.root)):
+                    matrices[f"{here}/modulation.{stream}/{name}"] = tensor.shape, lambda tensor=tensor: tensor  # type: ignore[misc]
     return matrices
 
 

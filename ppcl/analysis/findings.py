@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.common.files import write_tensors
+from ppcl.common.files import read_tensor_header, write_tensors
 from ppcl.teacher.blocks import Place
 
 T = TypeVar("T")
@@ -39,6 +39,10 @@ class Findings:
         """Some tensors of a finding; nothing else is read."""
         with safe_open(self._path(kind, place), framework="pt") as file:
             return [file.get_tensor(name).clone() for name in names]
+
+    def shapes(self, kind: str, place: Place) -> dict[str, list[int]]:
+        """The shape of each tensor of a finding."""
+        return {name: entry["shape"] for name, entry in read_tensor_header(self._path(kind, place)).items()}
 
     def _path(self, kind: str, place: Place) -> Path:
         return self.folder / f"{kind}-{place[0]}-{place[1]}.safetensors"
