@@ -2,7 +2,7 @@
 
     python benchmarks/analysis_cost.py --table docs/analysis_cost.md
 
-Time: one process, taking turns. Memory: the sums and tokens that the collectors hold, and the
+Time: one process, taking turns. Memory: the sums and tokens that are held for a block, and the
 growth of the resident set of a fresh process, for N states and for four times as many.
 """
 
@@ -21,9 +21,14 @@ import torch
 from common import alternate, capture_states, load, megabytes, parser, publish, seconds
 from torch import nn
 
-from ppcl.analysis.analyze import Collector, analyze, collect
+from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.kept_tokens import KeptTokens
+from ppcl.analysis.sums import BlockSums, Totals
+from ppcl.analysis.sweep import Course, batches_of, forward_sweep
 from ppcl.capture.states import States
+from ppcl.capture.store import StateStore
 from ppcl.capture.trajectories import SPLITS
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import read_tensors
@@ -31,6 +36,7 @@ from ppcl.common.tables import markdown_table, number
 from ppcl.config import RunConfig
 from ppcl.distill.fit import fit
 from ppcl.eval.speed import measure_memory
+from ppcl.teacher.blocks import Place, ResidentBlocks
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.description import describe
@@ -51,14 +57,23 @@ def splits_of(calibration: Path) -> dict[str, States]:
     return {split: States(calibration, split) for split in SPLITS}
 
 
-def held_bytes(collectors: dict[str, Collector]) -> int:
-    """Bytes of all tensors that the collectors hold after the pass."""
-    tensors = []
-    for collector in collectors.values():
-        for moments in collector.moments.values():
-            tensors += [moments.sum_x, moments.sum_y, moments.xx, moments.xy]
-        tensors += [part for levels in collector.kept.values() for parts in levels for part in parts]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def held_bytes(transformer: nn.Module, calibration: Path, config: RunConfig, folder: Path) -> int:
+    """Sweep over the states; the most bytes of sums and kept tokens that are held for a block."""
+    splits, most = splits_of(calibration), 0
+    kept = KeptTokens(splits["held-out"], config.analyze.cka_tokens, config.seed, Findings(folder))
+
+    def measure(_: Place, totals: Totals) -> None:
+        nonlocal most
+        tensors = [t for m in totals.moments.values() for t in (m.sum_x, m.sum_y, m.xx, m.xy)]
+        tensors += [part for parts in kept.kept.values() for part in parts]
+        most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    counts = {split: len(states) for split, states in splits.items()}
+    sums, store = BlockSums(counts, config.analyze.rows_per_feature, measure), StateStore(folder, "benchmark")
+    batches = batches_of(splits, config.analyze.batch_size)
+    forward_sweep(Course(ResidentBlocks(transformer), batches, store), [sums, kept])
+    store.close()
+    return most
 
 
 def count_states(calibration: Path) -> int:
@@ -74,9 +89,9 @@ def time_rows(
     size, seed = config.analyze.batch_size, config.seed
     calls: dict[str, Callable[[], object]] = {
         "bare teacher passes": lambda: bare_passes(transformer, calibration, size),
-        "one pass with all sums": lambda: collect(transformer, adapter, splits_of(calibration), config.analyze, seed),
-        "analyze stage (pass, probes, CKA, files)": lambda: analyze(
-            transformer, adapter, model, calibration, out, config.analyze, seed
+        "a sweep with all sums": lambda: held_bytes(transformer, calibration, config, out / "sweep"),
+        "analyze stage (sweep, probes, CKA, files)": lambda: analyze(
+            ResidentBlocks(transformer), model, calibration, out, config.analyze, seed
         ),
     }
     times = alternate(calls, repeats)
@@ -102,14 +117,16 @@ def resident_growth(argv: list[str], calibration: Path) -> int | None:
 
 def worker(args: argparse.Namespace) -> None:
     """Run the analyze stage once and print its memory growth as JSON."""
-    pipeline, adapter, config = load(args)
+    pipeline, _, config = load(args)
     with tempfile.TemporaryDirectory() as out:
         model = describe(pipeline)
         one = next(States(args.worker, "held-out").batches(1))
         with torch.no_grad():  # what the libraries allocate once is not the analysis'
             velocity(pipeline.transformer, to_device(one, pipeline.device))
         memory = measure_memory(
-            lambda: analyze(pipeline.transformer, adapter, model, args.worker, Path(out), config.analyze, config.seed),
+            lambda: analyze(
+                ResidentBlocks(pipeline.transformer), model, args.worker, Path(out), config.analyze, config.seed
+            ),
             pipeline.device,
         )
     print(json.dumps({"growth_bytes": memory.growth_bytes}))
@@ -119,13 +136,10 @@ def memory_rows(
     args: argparse.Namespace, argv: list[str], loaded: tuple[Any, Adapter, RunConfig], folders: tuple[Path, Path]
 ) -> list[list[str]]:
     """Rows of the table of memory, for the smaller and the larger set of states."""
-    pipeline, adapter, config = loaded
+    pipeline, _, config = loaded
     rows = []
-    held = [
-        held_bytes(collect(pipeline.transformer, adapter, splits_of(folder), config.analyze, config.seed))
-        for folder in folders
-    ]
-    rows.append(["sums and tokens held by the collectors", *map(megabytes, held), number(held[1] / held[0])])
+    held = [held_bytes(pipeline.transformer, folder, config, folder / "sweep") for folder in folders]
+    rows.append(["sums and tokens held for a block", *map(megabytes, held), number(held[1] / held[0])])
     files = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders]
     rows.append(["the states themselves (files)", *map(megabytes, files), number(files[1] / files[0])])
     if not args.quick:

@@ -1,358 +1,197 @@
-"""The analyze stage: one teacher pass over the states updates every sum."""
+"""The analyze stage: one forward sweep of the states through the teacher; a block is solved when it leaves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
-from ppcl.analysis.cka import GROUPS, combine, drawn_ckas, sample_rows
+from ppcl.analysis.cka import combine, drawn_ckas
+from ppcl.analysis.findings import Findings, Lazy
 from ppcl.analysis.intervals import detect_intervals, stability
-from ppcl.analysis.modulation import Conditioning, Layer, conditioning
-from ppcl.analysis.moments import Moments, best_ridge
+from ppcl.analysis.kept_tokens import KeptTokens, kept_levels
+from ppcl.analysis.modulation import Modulations
+from ppcl.analysis.moments import best_ridge
+from ppcl.analysis.sums import BlockSums, Totals
+from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
+from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import write_tensors
-from ppcl.common.hooks import removing
+from ppcl.common.files import remove, write_one_by_one
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
-from ppcl.errors import UserError
 from ppcl.student.plan import free_blocks
-from ppcl.teacher.call_arguments import batch_size
-from ppcl.teacher.families import Adapter, StackSpec
-from ppcl.teacher.families.masks import valid_rows, valid_tokens
+from ppcl.teacher.blocks import Blocks, Place
+from ppcl.teacher.families import StackSpec
 from ppcl.teacher.model_info import ModelInfo
-from ppcl.teacher.trace import BlockCall, run_traced
 
-Key = tuple[str, str, int, str]  # stack, kind of signal, block, stream
-
-
-class Collector:
-    """Accumulates the sums of one split while the teacher runs.
-
-    Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
-        cka_tokens: Tokens a stream to keep for CKA, at most; 0 for none.
-        num_states: States of the split, over which these tokens are spread.
-        seed: Fixes which tokens.
-        rows_per_feature: Tokens that enter the sums, per feature of a stream; 0 takes all. A regression of d features
-            knows its weights long before the last of a million tokens.
-    """
-
-    def __init__(
-        self,
-        transformer: nn.Module,
-        adapter: Adapter,
-        cka_tokens: int,
-        num_states: int,
-        seed: int,
-        rows_per_feature: int = 0,
-    ) -> None:
-        self.transformer, self.adapter, self.seed = transformer, adapter, seed
-        self.num_states, self.rows_per_feature = num_states, rows_per_feature
-        self.strides: dict[tuple[str, str], int] = {}  # stack, stream
-        self.moments: dict[Key, Moments] = {}
-        self.cosine: dict[tuple[str, int], list[float]] = {}
-        self.tokens: dict[tuple[str, str], int] = {}  # stack, stream
-        # Many states: one token of every stride-th; few states: several tokens of each. Bounded either way.
-        self.quota = max(1, cka_tokens // max(1, num_states)) if cka_tokens else 0
-        self.stride = -(-num_states // cka_tokens) if cka_tokens else 1
-        self.kept: dict[tuple[str, str], list[list[Tensor]]] = {}
-        self.groups: dict[tuple[str, str], list[int]] = {}  # of each kept token
-        self._groups: Sequence[int] = ()  # of each state of the present batch
-        self.state_index = 0
-        self._signals: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
-        self._text_inputs: dict[tuple[str, int], Tensor] = {}
-
-    def run(self, arguments: dict[str, Any], groups: Sequence[int] | None = None) -> None:
-        """Run the teacher on a batch of states.
-
-        Args:
-            arguments: Of the batch.
-            groups: Which of ``GROUPS`` groups of prompts each state belongs to; by turns if None.
-        """
-        size = batch_size(arguments)
-        self._groups = groups or [(self.state_index + row) % GROUPS for row in range(size)]
-        with removing(handle for spec in self.adapter.stacks for handle in self._watch(spec)):
-            run_traced(self.transformer, self.adapter, arguments, self._visit)
-        self.state_index += size
-
-    def _watch(self, spec: StackSpec) -> Iterator[Any]:
-        """Hook the FFNs and the text projections of a stack."""
-        for index, block in enumerate(self.adapter.blocks(self.transformer, spec)):
-            for stream, path in spec.ffn.items():
-                yield block.get_submodule(path).register_forward_hook(self._ffn_hook(spec, index, stream))
-            if spec.text_qkv:
-                yield block.get_submodule(spec.text_qkv).register_forward_hook(self._text_hook(spec.name, index))
-
-    def _ffn_hook(self, spec: StackSpec, index: int, stream: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            signals = (args[0], output)
-            turned = args[0].ndim == 3 and spec.tokens_first
-            self._signals[spec.name, index, stream] = (
-                (spec.turn(signals[0]), spec.turn(signals[1])) if turned else signals
-            )
-
-        return hook
-
-    def _text_hook(self, stack: str, index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._text_inputs[stack, index] = args[0]
-
-        return hook
-
-    def _add(self, key: Key, x: Tensor, y: Tensor) -> None:
-        if key not in self.moments:
-            self.moments[key] = Moments(x.shape[-1], y.shape[-1], x.device)
-        self.moments[key].update(x, y)
-
-    def _visit(self, call: BlockCall) -> None:
-        stack, index = call.stack.name, call.index
-        masks = valid_tokens(call.stack, call.arguments)
-        for stream, before in call.inputs.items():
-            after = call.outputs[stream]
-            if after is None:
-                continue
-            valid = masks.get(stream)
-            rows = self._sampled(call, stream, before, valid)
-            x, y = valid_rows(before, rows), valid_rows(after, rows)
-            self._add((stack, "probe", index, stream), x, y - x)
-            if self.quota:
-                similarity = nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
-                total = self.cosine.setdefault((stack, index), [0.0, 0.0])
-                total[0] += float(similarity.double().sum())
-                total[1] += len(x)
-            if index == 0:
-                count = before.shape[:2].numel() if valid is None else int(valid.sum())
-                self.tokens[stack, stream] = self.tokens.get((stack, stream), 0) + count
-            if self.quota:
-                self._keep_tokens(call, stream, before, after, valid)
-            self._add_linearity(call, stream, rows)
-
-    def _sampled(self, call: BlockCall, stream: str, states: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Which tokens of a batch enter the sums, (B, tokens) bool; None is all of them.
-
-        Every stride-th, starting one token later in every state, so that all places count alike and the batch size
-        does not matter. The stride follows from the first state.
-        """
-        batch, tokens, features = states.shape
-        key = (call.stack.name, stream)
-        if key not in self.strides:
-            wanted = self.rows_per_feature * features
-            self.strides[key] = max(1, self.num_states * tokens // wanted) if wanted else 1
-        stride = self.strides[key]
-        if stride == 1:
-            return valid
-        place = torch.arange(tokens) + torch.arange(self.state_index, self.state_index + batch)[:, None]
-        chosen = (place % stride == 0).to(states.device)
-        return chosen if valid is None else chosen & valid
-
-    def _add_linearity(self, call: BlockCall, stream: str, valid: Tensor | None) -> None:
-        stack, index = call.stack.name, call.index
-        if (signal := self._signals.pop((stack, index, stream), None)) is not None and signal[0].ndim == 3:
-            self._add((stack, "ffn", index, stream), valid_rows(signal[0], valid), valid_rows(signal[1], valid))
-        if stream == "text" and (now := self._text_inputs.get((stack, index))) is not None:
-            earlier = self._text_inputs.pop((stack, index - 1), None)
-            if earlier is not None:
-                self._add((stack, "text", index, stream), valid_rows(earlier, valid), valid_rows(now, valid))
-
-    def _keep_tokens(self, call: BlockCall, stream: str, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
-        """Keep a few tokens of each state, the same ones at every block; independent of the batch size."""
-        picked = []
-        for row in range(len(before)):
-            if (self.state_index + row) % self.stride:
-                continue
-            generator = step_generator(self.seed, self.state_index + row, Stream.CKA_TOKENS)
-            available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
-            chosen = available[sample_rows(len(available), self.quota, generator)]
-            picked.append(chosen + row * before.shape[1])
-            if call.index == 0:
-                owners = self.groups.setdefault((call.stack.name, stream), [])
-                owners += [self._groups[row]] * len(chosen)
-        if not picked:
-            return
-        rows = torch.cat(picked).to(before.device)
-        levels = self.kept.setdefault((call.stack.name, stream), [])
-        while len(levels) < call.index + 2:
-            levels.append([])
-        if call.index == 0:
-            levels[0].append(before.flatten(0, 1)[rows].float().cpu())
-        levels[call.index + 1].append(after.flatten(0, 1)[rows].float().cpu())
-
-    def cka_states(self, stack: str, stream: str) -> tuple[list[Tensor], list[int]]:
-        """Kept tokens of a stack, M + 1 levels of (n, d), by groups of prompts; and the tokens of each group.
-
-        Raises:
-            UserError: There are too few for CKA.
-        """
-        owners = torch.tensor(self.groups[stack, stream])
-        if len(owners) < 4:
-            raise UserError(
-                f"CKA needs at least 4 held-out tokens of the {stream} stream, got {len(owners)}; "
-                "raise capture.num_prompts or capture.states_per_prompt"
-            )
-        order = owners.argsort(stable=True)
-        states = [torch.cat(parts)[order] for parts in self.kept[stack, stream]]
-        return states, owners.bincount(minlength=GROUPS).tolist()
+SWEEP = "sweep"  # folder of a run: states between blocks, and what was found out of blocks
 
 
-def collect(
-    transformer: nn.Module, adapter: Adapter, splits: Mapping[str, States], settings: AnalyzeConfig, seed: int
-) -> dict[str, Collector]:
-    """Run the teacher over both splits; returns the sums of each."""
-    collectors = {}
-    with torch.no_grad(), Progress("analyze", total=sum(len(s) for s in splits.values())) as progress:
-        for name, states in splits.items():
-            tokens = settings.cka_tokens if name == "held-out" else 0
-            collectors[name] = Collector(transformer, adapter, tokens, len(states), seed, settings.rows_per_feature)
-            prompts = dict.fromkeys(mark.prompt for mark in states.marks.values())
-            numbers = {prompt: number for number, prompt in enumerate(prompts)}
-            for call in states.answered(settings.batch_size):
-                groups = [numbers[states.marks[place].prompt] % GROUPS for place in call.rows]
-                collectors[name].run(call.arguments, groups)
-                progress.advance(len(groups))
-    return collectors
+class Counted:
+    """A consumer that counts states at blocks."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        """Every block counts."""
+        return ()
+
+    def see(self, seen: Seen) -> None:
+        """Count a batch."""
+        self.progress.advance(len(seen.batch.rows))
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+def solve_block(place: Place, totals: Totals, ridges: tuple[float, ...], findings: Findings) -> None:
+    """Solve all that is linear in a block, and write maps and errors."""
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    strengths: dict[str, float] = {}
+    for split, signal in totals.moments:
+        if split != "train":
+            continue
+        sums = totals.moments["train", signal], totals.moments["held-out", signal]
+        weight, bias, strengths[signal], errors[signal] = best_ridge(*sums, ridges)
+        if signal.startswith("ffn."):
+            weight, bias = weight.float(), bias.float()
+        if signal != "input.text":  # what a text input follows from is not needed, only how well
+            tensors |= {f"{signal}/weight": weight, f"{signal}/bias": bias}
+    numbers = {"errors": errors, "ridges": strengths, "cosines": totals.cosines, "tokens": totals.tokens}
+    findings.write("forms", place, tensors, numbers)
 
 
 def analyze(
-    transformer: nn.Module,
-    adapter: Adapter,
+    source: Blocks,
     model: ModelInfo,
     calibration: Path,
     out: Path,
     settings: AnalyzeConfig,
     seed: int,
     protected: PlanConfig | None = None,
+    fingerprint: str | None = None,
 ) -> Analysis:
     """Analyze the teacher; write ``analysis.safetensors`` and then ``analysis.json`` into ``out``.
 
     Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
+        source: The teacher's blocks.
         model: Its description.
         calibration: The captured states.
         out: The run directory.
         settings: See :class:`AnalyzeConfig`.
         seed: Fixes the tokens kept for CKA, and the draws of them.
         protected: Names the protected blocks, which no interval takes; those of the default settings if None.
+        fingerprint: Of all that the result depends on: a sweep that was killed goes on at its block where it had the
+            same. None begins anew.
     """
     began = time.perf_counter()
     splits = {name: States(calibration, name) for name in ("train", "held-out")}
-    collectors = collect(transformer, adapter, splits, settings, seed)
-    conditions = conditioning(transformer, adapter, splits, settings.batch_size, seed)
-    stacks, matrices = [], {}
-    for spec in adapter.stacks:
-        blocks = adapter.blocks(transformer, spec)
-        if len(blocks) == 0:
-            continue
-        info = next(stack for stack in model.stacks if stack.name == spec.name)
-        free = free_blocks(model, info, protected or PlanConfig())  # type: ignore[call-arg]
-        found, maps = _analyze_stack(spec, blocks, collectors, settings, free)
-        stacks.append(replace(found, modulation_residual=_modulation_residual(spec, blocks, conditions)))
-        for (index, signal), (weight, bias) in maps.items():
-            matrices[f"{spec.name}/{index}/{signal}/weight"] = weight.float()
-            matrices[f"{spec.name}/{index}/{signal}/bias"] = bias.float()
-    for (stack, index, stream), condition in conditions.items():
-        matrices[f"{stack}/{index}/modulation.{stream}/mean"] = condition.fitted.mean.float()
-        matrices[f"{stack}/{index}/modulation.{stream}/root"] = condition.fitted.root.float()
-    held_out = collectors["held-out"]
+    counts = {name: len(states) for name, states in splits.items()}
+    folder = out / SWEEP
+    if fingerprint is None:
+        remove(folder)
+    findings, store = Findings(folder), StateStore(folder, fingerprint or "")
+    batches = batches_of(splits, settings.batch_size)
+    sums = BlockSums(
+        counts, settings.rows_per_feature, lambda place, totals: solve_block(place, totals, settings.ridges, findings)
+    )
+    tokens = KeptTokens(splits["held-out"], settings.cka_tokens, seed, findings)
+    modulations = Modulations(source, batches[0], splits, settings.batch_size, seed, findings)
+    with Progress("analyze", total=len(source.order) * sum(counts.values())) as progress:
+        forward_sweep(Course(source, batches, store), [sums, tokens, modulations, Counted(progress)])
+    found = []
+    for info in model.stacks:
+        if info.num_blocks:
+            free = free_blocks(model, info, protected or PlanConfig())  # type: ignore[call-arg]
+            found.append(_analyze_stack(source, source.stacks[info.name], findings, seed, free))
+    # the same tokens pass through all stacks: those of the first one count
+    first = [findings.numbers("forms", (stack.name, 0))["tokens"] for stack in found]
     analysis = Analysis(
         model=model,
-        stacks=tuple(stacks),
-        num_states=collectors["train"].state_index + held_out.state_index,
-        # the same tokens pass through all stacks: those of the first one count
-        num_tokens={stream: count for (_, stream), count in reversed(collectors["train"].tokens.items())},
+        stacks=tuple(found),
+        num_states=sum(counts.values()),
+        num_tokens={stream: int(n) for tokens in reversed(first) for stream, n in reversed(tokens.items()) if n},
         seconds=time.perf_counter() - began,
     )
-    write_tensors(out / "analysis.safetensors", matrices)
+    write_one_by_one(out / "analysis.safetensors", _matrices(source, findings, modulations))
     save_artifact(analysis, out / "analysis.json")
+    store.close()
     return analysis
 
 
-Maps = dict[tuple[int, str], tuple[Tensor, Tensor]]  # block; stream of a probe, or ffn.stream
+def _matrices(
+    source: Blocks, findings: Findings, modulations: Modulations
+) -> dict[str, tuple[Sequence[int], Callable[[], Tensor]]]:
+    """Probes, linear maps of networks, and what modulation layers are given: shapes, and what reads them."""
+    matrices: dict[str, tuple[Sequence[int], Callable[[], Tensor]]] = {}
+    for place in source.order:
+        here = f"{place[0]}/{place[1]}"
+        for name, shape in findings.shapes("forms", place).items():
+            matrices[f"{here}/{name}"] = shape, lambda place=place, name=name: findings.tensors("forms", place, name)[0]  # type: ignore[misc]
+        if source.stacks[place[0]].modulation:
+            for stream, layer in findings.numbers("modulation", place)["source"].items():
+                fitted = modulations.conditions[tuple(layer)].fitted
+                for name, tensor in (("mean", fitted.mean), ("root", fitted.root)):
+                    matrices[f"{here}/modulation.{stream}/{name}"] = tensor.shape, lambda tensor=tensor: tensor  # type: ignore[misc]
+    return matrices
 
 
 def _analyze_stack(
-    spec: StackSpec,
-    blocks: nn.ModuleList,
-    collectors: dict[str, Collector],
-    settings: AnalyzeConfig,
-    free: tuple[int, int],
-) -> tuple[StackAnalysis, Maps]:
-    """Solve probes, CKA, intervals and linearity of one stack from the sums."""
-    train, held_out, num_blocks = collectors["train"], collectors["held-out"], len(blocks)
-    probes: Maps = {}
-    errors: dict[str, list[float]] = {}
-    ridges: dict[str, list[float]] = {}
-    streams = [s for s in spec.inputs if (spec.name, "probe", num_blocks - 1, s) in train.moments]
-    for stream in streams:
-        for index in range(num_blocks):
-            key = (spec.name, "probe", index, stream)
-            weight, bias, ridge, error = best_ridge(train.moments[key], held_out.moments[key], settings.ridges)
-            probes[index, stream] = (weight, bias)
-            errors.setdefault(stream, []).append(error)
-            ridges.setdefault(stream, []).append(ridge)
-    tokens = {stream: held_out.cka_states(spec.name, stream) for stream in streams}
-    chains = {stream: [probes[i, stream] for i in range(num_blocks)] for stream in streams}
-    tables, drawn = drawn_ckas(tokens, chains, step_generator(held_out.seed, 0, Stream.CKA_HALVES))
-    shares = {stream: float(train.tokens[spec.name, stream]) for stream in streams}
+    source: Blocks, spec: StackSpec, findings: Findings, seed: int, free: tuple[int, int]
+) -> StackAnalysis:
+    """Put the findings of one stack together, and add CKA and intervals."""
+    places = [place for place in source.order if place[0] == spec.name]
+    forms = [findings.numbers("forms", place) for place in places]
+    streams = [stream for stream in spec.inputs if stream in forms[-1]["errors"]]
+    tokens = {stream: kept_levels(findings, spec.name, stream, len(places)) for stream in streams}
+
+    def probe(stream: str, index: int) -> tuple[Tensor, Tensor]:
+        weight, bias = findings.tensors("forms", places[index], f"{stream}/weight", f"{stream}/bias")
+        return weight.to(source.device), bias.to(source.device)
+
+    chains = {stream: Lazy(len(places), lambda index, s=stream: probe(s, index)) for stream in streams}  # type: ignore[misc]
+    tables, drawn = drawn_ckas(tokens, chains, step_generator(seed, 0, Stream.CKA_HALVES))
+    shares = {stream: float(forms[0]["tokens"][stream]) for stream in streams}
     cka = combine(tables, shares)
     low, high = free
     intervals = detect_intervals(cka, low, high - 1)
     again = [detect_intervals(combine(one, shares), low, high - 1) for one in drawn]
 
-    maps = dict(probes)
+    def errors(signal: str) -> tuple[float | None, ...]:
+        return tuple(form["errors"].get(signal) for form in forms)
 
-    def linearity(kind: str, stream: str) -> tuple[float | None, ...]:
-        found: list[float | None] = []
-        for index in range(num_blocks):
-            key = (spec.name, kind, index, stream)
-            if key not in train.moments:
-                found.append(None)
-                continue
-            weight, bias, _, error = best_ridge(train.moments[key], held_out.moments[key], settings.ridges)
-            found.append(error)
-            if kind == "ffn":
-                maps[index, f"ffn.{stream}"] = (weight, bias)
-        return tuple(found)
-
-    text = {"input": linearity("text", "text"), "output": tuple(errors["text"])} if spec.text_qkv else {}
-    found = StackAnalysis(
+    return StackAnalysis(
         name=spec.name,
         cka=tuple(map(tuple, cka)),
         cka_by_stream={stream: tuple(map(tuple, table)) for stream, table in tables.items()},
         intervals=tuple(intervals),
         interval_draws=len(again),
         interval_stability=stability(intervals, again) if again else (),
-        probe_error={stream: tuple(values) for stream, values in errors.items()},
-        ridge={stream: tuple(values) for stream, values in ridges.items()},
-        influence=tuple(
-            1 - held_out.cosine[spec.name, i][0] / held_out.cosine[spec.name, i][1] for i in range(num_blocks)
-        ),
-        ffn_linearity={stream: linearity("ffn", stream) for stream in spec.ffn},
-        text_linearity=text,
+        probe_error={stream: tuple(form["errors"][stream] for form in forms) for stream in streams},
+        ridge={stream: tuple(form["ridges"][stream] for form in forms) for stream in streams},
+        influence=tuple(1 - form["cosines"]["sum"] / form["cosines"]["count"] for form in forms),
+        ffn_linearity={stream: errors(f"ffn.{stream}") for stream in spec.ffn},
+        text_linearity={"input": errors("input.text"), "output": errors("text")} if spec.text_qkv else {},
+        modulation_residual=_modulation_residual(spec, places, findings),
     )
-    return found, maps
 
 
 def _modulation_residual(
-    spec: StackSpec, blocks: nn.ModuleList, conditions: Mapping[Layer, Conditioning]
+    spec: StackSpec, places: Sequence[Place], findings: Findings
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
     """For each stream and block, what each rank of the modulation layer misses where it was not fitted."""
-    found = {}
-    for stream, path in spec.modulation.items():
-        weights = [block.get_submodule(path).get_parameter("weight") for block in blocks]
-        if all((spec.name, index, stream) in conditions for index in range(len(blocks))):
-            found[stream] = tuple(
-                tuple(conditions[spec.name, index, stream].missed(weight).tolist())
-                for index, weight in enumerate(weights)
-            )
-    return found
+    if not spec.modulation:
+        return {}
+    missed: list[Mapping[str, Sequence[float]]] = [findings.numbers("modulation", place)["missed"] for place in places]
+    return {
+        stream: tuple(tuple(block[stream]) for block in missed)
+        for stream in spec.modulation
+        if all(stream in block for block in missed)
+    }

@@ -112,10 +112,10 @@ def chained_ckas(
         return _hsic((draws @ products.flatten(1)).reshape(-1, *products.shape[1:]))
 
     # CKA does not see shifts: of centred rows and without biases a chain is one product a block
-    maps = [(torch.eye(len(weight), dtype=weight.dtype, device=device) + weight).to(dtype) for weight, _ in probes]
     chains: list[Tensor] = []
     tables: list[Table] = [[[None] * num_blocks for _ in range(num_blocks)] for _ in draws]
-    for k, chain in enumerate(maps):
+    for k, (weight, _) in enumerate(probes):
+        chain = (torch.eye(len(weight), dtype=weight.dtype, device=device) + weight).to(dtype)
         target = _prepared(states[k + 1].to(device), dtype)
         own = hsic(target, target)
         chains.append(states[k] - states[k].mean(0, dtype=torch.float64).to(dtype))

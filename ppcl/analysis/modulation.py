@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.sweep import Batch, Seen
 from ppcl.capture.states import States
 from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
 from ppcl.modules.replacements import InputStatistics, residuals
+from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
-from ppcl.teacher.families import Adapter
+from ppcl.teacher.families import Adapter, StackSpec
 
 logger = logging.getLogger(__name__)
 Layer = tuple[str, int, str]  # stack, block, stream
@@ -77,9 +80,17 @@ def conditioning(
     layers = modulation_layers(transformer, adapter)
     if not layers:
         return {}
-    train, held_out = splits["train"], splits["held-out"]
-    sources = sources_of(transformer, layers, next(train.batches(batch, batch)))
+    sources = sources_of(transformer, layers, next(splits["train"].batches(batch, batch)))
     inner = {source: layers[source] for source in set(sources.values())}
+    known = _conditions_of(transformer, inner, splits, batch, seed)
+    return {layer: known[source] for layer, source in sources.items()}
+
+
+def _conditions_of(
+    transformer: nn.Module, layers: Mapping[Layer, nn.Module], splits: Mapping[str, States], batch: int, seed: int
+) -> dict[Layer, Conditioning]:
+    """What layers of the very first block are given."""
+    train, held_out = splits["train"], splits["held-out"]
     name = timestep_argument(train.calls)
     if name is None:
         logger.warning(
@@ -91,13 +102,81 @@ def conditioning(
     def statistics(states: States, draw: int, dense: bool) -> dict[Layer, InputStatistics]:
         generator = step_generator(seed, draw, Stream.TIMESTEPS)
         points = None if seen is None or not dense else timesteps(seen, ROWS, generator)
-        rows = modulation_inputs(transformer, inner, _calls(states, batch, name, points))
-        return {source: InputStatistics.of(found) for source, found in rows.items()}
+        rows = modulation_inputs(transformer, layers, _calls(states, batch, name, points))
+        return {source: InputStatistics.of(inputs) for source, inputs in rows.items()}
 
     fitted = statistics(train, 0, dense=True)
     judges = [statistics(held_out, 1, dense) for dense in ((False,) if seen is None else (False, True))]
-    known = {s: Conditioning(fitted[s], tuple(judge[s] for judge in judges)) for s in inner}
-    return {layer: known[source] for layer, source in sources.items()}
+    return {layer: Conditioning(fitted[layer], tuple(judge[layer] for judge in judges)) for layer in layers}
+
+
+class Modulations:
+    """Which modulation layers are given what the very first block's are, and what each rank of them misses.
+
+    A consumer of the forward sweep; its findings are ``source`` and ``missed``, by stream.
+
+    Args:
+        source: The teacher's blocks.
+        first: The first batch of the sweep, on which inputs are compared.
+        splits: ``train`` and ``held-out`` states.
+        size: States at a time.
+        seed: Fixes the timesteps.
+        findings: Receives the results.
+
+    Attributes:
+        conditions: Of the first block's layers, those of equal inputs once.
+    """
+
+    def __init__(
+        self, source: Blocks, first: Batch, splits: Mapping[str, States], size: int, seed: int, findings: Findings
+    ) -> None:
+        self.first, self.findings = first, findings
+        self.spec, self.index, self.block = source.stacks[source.order[0][0]], 0, nn.Module()
+        self.sources: dict[str, Layer] = {}
+        self.inputs: dict[Layer, Tensor] = {}
+        self.conditions: dict[Layer, Conditioning] = {}
+        if not self.spec.modulation:
+            return
+        with torch.no_grad(), source.block(self.spec.name, 0) as block:
+            paths = self.spec.modulation.items()
+            layers = {(self.spec.name, 0, stream): block.get_submodule(path) for stream, path in paths}
+            for layer, x in _inputs(source.transformer, layers, first.load().arguments).items():
+                if self._source(x) is None:
+                    self.inputs[layer] = x
+            distinct = {layer: layers[layer] for layer in self.inputs}
+            self.conditions = _conditions_of(source.transformer, distinct, splits, size, seed)
+
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        """Every block with a modulation counts."""
+        self.spec, self.index, self.block, self.sources = stack, index, block, {}
+        return list(stack.modulation.values()) if stack.modulation else None
+
+    def see(self, seen: Seen) -> None:
+        """Compare what the layers are given on the first batch."""
+        if seen.batch.number != self.first.number:
+            return
+        for stream, path in self.spec.modulation.items():
+            source = self._source(seen.layers[path][-1].input.flatten(0, -2))
+            if source is None:
+                _warn(self.spec.name, self.index, stream)
+            else:
+                self.sources[stream] = source
+
+    def finish(self) -> None:
+        """Judge the ranks of this block's layers."""
+        missed = {}
+        for stream, source in self.sources.items():
+            weight = self.block.get_submodule(self.spec.modulation[stream]).get_parameter("weight")
+            missed[stream] = self.conditions[source].missed(weight).tolist()
+        found = {"source": self.sources, "missed": missed}
+        self.findings.write("modulation", (self.spec.name, self.index), {}, found)
+
+    def _source(self, x: Tensor) -> Layer | None:
+        return next((layer for layer, known in self.inputs.items() if torch.equal(known, x)), None)
+
+
+def _warn(*layer: str | int) -> None:
+    logger.warning("%s.%d: the modulation of the %s depends on the blocks before; no low rank", *layer)
 
 
 def timestep_argument(calls: Sequence[Call]) -> str | None:
@@ -163,7 +242,7 @@ def sources_of(
         alike = (first for first in inputs if first[:2] == entrance and torch.equal(inputs[first], x))
         source = next(alike, None)
         if source is None:
-            logger.warning("%s.%d: the modulation of the %s depends on the blocks before; no low rank", *layer)
+            _warn(*layer)
         else:
             sources[layer] = source
     return sources
@@ -188,8 +267,9 @@ def _inputs(
         return hook
 
     handles = (module.register_forward_pre_hook(watch(layer)) for layer, module in layers.items())
+    device = next(weight.device for weight in transformer.parameters() if not weight.is_meta)
     with removing(handles), suppress(_Seen):
-        velocity(transformer, to_device(arguments, next(transformer.parameters()).device))
+        velocity(transformer, to_device(arguments, device))
     return found
 
 

@@ -7,8 +7,15 @@ all that is needed to fit y = x W + b by ridge regression and to know the error 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+from ppcl.training.distributed import Group
+
+K = TypeVar("K", bound=Hashable)
 
 
 class Moments:
@@ -74,6 +81,22 @@ class Moments:
     def variance(self) -> float:
         """Sum of ||y - mean y||^2."""
         return max(1e-300, self.yy - float(self.sum_y.pow(2).sum()) / self.count)
+
+
+def add_up(sums: Mapping[K, Moments], group: Group) -> dict[K, Moments]:
+    """Add up the sums of several processes under each name; some may be of a part of the processes only."""
+    if group.size == 1:
+        return dict(sums)
+    shapes = {name: (*m.xy.shape, m.xy.device.type) for name, m in sums.items()}  # each process has its own device
+    known = group.spread({rank: None for rank in range(group.size)}, lambda own: dict.fromkeys(own, shapes))
+    total: dict[K, Moments] = {}
+    for name, (inputs, outputs, device) in {k: v for found in known.values() for k, v in found.items()}.items():
+        moments = sums.get(name) or Moments(inputs, outputs, torch.device(device))
+        numbers = torch.tensor([moments.count, moments.yy], dtype=torch.float64, device=moments.xx.device)
+        group.sum_tensors([numbers, moments.sum_x, moments.sum_y, moments.xx, moments.xy])
+        moments.count, moments.yy = int(numbers[0]), float(numbers[1])
+        total[name] = moments
+    return total
 
 
 def best_ridge(fit: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, Tensor, float, float]:

@@ -146,7 +146,7 @@ class States:
 
     def together(self) -> list[list[Row]]:
         """The states that go through a model together, the shortest texts first."""
-        return self._by_shape([row for group in self.groups for row in group], len(self))
+        return self.by_shape([row for group in self.groups for row in group], len(self))
 
     def _roomiest(self, counts: Sequence[int]) -> dict[str, Any]:
         """Of batches with so many states of each of :meth:`together`, the one with the most numbers."""
@@ -193,10 +193,10 @@ class States:
 
     def weighed(self, rows: Sequence[Row], size: int) -> Iterator[tuple[Call, Share]]:
         """Yield states that go together, at most ``size``, and what each batch counts in means over all of them."""
-        pieces = self._by_shape(rows, size)
+        pieces = self.by_shape(rows, size)
         return ((self.batch(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
 
-    def _by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
+    def by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
         """Pieces of at most ``size`` states that go through a model together."""
         alike: dict[int, list[Row]] = {}
         for row in rows:
@@ -255,7 +255,7 @@ class States:
         """Yield this process's pieces of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]
-        pieces = [self._by_shape(part, len(rows)) or [[]] for part in parts]
+        pieces = [self.by_shape(part, len(rows)) or [[]] for part in parts]
         own = [[p for part in pieces[at : at + accumulate] for p in part] for at in range(0, count, accumulate)]
         most = max(map(len, own))  # a model that is split over the processes runs in all of them at once
         everything = [piece for each in own for piece in each + [[]] * (most - len(each))]

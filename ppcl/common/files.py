@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,26 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             save_file(contiguous, temporary, metadata=header)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(None, str(error)) from error
+
+
+def write_one_by_one(path: str | Path, tensors: Mapping[str, tuple[Sequence[int], Callable[[], Tensor]]]) -> None:
+    """Write tensors as safetensors in float32, atomically, with one of them in memory at a time.
+
+    Args:
+        path: The file.
+        tensors: By name the shape, and what reads the tensor.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, read in tensors.values():
+            file.write(read().detach().float().cpu().contiguous().numpy().data)
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], Any]:

@@ -38,6 +38,7 @@ class Stream(IntEnum):
     GATE_VALIDATION_BATCH = 75  # batches that it trains gates on
     CALIBRATION_SETS = 79  # sets of states to score units with
     TIMESTEPS = 83  # timesteps that modulation layers are fitted and judged at
+    PRICE_SIGNS = 84  # signs that backward sweeps put in front of the velocity
     CONTIGUOUS_REMOVALS = 89  # runs of blocks that the study takes away
     SCATTERED_REMOVALS = 97  # blocks apart from each other that it takes away
     PICTURE = 101  # noise of the evaluation's pictures

@@ -275,6 +275,11 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="autocast of forward passes (auto: bf16 on a GPU); fp32 loads the teacher in float32, too"
     )
+    blocks: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="whether analyze loads the transformer whole (resident) or reads it from its files block by block "
+        "(streamed); auto: whole if its weights fit the device's free memory; results are equal",
+    )
     processes: int | None = Field(
         None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"
     )

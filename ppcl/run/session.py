@@ -87,6 +87,24 @@ class Session:
 
         return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
 
+    def open_blocks(self) -> Any:
+        """The teacher's blocks, whole or read one by one, as ``blocks`` says; and say which."""
+        from ppcl.common.devices import weights_dtype
+        from ppcl.common.progress import announce
+        from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks, free_bytes, loaded_bytes
+
+        dtype = weights_dtype(self.device, self.config.precision)
+        needed, free = loaded_bytes(self.model, dtype).get("transformer", 0), free_bytes(self.device)
+        choice, reason = self.config.blocks, "as blocks says"
+        if choice == "auto":
+            choice = "resident" if "teacher" in vars(self) or needed < free else "streamed"
+            reason = "loaded already" if "teacher" in vars(self) else f"{free / 1e9:.1f} GB are free"
+        announce(f"blocks are {choice}: the transformer's weights take {needed / 1e9:.1f} GB; {reason}")
+        if choice == "resident":
+            return ResidentBlocks(self.teacher.transformer)
+        self.release_teacher()
+        return StreamedBlocks(self.model, self.device, dtype)
+
     def release_teacher(self) -> Any | None:
         """Give away the teacher's pipeline, if it is loaded; who asks for it later loads it again."""
         return vars(self).pop("teacher", None)

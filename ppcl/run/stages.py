@@ -16,7 +16,7 @@ from ppcl.run.session import Session
 from ppcl.run.stage import ORDER, Stage
 from ppcl.student.plan import CompressionPlan
 
-STATES, BUNDLE, PIPELINE, PICTURES = "calibration", "bundle", "pipeline", "eval"
+STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "pipeline", "eval"
 
 
 def _check_capture(session: Session) -> None:
@@ -40,32 +40,41 @@ def _capture(session: Session, _: None) -> None:
 
 
 def _analyze(session: Session, _: None) -> None:
+    from dataclasses import replace
+    from types import SimpleNamespace
+
     import torch
 
     from ppcl.analysis.analyze import analyze
     from ppcl.capture.states import States
+    from ppcl.teacher.blocks import StreamedBlocks, loaded_bytes
     from ppcl.teacher.call_arguments import batch_size, to_device
     from ppcl.teacher.calls import velocity
     from ppcl.teacher.description import describe
     from ppcl.teacher.families import check_inferred
     from ppcl.teacher.flops import count_flops
 
-    transformer, adapter = session.teacher.transformer, session.adapter
+    source = session.open_blocks()
     state = to_device(next(States(session.calibration, "held-out").batches(1)), session.device)
-    check_inferred(transformer, state, batch_size(state))
-    stacks = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
-    with torch.no_grad():
+    stacks = {name: list(source.adapter.blocks(source.transformer, spec)) for name, spec in source.stacks.items()}
+    with torch.no_grad(), source.whole() as transformer:
+        check_inferred(transformer, state, batch_size(state))
         flops = count_flops(transformer, stacks, lambda: velocity(transformer, state), batch_size(state))
-    model = describe(session.teacher, flops)
+    if isinstance(source, StreamedBlocks):  # the other components are not loaded for the sake of their size
+        sizes = loaded_bytes(session.model, source.dtype)
+        alone = SimpleNamespace(transformer=source.transformer, components={})
+        model = replace(describe(alone, flops), other_bytes=sum(sizes.values()) - sizes["transformer"])
+    else:
+        model = describe(session.teacher, flops)
     analyze(
-        transformer,
-        adapter,
+        source,
         model,
         session.calibration,
         session.out,
         session.config.analyze,
         session.config.seed,
         session.config.plan,
+        session.depends("analyze"),
     )
 
 
@@ -207,6 +216,7 @@ _ALL = (
         ("analysis.json", "analysis.safetensors"),
         _analyze,
         inputs={STATES: None},
+        on_the_way=(SWEEP,),
     ),
     Stage(
         "fit",

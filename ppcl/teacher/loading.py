@@ -19,6 +19,7 @@ from ppcl.modules.compressed import PREFIX, register
 from ppcl.modules.remote_code import MODULE
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 
+WEIGHTS_NAME = "diffusion_pytorch_model"
 EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "teacher"}
 
 
@@ -46,8 +47,8 @@ def stored_folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def stored_dtype(model: str) -> torch.dtype | None:
-    """The dtype that most bytes of a pipeline's stored transformer have.
+def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
+    """The dtype that most bytes of a pipeline's stored transformer have, in the files of a variant if there are any.
 
     Returns:
         float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
@@ -56,9 +57,10 @@ def stored_dtype(model: str) -> torch.dtype | None:
     if folder is None:
         return None
     files = sorted((folder / "transformer").glob("*.safetensors"))
+    of_variant = [file for file in files if variant and f".{variant}" in file.stem]
     plain = [file for file in files if "." not in file.stem]  # others are variants beside them
     sizes: Counter[str] = Counter()
-    for file in plain or files:
+    for file in of_variant or plain or files:
         for entry in read_tensor_header(file).values():
             begin, end = entry["data_offsets"]
             sizes[entry["dtype"]] += end - begin
@@ -89,7 +91,7 @@ def check_folder(folder: Path) -> None:
             "ppcl compresses diffusion transformers, not U-Nets"
         )
     _check_family(components["transformer"])
-    for name in ("diffusion_pytorch_model", "model"):
+    for name in (WEIGHTS_NAME, "model"):
         for listing in sorted(folder.glob(f"*/{name}.safetensors.index.json")):
             _check_shards(listing)
     for weights in sorted(folder.glob("*/*.safetensors")):
@@ -114,6 +116,29 @@ def _weight_map(listing: Path) -> dict[str, str]:
         return {str(name): str(file) for name, file in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{listing} is damaged ({error or type(error).__name__}); fetch the pipeline again") from None
+
+
+def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
+    """The file that holds each weight of a pipeline's transformer.
+
+    Args:
+        folder: The pipeline's.
+        variant: In the files' names; files without it are taken where there are none with it, and the other way round.
+
+    Raises:
+        ModelError: There are no safetensors, or one is damaged.
+    """
+    place = folder / "transformer"
+    for kind in dict.fromkeys((variant, None, weights_variant(folder))):
+        suffix = f".{kind}" if kind else ""
+        listing = place / f"{WEIGHTS_NAME}.safetensors.index{suffix}.json"
+        file = place / f"{WEIGHTS_NAME}{suffix}.safetensors"
+        if listing.is_file():
+            _check_shards(listing)
+            return {name: place / shard for name, shard in _weight_map(listing).items()}
+        if file.is_file():
+            return dict.fromkeys(read_tensor_header(file), file)
+    raise ModelError(f"{place} holds no {WEIGHTS_NAME}.safetensors; fetch the pipeline again")
 
 
 def absent_parts(folder: Path) -> list[str]:
@@ -290,7 +315,7 @@ def check_complete(model: str, transformer: Any) -> None:
 
 def _stored_names(folder: Path) -> set[str]:
     """Names of the tensors in a transformer's folder; empty where they are not in diffusers' own files."""
-    file = folder / "diffusion_pytorch_model.safetensors"
+    file = folder / f"{WEIGHTS_NAME}.safetensors"
     listing = folder / f"{file.name}.index.json"
     if listing.is_file():
         return set(_weight_map(listing))

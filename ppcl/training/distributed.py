@@ -156,6 +156,12 @@ class Group:
             for gradient, total in zip(bucket, pieces, strict=True):
                 gradient.copy_(total.view_as(gradient))
 
+    def sum_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors of all processes in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first process."""

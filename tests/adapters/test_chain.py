@@ -20,6 +20,7 @@ from ppcl.pruning.planner import plan
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import build_student, load_bundle
 from ppcl.teacher import call_arguments as trees
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import adapter_for
@@ -60,7 +61,7 @@ def test_analysis_plan_distillation_export(name, tmp_path, caplog):
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
     info = describe(SimpleNamespace(transformer=model, components={}))
-    analysis = analyze(model, adapter, info, states, tmp_path, ANALYZE, seed=0)
+    analysis = analyze(ResidentBlocks(model), info, states, tmp_path, ANALYZE, seed=0)
     probes = read_tensors(tmp_path / "analysis.safetensors")[0]
     candidates = fit(model, adapter, analysis, probes, states, tmp_path, FIT, seed=0)
     chosen = plan(analysis, candidates, PlanConfig(keep=0.999))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,25 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from ppcl.analysis.analyze import Collector, analyze
+import ppcl.analysis.analyze
+from ppcl.analysis.analyze import SWEEP, analyze
 from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import DRAWS, chained_cka, drawn_ckas
+from ppcl.analysis.findings import Findings
 from ppcl.analysis.intervals import detect_intervals
+from ppcl.analysis.kept_tokens import KeptTokens
+from ppcl.analysis.moments import Moments
+from ppcl.analysis.sums import BlockSums, Totals, sampled_tokens
+from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
+from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
-from ppcl.teacher.call_arguments import per_sample, take
-from ppcl.teacher.families import adapter_for
-from ppcl.teacher.trace import BlockCall, record_boundaries
+from ppcl.teacher.blocks import Place, ResidentBlocks
+from ppcl.teacher.families import StackSpec, adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 Calls = dict[str, list[dict[str, Any]]]
 RIDGES = (1e-4, 1e-1)
@@ -50,13 +59,18 @@ def in_float64(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    transformer: nn.Module, calls: Calls, folder: Path, plan: PlanConfig | None = None, **settings: Any
+    transformer: nn.Module,
+    calls: Calls,
+    folder: Path,
+    plan: PlanConfig | None = None,
+    fingerprint: str | None = None,
+    **settings: Any,
 ) -> Analysis:
     for split, recorded in calls.items():
         write_states(folder / "calibration", split, recorded)
     config = AnalyzeConfig(**{"cka_tokens": 64, "batch_size": 3, "ridges": RIDGES, **settings})
-    adapter, model = adapter_for(transformer), describe_alone(transformer)
-    return analyze(transformer, adapter, model, folder / "calibration", folder, config, 0, plan)
+    source, model = ResidentBlocks(transformer), describe_alone(transformer)
+    return analyze(source, model, folder / "calibration", folder, config, 0, plan, fingerprint)
 
 
 def numbers(analysis: Analysis) -> list[float]:
@@ -94,19 +108,24 @@ def test_batch_size_does_not_matter(batch: int, rows: int, tmp_path: Path) -> No
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
 
-def test_the_sums_take_a_share_of_the_tokens_and_every_place_alike() -> None:
+def swept(transformer: nn.Module, calls: Calls, folder: Path, consumers: Sequence[Any]) -> None:
+    """A forward sweep over some calls, kept in memory."""
+    for split, recorded in calls.items():
+        write_states(folder / "calibration", split, recorded)
+    splits = {split: States(folder / "calibration", split) for split in calls}
+    course = Course(ResidentBlocks(transformer), batches_of(splits, 4), StateStore(folder / "sweep", "test"))
+    forward_sweep(course, consumers)
+
+
+def test_the_sums_take_a_share_of_the_tokens_and_every_place_alike(tmp_path: Path) -> None:
     """30 states of 6 tokens, 32 features, one row a feature: every fifth token, one later in each state."""
-    transformer = tiny_qwen(2)
-    collector = Collector(transformer, adapter_for(transformer), 0, 30, seed=0, rows_per_feature=1)
-    with torch.no_grad():
-        for seed in range(3):
-            collector.run(qwen_call(10, seed=seed))
-    assert collector.moments[DUAL, "probe", 0, "image"].count == 30 * 6 // 5
-    assert collector.moments[DUAL, "ffn", 1, "image"].count == 30 * 6 // 5
-    assert collector.tokens[DUAL, "image"] == 30 * 6
-    collector.state_index = 0
-    call = BlockCall(collector.adapter.stacks[0], 0, {}, {}, {})
-    chosen = collector._sampled(call, "image", torch.zeros(30, 6, 32), None)
+    found: dict[int, Totals] = {}
+    sums = BlockSums({"train": 30}, 1, lambda place, totals: found.update({place[1]: totals}))
+    swept(tiny_qwen(2), {"train": [qwen_call(10, seed=seed) for seed in range(3)]}, tmp_path, [sums])
+    assert found[0].moments["train", "image"].count == 30 * 6 // 5
+    assert found[1].moments["train", "ffn.image"].count == 30 * 6 // 5
+    assert found[0].tokens["image"] == 30 * 6
+    chosen = sampled_tokens(torch.zeros(30, 6, 32), None, first=0, num_states=30, rows_per_feature=1)
     assert chosen is not None
     assert chosen.sum(0).tolist() == [6] * 6
 
@@ -233,52 +252,97 @@ def test_too_few_tokens_for_cka(tmp_path: Path) -> None:
         run(tiny_qwen(2), calls, tmp_path)
 
 
-def held(collector: Collector) -> tuple[int, int]:
-    """Numbers held by a collector in kept tokens, and in everything else."""
-    seen: dict[int, int] = {}
+class Watch:
+    """The most numbers that a consumer holds while its block is there."""
 
-    def visit(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.numel()
-        if id(value) in seen or isinstance(value, nn.Module):
-            return 0
-        seen[id(value)] = 1
-        if isinstance(value, dict):
-            return sum(map(visit, value.values()))
-        if isinstance(value, list | tuple | set):
-            return len(value) + sum(map(visit, value))
-        return visit(vars(value)) if hasattr(value, "__dict__") else 0
+    def __init__(self, consumer: Any) -> None:
+        self.consumer, self.most = consumer, 0
 
-    parts = dict(vars(collector))
-    del parts["adapter"]
-    kept = parts.pop("kept")
-    del parts["groups"]  # one number a kept token
-    return sum(t.numel() for levels in kept.values() for level in levels for t in level), visit(parts)
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        assert tensors_in(self.consumer) == 0
+        return None if self.consumer.begin(stack, index, block) is None else ()
+
+    def see(self, seen: Seen) -> None:
+        self.consumer.see(seen)
+        self.most = max(self.most, tensors_in(self.consumer))
+
+    def finish(self) -> None:
+        self.consumer.finish()
+        assert tensors_in(self.consumer) == 0
 
 
-@pytest.mark.parametrize("tokens", [16, 20, 0])
-def test_memory_does_not_grow_with_the_states(tokens: int, tmp_path: Path) -> None:
+def tensors_in(value: Any) -> int:
+    """Numbers in all tensors of a consumer, its settings aside."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, States | nn.Module | type):
+        return 0
+    if isinstance(value, dict):
+        return sum(map(tensors_in, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(tensors_in, value))
+    return tensors_in(vars(value)) if isinstance(value, BlockSums | KeptTokens | Totals | Moments) else 0
+
+
+@pytest.mark.parametrize("tokens", [16, 20])
+def test_memory_grows_neither_with_the_states_nor_with_the_blocks(tokens: int, tmp_path: Path) -> None:
+    """A consumer holds what it needs of one block, and nothing between two."""
+    call, most = qwen_call(12, padded=True), []
+    for number, blocks in ((1, 2), (5, 4)):
+        folder, calls = tmp_path / str(number), {"held-out": [call] * number}
+        write_states(folder / "calibration", "held-out", calls["held-out"])
+        states = States(folder / "calibration", "held-out")
+        sums = Watch(BlockSums({"held-out": len(states)}, 0, lambda *_: None))
+        kept = Watch(KeptTokens(states, tokens, 0, Findings(folder)))
+        swept(tiny_qwen(blocks), calls, folder, [sums, kept])
+        assert 0 < kept.most <= tokens * 32 * 2 * 2  # features, before and after, streams
+        most.append(sums.most)
+    assert most[0] == most[1]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_a_killed_analysis_goes_on_at_its_block_with_the_same_bits(
+    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppcl.analysis.analyze, "StateStore", partial(StateStore, memory=0))
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    expected = run(tiny_qwen(4), qwen_calls(), whole)
+    solve, solved = ppcl.analysis.analyze.solve_block, []
+
+    def killed(place: Place, *rest: Any) -> None:
+        if place[1] == index:
+            raise Killed
+        solve(place, *rest)
+
+    def counted(place: Place, *rest: Any) -> None:
+        solved.append(place[1])
+        solve(place, *rest)
+
+    monkeypatch.setattr(ppcl.analysis.analyze, "solve_block", killed)
+    with pytest.raises(Killed):
+        run(tiny_qwen(4), qwen_calls(), again, fingerprint="same")
+    assert (again / SWEEP).is_dir()
+    monkeypatch.setattr(ppcl.analysis.analyze, "solve_block", counted)
+    found = run(tiny_qwen(4), qwen_calls(), again, fingerprint="same")
+    assert solved == list(range(index, 4))
+    assert dataclasses.replace(found, seconds=0) == dataclasses.replace(expected, seconds=0)
+    first, second = ((folder / "analysis.safetensors").read_bytes() for folder in (whole, again))
+    assert first == second
+    assert not (again / SWEEP).exists()
+
+
+def test_hooks_are_removed_even_after_an_error(tmp_path: Path) -> None:
     transformer = tiny_qwen(2)
-    call = qwen_call(12, padded=True)
-    write_states(tmp_path, "held-out", [call] * 5)
-    states = States(tmp_path, "held-out")
-    sizes = []
-    for batches in (2, 15):
-        collector = Collector(transformer, adapter_for(transformer), tokens, 4 * batches, seed=0)
-        with torch.no_grad():
-            for batch, _ in zip(states.batches(4), range(batches), strict=False):
-                collector.run(batch)
-        kept, rest = held(collector)
-        assert kept <= tokens * 32 * 3 * 2  # features, levels, streams
-        assert (kept > 0) == (tokens > 0)
-        sizes.append(rest)
-    assert sizes[0] == sizes[1]
-    assert take(call, [0], per_sample(call))["hidden_states"].shape[0] == 1
 
+    def fail(*_: Any) -> None:
+        raise Killed
 
-def test_hooks_are_removed_even_after_an_error() -> None:
-    transformer = tiny_qwen(2)
-    collector = Collector(transformer, adapter_for(transformer), 8, 1, seed=0)
-    with pytest.raises(TypeError):
-        collector.run({"hidden_states": torch.zeros(1, 6, 16), "nonsense": 1})
-    assert not any(module._forward_hooks for module in transformer.modules())
+    handle = transformer.transformer_blocks[1].img_mlp.register_forward_pre_hook(fail)
+    with pytest.raises(Killed):
+        run(transformer, qwen_calls(), tmp_path)
+    handle.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())

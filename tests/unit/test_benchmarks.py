@@ -77,3 +77,9 @@ def test_scaling_counts_the_processes(benchmark):
     text = benchmark("scaling", "--steps", "3", "--processes", "1,2")
     assert "| 1 |" in text
     assert "| 2 |" in text
+
+
+def test_streamed_run(benchmark):
+    text = benchmark("streamed_run", "--blocks", "2", "--states", "4")
+    assert float(cells(text, "2 ")[2]) > 0
+    assert "width 256" in text

@@ -33,6 +33,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.json"]
 
 
+def test_tensors_one_by_one_are_those_of_any_other_file(tmp_path: Path) -> None:
+    tensors = {"x": noise(2, 3), "turned": noise(4, 5).double().T, "empty": torch.empty(0, 7), "flat": noise(5)}
+    path = tmp_path / "x.safetensors"
+    files.write_one_by_one(path, {name: (t.shape, lambda t=t: t) for name, t in tensors.items()})  # type: ignore[misc]
+    found, _ = files.read_tensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in tensors.items())
+    assert files.read_tensor_header(path)["turned"]["shape"] == [5, 4]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     linked = tmp_path / "teacher.bin"

@@ -35,6 +35,7 @@ from ppcl.distill.local import local_backward
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run import Run
 from ppcl.student.assembly import STARTS, patched, start_block
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 
@@ -170,8 +171,8 @@ def prepared(tmp_path: Path) -> tuple[Any, Analysis, Path]:
     transformer = tiny_qwen(4)
     write_states(tmp_path / "calibration", "train", [qwen_call(4, seed=s, padded=True) for s in (0, 10, 20)])
     write_states(tmp_path / "calibration", "held-out", [qwen_call(4, seed=30, padded=True)])
-    about = adapter_for(transformer), describe_alone(transformer)
-    analysis = analyze(transformer, *about, tmp_path / "calibration", tmp_path, AnalyzeConfig(), 0, NONE)
+    source, model = ResidentBlocks(transformer), describe_alone(transformer)
+    analysis = analyze(source, model, tmp_path / "calibration", tmp_path, AnalyzeConfig(), 0, NONE)
     return transformer, analysis, tmp_path
 
 

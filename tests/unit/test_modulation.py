@@ -20,6 +20,7 @@ from ppcl.capture.trajectories import SPLITS
 from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig
 from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import Call
 from ppcl.teacher.families import adapter_for
 
@@ -50,7 +51,7 @@ def analyzed(transformer: Any, folder: Path, call: Any) -> tuple[Analysis, dict[
     record(folder, call, transformer)
     config = AnalyzeConfig(cka_tokens=16, batch_size=STEPS)
     model = describe_alone(transformer)
-    found = analyze(transformer, adapter_for(transformer), model, folder / "calibration", folder, config, 0)
+    found = analyze(ResidentBlocks(transformer), model, folder / "calibration", folder, config, 0)
     return found, read_tensors(folder / "analysis.safetensors")[0]
 
 

@@ -7,15 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import DUAL, flux_call, padded_batch, qwen_call, random_substitutes, tiny_flux, tiny_qwen, write_states
+from test_analyze import numbers
+from tiny_models import (
+    DUAL,
+    describe_alone,
+    flux_call,
+    padded_batch,
+    qwen_call,
+    random_substitutes,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.analysis.analyze import Collector
+from ppcl.analysis.analyze import analyze
 from ppcl.capture.padding import check_padding
 from ppcl.capture.states import PADDING, States
-from ppcl.common.files import read_json
+from ppcl.capture.trajectories import SPLITS
+from ppcl.common.files import read_json, read_tensors, write_json
+from ppcl.config import AnalyzeConfig
 from ppcl.distill.local import local_backward
 from ppcl.errors import ArtifactError
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import SINGLE, WHOLE, Group, add_up
@@ -134,28 +148,22 @@ def test_a_damaged_record_is_one_line(tmp_path: Path) -> None:
         States(tmp_path, "train")
 
 
-def test_sums_of_the_analysis_leave_padding_out(tmp_path: Path) -> None:
+def test_the_analysis_leaves_padding_out(tmp_path: Path) -> None:
     teacher = tiny_qwen(3)
-    write_states(tmp_path, "train", CALLS)
-    sums = []
-    for text_mask in ("", MASK):
-        states = States(tmp_path, "train", text_mask)
-        collector = Collector(teacher, adapter_for(teacher), 24, len(states), 0)
-        with torch.no_grad():
-            for call in states.answered(12):
-                collector.run(call.arguments)
-        sums.append(collector)
-    apart, together = sums
-    assert together.tokens == apart.tokens
-    assert together.moments.keys() == apart.moments.keys()
-    for key, moments in together.moments.items():
-        for name, value in vars(moments).items():
-            assert torch.allclose(
-                torch.as_tensor(value), torch.as_tensor(vars(apart.moments[key])[name]), 1e-4, 1e-3
-            ), key
-    for key, levels in together.kept.items():
-        for level, expected in zip(levels, apart.kept[key], strict=True):
-            assert torch.allclose(torch.cat(level), torch.cat(expected), atol=1e-5)
+    analyses, matrices = [], []
+    for name, text_mask in (("apart", ""), ("together", MASK)):
+        calibration = tmp_path / name / "calibration"
+        for split in SPLITS:
+            write_states(calibration, split, CALLS)
+        write_json(calibration / PADDING, {"mask": text_mask})
+        settings = AnalyzeConfig(cka_tokens=64, batch_size=12, ridges=(1e-4, 1e-1))
+        common = (describe_alone(teacher), calibration, tmp_path / name, settings, 0)
+        analyses.append(analyze(ResidentBlocks(teacher), *common))
+        matrices.append(read_tensors(tmp_path / name / "analysis.safetensors")[0])
+    assert numbers(analyses[1]) == pytest.approx(numbers(analyses[0]), rel=1e-3, abs=1e-4)
+    assert matrices[0].keys() == matrices[1].keys()
+    for key, matrix in matrices[0].items():
+        assert torch.allclose(matrices[1][key], matrix, rtol=1e-3, atol=1e-3), key
 
 
 def test_a_resumed_run_makes_the_same_batches(tmp_path: Path) -> None:

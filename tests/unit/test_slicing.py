@@ -34,6 +34,7 @@ from ppcl.pruning.planner import plan
 from ppcl.student.assembly import with_blocks
 from ppcl.student.bundle import Bundle, build_student, load_bundle
 from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_flops, count_params
@@ -172,7 +173,7 @@ def prepared(family: str) -> tuple[Any, Analysis, WidthResult, TemporaryDirector
     flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), 1)
     config = AnalyzeConfig(cka_tokens=16, batch_size=6)
     model = describe_alone(transformer, flops)
-    analysis = analyze(transformer, adapter, model, folder / "calibration", folder, config, 0)
+    analysis = analyze(ResidentBlocks(transformer), model, folder / "calibration", folder, config, 0)
     tensors = read_tensors(folder / "analysis.safetensors")[0]
     batches = list(States(folder / "calibration", "held-out").batches(6, 6))
     settings = FitConfig(width=("modulation", "ffn", "attention", "text"), width_shares=(0.5,))

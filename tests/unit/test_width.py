@@ -54,6 +54,7 @@ from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.prediction import predict
 from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_flops, count_params
@@ -118,7 +119,12 @@ def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analy
     flops = count_flops(transformer, stacks, lambda: velocity(transformer, one), 1)
     model = describe_alone(transformer, flops)
     analysis = analyze(
-        transformer, adapter, model, folder / "calibration", folder, AnalyzeConfig(cka_tokens=16, batch_size=6), 0
+        ResidentBlocks(transformer),
+        model,
+        folder / "calibration",
+        folder,
+        AnalyzeConfig(cka_tokens=16, batch_size=6),
+        0,
     )
     tensors = read_tensors(folder / "analysis.safetensors")[0]
     batches = list(States(folder / "calibration", "held-out").batches(6, 6))

@@ -1,0 +1,69 @@
+"""What a sweep finds out about each block, on disk as soon as the block leaves; read back a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ppcl.common.files import read_tensor_header, write_tensors
+from ppcl.teacher.blocks import Place
+
+T = TypeVar("T")
+
+
+class Findings:
+    """A file for each block and kind of finding.
+
+    Args:
+        folder: The sweep's: what is here goes when the sweep begins anew, and when it is done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, kind: str, place: Place, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Write what was found about a block."""
+        write_tensors(self._path(kind, place), tensors, numbers)
+
+    def numbers(self, kind: str, place: Place) -> Any:
+        """The numbers of a finding."""
+        with safe_open(self._path(kind, place), framework="pt") as file:
+            return json.loads(file.metadata()["ppcl"])
+
+    def tensors(self, kind: str, place: Place, *names: str) -> list[Tensor]:
+        """Some tensors of a finding; nothing else is read."""
+        with safe_open(self._path(kind, place), framework="pt") as file:
+            return [file.get_tensor(name).clone() for name in names]
+
+    def shapes(self, kind: str, place: Place) -> dict[str, list[int]]:
+        """The shape of each tensor of a finding."""
+        return {name: entry["shape"] for name, entry in read_tensor_header(self._path(kind, place)).items()}
+
+    def _path(self, kind: str, place: Place) -> Path:
+        return self.folder / f"{kind}-{place[0]}-{place[1]}.safetensors"
+
+
+class Lazy(Sequence[T]):
+    """A sequence whose items are read when they are asked for, every time."""
+
+    def __init__(self, size: int, read: Callable[[int], T]) -> None:
+        self.size, self.read = size, read
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self.read(number) for number in range(*index.indices(self.size))]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.read(index)

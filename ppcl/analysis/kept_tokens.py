@@ -1,0 +1,103 @@
+"""A few held-out tokens through all levels, for the CKA table; a consumer of the forward sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.analysis.cka import GROUPS, sample_rows
+from ppcl.analysis.findings import Findings, Lazy
+from ppcl.analysis.sweep import Seen
+from ppcl.capture.states import States
+from ppcl.common.streams import Stream, step_generator
+from ppcl.errors import UserError
+from ppcl.teacher.blocks import Place
+from ppcl.teacher.families import StackSpec
+from ppcl.teacher.families.masks import valid_tokens
+
+KIND = "tokens"
+
+
+class KeptTokens:
+    """Keeps a few tokens of each held-out state, the same ones at every block; independent of the batch size.
+
+    Args:
+        states: The held-out ones.
+        count: Tokens a stream to keep, at most: one of every so many states, or several of each.
+        seed: Fixes which.
+        findings: Receives them.
+    """
+
+    def __init__(self, states: States, count: int, seed: int, findings: Findings) -> None:
+        self.seed, self.findings = seed, findings
+        self.quota, self.stride = max(1, count // len(states)), -(-len(states) // count)
+        prompts = dict.fromkeys(mark.prompt for mark in states.marks.values())
+        numbers = {prompt: number for number, prompt in enumerate(prompts)}
+        self.groups = {row: numbers[mark.prompt] % GROUPS for row, mark in states.marks.items()}
+        self.place: Place = ("", 0)
+        self.kept: dict[str, list[Tensor]] = {}  # by stream, before/ and after/ the block
+        self.owners: dict[str, list[int]] = {}  # the group of each token
+
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        """Every block counts, and no layer inside it."""
+        self.place, self.kept, self.owners = (stack.name, index), {}, {}
+        return ()
+
+    def see(self, seen: Seen) -> None:
+        """Keep tokens of a held-out batch."""
+        if seen.batch.split != "held-out":
+            return
+        masks = valid_tokens(seen.call.stack, seen.call.arguments)
+        for stream, before in seen.call.inputs.items():
+            after = seen.call.outputs[stream]
+            if after is not None:
+                rows = self._rows(seen, stream, before, masks.get(stream))
+                self._keep(f"after/{stream}", after, rows)
+                if seen.call.index == 0:
+                    self._keep(f"before/{stream}", before, rows)
+
+    def finish(self) -> None:
+        """Write them."""
+        tensors = {name: torch.cat(parts) for name, parts in self.kept.items()}
+        self.findings.write(KIND, self.place, tensors, {"owners": self.owners})
+        self.kept, self.owners = {}, {}
+
+    def _rows(self, seen: Seen, stream: str, before: Tensor, valid: Tensor | None) -> Tensor:
+        """Which of a batch's (B * tokens) rows are kept."""
+        picked = [torch.empty(0, dtype=torch.long)]
+        for row, place in enumerate(seen.batch.rows):
+            number = seen.batch.first + row
+            if number % self.stride:
+                continue
+            available = torch.arange(before.shape[1]) if valid is None else valid[row].cpu().nonzero()[:, 0]
+            generator = step_generator(self.seed, number, Stream.CKA_TOKENS)
+            chosen = available[sample_rows(len(available), self.quota, generator)]
+            picked.append(chosen + row * before.shape[1])
+            self.owners.setdefault(stream, []).extend([self.groups[place]] * len(chosen))
+        return torch.cat(picked).to(before.device)
+
+    def _keep(self, name: str, states: Tensor, rows: Tensor) -> None:
+        self.kept.setdefault(name, []).append(states.flatten(0, 1)[rows].float().cpu())
+
+
+def kept_levels(findings: Findings, stack: str, stream: str, blocks: int) -> tuple[Sequence[Tensor], list[int]]:
+    """The kept tokens of a stack, M + 1 levels of (n, d) by groups of prompts; and the tokens of each group.
+
+    Raises:
+        UserError: There are too few for CKA.
+    """
+    owners = torch.tensor(findings.numbers(KIND, (stack, 0))["owners"].get(stream, []))
+    if len(owners) < 4:
+        raise UserError(
+            f"CKA needs at least 4 held-out tokens of the {stream} stream, got {len(owners)}; "
+            "raise capture.num_prompts or capture.states_per_prompt"
+        )
+    order = owners.argsort(stable=True)
+
+    def level(number: int) -> Tensor:
+        place, name = (stack, max(0, number - 1)), f"{'after' if number else 'before'}/{stream}"
+        return findings.tensors(KIND, place, name)[0][order]
+
+    return Lazy(blocks + 1, level), owners.bincount(minlength=GROUPS).tolist()

@@ -1,0 +1,260 @@
+"""Where a sweep gets the teacher's blocks from: a loaded transformer, or the pipeline's files, a block at a time.
+
+Either way a transformer is there whose parts outside the block lists are ready to run. Of streamed blocks it holds
+the modules without weights; these are read from the safetensors when a block's turn comes, and freed after. Two
+blocks are in memory at most: the present one, and the next one, which a thread reads meanwhile.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.common.files import read_json, read_tensor_header
+from ppcl.errors import ModelError
+from ppcl.modules.compressed import register
+from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
+from ppcl.teacher.loading import check_model, stored_dtype, stored_folder, weight_files
+
+Place = tuple[str, int]  # a block: its stack, and its number in it
+
+
+class Blocks(ABC):
+    """The blocks of a transformer, one after the other.
+
+    Args:
+        transformer: Its parts outside the blocks can run; its block lists are not to be called.
+        device: Where blocks are when they are lent.
+
+    Attributes:
+        adapter: The transformer's family.
+        stacks: Its block lists by name.
+        order: All blocks but the fixed tails, in execution order.
+    """
+
+    def __init__(self, transformer: Any, device: torch.device) -> None:
+        self.transformer, self.device = transformer, device
+        self.adapter: Adapter = adapter_for(transformer)
+        self.stacks: dict[str, StackSpec] = {spec.name: spec for spec in self.adapter.stacks}
+        self.order: list[Place] = [
+            (spec.name, index)
+            for spec in self.adapter.stacks
+            for index in range(len(self.adapter.blocks(transformer, spec)))
+        ]
+
+    @abstractmethod
+    def walk(self, places: Sequence[Place]) -> Generator[nn.Module]:
+        """Lend blocks in this order; each until the next one is asked for."""
+
+    @contextmanager
+    def block(self, stack: str, index: int) -> Iterator[nn.Module]:
+        """Lend one block."""
+        with closing(self.walk([(stack, index)])) as lent:
+            yield next(lent)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """Lend the transformer to be called as a whole, for what needs few calls."""
+        yield self.transformer
+
+    def _module(self, place: Place) -> nn.Module:
+        blocks: nn.ModuleList = getattr(self.transformer, place[0])
+        return blocks[place[1]]
+
+
+class ResidentBlocks(Blocks):
+    """The blocks of a transformer that is loaded whole.
+
+    Args:
+        transformer: The teacher's, on its device.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__(transformer, next(transformer.parameters()).device)
+
+    def walk(self, places: Sequence[Place]) -> Generator[nn.Module]:
+        """Lend blocks in this order."""
+        for place in places:
+            yield self._module(place)
+
+
+class StreamedBlocks(Blocks):
+    """Blocks that are read from a pipeline's files when their turn comes.
+
+    Weights are those that ``from_pretrained(torch_dtype=dtype)`` would load, bit for bit: in ``dtype``, but for the
+    modules that the class keeps in float32.
+
+    Args:
+        model: ``emoji``, a pipeline folder, or a hub id whose files are in the cache.
+        device: Where blocks and all other parts go.
+        dtype: Of the weights; as most of them are stored if None, on a CPU too.
+        variant: In the weights' file names.
+
+    Raises:
+        ModelError: The files are not here, quantised, damaged, or lack a weight.
+    """
+
+    def __init__(
+        self, model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+    ) -> None:
+        check_model(model)
+        folder = stored_folder(model)
+        if folder is None:
+            raise ModelError(f"the files of model {model!r} are not here; fetch them first: hf download {model}")
+        self._files = weight_files(folder, variant)
+        dtype = dtype or stored_dtype(model, variant)
+        if dtype is None:
+            raise ModelError(f"the transformer of {model!r} is quantised, and its blocks cannot be read one by one")
+        self.dtype, self._model = dtype, model
+        super().__init__(_without_weights(folder, dtype), device)
+        streamed = {f"{stack}.{index}" for stack, index in self.order}
+        names = [n for n in self.transformer.state_dict() if ".".join(n.split(".")[:2]) not in streamed]
+        weights = self._read(names)
+        self._assign(self.transformer, weights, strict=False)
+        for module in self.transformer.modules():  # buffers that no file holds, of the blocks too
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+
+    def walk(self, places: Sequence[Place]) -> Generator[nn.Module]:
+        """Lend blocks in this order; the next one is read while the present one is lent."""
+        if not places:
+            return
+        with ThreadPoolExecutor(1, "blocks") as reader:
+            ahead = reader.submit(self._weights, places[0])
+            for number, place in enumerate(places):
+                weights = ahead.result()
+                block, following = self._module(place), places[number + 1 : number + 2]
+                ahead = reader.submit(self._weights, following[0] if following else None)
+                self._assign(block, weights)
+                del weights
+                try:
+                    yield block
+                finally:
+                    self._free(block)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """Lend the transformer; each block is read when it is called, and freed after."""
+        handles = []
+        for place in self.order:
+
+            def load(block: nn.Module, _: Any, place: Place = place) -> None:
+                self._assign(block, self._weights(place))
+
+            def free(block: nn.Module, *_: Any) -> None:
+                self._free(block)
+
+            block = self._module(place)
+            handles.append(block.register_forward_pre_hook(load, prepend=True))
+            handles.append(block.register_forward_hook(free, always_call=True))
+        try:
+            yield self.transformer
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _free(self, block: nn.Module) -> None:
+        self._assign(block, {name: torch.empty_like(t, device="meta") for name, t in block.state_dict().items()})
+
+    def _assign(self, module: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+        try:
+            module.load_state_dict(weights, strict, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ModelError(
+                f"model {self._model!r}: the transformer's config.json and its weights disagree ({reason}); "
+                "mend config.json, or fetch it again"
+            ) from None
+
+    def _weights(self, place: Place | None) -> dict[str, Tensor]:
+        """The weights of a block, on the device, by their names inside it."""
+        if place is None:
+            return {}
+        prefix = f"{place[0]}.{place[1]}."
+        read = self._read([prefix + name for name in self._module(place).state_dict()])
+        return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read weights into memory of their own; the files are mapped, and closed again."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self._files:
+                raise ModelError(
+                    f"model {self._model!r}: the transformer's config.json and its weights disagree (the files have "
+                    f"no '{name}'); mend config.json, or fetch it again"
+                )
+            by_file.setdefault(self._files[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            found |= self._read_file(file, wanted)
+        return found
+
+    def _read_file(self, file: Path, names: Sequence[str]) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        float32 = set(self.transformer._keep_in_fp32_modules or ())
+        found = {}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    tensor = opened.get_tensor(name)
+                    dtype = torch.float32 if float32 & set(name.split(".")) else self.dtype
+                    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+                    # a copy even where nothing changes: the file's pages are not to be waited for while a block runs
+                    found[name] = tensor.to(self.device, dtype, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read ({error}); fetch it again") from None
+        return found
+
+
+def loaded_bytes(model: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each component's weights as they would be loaded; nothing of a model whose files are not here."""
+    folder = stored_folder(model)
+    if folder is None:
+        return {}
+    sizes: dict[str, int] = {}
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = list(part.glob("*.safetensors"))
+        plain = [file for file in files if "." not in file.stem]  # others are variants beside them
+        entries = [entry for file in plain or files for entry in read_tensor_header(file).values()]
+        numbers = sum(prod(entry["shape"]) for entry in entries if "F" in entry["dtype"])
+        sizes[part.name] = numbers * dtype.itemsize
+    return sizes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline's transformer with all its modules, tables and buffers, but no weights; see diffusers' own loading."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    register(ADAPTERS)
+    name = read_json(folder / "model_index.json")["transformer"][1]
+    config: Mapping[str, Any] = read_json(folder / "transformer" / "config.json")
+    if "quantization_config" in config:
+        raise ModelError(f"the transformer of {folder} is quantised, and its blocks cannot be read one by one")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does: of tables that are made when the model is built
+    try:
+        with init_empty_weights():
+            transformer = getattr(diffusers, name).from_config(config)
+    finally:
+        torch.set_default_dtype(default)
+    return transformer.eval().requires_grad_(False)
