@@ -25,9 +25,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# two processes of one thread each are three times as fast as one process of two threads
+# two processes of one thread each are three times as fast as one process of two threads; tests/tested_set.py runs the
+# suite in random orders
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -p no:randomly
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
