@@ -45,7 +45,9 @@ def global_state() -> dict[str, Any]:
         **{f"hooks of all modules: {name}": len(getattr(module_hooks, name)) for name in HOOKS},
         "log level: transformers": verbosity(),  # which sets it at its first use
         **{f"log level: {name or 'root'}": logging.getLogger(name).level for name in LOGGERS},
-        **{f"sys.path: {entry}": True for entry in sys.path},
+        **{
+            f"sys.path: {entry}": True for entry in sys.path if not entry.endswith("setuptools/_vendor")
+        },  # by its import
         **{f"environment: {k}": v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
         **{f"module: {name}": name.split(".")[0] == "ppcl" and id(sys.modules[name]) for name in tuple(sys.modules)},
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.capture.states import PADDING, Row, States
-from ppcl.common.files import write_json
+from ppcl.common.files import read_json, write_json
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import valid_tokens
@@ -54,7 +54,9 @@ def check_padding(transformer: nn.Module, adapter: Adapter, folder: Path) -> Non
             "of texts of several lengths go through it in pieces, which takes longer",
             *(type(transformer).__name__, error, limit, mask),
         )
-    write_json(folder / PADDING, {"mask": mask if error <= limit else "", "error": error})
+    record, path = {"mask": mask if error <= limit else "", "error": error}, folder / PADDING
+    if not (path.is_file() and read_json(path) == record):  # a file that stays stays as old as it is
+        write_json(path, record)
 
 
 @torch.no_grad()

@@ -24,7 +24,10 @@ MOVED = {  # old module -> where its names are now, looked for in this order
     "ppcl.searches.base": ("ppcl.pruning.searches.base",),
     "ppcl.trees": ("ppcl.teacher.call_arguments",),
 }
-MOVED_WITHIN = {"ppcl.student": "ppcl.student.assembly"}  # a module that became a package
+MOVED_WITHIN = {  # modules that became packages
+    "ppcl.capture": ("ppcl.teacher.calls", "ppcl.capture.states", "ppcl.capture.trajectories"),
+    "ppcl.student": ("ppcl.student.assembly",),
+}
 
 
 def moved_attribute(module: str, name: str) -> Any:
@@ -35,7 +38,7 @@ def moved_attribute(module: str, name: str) -> Any:
     """
     if name.startswith("__"):
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    return _found(module, name, (MOVED_WITHIN[module],))
+    return _found(module, name, MOVED_WITHIN[module])
 
 
 def _found(old: str, name: str, places: Sequence[str]) -> Any:

@@ -116,12 +116,16 @@ def test_full_disk_while_writing_json(refuses, common, run_copy, monkeypatch):
     assert not list(run_copy.rglob(".*.tmp-*"))
 
 
-def test_full_disk_while_writing_tensors(refuses, run_cli, common, run_copy, monkeypatch):
+@pytest.mark.parametrize(
+    ("keep_start", "name"), [("false", "substitutes.safetensors"), ("true", "distill-start.safetensors")]
+)
+def test_full_disk_while_writing_tensors(refuses, run_cli, common, run_copy, monkeypatch, keep_start, name):
     import safetensors.torch
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    says = ("cannot write", "substitutes.safetensors", "No space left", "free some space")
-    options = ("--set", "distill.local_steps=0", "--set", "distill.output_steps=0")
+    says = ("cannot write", name, "No space left", "free some space")
+    steps = ("distill.local_steps=0", "distill.output_steps=0", f"distill.keep_start={keep_start}")
+    options = tuple(word for setting in steps for word in ("--set", setting))
     refuses("distill", *common, *options, "--out", run_copy, says=says)
     assert not list(run_copy.rglob(".*.tmp-*"))
     monkeypatch.undo()

@@ -95,13 +95,14 @@ def test_files_and_numbers(judged: tuple[Path, str]) -> None:
     assert number(first.numbers["fid"].value) in text
     page = (out / "report.html").read_text()
     assert made.verdict.replace("%", "") in page.replace("%", "")
-    assert page.count("data-who=") == 2 * 5 + 2 * 2 * 2  # every prompt, the two least and the two most alike
+    # Every prompt, the two least and the two most alike, and every prompt once more with the first model's other seed.
+    assert page.count("data-who=") == 2 * 5 + 2 * 2 * 2 + 3 * 5
 
 
 def test_what_is_missing_is_said(judged: tuple[Path, str]) -> None:
     notes = " ".join(json.loads((judged[0] / "metrics.json").read_text())["notes"])
     assert "5 prompts are few" in notes
-    assert "all pictures are of one seed" in notes
+    assert "models are compared by pictures of one seed (0)" in notes
     assert "FID is biased upwards" in notes
     from ppcl.eval.fidelity import lpips_weights
 
@@ -247,7 +248,8 @@ def test_a_run_in_its_own_folder_is_the_stage(finished_run: Path) -> None:
     assert row.fidelity["velocity_error"].limits
     assert row.velocity_error_by_timestep
     assert row.scale["velocity_error"] > 0
-    assert {"precision", "recall", "density", "coverage", "cmmd"} <= set(student.numbers)
+    assert {"fid", "kid", "cmmd"} <= set(student.numbers)
+    assert "precision" not in student.numbers, "four pictures have no five neighbours"
     assert len(teacher.spread["clip_score"].values) == 2
 
 

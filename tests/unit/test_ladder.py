@@ -54,7 +54,7 @@ def test_every_rung_is_scored_at_its_size(run, text):
     errors = [rung["metrics"]["velocity_error"] for rung in data["rungs"]]
     assert all(error > 0 for error in errors)
     assert "| keep 0.75 |" in text
-    assert "low_rank" in text
+    assert "txt_mlp -> linear in" in text  # what is smaller inside
 
 
 def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):

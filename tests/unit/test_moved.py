@@ -16,6 +16,7 @@ from ppcl.common.moved import MOVED
         ("ppcl.artifacts", "Analysis", "ppcl.analysis.artifacts"),
         ("ppcl.searches", "choose", "ppcl.pruning.searches"),
         ("ppcl.criteria", "CRITERIA", "ppcl.pruning.criteria"),
+        ("ppcl.capture", "velocity", "ppcl.teacher.calls"),
         ("ppcl.student", "start_block", "ppcl.student.assembly"),
     ],
 )
