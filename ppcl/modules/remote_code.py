@@ -52,7 +52,7 @@ def source_of(transformer: Any) -> str:
     """
     name = type(transformer).__name__
     base = name.removeprefix(PREFIX)
-    known = "|".join([r"errors", *(part.__name__.rpartition(".")[2] for part in PARTS)])
+    known = "|".join(["errors", *(re.escape(part.__name__.removeprefix("ppcl.")) for part in PARTS)])
     body = "\n\n".join(inspect.getsource(part).replace("from __future__ import annotations\n", "") for part in PARTS)
     body = re.sub(rf"^from ppcl\.(?:{known}) import .*\n", "", body, flags=re.MULTILINE)
     head = _HEADER.format(name=name, base=base, version=__version__, prefix=PREFIX)

@@ -48,7 +48,7 @@ def open_run(tiny_model, prompts_file, small_config, tmp_path_factory):
     out = tmp_path_factory.mktemp("compare") / "run"
     base = ["plan.keep=0.7", "fit.max_candidates=12", "evaluate.teacher_seeds=1"]
 
-    def opened(*overrides):
+    def opened(*overrides, out=out):
         config = load_config([small_config], [*base, *overrides])
         return Run(str(tiny_model), out, config, prompts_file, "ppcl compare tiny")
 
@@ -177,9 +177,8 @@ def test_rows_are_trained_alike(compared):
 
 
 def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(open_run, compared, tmp_path):
-    run = open_run("fit.width=[modulation,ffn]", "plan.keep=0.8")
-    run.out = tmp_path / "run"
-    shutil.copytree(compared[0].out, run.out)
+    shutil.copytree(compared[0].out, tmp_path / "run")
+    run = open_run("fit.width=[modulation,ffn]", "plan.keep=0.8", out=tmp_path / "run")
     run.run("fit")
     rows = {row.name: row for row in plan_rows(run)[0]}
     depth, ours, size = (rows[name].plan for name in ("ours-depth", "ours", "ours-size"))
@@ -264,9 +263,9 @@ def test_the_teacher_has_a_spread(compared):
 def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared, monkeypatch, tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(runner_module, "references_for", lambda model: pictures)
-    run = open_run()
-    run.out = tmp_path / "run"
-    shutil.copytree(compared[0].out / "compare" / "teacher" / "pictures", run.out / "compare" / "teacher" / "pictures")
+    pictures_of_teacher = Path("compare", "teacher", "pictures")
+    shutil.copytree(compared[0].out / pictures_of_teacher, tmp_path / "run" / pictures_of_teacher)
+    run = open_run(out=tmp_path / "run")
     drawn = {"drawn": RowRunner(run).drawn_by}
     (run.out / "compare" / "teacher" / "depends.json").write_text(json.dumps(drawn))
     teacher = RowRunner(run).summary()
@@ -297,8 +296,7 @@ def test_an_interrupted_row_ends_up_the_same(open_run, compared):
 def test_changed_training_replaces_trained_rows_alone(open_run, compared, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(compared[0].out, copy)
-    run = open_run("distill.local_steps=2")
-    run.out = copy
+    run = open_run("distill.local_steps=2", out=copy)
     marks = {p: p.stat().st_mtime_ns for p in copy.glob("compare/*/seed-0/metrics.json")}
     compare_plans(run, None, (0,))
     kept = {p.parent.parent.name for p, mark in marks.items() if p.stat().st_mtime_ns == mark}

@@ -70,7 +70,7 @@ def test_alike_blocks_share_what_is_compiled(tmp_path: Path, graphs: list[torch.
     trained(tmp_path, "local", compile=True, local_steps=12)
     many = len(graphs)
     trained(tmp_path, "local", compile=True, local_steps=30)
-    assert len(graphs) == many <= 8  # of five blocks and two substitutes, 42 steps
+    assert len(graphs) == many <= 10  # of five blocks and two substitutes, two shapes and several batch sizes, 42 steps
 
 
 def test_a_compiled_run_goes_on_where_a_plain_one_was(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:

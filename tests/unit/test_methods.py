@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from ppcl.cli import app
 from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.config import load_config
-from ppcl.config.memory import changed
 from ppcl.errors import ConfigError
 from ppcl.experiments import methods as module
 from ppcl.experiments.methods import METHODS, budgets_named, compare_methods, methods_named, row_of
@@ -37,8 +36,9 @@ def open_run(tiny_model, prompts_file, small_config, tmp_path_factory):
         "distill.output_steps=2",
     ]
 
-    def opened():
-        return Run(str(tiny_model), out, load_config([small_config], settings), prompts_file, "ppcl compare tiny")
+    def opened(*overrides, out=out):
+        config = load_config([small_config], [*settings, *overrides])
+        return Run(str(tiny_model), out, config, prompts_file, "ppcl compare tiny")
 
     return opened
 
@@ -156,9 +156,8 @@ def test_criteria_have_a_fit_stage_of_their_own_beside_the_same_states(compared)
 
 
 def test_criteria_plan_with_the_times_of_the_first(open_run, compared, tmp_path):
-    run = open_run()
-    run.out = tmp_path / "run"
-    shutil.copytree(compared[0].out, run.out)
+    shutil.copytree(compared[0].out, tmp_path / "run")
+    run = open_run(out=tmp_path / "run")
     first = {option.block: option.saved_time for option in times_of(run, "magnitude")}
     disturbed = [replace(option, saved_time=7) for option in times_of(run, "magnitude")]
     path = run.out / "fits" / "magnitude" / "candidates.json"
@@ -185,9 +184,8 @@ def test_what_is_done_is_kept(open_run, compared, monkeypatch):
 
 
 def test_other_calibration_states_replace_the_fit_of_a_criterion(open_run, compared, tmp_path):
-    run = open_run()
-    run.out = tmp_path / "run"
-    shutil.copytree(compared[0].out, run.out)
+    shutil.copytree(compared[0].out, tmp_path / "run")
+    run = open_run(out=tmp_path / "run")
     ledger = json.loads((run.out / "stages.json").read_text())
     ledger["analyze"]["seconds"] = -1.0
     (run.out / "stages.json").write_text(json.dumps(ledger))
@@ -225,10 +223,8 @@ def test_more_zeros_than_weights_are_refused(compared):
 
 
 def test_zeros_that_do_not_go_with_how_a_run_trains_are_no_row(open_run, compared, monkeypatch, tmp_path):
-    run = open_run()
-    run.out = tmp_path / "run"  # the rows of the others stay as they are
-    shutil.copytree(compared[0].out, run.out)
-    run.config = run.config.model_copy(update={"distill": changed(run.config.distill, release_gradients=True)})
+    shutil.copytree(compared[0].out, tmp_path / "run")  # the rows of the others stay as they are
+    run = open_run("distill.release_gradients=true", out=tmp_path / "run")
     with pytest.raises(ConfigError, match="sparsity holds all gradients together"):
         row_of(run, "zeros-wanda", METHODS["zeros-wanda"], {"keep": 0.9}, 0)
     monkeypatch.setattr(module, "paragraphs", lambda runner, entries, seeds: [entries[0].why_not])
