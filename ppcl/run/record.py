@@ -45,10 +45,11 @@ def changed_settings(record: Path, config: RunConfig, section: str) -> list[str]
     try:
         old = yaml.safe_load(record.read_text(encoding="utf-8"))["config"]
         settings = getattr(config, section)
-        keys = {f"{section}.{key}": (old[section].get(key), key) for key in settings.identity()}
+        now = settings.model_dump(mode="json")
+        read = [key for key in settings.identity() if key in now]  # the content of a user's file is not in the record
+        keys = {f"{section}.{key}": (old[section].get(key), key) for key in read}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return []
-    now = settings.model_dump(mode="json")
     changes = [f"{name} {was} -> {now[key]}" for name, (was, key) in keys.items() if was != now[key]]
     if old.get("precision") != config.precision:
         changes.append(f"precision {old.get('precision')} -> {config.precision}")

@@ -34,7 +34,7 @@ def planning(finished_run: Path, tiny_model: Path, prompts_file: Path, small_con
 
 def planned(arguments: list[str]) -> tuple[CompressionPlan, str]:
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, (result.output, result.exception)
     return load_artifact(CompressionPlan, Path(arguments[3]) / "plan.json"), result.output
 
 

@@ -183,7 +183,7 @@ def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(ope
     rows = {row.name: row for row in plan_rows(run)[0]}
     depth, ours, size = (rows[name].plan for name in ("ours-depth", "ours", "ours-size"))
     assert depth.has_width is False
-    assert ours.has_width
+    assert ours.predicted.error <= 1.01 * depth.predicted.error, "smaller modules are more to choose from"
     assert ours.predicted.speedup >= depth.predicted.speedup
     assert size.predicted.param_ratio <= depth.predicted.param_ratio
     assert rows["ours-undistilled"].plan == ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from ppcl.config import RunConfig, for_model, load_config, merge, parse_override
@@ -212,3 +213,16 @@ def test_compress_in_python_uses_the_models_defaults(tmp_path: Path, monkeypatch
     ppcl.compress("emoji", tmp_path / "run")
     assert seen[0] == resolve("emoji", Settings(), Budget())
     assert seen[0].capture.height == 48
+
+
+@pytest.mark.parametrize(("section", "key"), [("fit", "criterion"), ("plan", "mode")])
+def test_what_changed_is_said_of_a_file_of_the_users(tmp_path: Path, section: str, key: str) -> None:
+    from ppcl.run.record import changed_settings
+
+    (tmp_path / "own.py").write_text("class Own: ...\n")
+    name = f"{tmp_path / 'own.py'}:Own"
+    before = RunConfig().model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"config": before}))
+    now = load_config([], [f"{section}.{key}={name}"])
+    said = changed_settings(tmp_path / "config.yaml", now, section)
+    assert said == [f"{section}.{key} {before[section][key]} -> {name}"]
