@@ -264,8 +264,8 @@ def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(runner_module, "references_for", lambda model: pictures)
     pictures_of_teacher = Path("compare", "teacher", "pictures")
-    shutil.copytree(compared[0].out / pictures_of_teacher, tmp_path / "run" / pictures_of_teacher)
     run = open_run(out=tmp_path / "run")
+    shutil.copytree(compared[0].out / pictures_of_teacher, run.out / pictures_of_teacher)
     drawn = {"drawn": RowRunner(run).drawn_by}
     (run.out / "compare" / "teacher" / "depends.json").write_text(json.dumps(drawn))
     teacher = RowRunner(run).summary()
@@ -337,14 +337,13 @@ def test_mean_scores_skips_unknown():
 def test_changed_upstream_settings_train_the_candidates_again(open_run, compared, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(compared[0].out, copy)
-    run = open_run("capture.guidance_scale=1.0")
-    run.out, run._log_path = copy, copy / "log.jsonl"
+    run, log = open_run("capture.guidance_scale=1.0", out=copy), copy / "log.jsonl"
     before = (copy / "candidates.safetensors").read_bytes()
-    rows = len(run._log_path.read_text().splitlines())
+    rows = len(log.read_text().splitlines())
     for stage in ("capture", "analyze", "fit"):
         assert run.run(stage)
     assert (copy / "candidates.safetensors").read_bytes() != before
-    assert len(run._log_path.read_text().splitlines()) == rows + run.config.fit.steps
+    assert len(log.read_text().splitlines()) == rows + run.config.fit.steps
 
 
 # study
