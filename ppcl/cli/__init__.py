@@ -197,15 +197,16 @@ def compare(
     if methods is not None and keep is not None:
         raise ConfigError(f"--keep has no effect with --methods; write --budgets keep={keep:g}")
     run = open_run(model, out, settings, Budget(keep=keep))
-    run.through("fit")
     if methods is not None:
         from ppcl.experiments.methods import BUDGETS, budgets_named, compare_methods, methods_named
 
-        named = methods_named(methods)
-        typer.echo(compare_methods(run, named, budgets_named(budgets or BUDGETS), training_seeds, table))
+        named, wanted = methods_named(methods), budgets_named(budgets or BUDGETS)  # before hours of work
+        run.through("fit")
+        typer.echo(compare_methods(run, named, wanted, training_seeds, table))
         return
     from ppcl.experiments.compare import compare_plans
 
+    run.through("fit")
     typer.echo(compare_plans(run, table, training_seeds))
 
 
