@@ -48,9 +48,12 @@ def run_suite(seed: int) -> str:
     """Run all tests in a random order; the line that pytest ends with."""
     options = ["--numprocesses", "2", "--dist", "worksteal", "-p", "randomly", f"--randomly-seed={seed}"]
     command = [sys.executable, "-m", "pytest", *options]
-    finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    sys.stderr.write(finished.stdout)
-    return finished.stdout.strip().splitlines()[-1].strip("= ")
+    last_line = ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            sys.stderr.write(line)
+            last_line = line.strip("= \n") or last_line
+    return last_line
 
 
 def main() -> None:
