@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.cka import combine, drawn_ckas
-from ppcl.analysis.findings import Findings, Lazy
+from ppcl.analysis.findings import Findings
 from ppcl.analysis.intervals import detect_intervals, stability
 from ppcl.analysis.kept_tokens import KeptTokens, kept_levels
 from ppcl.analysis.modulation import Modulations
@@ -20,7 +22,8 @@ from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import remove, write_one_by_one
+from ppcl.common.files import Unread, remove, write_one_by_one
+from ppcl.common.lazy import Lazy
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
@@ -126,21 +129,24 @@ def analyze(
     return analysis
 
 
-def _matrices(
-    source: Blocks, findings: Findings, modulations: Modulations
-) -> dict[str, tuple[Sequence[int], Callable[[], Tensor]]]:
-    """Probes, linear maps of networks, and what modulation layers are given: shapes, and what reads them."""
-    matrices: dict[str, tuple[Sequence[int], Callable[[], Tensor]]] = {}
+def _matrices(source: Blocks, findings: Findings, modulations: Modulations) -> dict[str, Unread]:
+    """Probes, linear maps of networks, and what modulation layers are given."""
+    matrices: dict[str, Unread] = {}
     for place in source.order:
         here = f"{place[0]}/{place[1]}"
         for name, shape in findings.shapes("forms", place).items():
-            matrices[f"{here}/{name}"] = shape, lambda place=place, name=name: findings.tensors("forms", place, name)[0]  # type: ignore[misc]
+            matrices[f"{here}/{name}"] = Unread(shape, torch.float32, partial(_read, findings, place, name))
         if source.stacks[place[0]].modulation:
             for stream, layer in findings.numbers("modulation", place)["source"].items():
                 fitted = modulations.conditions[tuple(layer)].fitted
                 for name, tensor in (("mean", fitted.mean), ("root", fitted.root)):
-                    matrices[f"{here}/modulation.{stream}/{name}"] = tensor.shape, lambda tensor=tensor: tensor  # type: ignore[misc]
+                    matrix = Unread(tensor.shape, torch.float32, partial(torch.clone, tensor))
+                    matrices[f"{here}/modulation.{stream}/{name}"] = matrix
     return matrices
+
+
+def _read(findings: Findings, place: Place, name: str) -> Tensor:
+    return findings.tensors("forms", place, name)[0]
 
 
 def _analyze_stack(

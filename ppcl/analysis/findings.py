@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
 from ppcl.common.files import read_tensor_header, write_tensors
 from ppcl.teacher.blocks import Place
-
-T = TypeVar("T")
 
 
 class Findings:
@@ -46,24 +44,3 @@ class Findings:
 
     def _path(self, kind: str, place: Place) -> Path:
         return self.folder / f"{kind}-{place[0]}-{place[1]}.safetensors"
-
-
-class Lazy(Sequence[T]):
-    """A sequence whose items are read when they are asked for, every time."""
-
-    def __init__(self, size: int, read: Callable[[int], T]) -> None:
-        self.size, self.read = size, read
-
-    def __len__(self) -> int:
-        return self.size
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return [self.read(number) for number in range(*index.indices(self.size))]
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self.read(index)

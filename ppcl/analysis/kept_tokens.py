@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.cka import GROUPS, sample_rows
-from ppcl.analysis.findings import Findings, Lazy
+from ppcl.analysis.findings import Findings
 from ppcl.analysis.sweep import Seen
 from ppcl.capture.states import States
+from ppcl.common.lazy import Lazy
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import UserError
 from ppcl.teacher.blocks import Place

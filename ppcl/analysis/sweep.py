@@ -155,6 +155,25 @@ class Course:
         states = self.store.read(position, batch.number, self.source.device, lambda name: name in stack.outputs)
         return {stream: stack.turn(state) for stream, state in states.items()}
 
+    def rows(self, position: int, places: Sequence[tuple[int, int]]) -> States:
+        """The states that leave a block, of some states of several batches; shorter texts get zeros at their end.
+
+        Args:
+            position: The block's.
+            places: Number of the batch, and of the state in it.
+        """
+        stack = self.source.stacks[self.source.order[position][0]]
+        by_batch: dict[int, list[int]] = {}
+        for number, row in places:
+            by_batch.setdefault(number, []).append(row)
+        parts: dict[str, list[Tensor]] = {}
+        axis = int(stack.tokens_first)
+        for number, rows in by_batch.items():
+            states = self.store.rows(position, number, rows, axis, lambda name: name in stack.outputs)
+            for stream, state in states.items():
+                parts.setdefault(stream, []).append(stack.turn(state))
+        return {stream: torch.cat(_of_one_length(states)).to(self.source.device) for stream, states in parts.items()}
+
     def carried(self, position: int, batch: Batch) -> dict[str, Tensor]:
         """What consumers left with a batch at the block before, in the same stack."""
         if not self.source.order[position][1]:
@@ -184,6 +203,12 @@ class Course:
             entry = entries.enter(batch.number, batch.load().arguments, self.before(batch, stack))
             states, others = entry.states if states is None else states, entry.arguments[index]
         return states, others
+
+
+def _of_one_length(states: Sequence[Tensor]) -> list[Tensor]:
+    """Pad (B, tokens, features) to the most tokens; the mask of the batch they belong to leaves that out."""
+    longest = max(state.shape[1] for state in states)
+    return [nn.functional.pad(state, (0, 0, 0, longest - state.shape[1])) for state in states]
 
 
 @torch.no_grad()

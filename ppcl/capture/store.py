@@ -8,7 +8,7 @@ anywhere in between does that block again, and nothing else. Levels that somebod
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -104,6 +104,35 @@ class StateStore:
             with safe_open(path, framework="pt") as file:  # mapped: memory of its own on the device alone
                 names = filter(wanted, file.keys())
                 return {name: file.get_tensor(name).to(device, copy=True) for name in names}
+        except Exception as error:  # safetensors raises errors of its own, and those of the system
+            raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
+
+    def rows(
+        self, level: int, number: int, rows: Sequence[int], axis: int, wanted: Callable[[str], bool] = lambda _: True
+    ) -> dict[str, Tensor]:
+        """Read some states of a batch at a level, on the CPU; of a file nothing else is read.
+
+        Args:
+            level: Of the states.
+            number: Of the batch.
+            rows: Numbers of the states in it.
+            axis: Which axis counts states.
+            wanted: Names that are wanted.
+        """
+        if not self._on_disk:
+            picked = torch.tensor(rows)
+            return {n: t.index_select(axis, picked) for n, t in self._in_memory[level][number].items() if wanted(n)}
+        from safetensors import safe_open
+
+        path = self._path(level, number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                views = {name: file.get_slice(name) for name in filter(wanted, file.keys())}
+                whole = (slice(None),) * axis
+                return {
+                    name: torch.cat([view[(*whole, slice(row, row + 1))] for row in rows], axis)
+                    for name, view in views.items()
+                }
         except Exception as error:  # safetensors raises errors of its own, and those of the system
             raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
 

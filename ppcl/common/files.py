@@ -16,13 +16,21 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ArtifactError, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+_SAFETENSORS_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+    "bool": "BOOL",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -182,24 +190,49 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             raise OSError(None, str(error)) from error
 
 
-def write_one_by_one(path: str | Path, tensors: Mapping[str, tuple[Sequence[int], Callable[[], Tensor]]]) -> None:
-    """Write tensors as safetensors in float32, atomically, with one of them in memory at a time.
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is read when it is written.
+
+    Attributes:
+        shape: Its shape.
+        dtype: What it is written in.
+        read: Reads it.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def write_one_by_one(
+    path: str | Path, tensors: Mapping[str, Unread], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically, with one of them in memory at a time.
 
     Args:
         path: The file.
-        tensors: By name the shape, and what reads the tensor.
+        tensors: By name.
+        metadata: As safetensors has it, text by name.
     """
-    header: dict[str, Any] = {}
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, (shape, _) in tensors.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
+        kind = _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, read in tensors.values():
-            file.write(read().detach().float().cpu().contiguous().numpy().data)
+        for name, tensor in tensors.items():
+            values = tensor.read().detach()
+            if tuple(values.shape) != tuple(tensor.shape):
+                raise ValueError(f"{name} is of shape {tuple(values.shape)}, said was {tuple(tensor.shape)}")
+            values = values.to("cpu", tensor.dtype).contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], Any]:

@@ -38,11 +38,11 @@ def run_name(key: RunKey) -> str:
     return f"{key[0]}/{key[1]}-{key[2]}"
 
 
-def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.Module:
+def start_block(blocks: Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
     """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
 
     Args:
-        blocks: The teacher's block list.
+        blocks: The teacher's blocks of a stack; each is asked for when it is needed, and not changed.
         first: First block of the run.
         last: Last block of the run, inclusive.
         start: ``first`` (the paper), ``middle`` (its code), ``last``, or ``mean`` of the run's weights.
@@ -54,12 +54,15 @@ def start_block(blocks: nn.ModuleList, first: int, last: int, start: str) -> nn.
         raise ValueError(f"unknown start {start!r}; expected one of {', '.join(STARTS)}")
     block = copy.deepcopy(blocks[start_index(first, last, start)])
     if start == "mean":
-        members = [dict(blocks[i].named_parameters()) for i in range(first, last + 1)]
+        sums = {name: (torch.zeros_like(p, dtype=torch.float32), 0) for name, p in block.named_parameters()}
+        for index in range(first, last + 1):
+            # Blocks of SD3.5 medium differ in shape: the mean is over those that have this parameter.
+            for name, parameter in blocks[index].named_parameters():
+                if name in sums and parameter.shape == sums[name][0].shape:
+                    sums[name] = sums[name][0].add_(parameter.detach()), sums[name][1] + 1
         with torch.no_grad():
             for name, parameter in block.named_parameters():
-                # Blocks of SD3.5 medium differ in shape: the mean is over those that have this parameter.
-                alike = [m[name].float() for m in members if name in m and m[name].shape == parameter.shape]
-                parameter.copy_(torch.stack(alike).mean(0))
+                parameter.copy_(sums[name][0] / sums[name][1])
     trained: nn.Module = block.requires_grad_(True)
     return trained
 

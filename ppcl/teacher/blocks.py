@@ -7,6 +7,7 @@ blocks are in memory at most: the present one, and the next one, which a thread 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.files import read_json, read_tensor_header
+from ppcl.common.lazy import Lazy
 from ppcl.errors import ModelError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
@@ -60,6 +62,15 @@ class Blocks(ABC):
         with closing(self.walk([(stack, index)])) as lent:
             yield next(lent)
 
+    @abstractmethod
+    def copy(self, place: Place) -> nn.Module:
+        """A block with weights of its own, on the device; it can be asked for while others are lent."""
+
+    def copies(self, stack: str) -> Sequence[nn.Module]:
+        """The blocks of a stack as :meth:`copy` makes them, each when it is asked for."""
+        size = sum(name == stack for name, _ in self.order)
+        return Lazy(size, lambda index: self.copy((stack, index)))
+
     @contextmanager
     def whole(self) -> Iterator[Any]:
         """Lend the transformer to be called as a whole, for what needs few calls."""
@@ -84,6 +95,10 @@ class ResidentBlocks(Blocks):
         """Lend blocks in this order."""
         for place in places:
             yield self._module(place)
+
+    def copy(self, place: Place) -> nn.Module:
+        """A block with weights of its own."""
+        return copy.deepcopy(self._module(place))
 
 
 class StreamedBlocks(Blocks):
@@ -140,6 +155,20 @@ class StreamedBlocks(Blocks):
                     yield block
                 finally:
                     self._free(block)
+
+    def copy(self, place: Place) -> nn.Module:
+        """A block with weights of its own, read anew."""
+        block, weights = self._module(place), self._weights(place)
+        shared = {
+            id(tensor): tensor for tensor in block.state_dict(keep_vars=True).values()
+        }  # or those of the lent one
+        block = copy.deepcopy(block, shared)
+        for name, parameter in list(block.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            module = block.get_submodule(owner)
+            module._parameters[last] = nn.Parameter(weights.pop(name), parameter.requires_grad)
+        self._assign(block, weights, strict=False)
+        return block
 
     @contextmanager
     def whole(self) -> Iterator[Any]:

@@ -178,3 +178,18 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         block_bytes = listing["metadata"]["total_size"] // num_blocks
     assert peaks[8] < peaks[2] + block_bytes, (peaks, block_bytes)
     assert peaks[8] < 4 * block_bytes, (peaks, block_bytes)
+
+
+def test_copies_have_weights_of_their_own_whether_the_block_is_lent_or_not(tmp_path: Path) -> None:
+    model, weights = saved(tmp_path)
+    resident = tiny_qwen(3)
+    resident.load_state_dict(weights)
+    for source in (StreamedBlocks(model, CPU), ResidentBlocks(resident)):
+        place = source.order[0]
+        expected = resident.get_submodule(f"{place[0]}.{place[1]}").state_dict()
+        for lent in (None, *source.walk(source.order[:1])):
+            copied = source.copy(place)
+            assert all(torch.equal(copied.state_dict()[name], tensor) for name, tensor in expected.items())
+            own = {p.data_ptr() for p in copied.parameters()}
+            assert lent is None or own.isdisjoint(p.data_ptr() for p in lent.parameters())
+        assert len(source.copies(place[0])) == sum(name == place[0] for name, _ in source.order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import stat
@@ -34,14 +35,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_tensors_one_by_one_are_those_of_any_other_file(tmp_path: Path) -> None:
-    tensors = {"x": noise(2, 3), "turned": noise(4, 5).double().T, "empty": torch.empty(0, 7), "flat": noise(5)}
+    tensors = {"x": noise(2, 3), "turned": noise(4, 5).double().T, "empty": torch.empty(0, 7), "half": noise(5)}
+    dtypes = {name: torch.bfloat16 if name == "half" else torch.float32 for name in tensors}
     path = tmp_path / "x.safetensors"
-    files.write_one_by_one(path, {name: (t.shape, lambda t=t: t) for name, t in tensors.items()})  # type: ignore[misc]
+    waiting = {n: files.Unread(t.shape, dtypes[n], functools.partial(torch.clone, t)) for n, t in tensors.items()}
+    files.write_one_by_one(path, waiting, {"format": "pt"})
     found, _ = files.read_tensors(path)
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor.float()) for name, tensor in tensors.items())
+    assert all(torch.equal(found[name], tensor.to(dtypes[name])) for name, tensor in tensors.items())
     assert files.read_tensor_header(path)["turned"]["shape"] == [5, 4]
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_tensor_of_another_shape_than_said_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x is of shape"):
+        files.write_one_by_one(tmp_path / "x", {"x": files.Unread((3,), torch.float32, lambda: noise(2))})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -363,3 +363,18 @@ def test_a_block_with_arguments_of_its_own_gets_them(tmp_path: Path, monkeypatch
         course = Course(ResidentBlocks(transformer), [batch], StateStore(tmp_path, "test"), arguments=arguments)
         forward_sweep(course, [])
         assert torch.equal(next(velocities(course))[1], answer)
+
+
+@pytest.mark.parametrize("memory", [ALL_MEMORY, ALL_DISK])
+def test_states_of_several_batches_are_read_together(memory: float, recorded: Recorded, tmp_path: Path) -> None:
+    course = Course(ResidentBlocks(tiny_qwen(2)), batches_of(recorded, 3), StateStore(tmp_path / "s", "x", memory))
+    forward_sweep(course, [])
+    places = [(0, 2), (0, 0), (1, 1)]
+    rows = course.rows(1, places)
+    whole = {number: course.read(1, course.batches[number]) for number in (0, 1)}
+    for stream, states in rows.items():
+        assert len(states) == len(places)
+        for (number, row), state in zip(places, states, strict=True):
+            expected = whole[number][stream][row]
+            assert torch.equal(state[: len(expected)], expected)
+            assert not state[len(expected) :].any()
