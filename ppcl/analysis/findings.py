@@ -26,21 +26,22 @@ class Findings:
 
     def write(self, kind: str, place: Place, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Write what was found about a block."""
-        write_tensors(self._path(kind, place), tensors, numbers)
+        write_tensors(self.path(kind, place), tensors, numbers)
 
     def numbers(self, kind: str, place: Place) -> Any:
         """The numbers of a finding."""
-        with safe_open(self._path(kind, place), framework="pt") as file:
+        with safe_open(self.path(kind, place), framework="pt") as file:
             return json.loads(file.metadata()["ppcl"])
 
     def tensors(self, kind: str, place: Place, *names: str) -> list[Tensor]:
         """Some tensors of a finding; nothing else is read."""
-        with safe_open(self._path(kind, place), framework="pt") as file:
+        with safe_open(self.path(kind, place), framework="pt") as file:
             return [file.get_tensor(name).clone() for name in names]
 
     def shapes(self, kind: str, place: Place) -> dict[str, list[int]]:
         """The shape of each tensor of a finding."""
-        return {name: entry["shape"] for name, entry in read_tensor_header(self._path(kind, place)).items()}
+        return {name: entry["shape"] for name, entry in read_tensor_header(self.path(kind, place)).items()}
 
-    def _path(self, kind: str, place: Place) -> Path:
+    def path(self, kind: str, place: Place) -> Path:
+        """The file of a finding."""
         return self.folder / f"{kind}-{place[0]}-{place[1]}.safetensors"

@@ -51,6 +51,12 @@ class FitConfig(Section):
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     eval_states: int = Field(48, ge=1, description="held-out states behind each cost")
+    vectors: int = Field(4, ge=1, description="random vectors behind each price")
+    exact: Literal["none", "runs", "all"] = Field(
+        "runs",
+        description="what is also carried to the velocity, which costs a part of a teacher pass each: runs by their "
+        "probes, or smaller modules, too; fitted runs always are",
+    )
     starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
     width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] = Field(
         ("modulation", "ffn"),

@@ -1,17 +1,17 @@
-"""The fit stage: what would it cost to let one block replace this run?
+"""The fit stage: what would it cost to let one block replace this run, or to make a module smaller?
 
-Every run of 2..max_run unprotected blocks is scored by how far the teacher's final velocity moves when
-the run alone is replaced by its chained probes (output sensitivity). The most promising
-ones are then fitted for a few steps, all at once, since non-sequential training lets one
-teacher pass serve them all, and scored again with the fitted block. Smaller modules inside
-single blocks (:mod:`ppcl.pruning.options`) are scored the same way.
+All by sweeps, so that one block of the teacher is in memory at a time. A forward sweep keeps the held-out states at
+every block. Another one, over training states, chooses which neurons and heads may go. A backward sweep prices every
+smaller module (:mod:`ppcl.pruning.options`) and every run of 2..max_run unprotected blocks by its chained probes. The
+most promising runs are then fitted for a few steps, each when a forward sweep has the states at both of its ends, and
+what they cost is measured exactly, by carrying the changed states to the velocity.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,121 +20,102 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.analysis.prices import Job, output_errors
+from ppcl.analysis.backward import backward_sweep
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.prices import Job, Jobs, Price, Prices, exact_costs, read_prices, velocity_norm
 from ppcl.analysis.probes import chained_probe
+from ppcl.analysis.sweep import Course, forward_sweep
 from ppcl.capture.states import States
+from ppcl.capture.store import MEMORY, StateStore
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
-from ppcl.common.files import digest, write_tensors
+from ppcl.common.files import TensorFiles, Unread, digest, read_tensors, remove, write_one_by_one, write_tensors
+from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
-from ppcl.distill.local import local_backward
-from ppcl.pruning.artifacts import Candidate, Candidates
-from ppcl.pruning.options import WidthResult, width_options
+from ppcl.distill.in_sweep import Ends, Trainees, training_course
+from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
+from ppcl.pruning.criteria.draws import draw_states
+from ppcl.pruning.fewer_units import (
+    KIND,
+    CutSite,
+    Parts,
+    UnitSums,
+    criterion_cost,
+    find_sites,
+    scores_of_all,
+    text_blocks,
+)
+from ppcl.pruning.options import Meter, WidthJobs, width_option
+from ppcl.pruning.runs import all_runs, shortlist
 from ppcl.student.assembly import LinearRun, RunKey, run_name, start_block
-from ppcl.student.plan import free_blocks
-from ppcl.teacher.calls import Call
-from ppcl.teacher.families import Adapter, StackSpec
-from ppcl.training.distributed import SINGLE, Group, Share, add_up
+from ppcl.student.plan import start_index
+from ppcl.teacher.blocks import Blocks, Place
+from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.trace import record_boundaries
+from ppcl.training.distributed import SINGLE, Group, add_up
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 
-def all_runs(analysis: Analysis, max_run: int, settings: PlanConfig) -> list[RunKey]:
-    """Every run of 2..max_run unprotected blocks of every stack, and the paper's intervals whatever their length."""
-    runs: set[RunKey] = set()
-    for stack in analysis.model.stacks:
-        low, high = free_blocks(analysis.model, stack, settings)
-        for first in range(low, high):
-            runs |= {(stack.name, first, last) for last in range(first + 1, min(first + max_run, high))}
-    for found in analysis.stacks:
-        runs |= {(found.name, *interval) for interval in found.intervals}
-    order = [stack.name for stack in analysis.model.stacks]
-    return sorted(runs, key=lambda run: (order.index(run[0]), run[1], run[2]))
+@dataclass(frozen=True)
+class Fit:
+    """What all parts of the fit stage have in common.
 
-
-def shortlist(errors: Mapping[RunKey, float], always: Sequence[RunKey], count: int) -> list[RunKey]:
-    """Choose the runs to fit: those in ``always``, pairs for up to half of the places, then all lengths in turn.
-
-    The planner can only lay out what was fitted, so of each length the cheapest runs that do not overlap come first,
-    then the cheapest of the rest, and so on: every place of a stack is covered before any is covered twice. Pairs
-    come first because they are cheapest for each block that they save.
+    Attributes:
+        source: The teacher's blocks.
+        analysis: What the analyze stage found.
+        forms: Its matrices by ``stack/block/signal/weight|bias``; each is read when it is asked for.
+        train: Training states.
+        course: Held-out states behind the costs, with all levels in the store.
+        folder: Of sweeps and checkpoints.
+        settings: See :class:`FitConfig`.
+        seed: Fixes batches, signs and the criterion.
+        fingerprint: Of all that the result depends on.
+        group: The processes that share the work; the first one writes.
     """
-    by_length: dict[int, list[RunKey]] = {}
-    for run in errors:
-        by_length.setdefault(run[2] - run[1], []).append(run)
-    orders = {length: spread_out(runs, errors) for length, runs in sorted(by_length.items())}
-    chosen = list(dict.fromkeys(always))
-    pairs = orders.get(1, [])
-    for run in pairs[: max(0, count // 2)]:
-        if run not in chosen and len(chosen) < count:
-            chosen.append(run)
-    position = 0
-    while len(chosen) < count and any(position < len(order) for order in orders.values()):
-        for order in orders.values():
-            if position < len(order) and order[position] not in chosen and len(chosen) < count:
-                chosen.append(order[position])
-        position += 1
-    return sorted(chosen)
 
+    source: Blocks
+    analysis: Analysis
+    forms: Mapping[str, Tensor]
+    train: States
+    course: Course
+    folder: Path
+    settings: FitConfig
+    seed: int
+    fingerprint: str
+    group: Group
 
-def spread_out(runs: Sequence[RunKey], errors: Mapping[RunKey, float]) -> list[RunKey]:
-    """Order runs of one length: the cheapest that do not overlap, then the cheapest of the rest, and so on."""
-    left, order = sorted(runs, key=lambda run: (errors[run], run)), []
-    while left:
-        layer: list[RunKey] = []
-        for run in left:
-            if all(run[0] != other[0] or run[2] < other[1] or other[2] < run[1] for other in layer):
-                layer.append(run)
-        order += layer
-        left = [run for run in left if run not in layer]
-    return order
+    def store(self, name: str) -> StateStore:
+        """A store of states below the stage's folder."""
+        memory = MEMORY if self.group.size == 1 else 0
+        return StateStore(self.folder / name, self.fingerprint, memory, self.group)
 
+    def training_course(self, name: str, limit: int | None) -> Course:
+        """A sweep over training states, all of them if ``limit`` is None."""
+        size, precision = self.settings.batch_size, self.course.precision
+        common = (self.folder / name, self.fingerprint, {"train": limit}, self.group, precision)
+        return training_course(self.source, {"train": self.train}, size, *common)
 
-@torch.no_grad()
-def best_starts(
-    transformer: nn.Module,
-    adapter: Adapter,
-    sample: Sequence[tuple[Call, Share]],
-    runs: Sequence[RunKey],
-    starts: Sequence[str],
-) -> dict[RunKey, str]:
-    """The start of least state error for each run; of equals the first.
+    def file(self, run: RunKey) -> Path:
+        """Where the fitted block of a run is."""
+        return self.folder / "blocks" / f"{run_name(run).replace('/', '-')}.safetensors"
 
-    Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
-        sample: Held-out states, all batches of them, as :meth:`ppcl.capture.states.States.weighed` yields them.
-        runs: Whose starts.
-        starts: What there is to choose from.
-    """
-    losses: dict[str, dict[RunKey, float]] = {}
-    for start in starts:
-        blocks = {run: start_block(_blocks(transformer, adapter, run), run[1], run[2], start) for run in runs}
-        losses[start] = add_up(
-            local_backward(transformer, adapter, call.arguments, blocks, backward=False, share=share)
-            for call, share in sample
-        )
-    return {run: min(starts, key=lambda start: losses[start][run]) for run in runs}
+    def linear(self, run: RunKey) -> Job:
+        """A run's chained probes as a job."""
+        spec = self.source.stacks[run[0]]
 
+        def make(block: nn.Module) -> nn.Module:
+            maps = chained_probe(self.forms, run, list(spec.inputs), self.source.device)
+            return LinearRun(self.source.adapter, spec, block, maps)
 
-def _jobs(runs: Sequence[RunKey], replacement: Callable[[RunKey], nn.Module]) -> dict[RunKey, Job]:
-    return {run: (run, partial(replacement, run)) for run in runs}
-
-
-def _blocks(transformer: nn.Module, adapter: Adapter, run: RunKey) -> nn.ModuleList:
-    return adapter.blocks(transformer, _spec(adapter, run[0]))
-
-
-def _spec(adapter: Adapter, name: str) -> StackSpec:
-    return next(spec for spec in adapter.stacks if spec.name == name)
+        return Job(run, make)
 
 
 def fit(
-    transformer: nn.Module,
-    adapter: Adapter,
+    source: Blocks,
     analysis: Analysis,
-    probes: Mapping[str, Tensor],
+    forms: Mapping[str, Tensor],
     calibration: Path,
     out: Path,
     settings: FitConfig,
@@ -143,14 +124,17 @@ def fit(
     group: Group = SINGLE,
     precision: str = "auto",
     protected: PlanConfig | None = None,
+    fingerprint: str | None = None,
 ) -> Candidates:
-    """Score candidate runs; write ``candidates.safetensors``, ``width.safetensors`` and then ``candidates.json``.
+    """Score candidate runs and smaller modules; write their weights, what they cost, and then ``candidates.json``.
+
+    Files: ``candidates.safetensors`` (fitted blocks), ``width.safetensors`` (closed forms that the analyze stage did
+    not know) and ``prices.safetensors`` (a vector for each option, see :class:`ppcl.analysis.prices.Price`).
 
     Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
+        source: The teacher's blocks.
         analysis: The paper's intervals are always among the fitted runs.
-        probes: Probe matrices by ``stack/block/stream/weight|bias``.
+        forms: Matrices by ``stack/block/signal/weight|bias``, as the analyze stage wrote them.
         calibration: The captured states.
         out: The run directory; checkpoints go to ``out/checkpoints/fit``.
         settings: See :class:`FitConfig`.
@@ -159,96 +143,229 @@ def fit(
         group: The processes that share the work; the first one writes.
         precision: Autocast of the passes: substitutes are float32, the teacher may not be.
         protected: Names the protected blocks, which no run takes; those of the default settings if None.
+        fingerprint: Of all that the result depends on: what was interrupted goes on where it had the same.
     """
     began = time.perf_counter()
-    device = next(transformer.parameters()).device
+    folder = out / "checkpoints" / "fit"
+    if fingerprint is None:
+        group.on_main(lambda: remove(folder))
     held_out, train = States(calibration, "held-out"), States(calibration, "train")
-    sample = list(held_out.weighed(held_out.spread(settings.eval_states), settings.eval_states))
-    batches = [call.arguments for call, _ in sample]
+    course = training_course(
+        source,
+        {"held-out": held_out},
+        settings.batch_size,
+        folder / "held-out",
+        fingerprint or "",
+        {"held-out": settings.eval_states},
+        group,
+        precision,
+    )
+    this = Fit(source, analysis, forms, train, course, folder, settings, seed, fingerprint or "", group)
+    for level in range(len(source.order)):
+        course.store.hold(level)
+    forward_sweep(course, [])
     runs = all_runs(analysis, settings.max_run, protected or PlanConfig())  # type: ignore[call-arg]
-
-    def linear(run: RunKey) -> nn.Module:
-        spec = _spec(adapter, run[0])
-        maps = chained_probe(probes, run, list(spec.inputs), device)
-        return LinearRun(adapter, spec, _blocks(transformer, adapter, run)[run[1]], maps)
-
-    def errors(replacements: Mapping[RunKey, Job], label: str) -> dict[RunKey, float]:
-        return group.spread(
-            replacements, lambda own: output_errors(transformer, adapter, batches, own, label, precision)
-        )
-
-    probe_errors = errors(_jobs(runs, linear), "fit: sensitivity")
-    always = [(found.name, *interval) for found in analysis.stacks for interval in found.intervals]
-    chosen = shortlist(probe_errors, always, settings.max_candidates)
-    starts = group.on_main(lambda: best_starts(transformer, adapter, sample, chosen, settings.starts))
-    substitutes = {
-        run: start_block(_blocks(transformer, adapter, run), run[1], run[2], starts[run]).to(torch.float32)
-        for run in chosen
-    }
-    _train(transformer, adapter, train, substitutes, out, settings, seed, log, group, precision)
-    fitted = errors(_jobs(chosen, substitutes.__getitem__), "fit: costs")
-
-    def measure_width() -> WidthResult:
-        given = (analysis, probes, batches, settings, train, seed, precision, next(held_out.batches(1)))
-        width = width_options(transformer, adapter, *given)
-        write_tensors(out / "width.safetensors", width.tensors)
-        return replace(width, tensors={})
-
-    measured = group.on_main(measure_width)
+    narrow = narrow_modules(this, next(held_out.batches(1)), next(train.batches(1)))
+    prices = priced(this, runs, narrow)
+    probe_errors = {run: prices[run_name(run)].error for run in runs}
+    if settings.exact != "none":
+        every = exact_costs(course, {run_name(run): this.linear(run) for run in runs}, folder / "runs", "fit: runs")
+        probe_errors = {run: every[run_name(run)] for run in runs}
+    always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
+    starts = fitted(this, held_out, shortlist(probe_errors, always, settings.max_candidates), log)
+    jobs = {run_name(run): Job(run, partial(_read_fitted, this, run)) for run in starts}
+    costs = exact_costs(course, jobs, folder / "fitted", "fit: costs")
+    options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
+    if settings.exact == "all":
+        options = exact_options(this, narrow, prices)
     result = Candidates(
-        candidates=tuple(
-            Candidate(run[0], run[1], run[2], probe_errors[run], starts.get(run), fitted.get(run)) for run in runs
-        ),
+        candidates=tuple(Candidate(*run, probe_errors[run], starts.get(run), costs.get(run_name(run))) for run in runs),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
-        width=measured.options,
-        criterion=measured.criterion,
-        criterion_forwards=measured.criterion_forwards,
+        width=tuple(options),
+        criterion=narrow.criterion,
+        criterion_forwards=narrow.forwards,
     )
-    tensors = {f"{run_name(r)}/{k}": v for r, block in substitutes.items() for k, v in block.state_dict().items()}
-    if group.is_main:
-        write_tensors(out / "candidates.safetensors", tensors)
-        save_artifact(result, out / "candidates.json")
+    group.on_main(lambda: _write(this, out, result, narrow, prices, list(starts)))
+    course.store.close()
+    group.on_main(lambda: remove(folder))
     return result
 
 
-def _train(
-    transformer: nn.Module,
-    adapter: Adapter,
-    train: States,
-    substitutes: dict[RunKey, nn.Module],
-    out: Path,
-    settings: FitConfig,
-    seed: int,
-    log: Callable[[dict[str, Any]], None] | None,
-    group: Group,
-    precision: str,
-) -> None:
-    """Fit all candidates together; each has its own loss and its own gradient norm."""
+@dataclass(frozen=True)
+class Narrow:
+    """What can become smaller inside blocks.
+
+    Attributes:
+        jobs: Smaller modules by block.
+        findings: Of :class:`ppcl.pruning.fewer_units.UnitSums`; empty where there are neither sites nor texts.
+        places: The blocks that have any.
+        criterion: What chose units; empty where there are none.
+        forwards: What that said it would cost, see :class:`ppcl.pruning.artifacts.Candidates`.
+    """
+
+    jobs: WidthJobs
+    findings: Findings
+    places: Sequence[Place]
+    criterion: str
+    forwards: float | None
+
+
+def narrow_modules(this: Fit, example: dict[str, Any], single: dict[str, Any]) -> Narrow:
+    """Find the modules that can become smaller, choose their units, and fit what the analyze stage did not.
+
+    Args:
+        this: The stage.
+        example: What FLOPs are counted on, of the shape that the teacher's were counted on.
+        single: A call on one sample, whose time is measured.
+    """
+    source, settings, findings = this.source, this.settings, Findings(this.folder / "units")
+    sites: list[CutSite] = []
+    texts: dict[Place, Parts] = {}
+    scored: tuple[str, float | None] = ("", None)
+    first = [(name, 0) for name in dict(source.order)]
+    with torch.no_grad(), source.whole() as transformer:
+        calls, _ = record_boundaries(transformer, source.adapter, example, first, first[-1])
+    if settings.width:
+        sites = find_sites(source, calls, settings.width)
+        texts = text_blocks(source, list(this.forms)) if "text" in settings.width else {}
+    if sites or texts:
+        scores = None
+        if sites:
+            sets = draw_states(
+                this.train, settings.criterion_draws, settings.batch_size, settings.width_states, this.seed
+            )
+            held_out = [batch.load().arguments for batch in this.course.batches]
+            scored = settings.criterion, criterion_cost(settings, sets, held_out)
+            scores = scores_of_all(source, sites, sets, settings, this.seed, held_out)
+        course = this.training_course("units-sweep", settings.width_states)
+        forward_sweep(course, [UnitSums(sites, texts.keys(), settings, scores, findings, this.group)])
+    flops = this.analysis.model.flops if settings.width else 0
+    meter = Meter(source, calls, batch_size(example), single, flops)
+    jobs = WidthJobs(source, this.analysis, this.forms, settings, sites, texts, findings, meter)
+    places = source.order if sites or texts else ()
+    return Narrow(jobs, findings, places, *scored)
+
+
+def priced(this: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Price]:
+    """Price runs by their chained probes, and smaller modules, in one backward sweep.
+
+    Returns:
+        Prices by ``stack/first-last`` and :attr:`ppcl.pruning.artifacts.WidthOption.name`.
+    """
+    source, settings = this.source, this.settings
+    findings = Findings(this.folder / "prices")
+
+    def jobs_at(place: Place, block: nn.Module) -> Jobs:
+        ending = {run_name(run): this.linear(run) for run in runs if (run[0], run[2]) == place}
+        return {**ending, **(narrow.jobs.at(place, block) if settings.width else {})}
+
+    with Progress("fit: prices", total=len(source.order)) as progress:
+        consumer = Prices(this.course, jobs_at, findings, progress)
+        backward_sweep(this.course, this.store("gradients"), [consumer], settings.vectors, this.seed)
+    return read_prices(findings, source.order, velocity_norm(this.course))
+
+
+def exact_options(this: Fit, narrow: Narrow, prices: Mapping[str, Price]) -> list[WidthOption]:
+    """Smaller modules with what each costs exactly."""
+    notes = {name: price.note for name, price in prices.items() if "group" in price.note}
+    jobs = {name: narrow.jobs.again(note) for name, note in notes.items()}
+    costs = exact_costs(this.course, jobs, this.folder / "width", "fit: width")
+    return [width_option(note, costs[name]) for name, note in notes.items()]
+
+
+def fitted(
+    this: Fit, held_out: States, runs: Sequence[RunKey], log: Callable[[dict[str, Any]], None] | None
+) -> dict[RunKey, str]:
+    """Fit a block to each run, each by itself; its weights go to a file.
+
+    Returns:
+        The start that was best on held-out states, by run.
+    """
+    course = this.training_course("train", None)
+    sample = list(held_out.weighed(held_out.spread(this.settings.eval_states), this.settings.batch_size))
+    known = {run: read_tensors(this.file(run))[1] for run in runs if this.file(run).is_file()}
+
+    def train(run: RunKey, ends: Ends) -> None:
+        start = best_start(this, run, sample)
+        block = start_block(this.source.copies(run[0]), run[1], run[2], start).to(torch.float32)
+        _train(this, run, block, ends, log)
+        write_tensors(this.file(run), block.state_dict(), {"start": start})
+
+    trainees = Trainees(course, [run for run in runs if run not in known], train)
+    if trainees.last >= 0:
+        forward_sweep(course, [trainees], trainees.last)
+        course.store.close()
+    return {run: str(read_tensors(this.file(run))[1]["start"]) for run in runs}
+
+
+@torch.no_grad()
+def best_start(this: Fit, run: RunKey, sample: Sequence[tuple[Call, Share]]) -> str:
+    """The start of least state loss on held-out states; of equals the first."""
+    ends, losses = Ends(run, this.course), {}
+    for start in this.settings.starts:
+        block = start_block(this.source.copies(run[0]), run[1], run[2], start)
+        with autocast(this.source.device, this.course.precision):
+            losses[start] = sum(float(ends.loss(block, call, share, split="held-out")) for call, share in sample)
+    return min(losses, key=lambda start: losses[start])
+
+
+def _train(this: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[[dict[str, Any]], None] | None) -> None:
+    settings, name = this.settings, run_name(run)
     if settings.steps == 0:
         return
-    device = next(transformer.parameters()).device
 
     def backward(step: int) -> dict[str, float]:
-        parts = train.parts(settings.batch_size, step_generator(seed, step, Stream.FIT_BATCH), group)
-        return add_up(one(call.arguments, share) for call, share in parts)
+        parts = this.train.parts(settings.batch_size, step_generator(this.seed, step, Stream.FIT_BATCH))
+        return add_up(one(call, share) for call, share in parts)
 
-    def one(arguments: dict[str, Any], share: Share) -> dict[str, float]:
-        with autocast(device, precision):
-            losses = local_backward(transformer, adapter, arguments, substitutes, share=share)
-        return {"loss": sum(losses.values()) / len(losses)}
+    def one(call: Call, share: Share) -> dict[str, float]:
+        with autocast(this.source.device, this.course.precision):
+            loss = ends.loss(block, call, share)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss.item()}
 
     loop_settings = LoopSettings(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         warmup_steps=5,
-        clip_each=True,  # one candidate's large gradient must not shrink the others' steps
         ema_decay=0.0,
         checkpoint_every=max(10, settings.steps // 4),
-        seed=seed,
+        seed=this.seed,
         batch_size=settings.batch_size,
     )
-    modules = {run_name(run).replace(".", "_"): block for run, block in substitutes.items()}
-    fingerprint = digest(sorted(modules), settings.model_dump(), seed)
-    folder = out / "checkpoints" / "fit"
-    TrainingLoop(modules, backward, loop_settings, folder, fingerprint, log, "fit", group).run()
+    folder = this.folder / f"fit-{name.replace('/', '-')}"
+    report = None if log is None else lambda row: log({**row, "run": name})
+    identity = digest(name, settings.model_dump(), this.seed, this.fingerprint)
+    TrainingLoop({name: block}, backward, loop_settings, folder, identity, report, f"fit: {name}").run()
+    remove(folder)
+
+
+def _read_fitted(this: Fit, run: RunKey, _: nn.Module) -> nn.Module:
+    tensors, meta = read_tensors(this.file(run))
+    block = this.source.copy((run[0], start_index(run[1], run[2], meta["start"]))).to(torch.float32)
+    block.load_state_dict(tensors)
+    return block
+
+
+def _write(
+    this: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
+) -> None:
+    """Write everything, a tensor at a time."""
+    blocks: dict[str, Unread] = {}
+    for run in runs:
+        tensors = TensorFiles(this.file(run))
+        dtypes = {name: tensor.dtype for name, tensor in this.source.module((run[0], run[1])).state_dict().items()}
+        for name in tensors:
+            tensor = Unread(tensors.shape(name), dtypes.get(name, torch.float32), partial(tensors.__getitem__, name))
+            blocks[f"{run_name(run)}/{name}"] = tensor
+    write_one_by_one(out / "candidates.safetensors", blocks)
+    forms: dict[str, Unread] = {}
+    for place in narrow.places:
+        tensors = TensorFiles(narrow.findings.path(KIND, place))
+        for name in tensors:
+            tensor = Unread(tensors.shape(name), tensors.dtype(name), partial(tensors.__getitem__, name))
+            forms[f"{place[0]}/{place[1]}/{name}"] = tensor
+    write_one_by_one(out / "width.safetensors", forms)
+    write_tensors(out / "prices.safetensors", {name: price.vector.float() for name, price in prices.items()})
+    save_artifact(result, out / "candidates.json")

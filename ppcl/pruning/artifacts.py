@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,11 @@ class Candidate:
         return (self.probe_error if self.fitted_error is None else self.fitted_error) ** 2
 
 
+def option_name(stack: str, block: int, group: str, parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name smaller modules: ``stack/block/group/kind-size``, with a ``+`` between several kinds and sizes."""
+    return f"{stack}/{block}/{group}/" + "+".join(f"{part['kind']}-{part['size']}" for part in parts.values())
+
+
 @dataclass(frozen=True)
 class WidthOption:
     """Smaller modules inside one block, and what they cost.
@@ -59,6 +65,11 @@ class WidthOption:
     saved_flops: int
     error: float
     saved_time: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its vector in ``prices.safetensors``."""
+        return option_name(self.stack, self.block, self.group, self.parts)
 
     @property
     def saved_speed(self) -> int:

@@ -9,74 +9,97 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.analysis.layer_inputs import Signal, moments_of
-from ppcl.analysis.moments import Moments
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.moments import Moments, add_up
+from ppcl.analysis.sweep import Seen
 from ppcl.common.progress import announce
 from ppcl.config import FitConfig
+from ppcl.config.extensions import CRITERIA
+from ppcl.errors import ConfigError
 from ppcl.modules.replacements import set_module
 from ppcl.modules.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.modules.text_stream import plain_norm, text_replacement
-from ppcl.pruning.criteria import Site, unit_cost, unit_scores
-from ppcl.pruning.criteria.base import Batches
+from ppcl.pruning.criteria import Site, checked_site_scores, unit_cost, unit_scores
+from ppcl.pruning.criteria.base import BACKWARD, Batches, InputSums, SumCriterion
 from ppcl.pruning.criteria.draws import best_draw, cut_error
+from ppcl.teacher.blocks import Blocks, Place, ResidentBlocks
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.families.masks import valid_of, valid_rows
 from ppcl.teacher.trace import BlockCall
+from ppcl.training.distributed import SINGLE, Group
 
 logger = logging.getLogger(__name__)
-Calls = Mapping[tuple[str, int], BlockCall]
+Calls = Mapping[Place, BlockCall]
 Tensors = dict[str, Tensor]
+Parts = dict[str, dict[str, Any]]  # replacements by path
 TEXT_RIDGE = 1e-4
+KIND = "units"  # of findings
 
 
-def find_sites(
-    transformer: nn.Module, adapter: Adapter, calls: Calls, groups: Sequence[str]
-) -> list[tuple[str, Site, str]]:
+@dataclass(frozen=True)
+class CutSite:
+    """A module that can lose units.
+
+    Attributes:
+        group: Of its options: ``ffn.image``, ``attention``.
+        site: The module.
+    """
+
+    group: str
+    site: Site
+
+    def layers(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers that read the units, by path inside the module, given its block."""
+        module = block.get_submodule(self.site.path)
+        layers = {name: module.get_submodule(name) for name in self.site.units.columns}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def find_sites(source: Blocks, calls: Calls, groups: Sequence[str]) -> list[CutSite]:
     """Find the modules whose units may go.
 
     Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
+        source: The teacher's blocks.
         calls: A recorded call of the first block of each stack.
         groups: ``ffn`` and ``attention`` are looked for.
-
-    Returns:
-        Group of the option (``ffn.image``, ``attention``), the module, and the stream that a feed-forward network
-        belongs to.
     """
-    sites: list[tuple[str, Site, str]] = []
-    for spec in adapter.stacks:
+    sites: list[CutSite] = []
+    for spec in source.adapter.stacks:
         refused: dict[str, bool] = {}  # by group: tested on the first block that has it
-        for index, block in enumerate(adapter.blocks(transformer, spec)):
-            for group, path, units, stream in _units_of(spec, block, groups):
+        for index, block in enumerate(source.adapter.blocks(source.transformer, spec)):
+            for group, path, units in _units_of(spec, block, groups):
                 if group not in refused:
-                    refused[group] = not cuts_cleanly(adapter, spec, block, path, units, calls[spec.name, 0])
+                    with source.block(spec.name, index) as lent:
+                        clean = cuts_cleanly(source.adapter, spec, lent, path, units, calls[spec.name, 0])
+                    refused[group] = not clean
                     if refused[group]:
                         logger.warning("%s.%s: %s cannot be cut here; not offered", spec.name, path, units.kind)
                 if not refused[group]:
-                    sites.append((group, Site(spec.name, index, path, units), stream))
+                    sites.append(CutSite(group, Site(spec.name, index, path, units)))
     return sites
 
 
-def _units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units, str]]:
-    """Group, path, units and stream of the modules of one block."""
+def _units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units]]:
+    """Group, path and units of the modules of one block."""
     if "ffn" in groups:
         for stream, path in spec.ffn.items():
             units = neurons_of(block.get_submodule(path))
             if units is not None:
-                yield f"ffn.{stream}", path, units, stream
+                yield f"ffn.{stream}", path, units
     if "attention" in groups:
         named = {name: heads_of(child) for name, child in block.named_children()}
         several = sum(units is not None for units in named.values()) > 1
         for name, units in named.items():
             if units is not None:
-                yield f"attention.{name}" if several else "attention", name, units, ""
+                yield f"attention.{name}" if several else "attention", name, units
 
 
 @torch.no_grad()
@@ -128,96 +151,170 @@ def criterion_cost(settings: FitConfig, sets: Sequence[Batches], held_out: Batch
     return cost
 
 
-def cut_options(
-    transformer: nn.Module,
-    adapter: Adapter,
-    sites: Sequence[tuple[str, Site, str]],
-    batches: Batches,
+def scores_of_all(
+    source: Blocks,
+    sites: Sequence[CutSite],
+    sets: Sequence[Batches],
     settings: FitConfig,
     seed: int,
-    other_draws: Sequence[Batches] = (),
     held_out: Batches = (),
-) -> tuple[list[list[dict[str, Any]]], Tensors]:
-    """Choose the units that stay, by the criterion, and correct the columns that read them.
+) -> dict[Site, Tensor] | None:
+    """Score all units before the sweep, by a criterion that runs the whole transformer.
 
     Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
+        source: The teacher's blocks.
         sites: See :func:`find_sites`.
-        batches: Training states.
+        sets: Sets of training states; of several the best is taken (:mod:`ppcl.pruning.criteria.draws`).
         settings: ``criterion`` and ``width_shares``.
         seed: For the criterion.
-        other_draws: Further sets of training states that the criterion may use instead
-            (:mod:`ppcl.pruning.criteria.draws`).
         held_out: States that say which of the sets is best.
 
     Returns:
-        The replacements of each site, one a size; and ``stack/block/path/kind-size/layer.weight|bias``.
+        (units,) of each site; None where :class:`UnitSums` can score by itself.
+
+    Raises:
+        ConfigError: The criterion needs gradients, and blocks are read from files.
     """
-    modules, shares = [site for _, site, _ in sites], sorted(settings.width_shares)
-    scores = best_draw(
-        lambda states: unit_scores(settings.criterion, transformer, adapter, modules, states, seed),
-        lambda scores: cut_error(transformer, adapter, modules, scores, shares[len(shares) // 2], held_out),
-        [batches, *other_draws],
-    )
-    parts: list[list[dict[str, Any]]] = []
-    for (_, site, _), score in zip(sites, scores, strict=True):
+    criterion = CRITERIA.named(settings.criterion)
+    if len(sets) == 1 and isinstance(criterion, SumCriterion):
+        return None
+    if not isinstance(source, ResidentBlocks) and float(getattr(criterion, "cost", BACKWARD)) > 1:
+        raise ConfigError(
+            f"fit.criterion={settings.criterion} runs the whole teacher with gradients, and its blocks are read from "
+            "files one by one; use fit.criterion=activation, or blocks=resident on a device that holds the teacher"
+        )
+    modules, shares = [site.site for site in sites], sorted(settings.width_shares)
+    adapter = source.adapter
+    with source.whole() as transformer:
+        scores = best_draw(
+            lambda states: unit_scores(settings.criterion, transformer, adapter, modules, states, seed),
+            lambda scores: cut_error(transformer, adapter, modules, scores, shares[len(shares) // 2], held_out),
+            list(sets),
+        )
+    return dict(zip(modules, scores, strict=True))
+
+
+def text_blocks(source: Blocks, probes: Collection[str]) -> dict[Place, Parts]:
+    """The blocks whose text stream can become two linear maps, and the replacements.
+
+    Args:
+        source: The teacher's blocks.
+        probes: Names of what the analyze stage wrote, l_h among it, the text's probe.
+    """
+    replacements: dict[Place, Parts] = {}
+    for spec in source.adapter.stacks:
+        for index, block in enumerate(source.adapter.blocks(source.transformer, spec) if spec.text_parts else ()):
+            known = f"{spec.name}/{index}/text/weight" in probes
+            if spec.text_qkv and known and _text_norm(spec, block) is not None:
+                replacements[spec.name, index] = {p: {"kind": kind, "size": 0} for p, kind in spec.text_parts.items()}
+    return replacements
+
+
+class UnitSums:
+    """A consumer of the forward sweep: which units of a block stay, the columns that read them, and the text's l_z.
+
+    Args:
+        sites: See :func:`find_sites`.
+        texts: The blocks whose text input map is wanted.
+        settings: ``criterion``, ``width_shares`` and ``width_ridge``.
+        scores: Of the units; None: by the criterion, from the sums of this sweep.
+        findings: Receives ``path/kind-size/layer.weight|bias`` and ``text_input/weight|bias`` (x W + b with
+            x = Norm(h)) of each block, and the replacements of each site, one a size.
+        group: The processes that sweep.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[CutSite],
+        texts: Collection[Place],
+        settings: FitConfig,
+        scores: Mapping[Site, Tensor] | None,
+        findings: Findings,
+        group: Group = SINGLE,
+    ) -> None:
+        self.sites, self.texts, self.settings = sites, texts, settings
+        self.scores, self.findings, self.group = scores, findings, group
+        self.place: Place = ("", 0)
+        self.block = nn.Module()
+        self.here: list[CutSite] = []
+        self.norm: nn.LayerNorm | None = None
+        self.text_path = ""
+        self.moments: dict[str, Moments] = {}
+
+    def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
+        """The layers that read units, and the text's projection."""
+        self.place, self.block, self.moments = (stack.name, index), block, {}
+        self.here = [site for site in self.sites if (site.site.stack, site.site.block) == self.place]
+        self.norm = _text_norm(stack, block) if self.place in self.texts else None
+        paths = [f"{site.site.path}.{name}" for site in self.here for name in site.layers(block)]
+        self.text_path = stack.text_qkv or ""
+        return paths if self.norm is None else [*paths, self.text_path]
+
+    def see(self, seen: Seen) -> None:
+        """Add a batch."""
+        spec, arguments = seen.call.stack, seen.call.arguments
+        for path, calls in seen.layers.items():
+            x = calls[-1].input
+            valid = valid_of(spec, arguments, path, x)
+            rows = valid_rows(x, valid)
+            if self.norm is not None and path == self.text_path:
+                states = self.norm(spec.turn(seen.call.inputs["text"]))
+                self._add(path, valid_rows(states, valid), rows)
+            else:
+                self._add(path, rows, rows[:, :0])
+
+    def _add(self, path: str, x: Tensor, y: Tensor) -> None:
+        if path not in self.moments:
+            self.moments[path] = Moments(x.shape[-1], y.shape[-1], x.device)
+        self.moments[path].update(x, y)
+
+    def finish(self) -> None:
+        """Solve, and write."""
+        moments = add_up(self.moments, self.group)
+        self.moments = {}
+        tensors: Tensors = {}
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for site in self.here:
+            layers = {
+                name: (layer, moments[f"{site.site.path}.{name}"]) for name, layer in site.layers(self.block).items()
+            }
+            parts[site.site.path], corrections = self._cut(site.site, layers)
+            tensors |= corrections
+        if self.norm is not None:
+            weight, bias = moments[self.text_path].ridge(TEXT_RIDGE)
+            tensors |= {"text_input/weight": weight.float().cpu(), "text_input/bias": bias.float().cpu()}
+        if self.group.is_main:
+            self.findings.write(KIND, self.place, tensors, parts)
+        self.block = nn.Module()
+
+    def _cut(self, site: Site, layers: Mapping[str, tuple[nn.Linear, Moments]]) -> tuple[list[dict[str, Any]], Tensors]:
+        """The replacements of a site, and the columns of each."""
+        if self.scores is None:
+            sums = [
+                (layer, InputSums(moments.count, moments.sum_x, moments.xx.diagonal()))
+                for layer, moments in layers.values()
+            ]
+            criterion = CRITERIA.named(self.settings.criterion)
+            score = checked_site_scores(self.settings.criterion, criterion.score_sums(site, sums), site)
+        else:
+            score = self.scores[site]
         order = torch.argsort(score, descending=True, stable=True).tolist()  # of equals the first stays
-        parts.append([site.units.part(sorted(order[:size])) for size in sizes_of(site.units, settings.width_shares)])
-    owner: dict[Signal, tuple[int, str]] = {}
-    for number, (_, site, stream) in enumerate(sites):
-        for name, layer in site.layers(transformer, adapter).items():
-            of = stream or ("text" if "add" in name else "image")
-            owner[Signal(site.stack, site.block, f"{site.path}.{name}", layer.in_features, of)] = (number, name)
-    tensors: Tensors = {}
-    for signal, moments in moments_of(transformer, adapter, list(owner), batches):
-        number, name = owner[signal]
-        site = sites[number][1]
-        layer = site.layers(transformer, adapter)[name]
-        for part in parts[number]:
-            layer_parts = corrected(layer.weight, layer.bias, part, _moment(moments), settings.width_ridge)
-            prefix = f"{site.stack}/{site.block}/{site.path}/{part['kind']}-{part['size']}/{name}"
-            for kind, value in zip(("weight", "bias"), layer_parts, strict=True):
-                if value is not None:
-                    tensors[f"{prefix}.{kind}"] = value.to(layer.weight.dtype).cpu()
-    return parts, tensors
+        sizes = sizes_of(site.units, self.settings.width_shares)
+        parts = [site.units.part(sorted(order[:size])) for size in sizes]
+        tensors: Tensors = {}
+        for name, (layer, moments) in layers.items():
+            for part in parts:
+                columns = corrected(layer.weight, layer.bias, part, _moment(moments), self.settings.width_ridge)
+                for kind, value in zip(("weight", "bias"), columns, strict=True):
+                    if value is not None:
+                        prefix = f"{site.path}/{part['kind']}-{part['size']}/{name}"
+                        tensors[f"{prefix}.{kind}"] = value.to(layer.weight.dtype).cpu()
+        return parts, tensors
 
 
 def _moment(moments: Moments) -> tuple[Tensor, Tensor]:
     mean = moments.sum_x / moments.count
     return mean, moments.xx / moments.count - torch.outer(mean, mean)
-
-
-def text_options(
-    transformer: nn.Module, adapter: Adapter, probes: Mapping[str, Tensor], batches: Batches
-) -> tuple[dict[tuple[str, int], dict[str, dict[str, Any]]], Tensors]:
-    """Find the blocks whose text stream can become two linear maps, and fit l_z (l_h is the text's probe).
-
-    Args:
-        transformer: The teacher's transformer.
-        adapter: Its family.
-        probes: What the analyze stage wrote.
-        batches: Training states.
-
-    Returns:
-        The replacements by stack and block; and ``stack/block/text_input/weight|bias``, x W + b with x = Norm(h).
-    """
-    replacements: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    signals: list[Signal] = []
-    for spec in adapter.stacks:
-        for index, block in enumerate(adapter.blocks(transformer, spec) if spec.text_parts else ()):
-            norm = _text_norm(spec, block)
-            if norm is None or not spec.text_qkv or f"{spec.name}/{index}/text/weight" not in probes:
-                continue
-            replacements[spec.name, index] = {path: {"kind": kind, "size": 0} for path, kind in spec.text_parts.items()}
-            features = int(norm.normalized_shape[-1])
-            signals.append(Signal(spec.name, index, spec.text_qkv, features, "text", norm))
-    tensors: Tensors = {}
-    for signal, moments in moments_of(transformer, adapter, signals, batches):
-        weight, bias = moments.ridge(TEXT_RIDGE)
-        tensors[f"{signal.stack}/{signal.block}/text_input/weight"] = weight.float().cpu()
-        tensors[f"{signal.stack}/{signal.block}/text_input/bias"] = bias.float().cpu()
-    return replacements, tensors
 
 
 def _text_norm(spec: StackSpec, block: nn.Module) -> nn.LayerNorm | None:

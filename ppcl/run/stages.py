@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import read_json, read_tensors, write_text
+from ppcl.common.files import TensorFiles, read_json, write_text
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run.folder import CHECKPOINTS, LEDGER
 from ppcl.run.session import Session
@@ -88,10 +88,9 @@ def _fit(session: Session, _: None) -> None:
     from ppcl.distill.fit import fit
 
     fit(
-        session.teacher.transformer,
-        session.adapter,
+        session.open_blocks(),
         session.read(Analysis, "analysis.json"),
-        read_tensors(session.out / "analysis.safetensors", str(session.device))[0],
+        TensorFiles(session.out / "analysis.safetensors"),
         session.calibration,
         session.out,
         session.config.fit,
@@ -100,6 +99,7 @@ def _fit(session: Session, _: None) -> None:
         session.group,
         session.config.precision,
         session.config.plan,
+        session.depends("fit"),
     )
 
 
@@ -221,7 +221,7 @@ _ALL = (
     Stage(
         "fit",
         "Costs of candidate runs.",
-        ("candidates.json", "candidates.safetensors", "width.safetensors"),
+        ("candidates.json", "candidates.safetensors", "width.safetensors", "prices.safetensors"),
         _fit,
         _check_units,
         inputs={STATES: None, "analysis.json": Analysis, "analysis.safetensors": None},

@@ -38,7 +38,7 @@ def run_name(key: RunKey) -> str:
     return f"{key[0]}/{key[1]}-{key[2]}"
 
 
-def start_block(blocks: Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
+def start_block(blocks: nn.ModuleList | Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
     """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
 
     Args:
@@ -99,7 +99,7 @@ def fill_width(
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:
             cut = f"{here}/{path}/{part['kind']}-{part['size']}/"
-            fill_sliced(module, old, part, {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)})
+            fill_sliced(module, old, part, {n.removeprefix(cut): tensors[n] for n in tensors if n.startswith(cut)})
         elif part["kind"] in ("text_input", "text_output"):
             name = f"{here}/text_input" if part["kind"] == "text_input" else f"{here}/text"
             fill_text(module, tensors[f"{name}/weight"], tensors[f"{name}/bias"])

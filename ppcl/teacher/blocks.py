@@ -76,7 +76,8 @@ class Blocks(ABC):
         """Lend the transformer to be called as a whole, for what needs few calls."""
         yield self.transformer
 
-    def _module(self, place: Place) -> nn.Module:
+    def module(self, place: Place) -> nn.Module:
+        """A block as it is now: with its weights, if it is lent or always there; of meta tensors else."""
         blocks: nn.ModuleList = getattr(self.transformer, place[0])
         return blocks[place[1]]
 
@@ -94,11 +95,11 @@ class ResidentBlocks(Blocks):
     def walk(self, places: Sequence[Place]) -> Generator[nn.Module]:
         """Lend blocks in this order."""
         for place in places:
-            yield self._module(place)
+            yield self.module(place)
 
     def copy(self, place: Place) -> nn.Module:
         """A block with weights of its own."""
-        return copy.deepcopy(self._module(place))
+        return copy.deepcopy(self.module(place))
 
 
 class StreamedBlocks(Blocks):
@@ -147,7 +148,7 @@ class StreamedBlocks(Blocks):
             ahead = reader.submit(self._weights, places[0])
             for number, place in enumerate(places):
                 weights = ahead.result()
-                block, following = self._module(place), places[number + 1 : number + 2]
+                block, following = self.module(place), places[number + 1 : number + 2]
                 ahead = reader.submit(self._weights, following[0] if following else None)
                 self._assign(block, weights)
                 del weights
@@ -158,7 +159,7 @@ class StreamedBlocks(Blocks):
 
     def copy(self, place: Place) -> nn.Module:
         """A block with weights of its own, read anew."""
-        block, weights = self._module(place), self._weights(place)
+        block, weights = self.module(place), self._weights(place)
         shared = {
             id(tensor): tensor for tensor in block.state_dict(keep_vars=True).values()
         }  # or those of the lent one
@@ -182,7 +183,7 @@ class StreamedBlocks(Blocks):
             def free(block: nn.Module, *_: Any) -> None:
                 self._free(block)
 
-            block = self._module(place)
+            block = self.module(place)
             handles.append(block.register_forward_pre_hook(load, prepend=True))
             handles.append(block.register_forward_hook(free, always_call=True))
         try:
@@ -209,7 +210,7 @@ class StreamedBlocks(Blocks):
         if place is None:
             return {}
         prefix = f"{place[0]}.{place[1]}."
-        read = self._read([prefix + name for name in self._module(place).state_dict()])
+        read = self._read([prefix + name for name in self.module(place).state_dict()])
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:

@@ -74,8 +74,10 @@ def run_traced(
         for spec in adapter.stacks
         for index, block in enumerate(adapter.blocks(transformer, spec))
     )
+    devices = [parameter.device for parameter in transformer.parameters()]
+    device = next((device for device in devices if device.type != "meta"), devices[0])  # a block's may be in files
     with removing(handles), suppress(_StopForward):
-        return velocity(transformer, trees.to_device(arguments, next(transformer.parameters()).device))
+        return velocity(transformer, trees.to_device(arguments, device))
     return None
 
 

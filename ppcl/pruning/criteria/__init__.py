@@ -7,7 +7,7 @@ A criterion of units is a class in a file like ``magnitude.py`` and an entry in 
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ppcl.config.extensions import CRITERIA, WEIGHT_CRITERIA
 from ppcl.errors import ConfigError
@@ -46,14 +46,11 @@ def unit_scores(
     if not isinstance(scores, list | tuple) or len(scores) != len(sites):
         got = str(len(scores)) if isinstance(scores, list | tuple) else type(scores).__name__
         raise ConfigError(f"fit.criterion={name}: got {got} for {len(sites)} sites; expected a list of one tensor each")
-    return [
-        checked_scores(
-            score,
-            (site.units.count,),
-            f"fit.criterion={name}: {site.stack}.{site.block}.{site.path}",
-            f"one score for each of {site.units.count} units",
-        )
-        .double()
-        .cpu()
-        for score, site in zip(scores, sites, strict=True)
-    ]
+    return [checked_site_scores(name, score, site) for score, site in zip(scores, sites, strict=True)]
+
+
+def checked_site_scores(name: str, scores: Tensor, site: Site) -> Tensor:
+    """The scores of one site, in float64 on the CPU, if they can be used; see :func:`unit_scores`."""
+    where = f"fit.criterion={name}: {site.stack}.{site.block}.{site.path}"
+    count = site.units.count
+    return checked_scores(scores, (count,), where, f"one score for each of {count} units").double().cpu()

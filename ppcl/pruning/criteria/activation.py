@@ -7,12 +7,12 @@ features, taken as independent. What a unit adds on average costs nothing: a bia
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning.criteria.base import Batches, Scores, Sites, watch_inputs
+from ppcl.pruning.criteria.base import Batches, InputSums, Scores, Site, Sites, watch_inputs
 from ppcl.teacher.families import Adapter
 
 
@@ -24,18 +24,25 @@ class Activation:
     @torch.no_grad()
     def score(self, transformer: nn.Module, adapter: Adapter, sites: Sites, batches: Batches, seed: int) -> Scores:
         """See :class:`ppcl.pruning.criteria.base.Criterion`."""
-        sums: dict[tuple[int, nn.Linear], list[Any]] = {}
+        sums: dict[tuple[int, nn.Linear], InputSums] = {}
 
         def see(number: int, layer: nn.Linear, h: Tensor) -> None:
-            entry = sums.setdefault((number, layer), [0, 0.0, 0.0])
-            entry[0] += len(h)
-            entry[1] = entry[1] + h.sum(0).double()
-            entry[2] = entry[2] + h.pow(2).sum(0).double()
+            before = sums.get((number, layer)) or InputSums(0, torch.zeros(()), torch.zeros(()))
+            first, second = h.sum(0).double(), h.pow(2).sum(0).double()
+            sums[number, layer] = InputSums(before.count + len(h), before.first + first, before.second + second)
 
         watch_inputs(transformer, adapter, sites, batches, see)
-        totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
-        for (number, layer), (count, first, second) in sums.items():
-            variance = (second / count - (first / count).pow(2)).clamp_min(0)
+        by_site: list[list[tuple[nn.Linear, InputSums]]] = [[] for _ in sites]
+        for (number, layer), found in sums.items():
+            by_site[number].append((layer, found))
+        return [self.score_sums(site, layers) for site, layers in zip(sites, by_site, strict=True)]
+
+    @torch.no_grad()
+    def score_sums(self, site: Site, layers: Sequence[tuple[nn.Linear, InputSums]]) -> Tensor:
+        """See :class:`ppcl.pruning.criteria.base.SumCriterion`."""
+        total = torch.zeros(site.units.count, dtype=torch.float64)
+        for layer, sums in layers:
+            variance = (sums.second / sums.count - (sums.first / sums.count).pow(2)).clamp_min(0)
             energy = variance * layer.weight.double().pow(2).sum(0)
-            totals[number] += sites[number].by_unit(energy).sum(-1).cpu()
-        return [total.sqrt() for total in totals]
+            total += site.by_unit(energy).sum(-1).cpu()
+        return total.sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,24 @@ class Criterion(Protocol):
         Returns:
             For each site one float of at least 0 a unit, (units,) in float64; more is worth more.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class InputSums:
+    """Of a layer's inputs over the valid tokens of all states: their number, their sum and that of squares, (h,)."""
+
+    count: int
+    first: Tensor
+    second: Tensor
+
+
+@runtime_checkable
+class SumCriterion(Protocol):
+    """A criterion that needs no more than these sums: a sweep scores the units of a block while it is there."""
+
+    def score_sums(self, site: Site, layers: Sequence[tuple[nn.Linear, InputSums]]) -> Tensor:
+        """Score the units of a site, (units,) in float64, from the layers that read them."""
         ...
 
 
