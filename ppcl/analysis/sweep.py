@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -103,12 +104,25 @@ class Consumer(Protocol):
         """
 
 
-def batches_of(splits: Mapping[str, Recorded], size: int, limit: int | None = None) -> list[Batch]:
-    """All batches of some splits, in a fixed order; ``limit`` and order as in ``States.answered``."""
+def batches_of(
+    splits: Mapping[str, Recorded],
+    size: int,
+    limit: int | Mapping[str, int | None] | None = None,
+    padded: bool = True,
+) -> list[Batch]:
+    """All batches of some splits, in a fixed order.
+
+    Args:
+        splits: The recorded states.
+        size: Most states of a batch.
+        limit: How many states, of each split or of all alike; see ``States.spread``.
+        padded: Texts of several lengths go together where the model allows it. What is stored without padding can be
+            put together anew (:meth:`Course.rows`).
+    """
     batches: list[Batch] = []
     for split, states in splits.items():
-        first = 0
-        for places in states.by_shape(states.spread(limit), size):
+        first, most = 0, limit.get(split) if isinstance(limit, Mapping) else limit
+        for places in states.by_shape(states.spread(most), size, padded):
             batches.append(Batch(len(batches), split, first, lambda s=states, p=places: s.batch(p), places))  # type: ignore[misc]
             first += len(places)
     return batches
@@ -138,6 +152,11 @@ class Course:
     def own(self) -> Sequence[Batch]:
         """This process's batches."""
         return self.batches[self.group.rank :: self.group.size]
+
+    @cached_property
+    def places(self) -> dict[tuple[str, Row], tuple[int, int]]:
+        """Where each state is: by split and place of recording, the number of its batch, and its own in there."""
+        return {(b.split, row): (b.number, number) for b in self.batches for number, row in enumerate(b.rows)}
 
     def end_before(self, stack: str | None) -> int | None:
         """The level that leaves the stack before a stack (None: the end); None at the first."""
@@ -212,7 +231,7 @@ def _of_one_length(states: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def forward_sweep(course: Course, consumers: Sequence[Consumer]) -> None:
+def forward_sweep(course: Course, consumers: Sequence[Consumer], last: int | None = None) -> None:
     """Carry all states through all blocks, and serve the consumers.
 
     An interrupted sweep with the same store goes on at the block where it was. The states that leave the last block
@@ -221,8 +240,10 @@ def forward_sweep(course: Course, consumers: Sequence[Consumer]) -> None:
     Args:
         course: Blocks, states, and where they are kept.
         consumers: Whoever wants to know something.
+        last: Position of the last block that is run; all are if None.
     """
     source, store = course.source, course.store
+    places = source.order if last is None else source.order[: last + 1]
     ends = [course.end_before(name) for name in dict(source.order)]
     for level in ends:  # a later stack is entered from there, by a sweep that goes on in its middle, too
         if level is not None:
@@ -230,7 +251,7 @@ def forward_sweep(course: Course, consumers: Sequence[Consumer]) -> None:
     done = store.resume([batch.number for batch in course.own])
     start = 0 if done is None else done + 1
     entries: Entries | None = None
-    with closing(source.walk(source.order[start:])) as blocks:
+    with closing(source.walk(places[start:])) as blocks:
         for position, block in enumerate(blocks, start):
             entries = course.entries(position, entries)
             visit = Visit(course, position, block, consumers)

@@ -196,11 +196,12 @@ class States:
         pieces = self.by_shape(rows, size)
         return ((self.batch(piece), share) for piece, share in zip(pieces, self._shares(pieces), strict=True))
 
-    def by_shape(self, rows: Sequence[Row], size: int) -> list[list[Row]]:
-        """Pieces of at most ``size`` states that go through a model together."""
+    def by_shape(self, rows: Sequence[Row], size: int, padded: bool = True) -> list[list[Row]]:
+        """Pieces of at most ``size`` states that go through a model together; unpadded ones are of one shape each."""
         alike: dict[int, list[Row]] = {}
         for row in rows:
-            alike.setdefault(self._first_of[self.marks[row].shape] if row in self.marks else -1, []).append(row)
+            shape = self.marks[row].shape if row in self.marks else -1
+            alike.setdefault(self._first_of[shape] if padded and shape >= 0 else shape, []).append(row)
         return [piece[start : start + size] for piece in alike.values() for start in range(0, len(piece), size)]
 
     def _shares(self, pieces: Sequence[Sequence[Row]]) -> list[Share]:

@@ -52,8 +52,9 @@ from ppcl.student.assembly import LinearRun, RunKey, run_name, start_block
 from ppcl.student.plan import start_index
 from ppcl.teacher.blocks import Blocks, Place
 from ppcl.teacher.call_arguments import batch_size
+from ppcl.teacher.calls import Call
 from ppcl.teacher.trace import record_boundaries
-from ppcl.training.distributed import SINGLE, Group, add_up
+from ppcl.training.distributed import SINGLE, Group, Share, add_up
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 

@@ -8,18 +8,19 @@ the last run are not executed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl.student.assembly import RunKey
+from ppcl.student.assembly import RunKey, start_block
+from ppcl.teacher.calls import Call
 from ppcl.teacher.families import Adapter, StackSpec
 from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import BlockCall, run_traced
-from ppcl.training.distributed import WHOLE, Share
+from ppcl.training.distributed import WHOLE, Share, add_up
 from ppcl.training.losses import state_loss
 
 
@@ -119,3 +120,31 @@ def run_loss(
     output = adapter.call(end.stack, substitute, start.inputs, start.arguments)
     masks = valid_tokens(end.stack, end.arguments)
     return state_loss(output, end.outputs, masks, kind, weights_of(end.stack, share))
+
+
+@torch.no_grad()
+def best_starts(
+    transformer: nn.Module,
+    adapter: Adapter,
+    sample: Sequence[tuple[Call, Share]],
+    runs: Sequence[RunKey],
+    starts: Sequence[str],
+) -> dict[RunKey, str]:
+    """The start of least state error for each run; of equals the first.
+
+    Args:
+        transformer: The teacher's transformer.
+        adapter: Its family.
+        sample: Held-out states, all batches of them, as :meth:`ppcl.capture.states.States.weighed` yields them.
+        runs: Whose starts.
+        starts: What there is to choose from.
+    """
+    losses: dict[str, dict[RunKey, float]] = {}
+    blocks_of = {spec.name: adapter.blocks(transformer, spec) for spec in adapter.stacks}
+    for start in starts:
+        blocks = {run: start_block(blocks_of[run[0]], run[1], run[2], start) for run in runs}
+        losses[start] = add_up(
+            local_backward(transformer, adapter, call.arguments, blocks, backward=False, share=share)
+            for call, share in sample
+        )
+    return {run: min(starts, key=lambda start: losses[start][run]) for run in runs}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ppcl.analysis.artifacts import Analysis
 from ppcl.capture.states import States
 from ppcl.config import PlanConfig
-from ppcl.distill.fit import best_starts
+from ppcl.distill.local import best_starts
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
 from ppcl.run import Session

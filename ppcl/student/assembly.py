@@ -38,7 +38,7 @@ def run_name(key: RunKey) -> str:
     return f"{key[0]}/{key[1]}-{key[2]}"
 
 
-def start_block(blocks: nn.ModuleList | Sequence[nn.Module], first: int, last: int, start: str) -> nn.Module:
+def start_block(blocks: Sequence[nn.Module] | nn.ModuleList, first: int, last: int, start: str) -> nn.Module:
     """Return a trainable copy of the block that a substitute for ``first..last`` starts from.
 
     Args:

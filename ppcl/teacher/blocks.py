@@ -86,11 +86,12 @@ class ResidentBlocks(Blocks):
     """The blocks of a transformer that is loaded whole.
 
     Args:
-        transformer: The teacher's, on its device.
+        transformer: The teacher's.
+        device: Where it runs; where its first weight is if None. Blocks that wait elsewhere come for each call.
     """
 
-    def __init__(self, transformer: Any) -> None:
-        super().__init__(transformer, next(transformer.parameters()).device)
+    def __init__(self, transformer: Any, device: torch.device | None = None) -> None:
+        super().__init__(transformer, device or next(transformer.parameters()).device)
 
     def walk(self, places: Sequence[Place]) -> Generator[nn.Module]:
         """Lend blocks in this order."""

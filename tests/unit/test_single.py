@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 from test_distributed import assert_close
-from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, tiny_flux, write_states
+from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 from train_worker import new_distiller, weights, write_all_states
 
+from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
 from ppcl.config import DistillConfig, load_config
 from ppcl.distill import local as local_module
-from ppcl.distill.one_at_a_time import Boundaries
+from ppcl.distill.in_sweep import Ends, Trainees, training_course
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, TrainingError
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.families import adapter_for
+from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import record_boundaries
 from ppcl.training.distributed import SINGLE as ALONE
 from ppcl.training.loop import TrainingLoop
@@ -119,22 +122,47 @@ def test_one_at_a_time_goes_on_where_it_was(folder: Path, monkeypatch: pytest.Mo
     assert_close(weights(resumed), expected)
 
 
-def test_states_between_blocks_are_the_teachers(tmp_path: Path) -> None:
-    teacher, calls = tiny_flux(), [flux_call(batch=3), flux_call(batch=2, seed=4)]
+@pytest.mark.parametrize("memory", [1e12, 0])
+def test_the_ends_of_a_run_are_the_teachers(memory: float, tmp_path: Path) -> None:
+    """For batches that the sweep never had, of several text lengths, in both stacks."""
+    teacher, calls = tiny_qwen(4), [qwen_call(batch=3, padded=True), qwen_call(batch=2, text=4, seed=4)]
+    check_ends(tmp_path / "qwen", teacher, calls, [(DUAL, 0, 1), (DUAL, 1, 3), (DUAL, 2, 2)], memory)
+    calls = [flux_call(batch=3), flux_call(batch=2, seed=4)]
+    runs = [(DUAL, 0, 1), (DUAL, 2, 2), (SINGLE, 0, 1), (SINGLE, 2, 3)]  # the third enters the second stack
+    check_ends(tmp_path / "flux", tiny_flux(), calls, runs, memory)
+
+
+def check_ends(folder: Path, teacher: Any, calls: list[dict[str, Any]], runs: list[Any], memory: float) -> None:
+    """What a run's substitute is trained on, against the teacher run on the same batch."""
     adapter = adapter_for(teacher)
-    write_states(tmp_path / "s", "train", calls)
-    kept = Boundaries(tmp_path / "b", States(tmp_path / "s", "train"), teacher, adapter, "fp32")
-    for run in [(DUAL, 0, 1), (DUAL, 2, 2), (SINGLE, 0, 1), (SINGLE, 2, 3)]:  # the third enters the second stack
-        kept.keep(run)
-        for number, arguments in enumerate(calls):
-            expected, _ = record_boundaries(teacher, adapter, arguments)
-            rows = [(number, row) for row in range(len(arguments["hidden_states"]))]
-            start, end = kept.call(arguments, rows, run)
-            for stream, state in expected[run[:2]].inputs.items():
-                assert torch.allclose(start.inputs[stream], state, atol=1e-5)
-            for stream, state in expected[run[0], run[2]].outputs.items():
-                assert torch.allclose(end.outputs[stream], state, atol=1e-5)
-    assert len(list((tmp_path / "b").iterdir())) == 2  # no others than those of the last run's ends
+    write_states(folder, "train", calls)
+    states = States(folder, "train", "encoder_hidden_states_mask")
+    course = training_course(ResidentBlocks(teacher), {"train": states}, 2, folder / "states", "x", memory=memory)
+    drawn = states.batch([(1, 1), (0, 2), (0, 0)])
+    trained = []
+
+    def train(run: Any, ends: Ends) -> None:
+        start, end = ends.calls(drawn)
+        expected, _ = record_boundaries(teacher, adapter, drawn.arguments)
+        first, last = expected[run[:2]], expected[run[0], run[2]]
+        for stream, valid in valid_or_all(first).items():
+            assert torch.allclose(start.inputs[stream][valid], first.inputs[stream][valid], atol=1e-5)
+            assert torch.allclose(end.outputs[stream][valid], last.outputs[stream][valid], atol=1e-5)
+        assert ends.loss(adapter.blocks(teacher, start.stack)[run[1]], drawn).requires_grad is False
+        assert torch.is_grad_enabled()
+        trained.append(run)
+
+    trainees = Trainees(course, runs, train)
+    forward_sweep(course, [trainees], trainees.last)
+    assert sorted(trained) == sorted(runs)
+    assert not trainees.open
+    course.store.close()
+
+
+def valid_or_all(call: Any) -> dict[str, torch.Tensor]:
+    """Which tokens of each stream count."""
+    masks = valid_tokens(call.stack, call.arguments)
+    return {stream: masks.get(stream, torch.ones(s.shape[:2], dtype=torch.bool)) for stream, s in call.inputs.items()}
 
 
 def test_a_second_stack_trains_one_at_a_time(tmp_path: Path) -> None:
