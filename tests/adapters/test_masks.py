@@ -6,12 +6,15 @@ import pytest
 import torch
 from tiny import TINY
 
-from ppcl.analysis.layer_inputs import Signal, moments_of
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.sweep import Batch, LayerCall, Seen
+from ppcl.config import FitConfig
 from ppcl.errors import ModelError
 from ppcl.modules.slicing import neurons_of
 from ppcl.pruning.criteria import unit_scores
 from ppcl.pruning.criteria.base import Site
 from ppcl.pruning.criteria.weights import WEIGHT_CRITERIA, Layer, weight_scores
+from ppcl.pruning.fewer_units import CutSite, UnitSums
 from ppcl.teacher.families import StackSpec, adapter_for
 from ppcl.teacher.families.masks import stream_of, valid_of, valid_tokens, watch_valid
 from ppcl.teacher.trace import record_boundaries
@@ -108,7 +111,7 @@ def test_masks_of_every_family_fit_its_states(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hunyuan_image", "hunyuan_video"])
-def test_padded_text_does_not_count_where_the_mask_is_over_both_streams(name: str) -> None:
+def test_padded_text_does_not_count_where_the_mask_is_over_both_streams(name: str, tmp_path) -> None:
     model, arguments, adapter = padded(name)
     text = arguments["encoder_attention_mask"].clone()
     text[-1, text.shape[1] // 2 :] = 0
@@ -132,9 +135,11 @@ def test_padded_text_does_not_count_where_the_mask_is_over_both_streams(name: st
     rows = seen[0][keep].double()
     assert len(rows) < seen[0].shape[0] * seen[0].shape[1]
 
-    signal = Signal(spec_.name, 0, f"{path}.{units.columns[0]}", layer.in_features, "text")
-    ((_, sums),) = moments_of(model, adapter, [signal], [arguments])
-    assert sums.count == len(rows)
+    sums = UnitSums([CutSite("ffn", site)], (), FitConfig(), None, Findings(tmp_path))
+    paths = sums.begin(spec_, 0, adapter.blocks(model, spec_)[0])
+    layers = {path: [LayerCall(seen[0], None)] for path in paths}
+    sums.see(Seen(Batch(0, "train", 0, None), calls[spec_.name, 0], layers))
+    assert sums.moments[f"{path}.{units.columns[0]}"].count == len(rows)
     energy = layer.weight.double().abs() * rows.pow(2).mean(0).sqrt()
     (wanda,) = unit_scores("wanda", model, adapter, [site], [arguments], 0)
     assert torch.allclose(wanda, energy.sum(0), rtol=1e-4)

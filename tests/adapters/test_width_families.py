@@ -7,6 +7,7 @@ import torch
 from ppcl.modules.replacements import apply_width
 from ppcl.modules.text_stream import plain_norm
 from ppcl.pruning.fewer_units import find_sites
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.trace import record_boundaries
 
@@ -36,10 +37,10 @@ def first_calls(family):
 
 @pytest.mark.parametrize("family", OFFERED)
 def test_what_is_offered_is_what_can_be_cut(family):
-    model, adapter, calls = first_calls(family)
+    model, _, calls = first_calls(family)
     found = {}
-    for group, site, _ in find_sites(model, adapter, calls, ("ffn", "attention")):
-        found.setdefault(site.stack, set()).add(group)
+    for site in find_sites(ResidentBlocks(model), calls, ("ffn", "attention")):
+        found.setdefault(site.site.stack, set()).add(site.group)
     assert found == OFFERED[family]
 
 

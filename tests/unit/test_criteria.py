@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_slicing import site_of
-from tiny_models import noise, qwen_call, tiny_qwen
+from tiny_models import cut_parts, noise, qwen_call, tiny_qwen
 
 from ppcl.config import FitConfig, load_config
 from ppcl.errors import ConfigError, ModelError
@@ -222,13 +222,11 @@ def test_another_criterion_in_the_same_file_is_another_fit(tmp_path: Path) -> No
 
 
 def test_equal_scores_keep_the_first(tmp_path: Path) -> None:
-    from ppcl.pruning.fewer_units import cut_options
-
-    transformer, adapter, sites, call = setting()
+    transformer, _, sites, call = setting()
     name = outside(tmp_path, HEAD + "[torch.ones(128)]")
     settings = FitConfig(criterion=name, width=("ffn",), width_shares=(0.25,))
-    parts, _ = cut_options(transformer, adapter, [("ffn.image", sites[1], "image")], [call], settings, 0)
-    assert int(parts[0][0]["kept"], 16) == (1 << 32) - 1
+    parts = cut_parts(transformer, sites[1], [[call]], settings, tmp_path)
+    assert int(parts[0]["kept"], 16) == (1 << 32) - 1
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "activation", "gblm"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_criteria import setting
-from tiny_models import noise, qwen_call, tiny_qwen, write_states
+from tiny_models import cut_parts, noise, qwen_call, tiny_qwen, write_states
 
 from ppcl.capture.states import States
 from ppcl.config import FitConfig
@@ -18,7 +18,7 @@ from ppcl.pruning.criteria import CRITERIA, unit_cost
 from ppcl.pruning.criteria.base import BACKWARD
 from ppcl.pruning.criteria.bip import EPOCHS
 from ppcl.pruning.criteria.draws import best_draw, cut_error, draw_states
-from ppcl.pruning.fewer_units import criterion_cost, cut_options
+from ppcl.pruning.fewer_units import criterion_cost
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
@@ -73,7 +73,7 @@ def test_draws_are_sets_of_one_size_and_the_first_is_the_even_one(tmp_path: Path
     assert not torch.equal(flat[0][1], flat[0][2])
 
 
-def test_units_are_chosen_by_the_best_draw() -> None:
+def test_units_are_chosen_by_the_best_draw(tmp_path: Path) -> None:
     transformer, adapter, sites, _ = setting()
     held_out = [qwen_call(seed=9)]
     sets = [[qwen_call(seed=s)] for s in (1, 2, 3)]
@@ -84,13 +84,10 @@ def test_units_are_chosen_by_the_best_draw() -> None:
         scores = CRITERIA["nirvana"].score(transformer, adapter, [site], states, 0)
         errors.append(cut_error(transformer, adapter, [site], scores, 0.5, held_out))
     best = min(range(3), key=errors.__getitem__)
-    alone, _ = cut_options(transformer, adapter, [("ffn.image", site, "image")], sets[best], settings, 0)
-    first = [sets[0], *sets[1:]]
-    found, _ = cut_options(
-        transformer, adapter, [("ffn.image", site, "image")], first[0], settings, 0, first[1:], held_out
-    )
+    (alone,) = cut_parts(transformer, site, [sets[best]], settings, tmp_path / "alone")
+    (found,) = cut_parts(transformer, site, sets, settings, tmp_path / "all", held_out)
     assert len(set(errors)) == 3
-    assert found[0][0]["kept"] == alone[0][0]["kept"]
+    assert found["kept"] == alone["kept"]
 
 
 def test_each_says_what_it_costs_before_it_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

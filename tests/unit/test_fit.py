@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from tiny_models import (
     noise,
     padded_batch,
     qwen_call,
-    random_substitutes,
     tiny_flux,
     tiny_qwen,
     write_states,
@@ -24,19 +22,18 @@ from torch import nn
 
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
-from ppcl.analysis.prices import output_errors
 from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_tensors
+from ppcl.common.files import TensorFiles, read_tensors
 from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
-from ppcl.distill.fit import all_runs, best_starts, fit, shortlist, spread_out
-from ppcl.distill.local import local_backward
+from ppcl.distill.fit import fit
+from ppcl.distill.local import best_starts, local_backward
 from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.runs import all_runs, shortlist, spread_out
 from ppcl.run import Run
-from ppcl.student.assembly import STARTS, patched, start_block
+from ppcl.student.assembly import STARTS, start_block
 from ppcl.teacher.blocks import ResidentBlocks
-from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 
 CPU = torch.device("cpu")
@@ -113,29 +110,6 @@ def test_runs_are_spread_out_layer_by_layer() -> None:
     assert spread_out(list(errors), errors) == expected
 
 
-def test_output_errors_are_those_of_whole_forward_passes() -> None:
-    transformer = tiny_qwen(5)
-    adapter = adapter_for(transformer)
-    runs = [(DUAL, 0, 1), (DUAL, 2, 4), (DUAL, 2, 3)]
-    blocks = random_substitutes(transformer, adapter, runs)
-    batches = [qwen_call(3, padded=True), qwen_call(2, seed=4)]
-    jobs = {run: (run, partial(blocks.__getitem__, run)) for run in runs}
-    found = output_errors(transformer, adapter, batches, jobs, "test")
-    with torch.no_grad():
-        target = torch.cat([velocity(transformer, b) for b in batches])
-        for run in runs:
-            student = patched(transformer, adapter, run, blocks[run])
-            moved = torch.cat([velocity(student, b) for b in batches]) - target
-            assert found[run] == pytest.approx((moved.norm() / target.norm()).item(), rel=1e-4)
-
-
-def test_an_exact_replacement_costs_nothing() -> None:
-    transformer = tiny_qwen(3)
-    run, block = (DUAL, 1, 1), transformer.transformer_blocks[1]
-    found = output_errors(transformer, adapter_for(transformer), [qwen_call()], {"same": (run, lambda: block)}, "test")
-    assert found["same"] < 1e-6
-
-
 def test_best_start_is_the_one_of_least_loss_over_all_batches(tmp_path: Path) -> None:
     """Texts of two lengths: what is best for the first batch alone is not what is best for all."""
     transformer = tiny_qwen(6)
@@ -180,9 +154,9 @@ def run_fit(
     prepared: tuple[Any, Analysis, Path], out: Path, settings: FitConfig = SETTINGS, log: Any = None
 ) -> Candidates:
     transformer, analysis, folder = prepared
-    probes, _ = read_tensors(folder / "analysis.safetensors")
-    states = folder / "calibration"
-    return fit(transformer, adapter_for(transformer), analysis, probes, states, out, settings, 0, log, protected=NONE)
+    forms, source = TensorFiles(folder / "analysis.safetensors"), ResidentBlocks(transformer)
+    common = (source, analysis, forms, folder / "calibration", out, settings, 0, log)
+    return fit(*common, protected=NONE, fingerprint="test")
 
 
 def test_fit_scores_all_runs_and_fits_the_promising_ones(prepared: tuple[Any, Analysis, Path]) -> None:
@@ -197,8 +171,11 @@ def test_fit_scores_all_runs_and_fits_the_promising_ones(prepared: tuple[Any, An
     assert wanted <= {(c.stack, c.first, c.last) for c in fitted}
     assert len(fitted) == max(3, len(wanted))
     assert all(c.start in STARTS for c in fitted)
-    assert len(rows) == SETTINGS.steps
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert len(rows) == SETTINGS.steps * len(fitted)
+    for c in fitted:
+        losses = [row["loss"] for row in rows if row["run"] == f"{c.stack}/{c.first}-{c.last}"]
+        assert losses[-1] < losses[0]
+    assert not (folder / "checkpoints" / "fit").exists()
     assert load_artifact(Candidates, folder / "candidates.json") == found
     tensors, _ = read_tensors(folder / "candidates.safetensors")
     assert {name.rsplit("/", 1)[0] for name in tensors} == {f"{c.stack}/{c.first}-{c.last}" for c in fitted}
@@ -227,19 +204,25 @@ def test_candidates_do_not_disturb_each_other(prepared: tuple[Any, Analysis, Pat
         assert together[run] == pytest.approx(error, rel=1e-4)
 
 
-def test_fit_is_resumed(prepared: tuple[Any, Analysis, Path]) -> None:
+@pytest.mark.parametrize("stops", [1, 9, 25])
+def test_fit_is_resumed(stops: int, prepared: tuple[Any, Analysis, Path]) -> None:
     folder = prepared[2]
-    settings = SETTINGS.model_copy(update={"steps": 14})  # a checkpoint every ten steps
+    settings = SETTINGS.model_copy(update={"steps": 14, "width": ("ffn",)})  # a checkpoint every ten steps
     whole = run_fit(prepared, folder / "whole", settings)
+    rows: list[dict[str, Any]] = []
 
     def stop(row: dict[str, Any]) -> None:
-        if row["step"] == 11:
+        rows.append(row)
+        if len(rows) == stops:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_fit(prepared, folder / "cut", settings, log=stop)
     assert not (folder / "cut" / "candidates.json").exists()
-    steps: list[int] = []
-    resumed = run_fit(prepared, folder / "cut", settings, log=lambda row: steps.append(row["step"]))
-    assert steps == [10, 11, 12, 13]
+    again: list[dict[str, Any]] = []
+    resumed = run_fit(prepared, folder / "cut", settings, log=again.append)
     assert resumed.candidates == whole.candidates
+    assert [option.error for option in resumed.width] == [option.error for option in whole.width]
+    finished, steps = divmod(stops, 14)
+    fitted = sum(c.fitted_error is not None for c in whole.candidates)
+    assert len(again) == 14 * (fitted - finished) - 10 * (steps // 10)

@@ -12,15 +12,23 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from test_width import with_options
-from tiny_models import DUAL, describe_alone, flux_call, noise, qwen_call, tiny_flux, tiny_qwen, write_states
+from tiny_models import (
+    DUAL,
+    describe_alone,
+    fitted_options,
+    flux_call,
+    noise,
+    qwen_call,
+    tiny_flux,
+    tiny_qwen,
+    write_states,
+)
 from torch import nn
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diffusers
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis
-from ppcl.analysis.layer_inputs import Signal, grouped
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, ModelError
@@ -29,7 +37,7 @@ from ppcl.modules.slicing import Units, corrected, heads_of, kept_units, masked,
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA, Site
 from ppcl.pruning.knapsack import choices_of
-from ppcl.pruning.options import WidthResult, saved_time, width_options
+from ppcl.pruning.options import saved_time
 from ppcl.pruning.planner import plan
 from ppcl.student.assembly import with_blocks
 from ppcl.student.bundle import Bundle, build_student, load_bundle
@@ -90,12 +98,6 @@ def test_the_correction_is_exact_where_the_dropped_follow_from_the_kept() -> Non
     moment = h.mean(0), torch.cov(h.T, correction=0)
     weight, bias = corrected(layer.weight, layer.bias, part, moment, ridge=1e-9)
     torch.testing.assert_close(h[:, :4] @ weight.T + bias, layer(h.float()).double(), atol=1e-5, rtol=1e-5)
-
-
-def test_sums_are_taken_in_groups_that_fit() -> None:
-    signals = [Signal("s", i, "x", 10, "image") for i in range(5)]
-    assert [len(g) for g in grouped(signals, 1700)] == [2, 2, 1]
-    assert [len(g) for g in grouped(signals, 1)] == [1] * 5
 
 
 # Criteria
@@ -161,7 +163,7 @@ def test_an_unknown_criterion_is_named_with_the_nearest() -> None:
 
 
 @lru_cache(maxsize=2)
-def prepared(family: str) -> tuple[Any, Analysis, WidthResult, TemporaryDirectory[str]]:
+def prepared(family: str) -> tuple[Any, Analysis, Candidates, TemporaryDirectory[str]]:
     """A tiny teacher with its analysis and width options, in a run directory."""
     transformer, call = (tiny_qwen(3), qwen_call) if family == "qwen" else (tiny_flux(2, 2), flux_call)
     holder = TemporaryDirectory()
@@ -174,13 +176,8 @@ def prepared(family: str) -> tuple[Any, Analysis, WidthResult, TemporaryDirector
     config = AnalyzeConfig(cka_tokens=16, batch_size=6)
     model = describe_alone(transformer, flops)
     analysis = analyze(ResidentBlocks(transformer), model, folder / "calibration", folder, config, 0)
-    tensors = read_tensors(folder / "analysis.safetensors")[0]
-    batches = list(States(folder / "calibration", "held-out").batches(6, 6))
-    settings = FitConfig(width=("modulation", "ffn", "attention", "text"), width_shares=(0.5,))
-    train = States(folder / "calibration", "train")
-    found = width_options(transformer, adapter, analysis, tensors, batches, settings, train)
-    write_tensors(folder / "width.safetensors", found.tensors)
-    return transformer, analysis, found, holder
+    settings = FitConfig(width=("modulation", "ffn", "attention", "text"), width_shares=(0.5,), eval_states=6)
+    return transformer, analysis, fitted_options(transformer, analysis, folder, settings), holder
 
 
 def chosen_options(options: tuple[WidthOption, ...]) -> list[WidthOption]:
@@ -202,7 +199,7 @@ def test_every_option_saves_what_it_says_costs_what_was_measured_and_loads(famil
     one = qwen_call(1) if family == "qwen" else flux_call(1)
     with torch.no_grad():
         target = velocity(transformer, held_out)
-    for number, option in enumerate(chosen_options(found.options)):
+    for number, option in enumerate(chosen_options(found.width)):
         wanted = with_options(transformer, [], [option], analysis)
         student = build_student(
             transformer,
@@ -229,7 +226,7 @@ def test_every_option_saves_what_it_says_costs_what_was_measured_and_loads(famil
 
 def test_the_correction_lowers_the_error() -> None:
     transformer, analysis, found, holder = prepared("qwen")
-    option = chosen_options(found.options)[0]
+    option = chosen_options(found.width)[0]
     block = copy.deepcopy(transformer.transformer_blocks[option.block])
     plain = sliced(block.img_mlp, option.parts["img_mlp"])
     made = new_substitutes(
@@ -255,8 +252,7 @@ def test_distilling_all_of_them_at_once(tmp_path: Path) -> None:
     adapter, folder = adapter_for(transformer), Path(holder.name)
     by_block = [("attention", 0), ("ffn.image", 0), ("text", 1), ("modulation.image", 1), ("ffn.text", 2)]
     options = [
-        next(o for o in found.options if (o.group, o.block) == key and "'linear'" not in str(o.parts))
-        for key in by_block
+        next(o for o in found.width if (o.group, o.block) == key and "'linear'" not in str(o.parts)) for key in by_block
     ]
     wanted = with_options(transformer, [], options, analysis)
     settings = DistillConfig(
@@ -278,11 +274,11 @@ def test_distilling_all_of_them_at_once(tmp_path: Path) -> None:
 
 def test_the_planner_uses_them() -> None:
     _, analysis, found, _ = prepared("qwen")
-    chosen = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.6))
+    chosen = plan(analysis, Candidates((), 0, 0.0, found.width), PlanConfig(keep=0.6))
     parts = [part for segment in chosen.stacks[DUAL] for part in segment.width.values()]
     assert chosen.predicted.param_ratio <= 0.6
     assert {"narrow", "heads", "text_input"} & {part["kind"] for part in parts}
-    less = plan(analysis, Candidates((), 0, 0.0, found.options), PlanConfig(keep=0.95, width=("attention",)))
+    less = plan(analysis, Candidates((), 0, 0.0, found.width), PlanConfig(keep=0.95, width=("attention",)))
     assert {part["kind"] for segment in less.stacks[DUAL] for part in segment.width.values()} == {"heads"}
 
 

@@ -15,6 +15,7 @@ from tiny_models import (
     DUAL,
     SINGLE,
     describe_alone,
+    fitted_options,
     flux_call,
     noise,
     plan_for,
@@ -47,7 +48,6 @@ from ppcl.modules.replacements import (
     residuals,
 )
 from ppcl.pruning.artifacts import WidthOption
-from ppcl.pruning.options import width_options
 from ppcl.pruning.selection import select_bundle
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
@@ -126,12 +126,9 @@ def scored(transformer: Any, folder: Path, call: Any = qwen_call) -> tuple[Analy
         AnalyzeConfig(cka_tokens=16, batch_size=6),
         0,
     )
-    tensors = read_tensors(folder / "analysis.safetensors")[0]
-    batches = list(States(folder / "calibration", "held-out").batches(6, 6))
     # a random FLUX spreads random texts over all directions: only a coarse rank does for those held out
-    settings = FitConfig(width=("modulation", "ffn"), modulation_tolerances=(0.5, 0.1, 0.03, 0.01))
-    found = width_options(transformer, adapter, analysis, tensors, batches, settings)
-    return analysis, found.options
+    settings = FitConfig(width=("modulation", "ffn"), modulation_tolerances=(0.5, 0.1, 0.03, 0.01), eval_states=6)
+    return analysis, fitted_options(transformer, analysis, folder, settings).width
 
 
 def with_options(

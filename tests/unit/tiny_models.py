@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import lru_cache
+from collections.abc import Collection, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import write_tensors
+from ppcl.analysis.artifacts import Analysis
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.sweep import Batch, Course, forward_sweep
+from ppcl.capture.store import StateStore
+from ppcl.common.files import TensorFiles, write_tensors
+from ppcl.config import FitConfig
+from ppcl.distill.fit import fit
+from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.criteria import Site
+from ppcl.pruning.fewer_units import KIND, CutSite, UnitSums, scores_of_all
 from ppcl.student.assembly import RunKey, start_block
 from ppcl.student.plan import CompressionPlan, Prediction, Segment
 from ppcl.teacher import call_arguments as trees
-from ppcl.teacher.calls import velocity
+from ppcl.teacher.blocks import ResidentBlocks
+from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter, adapter_for
 from ppcl.teacher.model_info import ModelInfo
@@ -173,6 +183,35 @@ def shared_pipeline() -> Any:
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
+
+
+def fitted_options(transformer: nn.Module, analysis: Analysis, folder: Path, settings: FitConfig) -> Candidates:
+    """The fit stage of a run directory with states and analysis, for the sake of its smaller modules: exact costs."""
+    quick = settings.model_copy(update={"steps": 0, "max_candidates": 1, "max_run": 2, "exact": "all"})
+    forms = TensorFiles(folder / "analysis.safetensors")
+    return fit(ResidentBlocks(transformer), analysis, forms, folder / "calibration", folder, quick, 0)
+
+
+def cut_parts(
+    transformer: nn.Module,
+    site: Site,
+    sets: Sequence[Sequence[dict[str, Any]]],
+    settings: FitConfig,
+    folder: Path,
+    held_out: Sequence[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """The replacements of one module of the first stack, one a size, by the criterion and the first set of states."""
+    source, findings = ResidentBlocks(transformer), Findings(folder / "units")
+    sites = [CutSite("ffn", site)]
+    scores = scores_of_all(source, sites, [list(states) for states in sets], settings, 0, list(held_out))
+    batches = [
+        Batch(number, "train", 0, partial(Call, arguments, torch.zeros(0)), ((number, 0),))
+        for number, arguments in enumerate(sets[0])
+    ]
+    course = Course(source, batches, StateStore(folder / "sweep", ""))
+    forward_sweep(course, [UnitSums(sites, (), settings, scores, findings)])
+    parts: list[dict[str, Any]] = findings.numbers(KIND, (site.stack, site.block))[site.path]
+    return parts
 
 
 def segments_from_runs(num_blocks: int, runs: Collection[tuple[int, int, str | None]]) -> tuple[Segment, ...]:
