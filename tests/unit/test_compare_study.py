@@ -18,6 +18,7 @@ from ppcl.cli import app, parse_seeds
 from ppcl.common.tables import markdown_table, measured, number, spread
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
+from ppcl.eval.scoring import reference_of
 from ppcl.experiments import runner as runner_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
@@ -262,7 +263,11 @@ def test_the_teacher_has_a_spread(compared):
 
 def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared, monkeypatch, tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(runner_module, "references_for", lambda model: pictures)
+
+    def real_reference(_, extractor):
+        return reference_of(extractor.image_features(pictures)), "real pictures"
+
+    monkeypatch.setattr(runner_module, "real_reference", real_reference)
     pictures_of_teacher = Path("compare", "teacher", "pictures")
     run = open_run(out=tmp_path / "run")
     shutil.copytree(compared[0].out / pictures_of_teacher, run.out / pictures_of_teacher)
