@@ -25,6 +25,7 @@ from torch import nn
 
 from ppcl.common.tables import markdown_table
 from ppcl.config import PlanConfig
+from ppcl.distill.memory import weight_bytes
 from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta, token_grid
 from ppcl.inspection.width import plans, widest_within
 from ppcl.modules.replacements import apply_width
@@ -135,11 +136,6 @@ def students(meta: Any, teacher: Any, adapter: Adapter, call: dict[str, Any]) ->
                 for head, block in zip(own, blocks, strict=True)
             ]
         yield Student("width: smaller modules", with_blocks(teacher, lists), wider.speedup)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's own parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def rows_of(name: str, config: Mapping[str, Any], shape: Shape, repeats: int) -> list[list[str]]:

@@ -20,7 +20,7 @@ from common import parser, publish
 
 from ppcl.cli.options import Budget, Settings, resolve
 from ppcl.common.tables import markdown_table
-from ppcl.run import Run
+from ppcl.run import open_run
 
 QUICK_FIT = ["fit.width=[]", "fit.steps=0", "fit.max_candidates=16", "fit.eval_states=8"]
 STAGES = ("local", "output")
@@ -34,7 +34,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> list[str]:
     common = [*QUICK_FIT, *size, f"distill.local_steps={steps}", f"distill.output_steps={steps}"]
     settings = [*common, "distill.keep_start=false", "distill.from_fit=false", f"threads={args.threads}"]
     settings += [f"distill.batch_size={args.batch_size}", *(args.set or [])]
-    run = Run(args.model, folder, resolve(args.model, Settings(args.config, settings), Budget()), args.prompts)
+    run = open_run(args.model, folder, resolve(args.model, Settings(args.config, settings), Budget()), args.prompts)
     for stage in ("capture", "analyze", "fit", "plan"):
         run.run(stage)
     return settings

@@ -37,9 +37,9 @@ GROUPS = ("modulation", "ffn", "attention", "text")
 def name_of(option: WidthOption) -> str:
     """Group, kind and size of an option."""
     parts = [p for p in option.parts.values() if p["kind"] not in ("unit_gate", "no_output", "identity")]
-    if option.group == "text":
+    if option.family == "text":
         return "text: two linear maps"
-    if option.group.startswith("modulation"):
+    if option.family == "modulation":
         return f"{option.group}: low rank"
     size = f" {parts[0]['size']} of {parts[0]['of']}" if "of" in parts[0] else ""
     return f"{option.group}: {parts[0]['kind']}{size}"
@@ -70,10 +70,10 @@ def rows_of(options: tuple[WidthOption, ...], total: int) -> list[list[str]]:
 
 def plans_of(analysis: Analysis, candidates: Candidates, options: tuple[WidthOption, ...]) -> list[list[str]]:
     """What the planner makes of depth and the options, without and with each kind."""
-    linear = tuple(o for o in options if o.group.startswith("modulation") or "'linear'" in str(o.parts))
+    linear = tuple(o for o in options if o.family == "modulation" or "'linear'" in str(o.parts))
     sets = {"low rank and linear": linear}
     for name, group in (("neurons", "ffn"), ("heads", "attention"), ("text", "text")):
-        sets[f"... and {name}"] = (*linear, *(o for o in options if o.group.startswith(group) and o not in linear))
+        sets[f"... and {name}"] = (*linear, *(o for o in options if o.family == group and o not in linear))
     sets["all"] = options
     rows = []
     for name, allowed in sets.items():

@@ -12,7 +12,7 @@ from ppcl.common.devices import resolve_device
 from ppcl.common.files import digest, lock_folder, remove_leftovers
 from ppcl.config import RunConfig
 from ppcl.errors import UserError
-from ppcl.eval.feature_choice import extractor_with_note, references_for
+from ppcl.eval.feature_choice import extractor_with_note, real_reference
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.judge import Entrant, Judge, judge_all
 from ppcl.eval.markdown import cost_rows, score_rows
@@ -100,9 +100,7 @@ def _reference(
     if given is not None:
         features = describe(picture_files(given), extractor, cache / "reference.safetensors", "reference pictures")
         return (reference_of(features), given.resolve().name), []
-    if embedded and (pictures := references_for("emoji")) is not None:
-        return (reference_of(extractor.image_features(pictures)), "the embedded pictures"), []
-    return None, []
+    return real_reference("emoji" if embedded else "other", extractor), []
 
 
 def _mirror(out: Path, config: RunConfig, prompts: Sequence[str], result: Evaluation) -> None:

@@ -7,7 +7,7 @@ device that the pipelines are on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,43 +15,14 @@ from torch import nn
 
 from ppcl.config import EvaluateConfig
 from ppcl.eval.generate import draw, picture_generator, quiet
-from ppcl.eval.speed import LatencyResult, measure_memory, measure_pair, weight_bytes
+from ppcl.eval.results import Speed
+from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
 from ppcl.teacher.flops import count_flops
 
 PICTURE_RUNS = 3  # a picture takes long next to one transformer call, and varies less
 WARMUP = 1
 Call = Callable[[], object]
 Part = Literal["transformer", "picture"]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model's time for one kind of work.
-
-    Attributes:
-        part: ``transformer`` (one call) or ``picture`` (from prompts to pixels).
-        batch_size: Prompts at once.
-        num_inference_steps: Denoising steps; None for one call of the transformer.
-        latency_ms: Median.
-        latency_p10_ms: 10th percentile.
-        latency_p90_ms: 90th percentile.
-        runs: Counted runs.
-        warmup_runs: Runs before them.
-        peak_memory_bytes: Weights on the device plus the growth while it works; None where that is unknown.
-        times_as_fast: The other model's median over this one's, timed in turn; None for the model that
-            others are compared with. Medians of two evaluations do not say this: a machine's load changes.
-    """
-
-    part: Part
-    batch_size: int
-    num_inference_steps: int | None
-    latency_ms: float
-    latency_p10_ms: float
-    latency_p90_ms: float
-    runs: int
-    warmup_runs: int
-    peak_memory_bytes: int | None
-    times_as_fast: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +41,7 @@ class Costs:
     teacher: dict[str, float | None]
     student: dict[str, float | None]
     memory_measure: str
-    speed: tuple[list[Timing], list[Timing]] = field(default_factory=lambda: ([], []))
+    speed: tuple[list[Speed], list[Speed]] = field(default_factory=lambda: ([], []))
 
 
 def denoiser_of(pipeline: Any) -> nn.Module | None:
@@ -147,22 +118,30 @@ def flops_of(pipeline: Any, call: Call | None) -> int | None:
     return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
 
 
-def _timing(part: Part, size: int, steps: int | None, found: LatencyResult, runs: int, peak: int | None) -> Timing:
-    return Timing(part, size, steps, found.median_ms, found.p10_ms, found.p90_ms, runs, WARMUP, peak)
-
-
 def _timed(
     pipelines: tuple[Any, Any], calls: tuple[Call, Call], part: Part, size: int, steps: int | None, runs: int
-) -> tuple[Timing, Timing]:
+) -> tuple[Speed, Speed]:
     """Time the two models' calls alternately, and measure the memory of each."""
     found = measure_pair(*calls, runs=runs, warmup=WARMUP)
     rows = []
     for pipeline, call, latency in zip(pipelines, calls, found, strict=True):
         module = denoiser_of(pipeline)
         alone = [module] if part == "transformer" and module is not None else None
-        rows.append(_timing(part, size, steps, latency, runs, peak_memory(pipeline, call, alone)[0]))
+        rows.append(
+            Speed(
+                part=part,
+                batch_size=size,
+                num_inference_steps=steps,
+                latency_ms=latency.median_ms,
+                latency_p10_ms=latency.p10_ms,
+                latency_p90_ms=latency.p90_ms,
+                runs=runs,
+                warmup_runs=WARMUP,
+                peak_memory_bytes=peak_memory(pipeline, call, alone)[0],
+            )
+        )
     ratio = rows[0].latency_ms / rows[1].latency_ms if rows[1].latency_ms else None
-    return rows[0], replace(rows[1], times_as_fast=ratio)
+    return rows[0], rows[1].model_copy(update={"times_as_fast": ratio})
 
 
 def sweep(
@@ -171,13 +150,13 @@ def sweep(
     settings: EvaluateConfig,
     kwargs: tuple[dict[str, Any], dict[str, Any]],
     seed: int,
-) -> tuple[list[Timing], list[Timing]]:
+) -> tuple[list[Speed], list[Speed]]:
     """Time both models at every batch size: one transformer call, and whole pictures at every step count.
 
     Returns:
         The rows of the first and of the second model, in the same order.
     """
-    rows: list[tuple[Timing, Timing]] = []
+    rows: list[tuple[Speed, Speed]] = []
     for size in batch_sizes(settings, len(prompts)):
         some = list(prompts[:size])
         one, two = (transformer_call(p, some, own, seed) for p, own in zip(pipelines, kwargs, strict=True))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ppcl.errors import UserError
 from ppcl.eval.features import FeatureExtractor, load_extractor
+from ppcl.eval.scoring import Reference, reference_of
 
 DEFAULT_FEATURES = "ViT-B-32/openai"
 
@@ -24,10 +24,11 @@ def extractor_with_note(model: str, features: str, device: str) -> tuple[Feature
         return load_extractor("emoji", device), note
 
 
-def references_for(model: str) -> Tensor | None:
-    """Real pictures behind FID: all of the embedded data set for the embedded model, (N, 3, H, W) uint8."""
+def real_reference(model: str, extractor: FeatureExtractor) -> tuple[Reference, str] | None:
+    """The real pictures behind FID and their name: all of the embedded data set for the embedded model."""
     if model != "emoji":
         return None
     from ppcl.emoji.data import load_pairs, load_pictures
 
-    return torch.from_numpy(load_pictures(load_pairs())).permute(0, 3, 1, 2).contiguous()
+    pictures = torch.from_numpy(load_pictures(load_pairs())).permute(0, 3, 1, 2).contiguous()
+    return reference_of(extractor.image_features(pictures)), "real pictures"

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PSNR_CAP_DB = 100.0
+from ppcl.eval.metrics import PSNR_CAP_DB
+
 CHUNK = 32
 LPIPS_MIN_SIDE = 32  # AlexNet's last pooling has nothing left of smaller ones
 SSIM_MIN_SIDE = 11

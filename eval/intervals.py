@@ -133,11 +133,6 @@ def share_interval(hits: Sequence[float] | Array, *, level: float = LEVEL, seed:
     return interval([values], level=level, seed=seed)
 
 
-def ratio_interval(numerators: Sequence[float] | Array, denominators: Sequence[float] | Array) -> Interval:
-    """The interval of a ratio of two means over the same items."""
-    return interval([numerators, denominators], lambda a, b, axis: a.mean(axis) / b.mean(axis))
-
-
 def drop_interval(teacher: Sequence[Array], student: Sequence[Array]) -> Interval | None:
     """The interval of the average drop: 100 times the mean over scores of 1 - student / teacher.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import record_calls
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import RunConfig
-from ppcl.eval.costs import Call, Costs, Timing, costs, denoiser_of, transformer_call
+from ppcl.eval.costs import Call, Costs, costs, denoiser_of, transformer_call
 from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.fidelity import pair_measures
@@ -353,7 +353,7 @@ def _fid_ratio(first: dict[str, Measured], second: dict[str, Measured]) -> Inter
     return interval([above, below], lambda a, b, axis: a.mean(axis) / b.mean(axis))
 
 
-def described(side: Side, costs: dict[str, float | None], speed: Sequence[Timing]) -> ModelResult:
+def described(side: Side, costs: dict[str, float | None], speed: Sequence[Speed]) -> ModelResult:
     """A model as the result holds it."""
     return ModelResult(
         label=side.label,
@@ -362,7 +362,7 @@ def described(side: Side, costs: dict[str, float | None], speed: Sequence[Timing
         numbers={name: of_measured(entry) for name, entry in side.measures[0].items()},
         spread=side.spread(),
         costs=costs,
-        speed=[Speed(**asdict(row)) for row in speed],
+        speed=list(speed),
         blocks=blocks_of(side.pipeline),
         zeros=zeros_of(transformer) if (transformer := getattr(side.pipeline, "transformer", None)) else {},
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["higher", "lower", "neither"]
+Over = Literal["pictures", "references", "states"]  # what the items behind a number are
 ARROWS = {"higher": " \N{UPWARDS ARROW}", "lower": " \N{DOWNWARDS ARROW}", "neither": ""}
 
 
@@ -118,4 +119,5 @@ COSTS = {
 }
 METRICS: dict[str, Metric] = {**DROP, **FIDELITY, **SCORES}
 SHARES = tuple(name for name, metric in METRICS.items() if metric.shown_as == "share")
+PSNR_CAP_DB = 100.0  # equal pictures would be infinite
 CAPTION_SCORES = ("clip_score", "retrieval_at_1", "retrieval_at_5")  # behind the average drop

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppcl.eval.metrics import PSNR_CAP_DB
 from ppcl.eval.report_html import number, paragraph, text
 from ppcl.eval.report_pictures import PICTURE_BUDGET, Pair, open_picture, thumbnails
 
@@ -16,7 +17,6 @@ NUM_OPEN = 20  # cards shown before a reader unfolds the rest
 NUM_TRIPLES = 6  # pairs that are shown again beside the teacher's other seed
 NUM_EXTREMES = 4  # least and most alike pairs, each
 MAX_MEASURED = 512  # pairs whose likeness is computed, at most: reading pictures takes the time
-PSNR_CAP_DB = 100.0  # as in ppcl.eval.fidelity: equal pictures would be infinite
 WHOLE = 1 << 16  # a side in pixels that no picture has: nothing is scaled
 
 

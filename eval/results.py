@@ -17,13 +17,13 @@ from ppcl.common.files import read_json, write_json
 from ppcl.common.tables import number
 from ppcl.errors import ArtifactError
 from ppcl.eval.intervals import LEVEL, RESAMPLES, Interval
+from ppcl.eval.metrics import Over
 
 if TYPE_CHECKING:
     from ppcl.eval.scoring import Measured
 
 SCHEMA_VERSION = 2
 DIALECT = "https://json-schema.org/draft/2020-12/schema"  # what pydantic writes
-Over = Literal["pictures", "references", "states"]
 
 
 class _Frozen(BaseModel):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +19,8 @@ from ppcl.eval.clip import caption_ranks, clip_items
 from ppcl.eval.fid import FeatureStatistics, frechet_distance, kid
 from ppcl.eval.influence import cmmd, frechet_items, kid_items, kid_subsets
 from ppcl.eval.intervals import Array, Interval, drop_interval, interval, share_interval
-from ppcl.eval.metrics import CAPTION_SCORES, SHARES
+from ppcl.eval.metrics import CAPTION_SCORES, SHARES, Over
 from ppcl.eval.neighbours import NEIGHBOURS, manifold
-
-Over = Literal["pictures", "references", "states"]
 
 
 @dataclass(frozen=True)

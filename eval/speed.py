@@ -65,19 +65,6 @@ def summarize(times_ms: list[float]) -> LatencyResult:
     return LatencyResult(statistics.median(times_ms), deciles[0], deciles[-1])
 
 
-def measure_latency(call: Callable[[], object], runs: int, warmup: int = 1) -> LatencyResult:
-    """Time a call ``runs`` times after ``warmup`` calls that are not counted.
-
-    Raises:
-        ValueError: There is nothing to measure (``runs`` below 1).
-    """
-    if runs < 1:
-        raise ValueError(f"runs must be at least 1, got {runs}")
-    for _ in range(warmup):
-        call()
-    return summarize([_time_ms(call) for _ in range(runs)])
-
-
 def measure_pair(
     first: Callable[[], object], second: Callable[[], object], runs: int, warmup: int = 1
 ) -> tuple[LatencyResult, LatencyResult]:
@@ -146,11 +133,6 @@ def measure_memory(call: Callable[[], object], device: str | torch.device = "cpu
     call()
     torch.cuda.synchronize(device)
     return MemoryGrowth(torch.cuda.max_memory_allocated(device) - before, "cuda")
-
-
-def count_params(module: nn.Module) -> int:
-    """Number of parameters; a shared one counts once."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def weight_bytes(module: nn.Module, device: str | torch.device | None = None) -> int:

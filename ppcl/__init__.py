@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 install()
 
 _LAZY = {
-    "Run": "ppcl.run",
+    "open_run": "ppcl.run",
     "STAGES": "ppcl.run.stages",
     "RunConfig": "ppcl.config",
     "load_config": "ppcl.config",

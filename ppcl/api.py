@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.config import RunConfig, load_config
-from ppcl.run import STAGES, Run
+from ppcl.run import STAGES, open_run
 
 
 def compress(
@@ -37,7 +37,8 @@ def compress(
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
-    run = Run(model, Path(out), config or load_config([], []), Path(prompts) if prompts else None, "ppcl.compress(...)")
+    settings, prompts_file = config or load_config([], []), Path(prompts) if prompts else None
+    run = open_run(model, Path(out), settings, prompts_file, "ppcl.compress(...)")
     for stage in STAGES:
         run.run(stage)
     if push_to_hub is not None:

@@ -163,11 +163,11 @@ def open_run(
 ) -> Any:
     """Open the run directory of a command; config errors come before heavy imports."""
     config = resolve(model, settings, budget or Budget(), processes)
-    from ppcl.run import Run
+    import ppcl.run
 
     quiet_libraries()
     silence_others()
-    run = Run(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]]))
+    run = ppcl.run.open_run(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]]))
     if run.group.size > 1 or config.processes:
         typer.echo(f"{run.group.size} process{'es' * (run.group.size > 1)} training", err=True)
     return run

@@ -161,7 +161,7 @@ def ablation_rows(session: Session) -> list[Row]:
         BudgetError: A row's size cannot be reached.
     """
     analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
-    measured = {option.group.split(".")[0] for option in candidates.width}
+    measured = {option.family for option in candidates.width}
     if lacking := [group for group in NEEDED if group not in measured]:
         raise UserError(
             f"the ablation needs width options that were not measured: {', '.join(lacking)}; "

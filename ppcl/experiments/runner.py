@@ -23,10 +23,10 @@ from ppcl.common.files import digest, read_json, write_json
 from ppcl.config import DistillConfig
 from ppcl.config.memory import for_tables
 from ppcl.distill.trainer import Distiller
-from ppcl.eval.feature_choice import references_for
+from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import Entrant, Judge, Side
 from ppcl.eval.metrics import CAPTION_SCORES
-from ppcl.eval.scoring import Measured, drop_by_prompt, limits, mean_over_seeds, reference_of
+from ppcl.eval.scoring import Measured, drop_by_prompt, limits, mean_over_seeds
 from ppcl.eval.velocity import state_errors
 from ppcl.run import Session
 from ppcl.student.bundle import Bundle, build_student, load_bundle, save_bundle
@@ -121,10 +121,8 @@ class RowRunner:
     @cached_property
     def judge(self) -> Judge:
         """Draws and scores; pictures lie with the rows, features of the teacher's beside them."""
-        extractor, pictures = self.session.extractor, references_for(self.session.model)
-        reference = (
-            (reference_of(extractor.image_features(pictures)), "real pictures") if pictures is not None else None
-        )
+        extractor = self.session.extractor
+        reference = real_reference(self.session.model, extractor)
         out, prompts = self.session.out / "compare", self.session.evaluation_prompts
         claim(out / "teacher", {"drawn": self.drawn_by}, {"drawn": ("pictures",)})
         return Judge(out, prompts, self.session.config, extractor, reference)

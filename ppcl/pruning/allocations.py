@@ -187,7 +187,7 @@ def allotted_layouts(
         group: Class(
             size=sum(m.size for m in members),
             cap=sum(m.options[-1].saved_params for m in members) / sum(m.size for m in members),
-            weight=gamma if group.startswith("ffn") else 1.0,
+            weight=gamma if members[0].options[0].family == "ffn" else 1.0,
         )
         for group, members in by_class.items()
     }

@@ -72,6 +72,11 @@ class WidthOption:
         return option_name(self.stack, self.block, self.group, self.parts)
 
     @property
+    def family(self) -> str:
+        """What is made smaller, as ``fit.width`` and ``plan.width`` name it: the group without its stream."""
+        return self.group.partition(".")[0]
+
+    @property
     def saved_speed(self) -> int:
         """What counts for a speed-up, in FLOPs: measured time where there is any."""
         return self.saved_flops if self.saved_time is None else self.saved_time

@@ -189,7 +189,7 @@ def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[Widt
             for run in by_first[index]:
                 # a substitute carries several blocks' work: it keeps its feed-forward networks
                 start = by_block[start_index(run.first, run.last, run.start)]
-                inside = [option for option in start if option.group.startswith("modulation")]
+                inside = [option for option in start if option.family == "modulation"]
                 whole = Segment(run.first, run.last, run.start or "middle")
                 filled += [put_in(whole, run.cost, choice) for choice in choices_of(inside, by_flops)]
             edges += [_edge(stack, offset, s, cost, by_flops) for s, cost in filled if s.is_substitute]
@@ -242,9 +242,9 @@ def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
     Savings and costs add, so groups are merged one after another and what is dominated on the way stays so. Only
     the text stream replaces modules that belong to other groups: it is taken, or they are.
     """
-    rest = [option for option in options if option.group != "text"]
+    rest = [option for option in options if option.family != "text"]
     choices = _merge((), rest, by_flops)
-    for text in (option for option in options if option.group == "text"):
+    for text in (option for option in options if option.family == "text"):
         choices += _merge((text,), [o for o in rest if not _overlap(o.parts, text.parts)], by_flops)
     return _undominated(choices, by_flops)
 

@@ -23,9 +23,9 @@ from ppcl.student.plan import CompressionPlan, Prediction, Segment, free_blocks
 from ppcl.student.prediction import predict
 from ppcl.teacher.model_info import ModelInfo, Stack
 
-Run = tuple[str, int, int]  # stack, first block, last block
-Runs = tuple[Run, ...]
-Costs = Mapping[Run, Candidate]
+RunKey = tuple[str, int, int]  # stack, first block, last block
+Runs = tuple[RunKey, ...]
+Costs = Mapping[RunKey, Candidate]
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
 
 
@@ -138,10 +138,10 @@ def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig)
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:
     """Runs that leave the protected blocks alone, and smaller modules of the groups that the settings allow."""
     runs = [run for run in candidates.candidates if is_allowed(model, run, settings)]
-    return runs, [o for o in candidates.width if settings.width is None or o.group.split(".")[0] in settings.width]
+    return runs, [o for o in candidates.width if settings.width is None or o.family in settings.width]
 
 
-def costs_of(candidates: Candidates) -> dict[Run, Candidate]:
+def costs_of(candidates: Candidates) -> dict[RunKey, Candidate]:
     """What is known of each run."""
     return {(run.stack, run.first, run.last): run for run in candidates.candidates}
 
@@ -268,7 +268,7 @@ def uniform_ladder(model: ModelInfo, settings: PlanConfig) -> list[Runs]:
     free = [free_blocks(model, stack, settings) for stack in model.stacks]
     limits = [max(0, high - low - 1) for low, high in free]  # one block of each stack stays
     for removed in range(1, sum(limits) + 1):
-        runs: list[Run] = []
+        runs: list[RunKey] = []
         for stack, (low, high), count in zip(model.stacks, free, shares(removed, limits), strict=True):
             runs += even_runs(stack.name, low, high, count)
         ladder.append(tuple(runs))
@@ -285,7 +285,7 @@ def shares(total: int, limits: Sequence[int]) -> list[int]:
     return rounded
 
 
-def even_runs(name: str, low: int, high: int, removed: int) -> list[Run]:
+def even_runs(name: str, low: int, high: int, removed: int) -> list[RunKey]:
     """Split low..high into ``size - removed`` groups whose sizes differ by at most one, evenly mixed."""
     groups = (high - low) - removed
     if groups < 1 or removed < 1:
@@ -308,7 +308,7 @@ def removal_ladder(order: Sequence[tuple[str, int]]) -> list[Runs]:
     """Remove (stack, block) in this order, each merged into the kept block before it; no first block of a stack."""
     ladder: list[Runs] = []
     for count in range(len(order) + 1):
-        runs: list[Run] = []
+        runs: list[RunKey] = []
         for name, index in sorted(order[:count]):
             if runs and runs[-1][0] == name and runs[-1][2] == index - 1:
                 runs[-1] = (name, runs[-1][1], index)
@@ -318,7 +318,7 @@ def removal_ladder(order: Sequence[tuple[str, int]]) -> list[Runs]:
     return ladder
 
 
-def segments(stack: Stack, runs: Sequence[Run], costs: Costs, start: str | None = None) -> tuple[Segment, ...]:
+def segments(stack: Stack, runs: Sequence[RunKey], costs: Costs, start: str | None = None) -> tuple[Segment, ...]:
     """Turn runs of one stack into its segments; the start of a substitute is the given or the best known one."""
     pieces, position = [], 0
     for name, first, last in sorted(runs):

@@ -7,10 +7,9 @@ import torch
 from ppcl.capture.states import States
 from ppcl.common.files import file_digest, weights_variant
 from ppcl.eval.command import track
-from ppcl.eval.feature_choice import references_for
+from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import Entrant, Judge, described
 from ppcl.eval.results import Evaluation, save_evaluation
-from ppcl.eval.scoring import reference_of
 from ppcl.eval.velocity import state_errors
 from ppcl.run.session import Session
 from ppcl.student.assembly import assemble_student
@@ -28,8 +27,8 @@ def evaluate_session(session: Session) -> Evaluation:
     student = load_pipeline(str(folder), session.device, teacher.transformer.dtype, variant)
     held_out = States(session.calibration, "held-out")
     count = settings.velocity_states
-    extractor, pictures = session.extractor, references_for(session.model)
-    reference = (reference_of(extractor.image_features(pictures)), "real pictures") if pictures is not None else None
+    extractor = session.extractor
+    reference = real_reference(session.model, extractor)
     judge = Judge(session.out / "eval", session.evaluation_prompts, session.config, extractor, reference)
     judge.note(session.feature_note)
     first = judge.side(

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from ppcl.common.tables import PACKAGES
 from ppcl.config import RunConfig
-
-PACKAGES = ("ppcl", "torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics")
 
 
 def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
@@ -24,7 +23,7 @@ def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
         "seed": config.seed,
         "device": f"{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in ("ppcl", *PACKAGES, "torchmetrics")},
         "git_commit": _commit(),
         "config": config.model_dump(mode="json"),
     }

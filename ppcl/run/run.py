@@ -94,6 +94,11 @@ class Run(Session):
         return True, prepared
 
 
+def open_run(model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = "") -> Run:
+    """Open a run directory, new or begun; its ``run(stage)`` runs a stage. For the arguments see :class:`Session`."""
+    return Run(model, out, config, prompts, command)
+
+
 def check_inputs(out: Path, stage: Stage) -> None:
     """Read what a stage starts from, as far as that is cheap.
 

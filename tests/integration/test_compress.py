@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -102,10 +103,11 @@ def test_the_second_call_does_nothing(compressed):
     assert times(out) == before
 
 
-def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys, caplog):
+def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys, caplog, tmp_path):
     from ppcl import cli
 
-    out, arguments, _ = compressed
+    out = shutil.copytree(compressed[0], tmp_path / "run")
+    arguments = [out if argument == compressed[0] else argument for argument in compressed[1]]
     before = times(out)
     plan_before = (out / "plan.json").read_text()
     monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments), "--keep", "0.9", "--set", "device=cpu"])
@@ -125,8 +127,6 @@ def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch
 
 
 def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, small_config, tmp_path):
-    import shutil
-
     from ppcl.config import load_config
     from ppcl.run import Run
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.cli import app, parse_seeds
+from ppcl.common.artifacts import save_artifact
 from ppcl.common.tables import markdown_table, measured, number, spread
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
+from ppcl.eval.scoring import reference_of
 from ppcl.experiments import runner as runner_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
@@ -180,10 +183,14 @@ def test_with_smaller_modules_the_first_row_is_as_fast_as_the_plans_of_depth(ope
     shutil.copytree(compared[0].out, tmp_path / "run")
     run = open_run("fit.width=[modulation,ffn]", "plan.keep=0.8", out=tmp_path / "run")
     run.run("fit")
+    candidates = run.read(Candidates, "candidates.json")
+    by_flops = [replace(option, saved_time=None) for option in candidates.width]  # of tiny modules the clock is noise
+    save_artifact(replace(candidates, width=tuple(by_flops)), run.out / "candidates.json")
     rows = {row.name: row for row in plan_rows(run)[0]}
     depth, ours, size = (rows[name].plan for name in ("ours-depth", "ours", "ours-size"))
     assert depth.has_width is False
-    assert ours.predicted.error <= 1.01 * depth.predicted.error, "smaller modules are more to choose from"
+    assert ours.has_width
+    assert ours.predicted.error < depth.predicted.error
     assert ours.predicted.speedup >= depth.predicted.speedup
     assert size.predicted.param_ratio <= depth.predicted.param_ratio
     assert rows["ours-undistilled"].plan == ours
@@ -262,7 +269,11 @@ def test_the_teacher_has_a_spread(compared):
 
 def test_real_pictures_are_the_reference_where_there_are_some(open_run, compared, monkeypatch, tmp_path):
     pictures = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(runner_module, "references_for", lambda model: pictures)
+
+    def real_reference(_, extractor):
+        return reference_of(extractor.image_features(pictures)), "real pictures"
+
+    monkeypatch.setattr(runner_module, "real_reference", real_reference)
     pictures_of_teacher = Path("compare", "teacher", "pictures")
     run = open_run(out=tmp_path / "run")
     shutil.copytree(compared[0].out / pictures_of_teacher, run.out / pictures_of_teacher)

@@ -70,7 +70,8 @@ def test_alike_blocks_share_what_is_compiled(tmp_path: Path, graphs: list[torch.
     trained(tmp_path, "local", compile=True, local_steps=12)
     many = len(graphs)
     trained(tmp_path, "local", compile=True, local_steps=30)
-    assert len(graphs) == many <= 10  # of five blocks and two substitutes, two shapes and several batch sizes, 42 steps
+    # teacher and substitutes x (a lone state without a mask + padded batches of 4 and of 5, views or not), 42 steps
+    assert len(graphs) == many <= 10
 
 
 def test_a_compiled_run_goes_on_where_a_plain_one_was(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:

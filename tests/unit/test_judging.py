@@ -172,7 +172,7 @@ def test_an_interrupted_evaluation_ends_up_the_same(
     judged: tuple[Path, str], models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Pictures lost in one folder are drawn again, the others kept; statistics stand in for the reference folder."""
-    out, _ = judged
+    out = shutil.copytree(judged[0], tmp_path / "out")
     fake = install(patched := pytest.MonkeyPatch())
     before = json.loads((out / "metrics.json").read_text())
     pictures = sorted((out / "pictures" / "model-2").rglob("*.png"))

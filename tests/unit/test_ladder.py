@@ -54,7 +54,8 @@ def test_every_rung_is_scored_at_its_size(run, text):
     errors = [rung["metrics"]["velocity_error"] for rung in data["rungs"]]
     assert all(error > 0 for error in errors)
     assert "| keep 0.75 |" in text
-    assert "txt_mlp -> linear in" in text  # what is smaller inside
+    # a linear text network saves 7,296 at an error of 2e-4, a low rank (22 of 32) 2,432 at 1e-3: no plan needs it here
+    assert "txt_mlp -> linear in" in text
 
 
 def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):
