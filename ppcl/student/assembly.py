@@ -99,13 +99,13 @@ def fill_width(
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:
             cut = f"{here}/{path}/{part['kind']}-{part['size']}/"
-            fill_sliced(module, old, part, {n.removeprefix(cut): t for n, t in tensors.items() if n.startswith(cut)})
+            fill_sliced(module, old, part, {n.removeprefix(cut): tensors[n] for n in tensors if n.startswith(cut)})
         elif part["kind"] in ("text_input", "text_output"):
             name = f"{here}/text_input" if part["kind"] == "text_input" else f"{here}/text"
             fill_text(module, tensors[f"{name}/weight"], tensors[f"{name}/bias"])
 
 
-def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
+def substitute_block(blocks: Sequence[nn.Module] | nn.ModuleList, segment: Segment) -> nn.Module:
     """Return the block of a plan's segment: a copy of its start with the segment's smaller modules, untrained.
 
     What stands for a run is trainable throughout, and so is a block with zeros; of another only what is new in it.
