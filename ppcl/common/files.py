@@ -223,7 +223,7 @@ def write_one_by_one(
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
         kind = _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()  # as safetensors itself writes it
     text += b" " * (-len(text) % 8)  # tensors are aligned
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -300,6 +300,63 @@ def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
     return tensors, json.loads(header["ppcl"]) if "ppcl" in header else None
+
+
+class StoredTensors(Mapping[str, "Tensor"]):
+    """Tensors of safetensors files by name, each read when it is asked for; of equal names the last file's counts.
+
+    Args:
+        paths: The files; those that do not exist have no tensors.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        headers = {path: read_tensor_header(path) for path in paths if path.is_file()}
+        self._files = {name: path for path, header in headers.items() for name in header}
+        self._entries = {name: entry for header in headers.values() for name, entry in header.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+
+    def unread(self, name: str) -> Unread:
+        """A tensor for :func:`write_one_by_one`."""
+        import torch
+
+        entry = self._entries[name]
+        kind = next(dtype for dtype, stored in _SAFETENSORS_NAMES.items() if stored == entry["dtype"])
+        return Unread(entry["shape"], getattr(torch, kind), lambda: self[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_metadata(path: str | Path) -> Any:
+    """The metadata given to :func:`write_tensors` (or None), without any tensor.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+    return json.loads(header["ppcl"]) if "ppcl" in header else None
 
 
 def read_tensor_header(path: str | Path) -> dict[str, Any]:

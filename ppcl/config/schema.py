@@ -207,6 +207,16 @@ class DistillConfig(MemorySettings, Section):
         together = self.sequence == "sequential" or self.sparsity.zeros or self.spike_factor or self.one_at_a_time
         return self.release_gradients is True or (self.release_gradients == "auto" and not together)
 
+    @property
+    def not_streamed(self) -> list[str]:
+        """Settings that ask for what a teacher whose blocks are streamed cannot give."""
+        asked = {
+            "sparsity": bool(self.sparsity.zeros),
+            "distill.fresh": bool(self.fresh),
+            "distill.sequence=sequential": self.sequence == "sequential",
+        }
+        return [name for name, there in asked.items() if there]
+
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
@@ -283,8 +293,8 @@ class RunConfig(Section):
     )
     blocks: Literal["auto", "resident", "streamed"] = Field(
         "auto",
-        description="whether analyze loads the transformer whole (resident) or reads it from its files block by block "
-        "(streamed); auto: whole if its weights fit the device's free memory; results are equal",
+        description="whether analyze and distill load the transformer whole (resident) or read it from its files block "
+        "by block (streamed; distill is its local stage then); auto: whole if its weights fit the device's free memory",
     )
     processes: int | None = Field(
         None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"
@@ -298,6 +308,12 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()  # type: ignore[call-arg]
     export: ExportConfig = ExportConfig()  # type: ignore[call-arg]
     evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _whole_model_for_what_needs_it(self) -> RunConfig:
+        if self.blocks == "streamed" and (asked := self.distill.not_streamed):
+            raise ValueError(f"blocks=streamed leaves no whole model for {', '.join(asked)}; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _fresh_needs_pictures(self) -> RunConfig:

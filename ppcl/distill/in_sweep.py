@@ -11,11 +11,13 @@ many runs are collected as there are processes. Batches are drawn as ever, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ppcl.analysis.entries import enter
 from ppcl.analysis.sweep import Course, Seen, batches_of
@@ -111,10 +113,24 @@ class Ends:
     ) -> Tensor:
         """Loss of a substitute on a batch; see :func:`ppcl.distill.local.run_loss`."""
         start, end = self.calls(call, split)
+        start = _in_dtype_of(block, start)
         return run_loss(self.before.source.adapter, start, end, block, kind, share)
 
     def _read(self, course: Course, level: int, call: Call, split: str) -> States:
         return course.rows(level, [course.places[split, row] for row in call.rows])
+
+
+def _in_dtype_of(block: nn.Module, call: BlockCall) -> BlockCall:
+    """What a teacher of half precision hands to a block, in the block's precision, where no autocast does that."""
+    weight = next(block.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return call
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(weight.dtype) if tensor.is_floating_point() else tensor
+
+    trees: tuple[dict[str, Any], States] = tree_map_only(Tensor, cast, (call.arguments, call.inputs))
+    return replace(call, arguments=trees[0], inputs=trees[1])
 
 
 class Trainees(Generic[R]):

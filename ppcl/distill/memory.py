@@ -27,13 +27,15 @@ from ppcl.distill.trainable import thawed, with_factors
 from ppcl.errors import TrainingError
 from ppcl.pruning.sparsity import sparse_plan
 from ppcl.student.assembly import RunKey, assemble_student, substitute_block, with_blocks
-from ppcl.student.plan import CompressionPlan
+from ppcl.student.bundle import members
+from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter, StackSpec
 from ppcl.teacher.flops import count_params
 from ppcl.training.distributed import SINGLE
 from ppcl.training.losses import velocity_loss
 
+STREAMED = "streamed local"
 FLOAT = 4  # bytes of a trained number: substitutes are float32 whatever the teacher is
 
 
@@ -279,6 +281,35 @@ def estimate_distill(
     return found
 
 
+def estimate_streamed(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: CompressionPlan,
+    arguments: dict[str, Any],
+    settings: DistillConfig,
+    precision: str = "fp32",
+) -> dict[str, MemoryEstimate]:
+    """Predict the peak of the local stage where two of the teacher's blocks are in memory, and one substitute.
+
+    Of the plan's substitutes one of each kind is looked at. Arguments as of :func:`estimate_distill`.
+    """
+    bare: Any = bare_copy(transformer)
+    blocks = {spec.name: adapter.blocks(bare, spec) for spec in adapter.stacks}
+    kinds: dict[Any, tuple[str, Segment]] = {}
+    for (stack, _, _), segment in members(plan):
+        shapes = [_shapes(block) for block in blocks[stack][segment.first : segment.first + 2]]
+        start = _shapes(blocks[stack][start_index(segment.first, segment.last, segment.start)])
+        key = (stack, segment.is_run, repr(sorted(segment.width.items())), *shapes, start)
+        kinds.setdefault(key, (stack, segment))
+    stacks = {name: tuple(segment for stack, segment in kinds.values() if stack == name) for name in plan.stacks}
+    alone = settings.model_copy(update={"one_at_a_time": True, "output_steps": 0, "alternating_steps": 0})
+    alone = alone.model_copy(update={"offload": "cpu"})  # which has one block there
+    found = estimate_distill(bare, adapter, replace(plan, stacks=stacks), arguments, alone, precision)
+    ahead = max(weight_bytes(block) for stack in blocks.values() for block in stack)
+    local = found.get("local")
+    return {STREAMED: replace(local, teacher=local.teacher + ahead)} if local else {}
+
+
 def _whole(teacher: int, trained: int, numbers: int, step: int, settings: DistillConfig) -> MemoryEstimate:
     """A stage that trains so many numbers through a whole student."""
     return MemoryEstimate(
@@ -302,6 +333,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 _REMEDIES = {
+    STREAMED: "distill.optimizer=adamw8bit, distill.accumulate, or a smaller distill.batch_size",
     "local": "distill.one_at_a_time=true, distill.offload=cpu (or distill.shard_teacher on several processes), "
     "distill.optimizer=adamw8bit, or a smaller distill.batch_size",
     "alternating": "distill.alternating_steps=0, distill.checkpointing=true, distill.accumulate",

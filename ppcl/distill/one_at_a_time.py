@@ -1,246 +1,136 @@
 """The local stage one substitute at a time: what is in memory is one block and its optimizer, not all of them.
 
-A substitute learns from the teacher's states at its run's two ends and from nothing else. So the teacher carries all
-recorded states from one run to the next, once in all, and writes them to disk; each substitute is then trained on them
-by itself, and states that no later run needs are removed. Batches are those of the joint stage, and so is the result.
+The teacher carries all recorded states forward once (:mod:`ppcl.distill.in_sweep`); a substitute is made when the sweep
+has both ends of its run, trained by itself, and written to disk. Batches are those of the joint stage, and so is the
+result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from ppcl.capture.states import States as Recorded
+from ppcl.analysis.sweep import forward_sweep
+from ppcl.capture.states import States
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_tensors, remove, write_tensors
-from ppcl.distill.local import run_loss
-from ppcl.errors import ArtifactError
-from ppcl.student.assembly import FixedStates, RunKey, StandIn, run_name, with_blocks
-from ppcl.teacher.call_arguments import to_device
-from ppcl.teacher.calls import Call, velocity
-from ppcl.teacher.families import Adapter, States
-from ppcl.teacher.trace import BlockCall
-from ppcl.training.distributed import SINGLE, Group, Share
+from ppcl.common.files import read_metadata, remove, write_tensors
+from ppcl.common.progress import announce
+from ppcl.common.streams import Stream
+from ppcl.distill.in_sweep import Ends, Trainees, training_course
+from ppcl.distill.recipe import HELD_OUT, Recipe
+from ppcl.student.assembly import RunKey, run_name
+from ppcl.teacher.blocks import Blocks
+from ppcl.teacher.calls import Call
+from ppcl.training.distributed import SINGLE, Share
 
-Place = tuple[str, int]  # the states that leave this block
-
-
-class _Arrived(Exception):
-    """Carries the arguments of a block call out of a transformer."""
+Rows = list[dict[str, Any]]
 
 
-class _Entrance(StandIn):
-    """Stands for a stack: hands over what its first block is called with."""
-
-    def __init__(self, adapter: Adapter, block: nn.Module) -> None:
-        super().__init__(block)
-        self.adapter = adapter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """End the call."""
-        raise _Arrived(self.adapter.bind(self.template[0], args, kwargs))
-
-
-class Boundaries:
-    """The teacher's states between blocks for all recorded states of a split, on disk.
+class OneAtATime:
+    """The local stage, a run after the other; several processes train another one each.
 
     Args:
-        folder: Receives a folder for each place where states are kept.
-        recorded: The recorded states.
-        transformer: The teacher's.
-        adapter: Its family.
-        precision: Autocast of the teacher.
-        group: The processes that train; all see the folder, and each does its part of the work.
+        recipe: How a substitute is trained.
+        source: The teacher's blocks.
+        new: Makes a run's substitute, untrained, on the device.
+        held_out: States that say whether training helped: a start that it led away from is kept. None: nobody asks.
+
+    Attributes:
+        folder: Receives the weights of finished substitutes, and states on the way.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        recorded: Recorded,
-        transformer: nn.Module,
-        adapter: Adapter,
-        precision: str = "auto",
-        group: Group = SINGLE,
+        self, recipe: Recipe, source: Blocks, new: Callable[[RunKey], nn.Module], held_out: States | None = None
     ) -> None:
-        self.folder, self.recorded, self.transformer, self.adapter = folder, recorded, transformer, adapter
-        self.precision, self.group = precision, group
-        self.order = [(s.name, i) for s in adapter.stacks for i in range(len(adapter.blocks(transformer, s)))]
-        self.specs = {spec.name: spec for spec in adapter.stacks}
-        outside = {id(p) for s in adapter.stacks for b in adapter.blocks(transformer, s) for p in b.parameters()}
-        self.device = next(p for p in transformer.parameters() if id(p) not in outside).device
+        self.recipe, self.source, self.new, self.held_out = recipe, source, new, held_out
+        self.folder = recipe.folder / "distill-local"
+        self.fingerprint = recipe.fingerprint("local", [])
 
-    def path(self, place: Place) -> Path:
-        """Where the states that leave a block are."""
-        return self.folder / f"{place[0]}-{place[1]}"
+    def run(self, runs: Collection[RunKey]) -> None:
+        """Train what is not finished yet; after it the weights of all runs are on disk."""
+        group, unfinished = self.recipe.group, [run for run in runs if not self.is_finished(run)]
+        if self.recipe.settings.local_steps == 0:
+            group.spread(dict.fromkeys(unfinished), self._write_starts)
+        elif unfinished:
+            splits = {"train": self.recipe.states} | ({"held-out": self.held_out} if self.held_out else {})
+            course = training_course(
+                self.source,
+                splits,
+                -(-self.recipe.settings.batch_size // self.recipe.settings.accumulate),
+                self.folder / f"states-{self.fingerprint[:12]}",
+                self.fingerprint,
+                {"held-out": HELD_OUT},
+                group,
+                self.recipe.precision,
+            )
+            trainees = Trainees(course, unfinished, self._train, self._log)
+            forward_sweep(course, [trainees], trainees.last)
+            course.store.close()
+        group.barrier()
 
-    def before(self, stack: str, index: int) -> Place | None:
-        """The place whose states enter a block; None at the very beginning."""
-        position = self.order.index((stack, index))
-        return self.order[position - 1] if position else None
+    def path(self, run: RunKey) -> Path:
+        """Where the weights of a finished substitute are."""
+        return self.folder / f"{run_name(run).replace('/', '-')}.safetensors"
 
-    @torch.no_grad()
-    def entering(self, arguments: dict[str, Any], stack: str, index: int, states: States | None) -> BlockCall:
-        """The call of a block, without running any block before it.
+    def is_finished(self, run: RunKey) -> bool:
+        """Whether an attempt with the same settings trained a run to its end."""
+        meta = read_metadata(self.path(run)) if self.path(run).is_file() else None
+        return meta is not None and meta.get("fingerprint") == self.fingerprint
 
-        Args:
-            arguments: A batch of states.
-            stack: The block's stack.
-            index: Its number.
-            states: The states at :meth:`before`, (B, tokens, features) each; None where that is None.
-        """
-        spec = self.specs[stack]
-        lists: dict[str, list[nn.Module]] = {}
-        previous = self.before(stack, 0)
-        for other in self.adapter.stacks:
-            blocks = self.adapter.blocks(self.transformer, other)
-            lists[other.name] = [_Entrance(self.adapter, blocks[0])] if other is spec else []
-            if states is not None and index == 0 and previous is not None and previous[0] == other.name:
-                lists[other.name] = [FixedStates(self.adapter, other, states, blocks[0])]
-        try:
-            with autocast(self.device, self.precision):
-                velocity(with_blocks(self.transformer, lists), to_device(arguments, self.device))
-        except _Arrived as arrived:
-            named: dict[str, Any] = arrived.args[0]
-        inputs = states if states is not None and index else self.adapter.input_states(spec, named)
-        return BlockCall(spec, index, named, inputs, {})
+    def _train(self, run: RunKey, ends: Ends) -> Rows:
+        """Train a run's substitute in this process, and write it; returns the rows that nobody has logged."""
+        recipe, rows = self.recipe, Rows()
+        own = replace(recipe, group=SINGLE, log=recipe.log if recipe.group.is_main else rows.append)
+        block, name, settings = self.new(run), run_name(run), recipe.settings
+        before = self._held_out_loss(block, ends)
 
-    def call(
-        self, arguments: dict[str, Any], rows: Sequence[tuple[int, int]], run: RunKey
-    ) -> tuple[BlockCall, BlockCall]:
-        """The calls of a run's first and last block on a batch, from what :meth:`keep` stored.
-
-        Args:
-            arguments: The batch.
-            rows: Where its samples were recorded.
-            run: (stack, first, last).
-        """
-        stack, first, last = run
-        place = self.before(stack, first)
-        start = self.entering(arguments, stack, first, None if place is None else self.read(place, rows))
-        return start, BlockCall(start.stack, last, start.arguments, {}, self.read((stack, last), rows))
-
-    def keep(self, run: RunKey) -> None:
-        """Have the states at both ends of a run on disk, and no others."""
-        ends = [p for p in (self.before(run[0], run[1]), (run[0], run[2])) if p is not None]
-        for place in ends:
-            if not self.path(place).is_dir():
-                self._carry(place)
-        self.group.barrier()
-        if self.group.is_main and self.folder.is_dir():
-            for folder in self.folder.iterdir():
-                if folder not in map(self.path, ends):
-                    remove(folder)
-        self.group.barrier()
-
-    @torch.no_grad()
-    def _carry(self, place: Place) -> None:
-        """Carry all states from the nearest place before to this one."""
-        position = self.order.index(place)
-        known = [i for i in range(position) if self.path(self.order[i]).is_dir()]
-        start = known[-1] if known else -1
-        unfinished = self.path(place).with_name(f".{self.path(place).name}")
-        for number in range(self.group.rank, len(self.recorded.calls), self.group.size):
-            file = unfinished / f"{number}.safetensors"
-            if file.is_file():
-                continue  # an interrupted attempt wrote it
-            arguments = self.recorded.calls[number].arguments
-            states = None if start < 0 else self._whole(self.order[start], number)
-            for stack, index in self.order[start + 1 : position + 1]:
-                if states is None or index == 0 or (stack, index) == self.order[start + 1]:
-                    call = self.entering(arguments, stack, index, states)
-                block = self.adapter.blocks(self.transformer, self.specs[stack])[index]
-                with autocast(self.device, self.precision):
-                    states = self.adapter.call(
-                        call.stack, block, states if states is not None and index else call.inputs, call.arguments
-                    )
-            write_tensors(file, {k: v.contiguous() for k, v in (states or {}).items()}, {})
-        self.group.barrier()
-        if self.group.is_main:
-            unfinished.rename(self.path(place))
-        self.group.barrier()
-
-    def _whole(self, place: Place, number: int) -> States:
-        with self._open(place, number) as file:
-            return {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
-
-    def read(self, place: Place, rows: Sequence[tuple[int, int]]) -> States:
-        """The states of some samples at a place, on the teacher's device; shorter texts get zeros at their end.
-
-        Raises:
-            ArtifactError: They are not there, or damaged.
-        """
-        parts: dict[str, list[Tensor]] = {}
-        by_call: dict[int, list[int]] = {}
-        for number, row in rows:
-            by_call.setdefault(number, []).append(row)
-        for number, picked in by_call.items():
-            with self._open(place, number) as file:
-                for name in file.keys():  # noqa: SIM118
-                    view = file.get_slice(name)
-                    parts.setdefault(name, []).extend(view[row : row + 1] for row in picked)
-        return {name: torch.cat(_of_one_length(states)).to(self.device) for name, states in parts.items()}
-
-    def _open(self, place: Place, number: int) -> Any:
-        path = self.path(place) / f"{number}.safetensors"
-        try:
-            return safe_open(path, "pt")
-        except Exception as error:  # safetensors raises errors of its own, and those of the system
-            raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
-
-
-def _of_one_length(states: Sequence[Tensor]) -> list[Tensor]:
-    """Pad (B, tokens, features) to the most tokens; the mask of the batch they belong to leaves that out."""
-    longest = max(state.shape[1] for state in states)
-    return [functional.pad(state, (0, 0, 0, longest - state.shape[1])) for state in states]
-
-
-def train_each(
-    boundaries: Boundaries,
-    substitutes: Mapping[RunKey, nn.Module],
-    folder: Path,
-    fingerprint: str,
-    kind: str,
-    train: Callable[[RunKey, Callable[[Call, Share], dict[str, float]]], None],
-) -> None:
-    """Train every substitute by itself; those that an earlier attempt finished are read.
-
-    Args:
-        boundaries: The teacher's states.
-        substitutes: Blocks by run; only the one that trains is on the device.
-        folder: Receives the weights of finished substitutes.
-        fingerprint: Identifies the training; what another one finished is not read.
-        kind: State loss.
-        train: Trains a run's substitute, given what a part of a batch does.
-    """
-    order = [spec.name for spec in boundaries.adapter.stacks]
-    group = boundaries.group
-    for run in sorted(substitutes, key=lambda run: (order.index(run[0]), run[1])):
-        block = substitutes[run]
-        done = folder / f"{run_name(run).replace('/', '-')}.safetensors"
-        home = next(block.parameters()).device
-        finished, meta = read_tensors(done) if done.is_file() else ({}, None)
-        if meta is not None and meta.get("fingerprint") == fingerprint:
-            block.load_state_dict(finished)
-            continue
-        boundaries.keep(run)
-        block.to(boundaries.device)
-
-        def part(call: Call, share: Share, run: RunKey = run, block: nn.Module = block) -> dict[str, float]:
-            start, end = boundaries.call(call.arguments, call.rows, run)
-            loss = run_loss(boundaries.adapter, start, end, block, kind, share)
+        def part(call: Call, share: Share) -> dict[str, float]:
+            loss = ends.loss(block, call, share, settings.loss)
             loss.backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss.item(), f"loss/{run_name(run)}": loss.item()}
+            return {"loss": loss.item(), f"loss/{name}": loss.item()}
 
-        train(run, part)
-        block.to(home)
-        state = block.state_dict()
-        group.on_main(partial(write_tensors, done, state, {"fingerprint": fingerprint}))
-    if group.is_main:
-        remove(boundaries.folder)
+        def backward(step: int) -> dict[str, float]:
+            return own.in_parts(step, Stream.LOCAL_BATCH, part, [block])
+
+        where = name.replace("/", "-")
+        own.train("local", {name: block}, backward, settings.local_steps, settings.local_learning_rate, where)
+        after = self._held_out_loss(block, ends)
+        if after > before:
+            announce(
+                f"distill: training led {name} away from the teacher (state loss {before:.4f} before, {after:.4f} "
+                "after, held-out states): its start is kept; lower distill.local_learning_rate"
+            )
+            block = self.new(run)
+        self._write(run, block)
+        remove(self.folder / where)  # what is finished is kept without its optimizer
+        return rows
+
+    @torch.no_grad()
+    def _held_out_loss(self, block: nn.Module, ends: Ends) -> float:
+        """Loss on held-out states; 0 where nobody asks."""
+        recipe, total = self.recipe, 0.0
+        if self.held_out:
+            rows = self.held_out.spread(HELD_OUT)
+            for call, share in self.held_out.weighed(rows, recipe.settings.batch_size):
+                with autocast(recipe.device, recipe.precision):
+                    total += ends.loss(block, call, share, recipe.settings.loss, "held-out").item()
+        return total
+
+    def _write(self, run: RunKey, block: nn.Module) -> None:
+        write_tensors(self.path(run), block.to("cpu").state_dict(), {"fingerprint": self.fingerprint})
+
+    def _write_starts(self, own: dict[RunKey, None]) -> dict[RunKey, None]:
+        for run in own:
+            self._write(run, self.new(run))
+        return own
+
+    def _log(self, found: dict[RunKey, Rows]) -> None:
+        """Log what other processes trained, in the first one."""
+        if self.recipe.log and self.recipe.group.is_main:
+            for row in (row for rows in found.values() for row in rows):
+                self.recipe.log(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from ppcl.capture.states import States
 from ppcl.common.devices import weights_dtype
 from ppcl.config import DistillConfig
-from ppcl.distill.memory import check_memory, estimate_distill, free_bytes
+from ppcl.distill.memory import MemoryEstimate, check_memory, estimate_distill, estimate_streamed, free_bytes
 from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.families import adapter_for, fixed_tail
 from ppcl.teacher.loading import check_complete, open_pipeline
 from ppcl.training.distributed import Group
@@ -72,25 +74,61 @@ def say_memory(
         TrainingError: It would not fit into memory.
     """
     parts = settings.accumulate * group.size
+
+    def estimate(settings: DistillConfig, arguments: dict[str, Any], half: str) -> dict[str, MemoryEstimate]:
+        common = (transformer, adapter_for(transformer), plan, arguments, settings)
+        return estimate_distill(*common, precision=half, processes=group.size)
+
+    if settings.splits_teacher(group.size) and group.is_main:
+        _say([f"the teacher's blocks are split over {group.size} processes"])
+    _say_and_check(estimate, transformer, states, settings, precision, device, group, parts)
+
+
+def say_streamed_memory(
+    source: Blocks, plan: CompressionPlan, states: States, settings: DistillConfig, precision: str, group: Group
+) -> None:
+    """Print what training takes where the teacher's blocks are streamed, and stop if it is more than there is.
+
+    Raises:
+        TrainingError: It would not fit into memory.
+    """
+
+    def estimate(settings: DistillConfig, arguments: dict[str, Any], half: str) -> dict[str, MemoryEstimate]:
+        return estimate_streamed(source.transformer, source.adapter, plan, arguments, settings, half)
+
+    # each process has whole batches of its own
+    common = (source.transformer, states, settings, precision, source.device, group, settings.accumulate)
+    _say_and_check(estimate, *common)
+
+
+def _say(lines: Iterable[str]) -> None:
+    text = "\n".join(f"  memory: {line}" for line in lines)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def _say_and_check(
+    estimate: Callable[[DistillConfig, dict[str, Any], str], dict[str, MemoryEstimate]],
+    transformer: nn.Module,
+    states: States,
+    settings: DistillConfig,
+    precision: str,
+    device: torch.device,
+    group: Group,
+    parts: int,
+) -> None:
+    """Estimate with settings, arguments and precision of a step as it is run; see :func:`say_memory`."""
     # a part of several pieces is accumulated, too: gradients of the pieces before stay
     pieces = settings.accumulate * states.pieces(settings.batch_size, parts)
     as_run = settings.model_copy(update={"accumulate": pieces})
     is_half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     arguments = states.largest(settings.batch_size, parts)
     try:
-        estimates = estimate_distill(
-            *(transformer, adapter_for(transformer), plan, arguments, as_run),
-            precision="bf16" if is_half else "fp32",
-            processes=group.size,
-        )
+        estimates = estimate(as_run, arguments, "bf16" if is_half else "fp32")
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # sizes that depend on numbers
         logger.warning("the memory of training cannot be predicted for %s (%s)", type(transformer).__name__, error)
         return
     if group.is_main:
-        lines = [f"  memory: {stage} stage of distillation, {estimate}" for stage, estimate in estimates.items()]
-        if settings.splits_teacher(group.size):
-            lines.append(f"  memory: the teacher's blocks are split over {group.size} processes")
-        Console(stderr=True, highlight=False).print("\n".join(lines), soft_wrap=True)
+        _say(f"{stage} stage of distillation, {sizes}" for stage, sizes in estimates.items())
     present = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.device == device)
     if device.type in ("cpu", "cuda") and not settings.shard:
         free = free_bytes(device) // (group.local_size if device.type == "cpu" else 1)  # which they share

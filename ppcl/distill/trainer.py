@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import digest, read_tensors, remove, write_tensors
+from ppcl.common.files import read_tensors, remove, write_tensors
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import DistillConfig
-from ppcl.distill.compiled import BlockCompiler, blocks_of
+from ppcl.distill.compiled import blocks_of
 from ppcl.distill.local import local_backward
-from ppcl.distill.one_at_a_time import Boundaries, train_each
+from ppcl.distill.one_at_a_time import OneAtATime
+from ppcl.distill.recipe import HELD_OUT, Log, PartBackward, Recipe
 from ppcl.distill.sequential import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.sparse import masks_for
 from ppcl.distill.trainable import kept_blocks, thawed, tuned, with_factors
@@ -30,24 +30,20 @@ from ppcl.student.bundle import Bundle, save_bundle
 from ppcl.student.masks import Masks, zero_shares
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.velocity import VelocityErrors
-from ppcl.training.distributed import SINGLE, Group, Share, add_up
-from ppcl.training.loop import TrainingLoop
+from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.training.lora import factors
 from ppcl.training.losses import velocity_loss
 from ppcl.training.offload import streamed
-from ppcl.training.settings import LoopSettings
 from ppcl.training.sharding import shard, split_blocks, unshard
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 64  # states that say whether training helped
-Log = Callable[[dict[str, Any]], None]
 Sample = Callable[[int, nn.Module], None]
-PartBackward = Callable[[Call, Share], dict[str, float]]
 
 
 class Distiller:
@@ -98,7 +94,7 @@ class Distiller:
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
-        self.settings, self.seed, self.precision, self.log = settings, seed, precision, log
+        self.settings, self.seed, self.precision = settings, seed, precision
         self.group, self.sample, self.keep_teacher = group, sample, keep_teacher
         self.teacher_is_split = settings.splits_teacher(group.size)
         self.states = states or States(calibration, "train")
@@ -109,13 +105,24 @@ class Distiller:
         home = torch.device("cpu") if settings.one_at_a_time else self.device
         self.substitutes = new_substitutes(transformer, adapter, plan, source, closed_forms, home)
         self.student = assemble_student(transformer, adapter, plan, self.substitutes)
-        self.compiler = BlockCompiler(settings.compile)
         self.masks = Masks({}, {})
         if settings.sparsity.zeros:
             common = (self.student, adapter, plan, self.substitutes, self.states, settings.sparsity, seed)
             with autocast(self.device, precision):
                 self.masks = masks_for(*common, out / "checkpoints" / "distill-masks", group)
             self.plan = zero_shares(plan, self.masks.masks, count_params(self.student))
+        self.recipe = Recipe(
+            self.plan,
+            settings,
+            seed,
+            self.states,
+            out / "checkpoints",
+            self.device,
+            precision,
+            log,
+            group,
+            self.masks,
+        )
 
     def run(self) -> Bundle:
         """Train all stages and write ``out/bundle``.
@@ -210,72 +217,17 @@ class Distiller:
         with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
             yield
 
-    def _fingerprint(self, stage: str, names: Collection[str]) -> str:
-        return digest(stage, sorted(names), self.settings.identity(), to_jsonable(self.plan.stacks), self.seed)
-
-    def _loop(
-        self,
-        stage: str,
-        modules: Mapping[str, nn.Module],
-        backward: Callable[[int], dict[str, float]],
-        steps: int,
-        rate: float,
-        part: str = "",
-        after: Callable[[int], None] | None = None,
-    ) -> None:
-        settings = self.settings
-        loop_settings = LoopSettings(
-            steps=steps,
-            learning_rate=rate,
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            clip_each=stage == "local",
-            ema_decay=settings.ema_decay,
-            checkpoint_every=settings.checkpoint_every,
-            keep_checkpoints=settings.keep_checkpoints,
-            batch_size=settings.batch_size,
-            max_bad_steps=min(settings.max_bad_steps, steps // 10),  # a stage of bad steps has trained nothing
-            spike_factor=settings.spike_factor,
-            optimizer=settings.optimizer,
-            seed=self.seed,
-        )
-        fingerprint = self._fingerprint(stage, modules)
-        report = self.log
-
-        def log(row: dict[str, Any]) -> None:
-            if report:
-                report({"stage": f"distill.{stage}", **row})
-
-        folder = self.out / "checkpoints" / f"distill-{stage}" / part
-        label = f"distill: {stage} {part}".rstrip()
-        adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
-        common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
-        loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
-        self.release = loop.release
-        loop.run()
-        loop.load_ema()
-
     def _in_parts(self, step: int, stream: Stream, backward: PartBackward) -> dict[str, float]:
-        """Run the backward passes of this process's parts of a step's batch; return its part of the losses."""
-        generator = step_generator(self.seed, step, stream)
-        rows: list[dict[str, float]] = []
-        parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))
         blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
-        with self.compiler.on(blocks):
-            for call, share in parts:
-                self.last_part = len(rows) + 1 == len(parts)
-                with autocast(self.device, self.precision):
-                    rows.append(backward(call, share))
-        return add_up(rows)
+        return self.recipe.in_parts(step, stream, backward, blocks)
 
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
         common, kind = (self.transformer, self.adapter), self.settings.loss
 
         def release(run: RunKey) -> None:
-            if self.settings.releases_gradients and self.last_part:
-                self.release(run_name(run))
+            if self.settings.releases_gradients and self.recipe.last_part and self.recipe.loop:
+                self.recipe.loop.release(run_name(run))
 
         def part(call: Call, share: Share) -> dict[str, float]:
             arguments = call.arguments
@@ -290,36 +242,15 @@ class Distiller:
             return self._in_parts(step, Stream.LOCAL_BATCH, part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
-        self._loop("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
+        self.recipe.train("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
 
     def _one_at_a_time(self) -> None:
-        """Stage 1 with one substitute in memory: the teacher's states at its run's ends are kept on disk."""
-        folder = self.out / "checkpoints" / "distill-local"
-        fingerprint = self._fingerprint("local", [])
-        place = (
-            folder / f"states-{fingerprint[:12]}",
-            self.states,
-            self.transformer,
-            self.adapter,
-            self.precision,
-            self.group,
-        )
-        steps, rate = self.settings.local_steps, self.settings.local_learning_rate
-
-        def train(run: RunKey, part: PartBackward) -> None:
-            name = run_name(run)
-            where = name.replace("/", "-")
-            self._loop(
-                "local",
-                {name: self.substitutes[run]},
-                lambda step: self._in_parts(step, Stream.LOCAL_BATCH, part),
-                steps,
-                rate,
-                where,
-            )
-            remove(folder / where)  # what is finished is kept without its optimizer
-
-        train_each(Boundaries(*place), self.substitutes, folder, fingerprint, self.settings.loss, train)
+        """Stage 1 with one substitute in memory."""
+        source = ResidentBlocks(self.transformer, self.device)
+        stage = OneAtATime(self.recipe, source, lambda run: self.substitutes[run].to(self.device))
+        stage.run(self.substitutes)
+        for run, block in self.substitutes.items():  # another process trained it, or an earlier attempt
+            block.load_state_dict(read_tensors(stage.path(run))[0])
 
     def _alternating(self) -> None:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
@@ -338,7 +269,7 @@ class Distiller:
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
-        self._loop("alternating", modules, backward, steps, rate)
+        self.recipe.train("alternating", modules, backward, steps, rate)
 
     def _output(self) -> None:
         """Stage 3: the whole student on the teacher's velocity."""
@@ -376,7 +307,7 @@ class Distiller:
                 self.sample(done, self.student)
 
         rate = self.settings.output_learning_rate
-        self._loop("output", modules, backward, self.settings.output_steps, rate, after=after)
+        self.recipe.train("output", modules, backward, self.settings.output_steps, rate, after=after)
         if split:
             unshard(self.student)
 

@@ -87,11 +87,11 @@ class Session:
 
         return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
 
-    def open_blocks(self) -> Any:
-        """The teacher's blocks, whole or read one by one, as ``blocks`` says; and say which."""
+    def streams_blocks(self) -> bool:
+        """Whether the teacher's blocks are read one by one, as ``blocks`` says; and say so."""
         from ppcl.common.devices import weights_dtype
         from ppcl.common.progress import announce
-        from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks, free_bytes, loaded_bytes
+        from ppcl.teacher.blocks import free_bytes, loaded_bytes
 
         dtype = weights_dtype(self.device, self.config.precision)
         needed, free = loaded_bytes(self.model, dtype).get("transformer", 0), free_bytes(self.device)
@@ -100,10 +100,21 @@ class Session:
             choice = "resident" if "teacher" in vars(self) or needed < free else "streamed"
             reason = "loaded already" if "teacher" in vars(self) else f"{free / 1e9:.1f} GB are free"
         announce(f"blocks are {choice}: the transformer's weights take {needed / 1e9:.1f} GB; {reason}")
-        if choice == "resident":
+        return choice == "streamed"
+
+    def open_blocks(self, streams: bool | None = None) -> Any:
+        """The teacher's blocks, whole or read one by one.
+
+        Args:
+            streams: Which; what :meth:`streams_blocks` says if None.
+        """
+        from ppcl.common.devices import weights_dtype
+        from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks
+
+        if not (self.streams_blocks() if streams is None else streams):
             return ResidentBlocks(self.teacher.transformer)
         self.release_teacher()
-        return StreamedBlocks(self.model, self.device, dtype)
+        return StreamedBlocks(self.model, self.device, weights_dtype(self.device, self.config.precision))
 
     def release_teacher(self) -> Any | None:
         """Give away the teacher's pipeline, if it is loaded; who asks for it later loads it again."""

@@ -126,7 +126,28 @@ def _check_distill(session: Session) -> None:
 
 
 def _distill(session: Session, _: None) -> None:
-    """With nothing of the pipeline in memory but its transformer, unless pictures are drawn or noised on the way."""
+    """With nothing of the pipeline in memory but its transformer, or two blocks of it."""
+    if session.group.on_main(session.streams_blocks):  # all do what one decides, by the memory that it sees
+        _distill_streamed(session)
+    else:
+        _distill_resident(session)
+
+
+def _distill_streamed(session: Session) -> None:
+    from ppcl.capture.states import States
+    from ppcl.distill.preparation import say_streamed_memory
+    from ppcl.distill.streamed import check_streamed, distill_streamed
+
+    settings, precision, group = session.config.distill, session.config.precision, session.group
+    check_streamed(settings)
+    plan, source = session.read(CompressionPlan, "plan.json"), session.open_blocks(streams=True)
+    say_streamed_memory(source, plan, States(session.calibration, "train"), settings, precision, group)
+    common = (session.calibration, session.out, settings, session.config.seed, precision, session.log, group)
+    distill_streamed(source, plan, *common)
+
+
+def _distill_resident(session: Session) -> None:
+    """The rest of the pipeline is in memory where pictures are drawn or noised on the way."""
     from ppcl.capture.states import States
     from ppcl.distill.fresh_states import fresh_states
     from ppcl.distill.preparation import say_memory, training_transformer

@@ -105,7 +105,7 @@ def fill_width(
             fill_text(module, tensors[f"{name}/weight"], tensors[f"{name}/bias"])
 
 
-def substitute_block(blocks: nn.ModuleList, segment: Segment) -> nn.Module:
+def substitute_block(blocks: Sequence[nn.Module] | nn.ModuleList, segment: Segment) -> nn.Module:
     """Return the block of a plan's segment: a copy of its start with the segment's smaller modules, untrained.
 
     What stands for a run is trainable throughout, and so is a block with zeros; of another only what is new in it.

@@ -10,7 +10,7 @@ bundle/bundle.json               how it was trained, and hashes of the above
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact, save_artifact
-from ppcl.common.files import atomic_path, file_digest, read_json, read_tensors, write_json, write_tensors
+from ppcl.common.files import (
+    StoredTensors,
+    Unread,
+    atomic_path,
+    file_digest,
+    read_json,
+    read_tensors,
+    write_json,
+    write_one_by_one,
+    write_tensors,
+)
 from ppcl.errors import ArtifactError
 from ppcl.student.assembly import (
     RunKey,
@@ -33,6 +43,8 @@ from ppcl.student.assembly import (
 from ppcl.student.masks import Masks, pack_masks, unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.families import Adapter
+
+SUBSTITUTES = "substitutes.safetensors"
 
 
 @dataclass
@@ -56,29 +68,65 @@ class Bundle:
 
     def members(self) -> list[tuple[RunKey, Segment]]:
         """The plan's segments that have a substitute."""
-        return [
-            ((stack, segment.first, segment.last), segment)
-            for stack, segments in self.plan.stacks.items()
-            for segment in segments
-            if segment.is_substitute
-        ]
+        return members(self.plan)
+
+
+def members(plan: CompressionPlan) -> list[tuple[RunKey, Segment]]:
+    """The plan's segments that have a substitute, with its key."""
+    return [
+        ((stack, segment.first, segment.last), segment)
+        for stack, segments in plan.stacks.items()
+        for segment in segments
+        if segment.is_substitute
+    ]
 
 
 def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
     """Write a bundle folder, atomically."""
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        save_artifact(bundle.plan, temporary / "plan.json")
-        tensors = {
-            f"{run_name(key)}/{name}": state[name]
-            for key, segment in bundle.members()
-            for state in [bundle.substitutes[key].state_dict()]
-            for name in own_names(segment, list(state))
-        }
-        write_tensors(temporary / "substitutes.safetensors", tensors)
+    tensors = {
+        f"{run_name(key)}/{name}": state[name]
+        for key, segment in members(bundle.plan)
+        for state in [bundle.substitutes[key].state_dict()]
+        for name in own_names(segment, list(state))
+    }
+
+    def write(inside: Path) -> None:
+        write_tensors(inside / SUBSTITUTES, tensors)
         for name, extra in (("tuned", bundle.tuned), ("lora", bundle.lora), ("masks", pack_masks(bundle.masks))):
             if extra:
-                write_tensors(temporary / f"{name}.safetensors", extra)
+                write_tensors(inside / f"{name}.safetensors", extra)
+
+    _publish(bundle.plan, folder, how, write)
+
+
+def save_stored_bundle(
+    plan: CompressionPlan, stored: Callable[[RunKey], Path], folder: Path, how: dict[str, Any]
+) -> None:
+    """Write a bundle folder as :func:`save_bundle` does, with one weight in memory at a time.
+
+    Args:
+        plan: The plan.
+        stored: Where the weights of a run's substitute are, by their names inside it.
+        folder: The bundle.
+        how: How it was trained.
+    """
+    tensors: dict[str, Unread] = {}
+    for key, segment in members(plan):
+        weights = StoredTensors(stored(key))
+        for name in own_names(segment, list(weights)):
+            tensors[f"{run_name(key)}/{name}"] = weights.unread(name)
+    # large numbers first, then by name, as safetensors itself has them
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    ordered = {name: tensors[name] for name in order}
+    _publish(plan, folder, how, lambda inside: write_one_by_one(inside / SUBSTITUTES, ordered))
+
+
+def _publish(plan: CompressionPlan, folder: Path, how: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Write plan, weights and hashes, atomically."""
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_artifact(plan, temporary / "plan.json")
+        write(temporary)
         hashes = {p.name: file_digest(p) for p in sorted(temporary.iterdir())}
         write_json(temporary / "bundle.json", {"schema_version": SCHEMA_VERSION, "files": hashes, **how})
 
@@ -98,7 +146,7 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
         if file_digest(folder / name) != expected:
             raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
     plan = load_artifact(CompressionPlan, folder / "plan.json")
-    tensors, _ = read_tensors(folder / "substitutes.safetensors")
+    tensors, _ = read_tensors(folder / SUBSTITUTES)
     substitutes: dict[RunKey, nn.Module] = {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)

@@ -227,3 +227,15 @@ def test_metadata_is_json_not_pickle(tmp_path: Path) -> None:
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"ppcl": '{"a": 2, "b": 1}'}
+
+
+def test_stored_tensors_are_read_one_by_one_and_the_later_file_counts(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    files.write_tensors(first, {"x": torch.zeros(2), "y": torch.ones(3)})
+    files.write_tensors(second, {"x": torch.full((2,), 2.0)})
+    stored = files.StoredTensors(first, second, tmp_path / "missing.safetensors")
+    assert set(stored) == {"x", "y"}
+    assert torch.equal(stored["x"], torch.full((2,), 2.0))
+    first.unlink()  # nothing is kept: what is not asked for is not read
+    with pytest.raises(ArtifactError, match=r"a\.safetensors is damaged .* delete it and run again"):
+        stored["y"]
