@@ -6,6 +6,7 @@ A stage is a function of artifacts and settings in the room where it belongs; he
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
@@ -84,11 +85,22 @@ def _check_units(session: Session) -> None:
     CRITERIA.named(session.config.fit.criterion)
 
 
+def _whole_transformer(session: Session) -> Any:
+    """The teacher's transformer with all its weights, whatever ``blocks`` says."""
+    from ppcl.teacher.loading import load_pipeline
+    from ppcl.teacher.streaming import STREAMED
+
+    if session.blocks != STREAMED:
+        return session.teacher.transformer
+    session.release_teacher()
+    return load_pipeline(session.model, session.device, session.dtype).transformer
+
+
 def _fit(session: Session, _: None) -> None:
     from ppcl.distill.fit import fit
 
     fit(
-        session.teacher.transformer,
+        _whole_transformer(session),
         session.adapter,
         session.read(Analysis, "analysis.json"),
         read_tensors(session.out / "analysis.safetensors", str(session.device))[0],
