@@ -190,6 +190,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             raise OSError(None, str(error)) from error
 
 
+def safetensors_name(dtype: torch.dtype) -> str:
+    """What a header of safetensors calls a dtype."""
+    return _SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
+
+
 @dataclass(frozen=True)
 class Unread:
     """A tensor that is read when it is written.
@@ -221,9 +226,12 @@ def write_one_by_one(
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
-        kind = _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+        header[name] = {
+            "dtype": safetensors_name(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

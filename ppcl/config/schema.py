@@ -277,8 +277,8 @@ class RunConfig(Section):
     )
     blocks: Literal["auto", "resident", "streamed"] = Field(
         "auto",
-        description="whether the transformer is loaded whole (resident) or read from its files block by block as it runs "
-        "(streamed; on a CPU in the dtype that it is stored in); auto: whole if its weights fit the device's free memory",
+        description="whether the transformer is loaded whole (resident) or read from its files block by block as it "
+        "runs (streamed; on a CPU in the dtype of the files); auto: whole if it fits the device's free memory",
     )
     processes: int | None = Field(
         None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"

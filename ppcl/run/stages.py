@@ -194,13 +194,21 @@ def _card(session: Session, folder: Path) -> str:
 
 def _export(session: Session, _: None) -> None:
     from ppcl.export.pipeline import export
+    from ppcl.export.streamed import export_streamed
     from ppcl.student.bundle import build_student, load_bundle
+    from ppcl.teacher.streaming import STREAMED
 
-    transformer = session.teacher.transformer
-    bundle = load_bundle(session.out / BUNDLE, transformer, session.adapter)
-    student = build_student(transformer, session.adapter, bundle)
-    out, settings = session.out / PIPELINE, session.config.export
-    export(session.teacher, student, bundle.plan, session.model, out, settings, lambda folder: _card(session, folder))
+    out, bundle, settings = session.out / PIPELINE, session.out / BUNDLE, session.config.export
+
+    def card(folder: Path) -> str:
+        return _card(session, folder)
+
+    if session.blocks == STREAMED:
+        export_streamed(session.open_blocks(), bundle, session.model, out, settings, card)
+        return
+    loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
+    student = build_student(session.teacher.transformer, session.adapter, loaded)
+    export(session.teacher, student, loaded.plan, session.model, out, settings, card)
 
 
 def _load_features(session: Session) -> None:

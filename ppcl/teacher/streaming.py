@@ -20,7 +20,7 @@ def choose_blocks(setting: str, model: str, device: torch.device, precision: str
 
     Args:
         setting: ``auto``, ``resident`` or ``streamed``.
-        model: ``emoji``, a pipeline folder, or a hub id, whose files are fetched unless it is to be loaded whole anyway.
+        model: ``emoji``, a pipeline folder, or a hub id, whose files are fetched unless it is to be resident.
         device: Where it runs.
         precision: See ``RunConfig.precision``.
 
