@@ -89,7 +89,7 @@ class Session:
         """
         from ppcl.teacher.streaming import choose_blocks
 
-        return choose_blocks(self.config.blocks, self.model, self.device, self.config.precision)
+        return choose_blocks(self.config.blocks, [self.model], self.device, self.config.precision)
 
     @property
     def dtype(self) -> Any:
@@ -120,8 +120,7 @@ class Session:
         from ppcl.teacher.streaming import STREAMED, load_streamed
 
         if self.blocks == STREAMED:
-            pipeline, self._source = load_streamed(self.model, self.device, self.dtype)
-            return pipeline
+            return load_streamed(self.model, self.device, self.dtype)
         return load_pipeline(self.model, self.device, self.dtype)
 
     def open_blocks(self) -> Any:
@@ -140,7 +139,8 @@ class Session:
         Returns:
             The pipeline; None if it is not loaded, or is one that reads its blocks: that one is closed.
         """
-        pipeline, source = vars(self).pop("teacher", None), vars(self).pop("_source", None)
+        pipeline = vars(self).pop("teacher", None)
+        source = getattr(pipeline, "streamed_blocks", None)
         if source is None:
             return pipeline
         source.detach()
@@ -159,14 +159,14 @@ class Session:
     @cached_property
     def adapter(self) -> Any:
         """The adapter of the teacher's transformer."""
-        from ppcl.teacher.blocks import without_weights
-        from ppcl.teacher.families import adapter_for
+        from ppcl.teacher.blocks import transformer_class
+        from ppcl.teacher.families import adapter_class, adapter_for
         from ppcl.teacher.loading import stored_folder
         from ppcl.teacher.streaming import STREAMED
 
         folder = stored_folder(self.model)
         if self.blocks == STREAMED and folder is not None:
-            return adapter_for(without_weights(folder, self.dtype))
+            return adapter_class(transformer_class(folder))
         return adapter_for(self.teacher.transformer)
 
     @cached_property

@@ -325,6 +325,22 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def transformer_class(folder: Path) -> Any:
+    """The class of a pipeline folder's transformer, ppcl's own for one with smaller modules.
+
+    Raises:
+        ModelError: This diffusers has no such class.
+    """
+    import diffusers
+
+    register(ADAPTERS)
+    name = read_json(folder / "model_index.json")["transformer"][1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None:
+        raise ModelError(f"the transformer of {folder} is a {name}, which this diffusers has not; use a newer one")
+    return kind
+
+
 def without_weights(folder: Path, dtype: torch.dtype) -> Any:
     """A pipeline's transformer with all its modules, tables and buffers, but no weights; see diffusers' own loading.
 
@@ -335,11 +351,8 @@ def without_weights(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: It is quantised.
     """
-    import diffusers
     from accelerate import init_empty_weights
 
-    register(ADAPTERS)
-    name = read_json(folder / "model_index.json")["transformer"][1]
     config: Mapping[str, Any] = read_json(folder / "transformer" / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"the transformer of {folder} is quantised, and its blocks cannot be read one by one")
@@ -347,7 +360,7 @@ def without_weights(folder: Path, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)  # as from_pretrained does: of tables that are made when the model is built
     try:
         with init_empty_weights():
-            transformer = getattr(diffusers, name).from_config(config)
+            transformer = transformer_class(folder).from_config(config)
     finally:
         torch.set_default_dtype(default)
     return transformer.eval().requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,29 +17,31 @@ from ppcl.teacher.loading import fetch_files, open_pipeline, stored_dtype
 RESIDENT, STREAMED = "resident", "streamed"
 
 
-def choose_blocks(setting: str, model: str, device: torch.device, precision: str = "auto") -> str:
-    """Decide how a model's blocks are kept, and say it.
+def choose_blocks(setting: str, models: Sequence[str], device: torch.device, precision: str = "auto") -> str:
+    """Decide how the blocks of models that run side by side are kept, and say it.
 
     Args:
         setting: ``auto``, ``resident`` or ``streamed``.
-        model: ``emoji``, a pipeline folder, or a hub id, whose files are fetched unless it is to be resident.
+        models: ``emoji``, pipeline folders, or hub ids, whose files are fetched unless they are to be resident.
         device: Where it runs.
         precision: See ``RunConfig.precision``.
 
     Returns:
-        ``resident`` or ``streamed``; of ``auto`` resident where the transformer's weights fit the free memory.
+        ``resident`` or ``streamed``; of ``auto`` resident where the transformers' weights fit the free memory.
 
     Raises:
         ModelError: The files of a hub model cannot be fetched.
     """
-    if setting != RESIDENT:
+    for model in models if setting != RESIDENT else ():
         fetch_files(model)
-    needed = loaded_bytes(model, weights_dtype(device, precision)).get("transformer", 0)
+    dtype = weights_dtype(device, precision)
+    needed = sum(loaded_bytes(model, dtype).get("transformer", 0) for model in models)
     reason = "as blocks says"
     if setting == "auto":
         free = free_bytes(device)
         setting, reason = RESIDENT if needed < free else STREAMED, f"{free / 1e9:.1f} GB are free"
-    announce(f"blocks are {setting}: the transformer's weights take {needed / 1e9:.1f} GB; {reason}")
+    whose = "transformer's" if len(models) == 1 else "transformers'"
+    announce(f"blocks are {setting}: the {whose} weights take {needed / 1e9:.1f} GB; {reason}")
     return setting
 
 
@@ -59,11 +63,15 @@ def streamed_dtype(model: str, device: torch.device, precision: str = "auto", va
 
 
 def load_streamed(
-    model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
-) -> tuple[Any, StreamedBlocks]:
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    beside: Any | None = None,
+) -> Any:
     """Load a pipeline that never holds more than two of its transformer's blocks.
 
-    All of it is called as any pipeline is. Its text encoders come to a GPU layer by layer while they run (diffusers'
+    It is called as any pipeline is. Its text encoders come to a GPU layer by layer while they run (diffusers'
     group offloading): they are as large as a transformer's half.
 
     Args:
@@ -71,20 +79,27 @@ def load_streamed(
         device: Where it runs.
         dtype: Of all weights; as most of the transformer's are stored if None, on a CPU too.
         variant: In the weights' file names.
+        beside: A pipeline on the device whose components are this one's, too, all but the transformer.
 
     Returns:
-        The pipeline, frozen, without a progress bar, and the source of its blocks, whose ``detach`` ends the reading.
+        The pipeline, frozen, without a progress bar; ``streamed_blocks`` is the source of its transformer's blocks, and
+        that one's ``detach`` ends the reading.
 
     Raises:
         ModelError: It cannot be loaded, its transformer is not supported, or its files are not here.
     """
     source = StreamedBlocks(model, device, dtype, variant)
-    pipeline = open_pipeline(model, device, source.dtype, variant, source.transformer)
+    if beside is None:
+        pipeline = open_pipeline(model, device, source.dtype, variant, source.transformer)
+    else:
+        pipeline = copy.copy(beside)
+        pipeline.transformer = source.transformer
     for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and component is not source.transformer:
+        if beside is None and isinstance(component, nn.Module) and component is not source.transformer:
             _place(name, component, device)
     source.attach()
-    return pipeline, source
+    pipeline.streamed_blocks = source
+    return pipeline
 
 
 def _place(name: str, component: nn.Module, device: torch.device) -> None:
