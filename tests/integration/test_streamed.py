@@ -88,3 +88,23 @@ def test_half_precision_stays_what_it_is_from_capture_on(
         found[blocks] = analysis_of(out)
         (out / "analysis.json").unlink()
     assert found["streamed"] == found["resident"]
+
+
+def test_finished_models_are_judged_alike_streamed_or_whole(
+    run_cli: Cli, finished_run: Path, common: tuple[Path | str, ...], tmp_path: Path
+) -> None:
+    metrics = {}
+    for blocks in ("resident", "streamed"):
+        out = tmp_path / blocks
+        models = (common[0], finished_run / "pipeline")
+        code, err = run_cli("evaluate", *models, "--out", out, *common[1:], "--set", f"blocks={blocks}")
+        assert code == 0, err
+        assert ("blocks are streamed: the transformers' weights take 0.0 GB" in err) == (blocks == "streamed")
+        metrics[blocks] = json.loads((out / "metrics.json").read_text())
+    for resident, streamed in zip(metrics["resident"]["models"], metrics["streamed"]["models"], strict=True):
+        assert streamed["numbers"] == resident["numbers"]
+        assert streamed["costs"]["flops"] == resident["costs"]["flops"]
+        assert streamed["params"] == resident["params"]
+    fidelity = [metrics[blocks]["comparisons"][0]["fidelity"] for blocks in metrics]
+    assert fidelity[0] == fidelity[1]
+    assert "velocity_error" in fidelity[0]
