@@ -14,13 +14,14 @@ from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.eval.feature_choice import extractor_with_note, real_reference
 from ppcl.eval.features import FeatureExtractor
-from ppcl.eval.judge import Entrant, Judge, judge_all
+from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, judge_all
 from ppcl.eval.markdown import cost_rows, score_rows
-from ppcl.eval.models import ModelSource, evaluation_prompts, is_embedded, load, settings_for, sources
+from ppcl.eval.models import ModelSource, evaluation_prompts, is_embedded, keeping, load, settings_for, sources
 from ppcl.eval.pictures import describe, load_statistics, picture_files
 from ppcl.eval.report import write_report
 from ppcl.eval.results import Evaluation, flat_numbers, save_evaluation
 from ppcl.eval.scoring import Reference, reference_of
+from ppcl.teacher.streaming import STREAMED
 from ppcl.training.tracking import Tracker
 
 
@@ -80,8 +81,11 @@ def _evaluate(
     for line in (note, *notes):
         judge.note(line)
 
+    blocks = keeping(to_judge, config.blocks, device)
+    judge.note(TIMES_OF_STREAMED if blocks == STREAMED else None)
+
     def entrant(source: ModelSource) -> Entrant:
-        return Entrant(source.label, source.shown, source.identity, lambda: load(source, device))
+        return Entrant(source.label, source.shown, source.identity, lambda: load(source, device, blocks))
 
     return judge_all(judge, [entrant(source) for source in to_judge])
 

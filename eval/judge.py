@@ -50,6 +50,7 @@ from ppcl.teacher.flops import count_params
 
 logger = logging.getLogger(__name__)
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
+TIMES_OF_STREAMED = "transformers were read block by block as they ran: times and memory hold the reading"
 SECOND_SEED = "the second seed of {}"
 
 

@@ -20,7 +20,20 @@ from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
 from ppcl.eval.results import Block
-from ppcl.teacher.loading import EMBEDDED, check_model, model_path, open_pipeline, source_name, weights_digest
+from ppcl.modules.compressed import PREFIX
+from ppcl.teacher.blocks import loaded_bytes
+from ppcl.teacher.families import ADAPTERS
+from ppcl.teacher.loading import (
+    EMBEDDED,
+    check_model,
+    fetch_files,
+    model_path,
+    open_pipeline,
+    source_name,
+    stored_folder,
+    weights_digest,
+)
+from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
 FOLDERS = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -123,8 +136,31 @@ def _check(one: ModelSource) -> None:
         read_tensor_header(weights)
 
 
-def load(source: ModelSource, device: torch.device) -> Any:
+def keeping(sources: Sequence[ModelSource], setting: str, device: torch.device) -> str:
+    """Decide how the blocks of models are kept that are judged, the first one beside each of the others.
+
+    Args:
+        sources: The models.
+        setting: See ``RunConfig.blocks``.
+        device: Where they run.
+
+    Returns:
+        ``resident`` or ``streamed``.
+    """
+    models = [source.model for source in sources if _can_stream(source)] if setting != RESIDENT else []
+    if not models:
+        return RESIDENT
+    first, *others = sorted(models, key=lambda model: -sum(loaded_bytes(model, torch.float32).values()))
+    return choose_blocks(setting, [first, *others[:1]], device)
+
+
+def load(source: ModelSource, device: torch.device, blocks: str = RESIDENT) -> Any:
     """Load its pipeline onto a device.
+
+    Args:
+        source: Which model.
+        device: Where it runs.
+        blocks: As :func:`keeping` decided; a bundle, which changes its blocks as it goes, and a U-Net are loaded whole.
 
     Raises:
         ModelError: It cannot be loaded, or draws without a transformer or U-Net.
@@ -135,11 +171,23 @@ def load(source: ModelSource, device: torch.device) -> Any:
         return load_bundle(source.model, device=str(device))
     folder = Path(model_path(source.model))
     variant = weights_variant(folder) if folder.is_dir() else None
+    if blocks == STREAMED and _can_stream(source):
+        return load_streamed(source.model, device, streamed_dtype(source.model, device, variant=variant), variant)
     pipeline = open_pipeline(source.model, device, None, variant)
     if denoiser_of(pipeline) is None:
         name = type(pipeline).__name__
         raise ModelError(f"{name} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
     return pipeline.to(device)
+
+
+def _can_stream(source: ModelSource) -> bool:
+    """Whether a model draws with a transformer of a known family, whose blocks can be read one by one."""
+    if source.is_bundle:
+        return False
+    fetch_files(source.model)
+    folder = stored_folder(source.model)
+    entry = read_json(folder / "model_index.json").get("transformer") if folder is not None else None
+    return isinstance(entry, list) and str(entry[-1]).removeprefix(PREFIX) in ADAPTERS
 
 
 def blocks_of(pipeline: Any) -> dict[str, list[Block]]:

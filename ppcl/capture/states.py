@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ppcl.capture.spread import Mark, allot, choose_states
-from ppcl.common.files import read_json, read_tensors
+from ppcl.common.files import read_json, read_tensor_header, read_tensors
 from ppcl.common.progress import announce
 from ppcl.errors import ArtifactError
 from ppcl.teacher import call_arguments as trees
@@ -33,6 +33,18 @@ def guidance_branches(calls: Sequence[dict[str, Any]]) -> list[int]:
         times = [set(trees.timesteps(other)) for other in (arguments, *calls[max(0, number - 1) : number])]
         branches.append(branches[-1] + 1 if number and times[0] == times[1] else 0)
     return branches
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of recorded states: that of the model that they were recorded from, half precision if any of it is.
+
+    Args:
+        folder: What capture writes; it may be empty, or not there.
+    """
+    path = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    kinds = {entry["dtype"] for entry in read_tensor_header(path).values()} if path else set()
+    by_kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return next((dtype for kind, dtype in by_kind.items() if kind in kinds), None)
 
 
 class States:

@@ -190,6 +190,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             raise OSError(None, str(error)) from error
 
 
+def safetensors_name(dtype: torch.dtype) -> str:
+    """What a header of safetensors calls a dtype."""
+    return _SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
+
+
 @dataclass(frozen=True)
 class Unread:
     """A tensor that is read when it is written.
@@ -221,8 +226,8 @@ def write_one_by_one(
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
-        kind = _SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        place = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": safetensors_name(tensor.dtype), **place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()  # as safetensors itself writes it
     text += b" " * (-len(text) % 8)  # tensors are aligned
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -233,50 +238,6 @@ def write_one_by_one(
                 raise ValueError(f"{name} is of shape {tuple(values.shape)}, said was {tuple(tensor.shape)}")
             values = values.to("cpu", tensor.dtype).contiguous().reshape(-1)
             file.write(values.view(torch.uint8).numpy().data)
-
-
-class TensorFiles(Mapping[str, "Tensor"]):
-    """The tensors of safetensors files, each read when it is asked for, on the CPU.
-
-    Args:
-        paths: Files; of equal names the later one's counts.
-
-    Raises:
-        ArtifactError: One cannot be read.
-    """
-
-    def __init__(self, *paths: str | Path) -> None:
-        from safetensors import safe_open
-
-        self._files: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors raises errors of its own, and those of the system
-                raise ArtifactError(f"{path} cannot be read ({error}); delete it and run again") from None
-            self._files |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name).clone()
-        return tensor
-
-    def shape(self, name: str) -> list[int]:
-        """Of a tensor, which is not read."""
-        shape: list[int] = self._files[name].get_slice(name).get_shape()
-        return shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, which is not read."""
-        import torch
-
-        kind = self._files[name].get_slice(name).get_dtype()
-        return getattr(torch, next(ours for ours, theirs in _SAFETENSORS_NAMES.items() if theirs == kind))  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], Any]:

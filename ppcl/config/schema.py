@@ -293,8 +293,9 @@ class RunConfig(Section):
     )
     blocks: Literal["auto", "resident", "streamed"] = Field(
         "auto",
-        description="whether analyze and distill load the transformer whole (resident) or read it from its files block "
-        "by block (streamed; distill is its local stage then); auto: whole if its weights fit the device's free memory",
+        description="whether the transformer is loaded whole (resident) or read from its files block by block as it "
+        "runs (streamed; on a CPU in the dtype of the files, and distill is its local stage then); auto: whole if it "
+        "fits the device's free memory",
     )
     processes: int | None = Field(
         None, ge=1, description="that must train, or the run stops; a launcher starts them (docs/training.md)"

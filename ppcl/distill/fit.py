@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ppcl.capture.states import States
 from ppcl.capture.store import MEMORY, StateStore
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
-from ppcl.common.files import TensorFiles, Unread, digest, read_tensors, remove, write_one_by_one, write_tensors
+from ppcl.common.files import StoredTensors, Unread, digest, read_tensors, remove, write_one_by_one, write_tensors
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
@@ -352,21 +352,20 @@ def _read_fitted(this: Fit, run: RunKey, _: nn.Module) -> nn.Module:
 def _write(
     this: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
 ) -> None:
-    """Write everything, a tensor at a time."""
+    """Write everything, a tensor at a time; fitted blocks in the dtypes of the teacher's."""
     blocks: dict[str, Unread] = {}
     for run in runs:
-        tensors = TensorFiles(this.file(run))
-        dtypes = {name: tensor.dtype for name, tensor in this.source.module((run[0], run[1])).state_dict().items()}
-        for name in tensors:
-            tensor = Unread(tensors.shape(name), dtypes.get(name, torch.float32), partial(tensors.__getitem__, name))
-            blocks[f"{run_name(run)}/{name}"] = tensor
+        stored, like = StoredTensors(this.file(run)), this.source.module(run[:2]).state_dict()
+        for name in stored:
+            unread = stored.unread(name)
+            blocks[f"{run_name(run)}/{name}"] = replace(
+                unread, dtype=like[name].dtype if name in like else unread.dtype
+            )
     write_one_by_one(out / "candidates.safetensors", blocks)
     forms: dict[str, Unread] = {}
     for place in narrow.places:
-        tensors = TensorFiles(narrow.findings.path(KIND, place))
-        for name in tensors:
-            tensor = Unread(tensors.shape(name), tensors.dtype(name), partial(tensors.__getitem__, name))
-            forms[f"{place[0]}/{place[1]}/{name}"] = tensor
+        stored = StoredTensors(narrow.findings.path(KIND, place))
+        forms |= {f"{place[0]}/{place[1]}/{name}": stored.unread(name) for name in stored}
     write_one_by_one(out / "width.safetensors", forms)
     write_tensors(out / "prices.safetensors", {name: price.vector.float() for name, price in prices.items()})
     save_artifact(result, out / "candidates.json")

@@ -78,6 +78,7 @@ def measure_ladder(session: Session, keeps: Sequence[float], place: Path | None 
         BudgetError: The bundle does not reach a share.
         ArtifactError: The bundle's kept blocks were tuned together with all its substitutes.
     """
+    session.keep_whole()
     whole = load_bundle(session.out / "bundle", session.teacher.transformer, session.adapter)
     rungs = [(keep, select_bundle(whole, "keep", keep)) for keep in keeps]
     runner = RowRunner(session)

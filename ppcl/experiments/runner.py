@@ -108,6 +108,7 @@ class RowRunner:
     """
 
     def __init__(self, session: Session) -> None:
+        session.keep_whole()
         self.session: Session = session.with_config(for_tables(session.config))
         settings = self.session.config.evaluate
         self.num_teacher_seeds = max(TEACHER_SEEDS, settings.teacher_seeds, settings.picture_seeds)

@@ -327,6 +327,7 @@ def study(session: Session, table: Path | None = None, draws: int = 12, seeds: S
     Raises:
         UserError: The budget of the plan cannot be met, or an artifact is damaged.
     """
+    session.keep_whole()
     session = session.with_config(for_tables(session.config))
     held_out = States(session.calibration, "held-out")
     count, costs = session.config.evaluate.velocity_states, session.config.fit.eval_states

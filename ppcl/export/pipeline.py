@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,49 @@ def export(
         ArtifactError: The written transformer does not load back completely.
         UserError: The folder cannot be written.
     """
-    dtype = stored_dtype(source) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    dtype = dtype_of(source, settings)
     if dtype is not None:
         cast(student, dtype)
-    register_source(student, plan, source)
+
+    def write(folder: Path) -> None:
+        place = folder / "transformer"
+        student.save_pretrained(place, max_shard_size=settings.max_shard_size, variant=settings.variant)
+
+    def check(folder: Path) -> None:
+        _check(folder / "transformer", type(student), settings.variant)
+
+    return write_pipeline(Parts(pipeline, student, plan, source, write, check), out, settings, card)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pipeline is written from.
+
+    Attributes:
+        pipeline: The teacher's; None where all of it lies in files.
+        student: The compressed transformer, whose config and class count; its weights may be elsewhere.
+        plan: For the provenance and the model card.
+        source: What the teacher was loaded from.
+        write: Writes config and weights of the transformer below a pipeline folder.
+        check: Refuses a pipeline folder whose transformer is not what its config says.
+    """
+
+    pipeline: Any
+    student: Any
+    plan: CompressionPlan
+    source: str
+    write: Callable[[Path], None]
+    check: Callable[[Path], None]
+
+
+def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callable[[Path], str] | None) -> Path:
+    """Write a pipeline folder, whole or not at all; see :func:`export`."""
+    student = parts.student
+    register_source(student, parts.plan, parts.source)
     with atomic_path(out) as temporary:
         temporary.mkdir()
-        write_components(pipeline, stored_folder(source), temporary, link=settings.components == "link")
-        student.save_pretrained(
-            temporary / "transformer", max_shard_size=settings.max_shard_size, variant=settings.variant
-        )
+        write_components(parts.pipeline, stored_folder(parts.source), temporary, link=settings.components == "link")
+        parts.write(temporary)
         remote = settings.remote_code and "pruning" in student.config
         if remote:
             write_code(student, temporary / "transformer")
@@ -77,12 +111,18 @@ def export(
             logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
         _name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
         if card is None:
-            facts = Facts(source, type(pipeline).__name__, arguments=loading_arguments(temporary))
-            write_text(temporary / "README.md", model_card(plan, facts))
+            kind = str(read_json(temporary / INDEX)["_class_name"])
+            text = model_card(parts.plan, Facts(parts.source, kind, arguments=loading_arguments(temporary)))
         else:
-            write_text(temporary / "README.md", card(temporary))
-        _check(temporary / "transformer", type(student), settings.variant)
+            text = card(temporary)
+        write_text(temporary / "README.md", text)
+        parts.check(temporary)
     return out
+
+
+def dtype_of(source: str, settings: ExportConfig) -> torch.dtype | None:
+    """What an exported transformer's weights are written in; None: as they are, of a teacher in no known dtype."""
+    return stored_dtype(source) if settings.dtype == "auto" else DTYPES[settings.dtype]
 
 
 @torch.no_grad()

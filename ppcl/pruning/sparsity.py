@@ -197,6 +197,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def zeros_of(transformer: nn.Module) -> dict[str, Any]:
     """What an exported transformer says of its sparsity, with the share of its weights that really are zero.
 
+    Of one whose blocks are streamed the share is that of the masks it was trained with.
+
     Returns:
         ``pattern``, ``criterion``, ``allocation``, ``zeros`` (of all parameters), ``zeros_in_layers``; empty for a
         transformer without sparsity.
@@ -205,6 +207,8 @@ def zeros_of(transformer: nn.Module) -> dict[str, Any]:
     record = (config.get("_ppcl") or {}).get("sparsity")
     if not record:
         return {}
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        return dict(record)
     zeros = sum(int((parameter == 0).sum()) for parameter in transformer.parameters() if parameter.ndim == 2)
     whole = sum(parameter.numel() for parameter in transformer.parameters())
     return {**record, "zeros": zeros / whole}

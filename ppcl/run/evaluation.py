@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from ppcl.capture.states import States
 from ppcl.common.files import file_digest, weights_variant
 from ppcl.eval.command import track
 from ppcl.eval.feature_choice import real_reference
-from ppcl.eval.judge import Entrant, Judge, described
+from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, described
 from ppcl.eval.results import Evaluation, save_evaluation
 from ppcl.eval.velocity import state_errors
 from ppcl.run.session import Session
@@ -18,19 +21,27 @@ from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.loading import load_pipeline, source_name, weights_digest
+from ppcl.teacher.streaming import STREAMED, load_streamed
+
+NOT_UNDISTILLED = (
+    "the velocity error before distillation is left out: it needs all substitutes in memory (blocks=resident has them)"
+)
 
 
 def evaluate_session(session: Session) -> Evaluation:
     """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``."""
     teacher, folder, settings = session.teacher, session.out / "pipeline", session.config.evaluate
-    variant = weights_variant(folder)
-    student = load_pipeline(str(folder), session.device, teacher.transformer.dtype, variant)
+    is_streamed = session.blocks == STREAMED
+    student = _student(session, folder)
     held_out = States(session.calibration, "held-out")
     count = settings.velocity_states
     extractor = session.extractor
     reference = real_reference(session.model, extractor)
     judge = Judge(session.out / "eval", session.evaluation_prompts, session.config, extractor, reference)
     judge.note(session.feature_note)
+    if is_streamed:
+        judge.note(TIMES_OF_STREAMED)
+        judge.note(NOT_UNDISTILLED)
     first = judge.side(
         Entrant("teacher", source_name(session.model), weights_digest(session.model), lambda: teacher),
         settings.teacher_seeds,
@@ -39,7 +50,8 @@ def evaluate_session(session: Session) -> Evaluation:
     errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
     state = to_device(held_out.alike(settings.batch_size), session.device)  # whose speed is measured
     calls = (lambda: velocity(teacher.transformer, state), lambda: velocity(student.transformer, state))
-    comparison, cost = judge.compare(first, second, errors, calls, undistilled_error(session, held_out))
+    undistilled = None if is_streamed else undistilled_error(session, held_out)
+    comparison, cost = judge.compare(first, second, errors, calls, undistilled)
     models = [described(first, cost.teacher, cost.speed[0]), described(second, cost.student, cost.speed[1])]
     result = judge.result(models, [comparison], cost.memory_measure)
     save_evaluation(result, session.out / "eval")
@@ -47,8 +59,16 @@ def evaluate_session(session: Session) -> Evaluation:
     return result
 
 
+def _student(session: Session, folder: Path) -> Any:
+    """The exported pipeline; a streamed one has the teacher's text encoders and VAE, whose files are its own."""
+    dtype, variant = session.teacher.transformer.dtype, weights_variant(folder)
+    if session.blocks == STREAMED:
+        return load_streamed(str(folder), session.device, dtype, variant, session.teacher)
+    return load_pipeline(str(folder), session.device, dtype, variant)
+
+
 def undistilled_error(session: Session, held_out: States) -> float:
-    """Velocity error of the same plan with substitutes that were never trained."""
+    """Velocity error of the same plan with substitutes that were never trained; all of them are in memory at once."""
     plan = session.read(CompressionPlan, "plan.json")
     transformer, count = session.teacher.transformer, session.config.evaluate.velocity_states
     substitutes = new_substitutes(transformer, session.adapter, plan, None, session.out / "analysis.safetensors")

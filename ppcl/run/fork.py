@@ -50,6 +50,7 @@ def fork(session: Session, criterion: str, settings: Mapping[str, Any]) -> Sessi
     fit = FitConfig.model_validate({**session.config.fit.model_dump(), **settings, "criterion": criterion})
     config = session.config.model_copy(update={"fit": fit})
     run = Run(session.model, folder, config, session.prompts, session.command)
+    run.keep_whole()
     run.teacher = session.teacher  # one teacher in memory is enough
     run.run("fit")
     _share_times(session, run)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import digest
+from ppcl.common.files import digest, read_json
 from ppcl.config import PlanConfig, RunConfig, for_model
 from ppcl.errors import UserError
+from ppcl.run.folder import LEDGER
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
@@ -80,51 +81,96 @@ class Session:
         return Tracker(self.config.wandb, self.out, config)
 
     @cached_property
-    def teacher(self) -> Any:
-        """The teacher's pipeline."""
-        from ppcl.common.devices import weights_dtype
-        from ppcl.teacher.loading import load_pipeline
+    def blocks(self) -> str:
+        """How the teacher's blocks are kept: ``resident`` or ``streamed``; decided, and said, when it is first asked.
 
-        return load_pipeline(self.model, self.device, weights_dtype(self.device, self.config.precision))
-
-    def streams_blocks(self) -> bool:
-        """Whether the teacher's blocks are read one by one, as ``blocks`` says; and say so."""
-        from ppcl.common.devices import weights_dtype
-        from ppcl.common.progress import announce
-        from ppcl.teacher.blocks import free_bytes, loaded_bytes
-
-        dtype = weights_dtype(self.device, self.config.precision)
-        needed, free = loaded_bytes(self.model, dtype).get("transformer", 0), free_bytes(self.device)
-        choice, reason = self.config.blocks, "as blocks says"
-        if choice == "auto":
-            choice = "resident" if "teacher" in vars(self) or needed < free else "streamed"
-            reason = "loaded already" if "teacher" in vars(self) else f"{free / 1e9:.1f} GB are free"
-        announce(f"blocks are {choice}: the transformer's weights take {needed / 1e9:.1f} GB; {reason}")
-        return choice == "streamed"
-
-    def open_blocks(self, streams: bool | None = None) -> Any:
-        """The teacher's blocks, whole or read one by one.
-
-        Args:
-            streams: Which; what :meth:`streams_blocks` says if None.
+        Raises:
+            ModelError: A hub model's files cannot be fetched.
         """
-        from ppcl.common.devices import weights_dtype
-        from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks
+        from ppcl.teacher.streaming import choose_blocks
 
-        if not (self.streams_blocks() if streams is None else streams):
+        return choose_blocks(self.config.blocks, [self.model], self.device, self.config.precision)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the teacher's weights: what streamed ones are stored in, on a CPU, or what recorded states ask for."""
+        from ppcl.common.devices import weights_dtype
+        from ppcl.teacher.streaming import STREAMED, streamed_dtype
+
+        precision = self.config.precision
+        if self.device.type == "cpu" and precision != "fp32":
+            recorded = self._recorded_dtype()  # whether all fits memory may change between two stages
+            if recorded is not None or self.blocks == STREAMED:
+                return recorded or streamed_dtype(self.model, self.device, precision)
+        return weights_dtype(self.device, precision)
+
+    def _recorded_dtype(self) -> Any | None:
+        """The dtype of the states that this run's capture recorded, or began to; None before that."""
+        from ppcl.capture.states import stored_dtype
+
+        ledger = read_json(self.out / LEDGER) if (self.out / LEDGER).is_file() else {}
+        record, wanted = ledger.get("capture") or {}, self.depends("capture")
+        is_own = wanted in (record.get("digest"), ledger.get("capture.started"))
+        return stored_dtype(self.calibration) if is_own else None
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The teacher's pipeline, whole or with a transformer that reads its blocks as it runs; see ``blocks``."""
+        from ppcl.teacher.loading import load_pipeline
+        from ppcl.teacher.streaming import STREAMED, load_streamed
+
+        if self.blocks == STREAMED:
+            return load_streamed(self.model, self.device, self.dtype)
+        return load_pipeline(self.model, self.device, self.dtype)
+
+    def agree_on_blocks(self) -> None:
+        """Have all processes do what the first one decides, by the memory that it sees; they call it together."""
+        self.blocks = self.group.on_main(lambda: self.blocks)
+
+    def open_blocks(self) -> Any:
+        """The teacher's blocks, whole or read one by one; a teacher whose blocks are read is closed."""
+        from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks
+        from ppcl.teacher.streaming import STREAMED
+
+        if self.blocks != STREAMED:
             return ResidentBlocks(self.teacher.transformer)
         self.release_teacher()
-        return StreamedBlocks(self.model, self.device, weights_dtype(self.device, self.config.precision))
+        return StreamedBlocks(self.model, self.device, self.dtype)
 
     def release_teacher(self) -> Any | None:
-        """Give away the teacher's pipeline, if it is loaded; who asks for it later loads it again."""
-        return vars(self).pop("teacher", None)
+        """Give away the teacher's pipeline, if it is loaded whole; who asks for it later loads it again.
+
+        Returns:
+            The pipeline; None if it is not loaded, or is one that reads its blocks: that one is closed.
+        """
+        pipeline = vars(self).pop("teacher", None)
+        source = getattr(pipeline, "streamed_blocks", None)
+        if source is None:
+            return pipeline
+        source.detach()
+        return None
+
+    def keep_whole(self) -> None:
+        """Have the teacher in memory whole from now on, whatever ``blocks`` says: for what trains many students."""
+        from ppcl.common.progress import announce
+        from ppcl.teacher.streaming import RESIDENT, STREAMED
+
+        if vars(self).get("blocks", self.config.blocks) == STREAMED:
+            announce("blocks are resident from here on: what follows needs the whole transformer")
+            self.release_teacher()
+        self.blocks = RESIDENT
 
     @cached_property
     def adapter(self) -> Any:
         """The adapter of the teacher's transformer."""
-        from ppcl.teacher.families import adapter_for
+        from ppcl.teacher.blocks import transformer_class
+        from ppcl.teacher.families import adapter_class, adapter_for
+        from ppcl.teacher.loading import stored_folder
+        from ppcl.teacher.streaming import STREAMED
 
+        folder = stored_folder(self.model)
+        if self.blocks == STREAMED and folder is not None:
+            return adapter_class(transformer_class(folder))
         return adapter_for(self.teacher.transformer)
 
     @cached_property

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import TensorFiles, read_json, write_text
+from ppcl.common.files import StoredTensors, read_json, write_text
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run.folder import CHECKPOINTS, LEDGER
 from ppcl.run.session import Session
@@ -87,10 +87,11 @@ def _check_units(session: Session) -> None:
 def _fit(session: Session, _: None) -> None:
     from ppcl.distill.fit import fit
 
+    session.agree_on_blocks()
     fit(
         session.open_blocks(),
         session.read(Analysis, "analysis.json"),
-        TensorFiles(session.out / "analysis.safetensors"),
+        StoredTensors(session.out / "analysis.safetensors"),
         session.calibration,
         session.out,
         session.config.fit,
@@ -127,7 +128,10 @@ def _check_distill(session: Session) -> None:
 
 def _distill(session: Session, _: None) -> None:
     """With nothing of the pipeline in memory but its transformer, or two blocks of it."""
-    if session.group.on_main(session.streams_blocks):  # all do what one decides, by the memory that it sees
+    from ppcl.teacher.streaming import STREAMED
+
+    session.agree_on_blocks()
+    if session.blocks == STREAMED:
         _distill_streamed(session)
     else:
         _distill_resident(session)
@@ -140,7 +144,7 @@ def _distill_streamed(session: Session) -> None:
 
     settings, precision, group = session.config.distill, session.config.precision, session.group
     check_streamed(settings)
-    plan, source = session.read(CompressionPlan, "plan.json"), session.open_blocks(streams=True)
+    plan, source = session.read(CompressionPlan, "plan.json"), session.open_blocks()
     say_streamed_memory(source, plan, States(session.calibration, "train"), settings, precision, group)
     common = (session.calibration, session.out, settings, session.config.seed, precision, session.log, group)
     distill_streamed(source, plan, *common)
@@ -203,13 +207,21 @@ def _card(session: Session, folder: Path) -> str:
 
 def _export(session: Session, _: None) -> None:
     from ppcl.export.pipeline import export
+    from ppcl.export.streamed import export_streamed
     from ppcl.student.bundle import build_student, load_bundle
+    from ppcl.teacher.streaming import STREAMED
 
-    transformer = session.teacher.transformer
-    bundle = load_bundle(session.out / BUNDLE, transformer, session.adapter)
-    student = build_student(transformer, session.adapter, bundle)
-    out, settings = session.out / PIPELINE, session.config.export
-    export(session.teacher, student, bundle.plan, session.model, out, settings, lambda folder: _card(session, folder))
+    out, bundle, settings = session.out / PIPELINE, session.out / BUNDLE, session.config.export
+
+    def card(folder: Path) -> str:
+        return _card(session, folder)
+
+    if session.blocks == STREAMED:
+        export_streamed(session.open_blocks(), bundle, session.model, out, settings, card)
+        return
+    loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
+    student = build_student(session.teacher.transformer, session.adapter, loaded)
+    export(session.teacher, student, loaded.plan, session.model, out, settings, card)
 
 
 def _load_features(session: Session) -> None:

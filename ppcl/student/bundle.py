@@ -131,8 +131,8 @@ def _publish(plan: CompressionPlan, folder: Path, how: dict[str, Any], write: Ca
         write_json(temporary / "bundle.json", {"schema_version": SCHEMA_VERSION, "files": hashes, **how})
 
 
-def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:
-    """Read a bundle for a teacher.
+def check_bundle(folder: Path) -> None:
+    """Read all files of a bundle, and compare them with what was written.
 
     Raises:
         ArtifactError: A file is missing, damaged, or does not belong to the others.
@@ -145,6 +145,15 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
             raise ArtifactError(f"{folder / name} is missing; delete {folder} and run again")
         if file_digest(folder / name) != expected:
             raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
+
+
+def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:
+    """Read a bundle for a teacher.
+
+    Raises:
+        ArtifactError: A file is missing, damaged, or does not belong to the others.
+    """
+    check_bundle(folder)
     plan = load_artifact(CompressionPlan, folder / "plan.json")
     tensors, _ = read_tensors(folder / SUBSTITUTES)
     substitutes: dict[RunKey, nn.Module] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from ppcl.common.lazy import Lazy
 from ppcl.errors import ModelError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
-from ppcl.teacher.loading import check_model, stored_dtype, stored_folder, weight_files
+from ppcl.teacher.loading import check_counts, check_model, stored_dtype, stored_folder, weight_files
 
 Place = tuple[str, int]  # a block: its stack, and its number in it
 
@@ -131,7 +131,9 @@ class StreamedBlocks(Blocks):
         if dtype is None:
             raise ModelError(f"the transformer of {model!r} is quantised, and its blocks cannot be read one by one")
         self.dtype, self._model = dtype, model
-        super().__init__(_without_weights(folder, dtype), device)
+        self._calls: _Calls | None = None
+        super().__init__(without_weights(folder, dtype), device)
+        check_counts(model, self.transformer, self._files)
         streamed = {f"{stack}.{index}" for stack, index in self.order}
         names = [n for n in self.transformer.state_dict() if ".".join(n.split(".")[:2]) not in streamed]
         weights = self._read(names)
@@ -174,24 +176,31 @@ class StreamedBlocks(Blocks):
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """Lend the transformer; each block is read when it is called, and freed after."""
-        handles = []
-        for place in self.order:
-
-            def load(block: nn.Module, _: Any, place: Place = place) -> None:
-                self._assign(block, self._weights(place))
-
-            def free(block: nn.Module, *_: Any) -> None:
-                self._free(block)
-
-            block = self.module(place)
-            handles.append(block.register_forward_pre_hook(load, prepend=True))
-            handles.append(block.register_forward_hook(free, always_call=True))
+        """Lend the transformer; see :meth:`attach`."""
+        self.attach()
         try:
             yield self.transformer
         finally:
-            for handle in handles:
-                handle.remove()
+            self.detach()
+
+    def attach(self) -> None:
+        """Let the transformer be called as a whole, until :meth:`detach`.
+
+        Each block is read when it is called, and freed after; the one that follows is read meanwhile, after the last
+        one the first: denoising calls a transformer again and again. Blocks are not to be walked through meanwhile.
+        """
+        if self._calls is None:
+            self._calls = _Calls(self)
+
+    def detach(self) -> None:
+        """Take the hooks off the blocks, and drop what was read ahead."""
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+
+    def stored(self, name: str) -> Tensor:
+        """One weight by its name in the transformer, on the CPU, in the dtype that the file has it in."""
+        return self._read([name], as_stored=True)[name]
 
     def _free(self, block: nn.Module) -> None:
         self._assign(block, {name: torch.empty_like(t, device="meta") for name, t in block.state_dict().items()})
@@ -214,7 +223,7 @@ class StreamedBlocks(Blocks):
         read = self._read([prefix + name for name in self.module(place).state_dict()])
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
-    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _read(self, names: Sequence[str], as_stored: bool = False) -> dict[str, Tensor]:
         """Read weights into memory of their own; the files are mapped, and closed again."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -226,10 +235,10 @@ class StreamedBlocks(Blocks):
             by_file.setdefault(self._files[name], []).append(name)
         found: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            found |= self._read_file(file, wanted)
+            found |= self._read_file(file, wanted, as_stored)
         return found
 
-    def _read_file(self, file: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    def _read_file(self, file: Path, names: Sequence[str], as_stored: bool) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
         float32 = set(self.transformer._keep_in_fp32_modules or ())
@@ -238,6 +247,9 @@ class StreamedBlocks(Blocks):
             with safe_open(file, framework="pt") as opened:
                 for name in names:
                     tensor = opened.get_tensor(name)
+                    if as_stored:
+                        found[name] = tensor.clone()
+                        continue
                     dtype = torch.float32 if float32 & set(name.split(".")) else self.dtype
                     dtype = dtype if tensor.is_floating_point() else tensor.dtype
                     # a copy even where nothing changes: the file's pages are not to be waited for while a block runs
@@ -245,6 +257,50 @@ class StreamedBlocks(Blocks):
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({error}); fetch it again") from None
         return found
+
+
+class _Calls:
+    """Hooks that read a block when it is called, the one that follows meanwhile in a thread, and free it after.
+
+    Args:
+        source: Whose transformer is called.
+    """
+
+    def __init__(self, source: StreamedBlocks) -> None:
+        self._source, self._reader = source, ThreadPoolExecutor(1, "blocks")
+        self._following = dict(zip(source.order, (*source.order[1:], *source.order[:1]), strict=True))
+        self._ahead: tuple[Place, Future[dict[str, Tensor]]] | None = None
+        self._handles = []
+        for place in source.order:
+            # functions, not methods: a copy of a block shares them, and with them what reads its weights
+            def load(block: nn.Module, _: Any, place: Place = place) -> None:
+                source._assign(block, self._weights(place))
+                following = self._following[place]
+                if following != place:
+                    self._ahead = following, self._reader.submit(source._weights, following)
+
+            def free(block: nn.Module, *_: Any) -> None:
+                source._free(block)
+
+            block = source._module(place)
+            self._handles.append(block.register_forward_pre_hook(load, prepend=True))
+            self._handles.append(block.register_forward_hook(free, always_call=True))
+
+    def _weights(self, place: Place) -> dict[str, Tensor]:
+        """What was read ahead, if it is this block's; else its weights are read now, when the others are gone."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == place:
+            return ahead[1].result()
+        if ahead is not None and not ahead[1].cancel():
+            ahead[1].exception()
+        del ahead
+        return self._source._weights(place)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._ahead = None
+        self._reader.shutdown(cancel_futures=True)
 
 
 def loaded_bytes(model: str, dtype: torch.dtype) -> dict[str, int]:
@@ -271,13 +327,34 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
-    """A pipeline's transformer with all its modules, tables and buffers, but no weights; see diffusers' own loading."""
+def transformer_class(folder: Path) -> Any:
+    """The class of a pipeline folder's transformer, ppcl's own for one with smaller modules.
+
+    Raises:
+        ModelError: This diffusers has no such class.
+    """
     import diffusers
-    from accelerate import init_empty_weights
 
     register(ADAPTERS)
     name = read_json(folder / "model_index.json")["transformer"][1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None:
+        raise ModelError(f"the transformer of {folder} is a {name}, which this diffusers has not; use a newer one")
+    return kind
+
+
+def without_weights(folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline's transformer with all its modules, tables and buffers, but no weights; see diffusers' own loading.
+
+    Args:
+        folder: The pipeline's.
+        dtype: That its weights would have, all of them.
+
+    Raises:
+        ModelError: It is quantised.
+    """
+    from accelerate import init_empty_weights
+
     config: Mapping[str, Any] = read_json(folder / "transformer" / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"the transformer of {folder} is quantised, and its blocks cannot be read one by one")
@@ -285,7 +362,7 @@ def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)  # as from_pretrained does: of tables that are made when the model is built
     try:
         with init_empty_weights():
-            transformer = getattr(diffusers, name).from_config(config)
+            transformer = transformer_class(folder).from_config(config)
     finally:
         torch.set_default_dtype(default)
     return transformer.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,41 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, variant: str | None = None) -> Any:
+def fetch_files(model: str) -> None:
+    """Have a hub model's files in the cache, which is what reading them block by block asks for.
+
+    Args:
+        model: Nothing is done for one whose files are here.
+
+    Raises:
+        ModelError: They cannot be fetched.
+    """
+    from diffusers import DiffusionPipeline
+
+    if stored_folder(model) is not None:
+        return
+    try:
+        DiffusionPipeline.download(model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"model {model!r} cannot be fetched: {reason[:300]}; check the name and the network") from None
+
+
+def open_pipeline(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    variant: str | None = None,
+    transformer: Any | None = None,
+) -> Any:
     """Load any diffusers pipeline, frozen and quiet, on the CPU still; see :func:`load_pipeline`.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id.
+        device: Where it will go.
+        dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
+        variant: In the weights' file names.
+        transformer: Its transformer, if that is there already.
 
     Raises:
         ModelError: It cannot be found or loaded.
@@ -253,7 +287,11 @@ def open_pipeline(model: str, device: torch.device, dtype: torch.dtype | None, v
         dtype = weights_dtype(device)
     try:
         given: dict[str, Any] = dict.fromkeys(absent_parts(Path(path)))
-        given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)
+        if transformer is None:
+            given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)
+        else:
+            given["transformer"] = transformer
+            sys.modules.setdefault(MODULE, diffusers)  # see _own_transformer
         pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **given)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -299,7 +337,21 @@ def check_complete(model: str, transformer: Any) -> None:
             f"model {model!r}: the transformer's config.json and its weights disagree (the files have no '{unset[0]}', "
             f"and {len(unset) - 1} more); mend config.json, or fetch it again"
         )
-    stored = _stored_names(Path(str(transformer.config.get("_name_or_path") or "")))
+    check_counts(model, transformer, _stored_names(Path(str(transformer.config.get("_name_or_path") or ""))))
+
+
+def check_counts(model: str, transformer: Any, stored: Iterable[str]) -> None:
+    """Refuse files that hold more blocks than the transformer's config counts.
+
+    Args:
+        model: What it is loaded from, for the message.
+        transformer: As its config builds it.
+        stored: Names of the weights in the files.
+
+    Raises:
+        ModelError: They do.
+    """
+    stored = list(stored)
     for spec in adapter_for(transformer).stacks:
         blocks = len(getattr(transformer, spec.name))
         parts = [

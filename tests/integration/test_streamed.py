@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_pipeline import tiny_qwen_pipeline
 
+from ppcl.common.files import read_tensors
 from ppcl.teacher import loading
 
 Cli = Callable[..., tuple[int, str]]
@@ -70,3 +74,69 @@ def test_streamed_distillation_is_the_resident_one(
         found[blocks] = (out / "bundle" / "substitutes.safetensors").read_bytes()
         assert not list(out.glob("checkpoints/**/states-*"))
     assert found["streamed"] == found["resident"]
+
+
+def products_of(folder: Path) -> dict[str, str]:
+    """Digests of what a run made, but for what holds times, machines or command lines."""
+    names = ("calibration", "analysis.safetensors", "bundle", "pipeline", "eval/teacher", "eval/student")
+    found = {}
+    for path in sorted(path for name in names for path in (folder / name, *(folder / name).rglob("*"))):
+        if path.is_file() and path.name not in ("README.md", "bundle.json", "prompts.json"):
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    config = json.loads((folder / "pipeline/transformer/config.json").read_text())
+    config.pop("_name_or_path", None)  # of a loaded one
+    found["pipeline/transformer/config.json"] = str(config)
+    return found
+
+
+def test_a_streamed_run_makes_what_a_resident_one_makes(
+    run_cli: Cli, finished_run: Path, common: tuple[Path | str, ...], tmp_path: Path
+) -> None:
+    """Of float32 weights: on a CPU resident ones are always that."""
+    out = tmp_path / "run"
+    code, err = run_cli("compress", *common, "--out", out, "--set", "blocks=streamed", "--set", "device=cpu")
+    assert code == 0, err
+    assert err.count("blocks are streamed") == 1
+    assert products_of(out) == products_of(finished_run)
+    notes = json.loads((out / "eval/metrics.json").read_text())["notes"]
+    assert any("read block by block" in note for note in notes)
+
+
+def test_half_precision_stays_what_it_is_from_capture_on(
+    run_cli: Cli, common: tuple[Path | str, ...], tmp_path: Path
+) -> None:
+    """A stage that finds room for the whole transformer loads it in the dtype of the states that are there."""
+    pipeline = tiny_qwen_pipeline()
+    pipeline.transformer.bfloat16()
+    pipeline.save_pretrained(tmp_path / "model")
+    options, out = (tmp_path / "model", "--out", tmp_path / "run", *common[1:], "--set", "device=cpu"), tmp_path / "run"
+    assert run_cli("capture", *options, "--set", "blocks=streamed")[0] == 0
+    states = read_tensors(out / "calibration/train-0000.safetensors")[0]
+    assert {tensor.dtype for tensor in states.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    found = {}
+    for blocks in ("resident", "streamed"):
+        code, err = run_cli("analyze", *options, "--set", f"blocks={blocks}")
+        assert code == 0, err
+        found[blocks] = analysis_of(out)
+        (out / "analysis.json").unlink()
+    assert found["streamed"] == found["resident"]
+
+
+def test_finished_models_are_judged_alike_streamed_or_whole(
+    run_cli: Cli, finished_run: Path, common: tuple[Path | str, ...], tmp_path: Path
+) -> None:
+    metrics = {}
+    for blocks in ("resident", "streamed"):
+        out = tmp_path / blocks
+        models = (common[0], finished_run / "pipeline")
+        code, err = run_cli("evaluate", *models, "--out", out, *common[1:], "--set", f"blocks={blocks}")
+        assert code == 0, err
+        assert ("blocks are streamed: the transformers' weights take 0.0 GB" in err) == (blocks == "streamed")
+        metrics[blocks] = json.loads((out / "metrics.json").read_text())
+    for resident, streamed in zip(metrics["resident"]["models"], metrics["streamed"]["models"], strict=True):
+        assert streamed["numbers"] == resident["numbers"]
+        assert streamed["costs"]["flops"] == resident["costs"]["flops"]
+        assert streamed["params"] == resident["params"]
+    fidelity = [metrics[blocks]["comparisons"][0]["fidelity"] for blocks in metrics]
+    assert fidelity[0] == fidelity[1]
+    assert "velocity_error" in fidelity[0]

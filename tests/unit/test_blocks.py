@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_models import DUAL, qwen_call, shared_pipeline, tiny_qwen
 from torch import Tensor
 
-import ppcl.teacher.blocks
+import ppcl.teacher.streaming
 from ppcl.analysis.sweep import Batch, Course, Seen, forward_sweep
 from ppcl.capture.store import StateStore
 from ppcl.common.files import read_json, write_json
@@ -136,7 +136,7 @@ def test_auto_takes_what_fits_and_says_so(
     prompts.write_text("\n".join(f"prompt {n}" for n in range(12)))
     config = load_config([], ["device=cpu", "evaluate.num_prompts=4"])
     session = Session(str(tmp_path / "model"), tmp_path / "run", config, prompts)
-    monkeypatch.setattr(ppcl.teacher.blocks, "free_bytes", lambda _: free)
+    monkeypatch.setattr(ppcl.teacher.streaming, "free_bytes", lambda _: free)
     assert isinstance(session.open_blocks(), expected)
     kind = "streamed" if expected is StreamedBlocks else "resident"
     assert f"blocks are {kind}: the transformer's weights take 0.0 GB; {free / 1e9:.1f} GB are free" in (

@@ -25,7 +25,7 @@ from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import TensorFiles, read_tensors
+from ppcl.common.files import StoredTensors, read_tensors
 from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.fit import fit
 from ppcl.distill.local import best_starts, local_backward
@@ -154,7 +154,7 @@ def run_fit(
     prepared: tuple[Any, Analysis, Path], out: Path, settings: FitConfig = SETTINGS, log: Any = None
 ) -> Candidates:
     transformer, analysis, folder = prepared
-    forms, source = TensorFiles(folder / "analysis.safetensors"), ResidentBlocks(transformer)
+    forms, source = StoredTensors(folder / "analysis.safetensors"), ResidentBlocks(transformer)
     common = (source, analysis, forms, folder / "calibration", out, settings, 0, log)
     return fit(*common, protected=NONE, fingerprint="test")
 

@@ -15,7 +15,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.sweep import Batch, Course, forward_sweep
 from ppcl.capture.store import StateStore
-from ppcl.common.files import TensorFiles, write_tensors
+from ppcl.common.files import StoredTensors, write_tensors
 from ppcl.config import FitConfig
 from ppcl.distill.fit import fit
 from ppcl.pruning.artifacts import Candidates
@@ -188,7 +188,7 @@ def shared_pipeline() -> Any:
 def fitted_options(transformer: nn.Module, analysis: Analysis, folder: Path, settings: FitConfig) -> Candidates:
     """The fit stage of a run directory with states and analysis, for the sake of its smaller modules: exact costs."""
     quick = settings.model_copy(update={"steps": 0, "max_candidates": 1, "max_run": 2, "exact": "all"})
-    forms = TensorFiles(folder / "analysis.safetensors")
+    forms = StoredTensors(folder / "analysis.safetensors")
     return fit(ResidentBlocks(transformer), analysis, forms, folder / "calibration", folder, quick, 0)
 
 
