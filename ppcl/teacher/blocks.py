@@ -282,7 +282,7 @@ class _Calls:
             def free(block: nn.Module, *_: Any) -> None:
                 source._free(block)
 
-            block = source._module(place)
+            block = source.module(place)
             self._handles.append(block.register_forward_pre_hook(load, prepend=True))
             self._handles.append(block.register_forward_hook(free, always_call=True))
 
