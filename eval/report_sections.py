@@ -203,6 +203,7 @@ def pictures_section(run: RunData) -> str:
 STAGE_NAMES = {
     "fit": "Fitting candidate runs",
     "distill.local": "Distillation 1: substitutes one by one",
+    "distill.carried": "Distillation: substitutes on the student's own states",
     "distill.alternating": "Distillation 2: hybrids of teacher and substitutes",
     "distill.output": "Distillation 3: the whole student",
 }

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     JUDGED_STEPS = 32  # which steps of trajectories the velocity error of two pipelines is measured on
     JUDGED_NOISE = 33  # noise that those trajectories start from
     OUTPUT_BATCH = 37  # batches of distillation by the output
+    CARRIED_BATCH = 38  # batches of carried recovery
     ALTERNATING_BATCH = 41  # batches of alternating distillation
     ALTERNATING_ACTIVE = 43  # which substitutes are in place in a step of it
     STUDENT_LORA = 47  # first weights of LoRA on the student

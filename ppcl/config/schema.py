@@ -135,6 +135,12 @@ class DistillConfig(MemorySettings, Section):
     """Training the substitutes against the teacher."""
 
     local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
+    carried_steps: int = Field(
+        0,
+        ge=0,
+        description="after stage 1, of each substitute in turn: on the student's own states with the teacher's as "
+        "targets, one block in memory (docs/training.md)",
+    )
     alternating_steps: int = Field(
         0, ge=0, description="stage 2: hybrids of teacher and substitutes, a coin for each, on states and velocity"
     )
@@ -195,6 +201,13 @@ class DistillConfig(MemorySettings, Section):
         alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if released else ""
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
+        if self.carried_steps:
+            asked = {"shard_teacher": self.shard_teacher, "fresh": self.fresh, "sparsity": self.sparsity.zeros}
+            if names := [name for name, there in asked.items() if there]:
+                raise ValueError(
+                    f"distill.carried_steps trains one substitute after the other on recorded states, with whole "
+                    f"blocks and no zeros to hold; leave it out, or {names[0]}"
+                )
         if self.fresh and self.one_at_a_time:
             raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
         if released and self.spike_factor:
@@ -220,7 +233,7 @@ class DistillConfig(MemorySettings, Section):
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
-        unread = {*HOW_NOT_WHAT, "sparsity", *(() if self.fresh else ("fresh",))}
+        unread = {*HOW_NOT_WHAT, "sparsity", *(name for name in ("fresh", "carried_steps") if not getattr(self, name))}
         return {**self.model_dump(exclude=unread), **zeros}
 
 

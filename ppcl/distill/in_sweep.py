@@ -73,17 +73,19 @@ class Ends:
         run: (stack, first, last).
         before: Holds the states that enter the run.
         after: Holds those that leave it; ``before`` if None.
+        level: Where the states that enter are in ``before``; what leaves the block before the run if None.
     """
 
-    def __init__(self, run: RunKey, before: Course, after: Course | None = None) -> None:
+    def __init__(self, run: RunKey, before: Course, after: Course | None = None, level: int | None = None) -> None:
         self.run, self.before, self.after = run, before, after or before
         self.stack = before.source.stacks[run[0]]
         self.position = before.source.order.index(run[:2])
+        self.level = self.position - 1 if level is None else level
 
     @property
     def levels(self) -> list[int]:
         """Levels of the store that are read: before the run, if anything is, and at its end."""
-        return [level for level in (self.position - 1, self.end) if level >= 0]
+        return [level for level in (self.level, self.end) if level >= 0]
 
     @property
     def end(self) -> int:
@@ -102,7 +104,7 @@ class Ends:
         level = course.end_before(name)
         earlier = None if level is None else self._read(course, level, call, split)
         entry = enter(course.source, self.stack, call.arguments, earlier, course.precision)
-        states = self._read(course, self.position - 1, call, split) if first else entry.states
+        states = self._read(course, self.level, call, split) if first else entry.states
         named = {argument: self.stack.turn(states[stream]) for stream, argument in self.stack.inputs.items()}
         start = BlockCall(self.stack, first, {**entry.arguments[first], **named}, states, {})
         targets = self._read(self.after, self.end, call, split)
@@ -113,15 +115,14 @@ class Ends:
     ) -> Tensor:
         """Loss of a substitute on a batch; see :func:`ppcl.distill.local.run_loss`."""
         start, end = self.calls(call, split)
-        start = _in_dtype_of(block, start)
-        return run_loss(self.before.source.adapter, start, end, block, kind, share)
+        return run_loss(self.before.source.adapter, in_precision_of(block, start), end, block, kind, share)
 
     def _read(self, course: Course, level: int, call: Call, split: str) -> States:
         return course.rows(level, [course.places[split, row] for row in call.rows])
 
 
-def _in_dtype_of(block: nn.Module, call: BlockCall) -> BlockCall:
-    """What a teacher of half precision hands to a block, in the block's precision, where no autocast does that."""
+def in_precision_of(block: nn.Module, call: BlockCall) -> BlockCall:
+    """What a teacher of half precision hands to a substitute, in the substitute's, where no autocast does that."""
     weight = next(block.parameters())
     if torch.is_autocast_enabled(weight.device.type):
         return call

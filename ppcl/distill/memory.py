@@ -264,6 +264,12 @@ def estimate_distill(
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
         found["local"] = _local(substitutes, resident, peaks, settings, masks)
+    if substitutes and settings.carried_steps:
+        resident = streamed if settings.offload != "none" else teacher
+        peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
+        estimate = _local(substitutes, resident, peaks, settings.model_copy(update={"one_at_a_time": True}), masks)
+        trained = sum(map(weight_bytes, substitutes.values())) + masks
+        found["carried"] = estimate if settings.one_at_a_time else replace(estimate, trained=trained)
     resident = sum(map(weight_bytes, substitutes.values()))
     if substitutes and settings.alternating_steps:
         # a hybrid of hardly any substitute is as deep as the teacher
@@ -306,7 +312,8 @@ def estimate_streamed(
     alone = alone.model_copy(update={"offload": "cpu"})  # which has one block there
     found = estimate_distill(bare, adapter, replace(plan, stacks=stacks), arguments, alone, precision)
     ahead = max(weight_bytes(block) for stack in blocks.values() for block in stack)
-    local = found.get("local")
+    # carried recovery trains as the local stage does
+    local = found.get("local") or found.get("carried")
     return {STREAMED: replace(local, teacher=local.teacher + ahead)} if local else {}
 
 
@@ -336,6 +343,8 @@ _REMEDIES = {
     STREAMED: "distill.optimizer=adamw8bit, distill.accumulate, or a smaller distill.batch_size",
     "local": "distill.one_at_a_time=true, distill.offload=cpu (or distill.shard_teacher on several processes), "
     "distill.optimizer=adamw8bit, or a smaller distill.batch_size",
+    "carried": "distill.carried_steps=0, distill.offload=cpu, distill.optimizer=adamw8bit, or a smaller "
+    "distill.batch_size",
     "alternating": "distill.alternating_steps=0, distill.checkpointing=true, distill.accumulate",
     "output": "distill.train=lora, distill.checkpointing=true, distill.optimizer=adamw8bit, distill.accumulate, "
     "distill.shard, or distill.output_steps=0",

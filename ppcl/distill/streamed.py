@@ -1,7 +1,7 @@
 """Distillation of a teacher whose blocks are read one by one: two of them are in memory, and one substitute.
 
-What trains a substitute by itself is done here: the local stage, one at a time. What needs the whole student with
-gradients (alternating and output stage) is left out, and said.
+What trains a substitute by itself is done here: the local stage, one at a time, and carried recovery. What needs the
+whole student with gradients (alternating and output stage) is left out, and said.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from torch import nn
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
+from ppcl.common.files import read_tensors
 from ppcl.common.progress import announce
 from ppcl.config import DistillConfig
+from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.one_at_a_time import OneAtATime
 from ppcl.distill.recipe import Log, Recipe
+from ppcl.distill.run_by_run import RunByRun
 from ppcl.errors import ConfigError
 from ppcl.student.assembly import RunKey
 from ppcl.student.bundle import members, save_stored_bundle
@@ -82,8 +85,18 @@ def distill_streamed(
     has_held_out = settings.keep_start and any(calibration.glob("held-out-*"))
     recipe = Recipe(plan, settings, seed, states, out / "checkpoints", source.device, precision, log, group)
     held_out = States(calibration, "held-out") if has_held_out else None
-    stage = OneAtATime(recipe, source, Starts(source, plan, out, settings), held_out)
-    stage.run([run for run, _ in members(plan)])
+    starts, runs = Starts(source, plan, out, settings), [run for run, _ in members(plan)]
+    stage: RunByRun = (local := OneAtATime(recipe, source, starts, held_out))
+    local.run(runs)
+    if runs and settings.carried_steps:
+
+        def load(run: RunKey) -> nn.Module:
+            block = starts(run)
+            block.load_state_dict(read_tensors(local.path(run))[0])
+            return block
+
+        stage = (carried := CarriedRecovery(recipe, source, load, held_out))
+        carried.run(runs)
     how: dict[str, Any] = {"distill": to_jsonable(settings.model_dump()), "left_out": sorted(skipped)}
     group.on_main(lambda: save_stored_bundle(plan, stage.path, out / "bundle", how))
     group.barrier()

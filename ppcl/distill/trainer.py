@@ -16,17 +16,19 @@ from ppcl.common.devices import autocast
 from ppcl.common.files import read_tensors, remove, write_tensors
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import DistillConfig
+from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.compiled import blocks_of
 from ppcl.distill.local import local_backward
 from ppcl.distill.one_at_a_time import OneAtATime
 from ppcl.distill.recipe import HELD_OUT, Log, PartBackward, Recipe
+from ppcl.distill.run_by_run import RunByRun
 from ppcl.distill.sequential import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.sparse import masks_for
 from ppcl.distill.trainable import kept_blocks, thawed, tuned, with_factors
 from ppcl.errors import ArtifactError
 from ppcl.pruning.sparsity import sparse_plan
 from ppcl.student.assembly import RunKey, assemble_student, run_name
-from ppcl.student.bundle import Bundle, save_bundle
+from ppcl.student.bundle import Bundle, members, save_bundle
 from ppcl.student.masks import Masks, zero_shares
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
@@ -111,17 +113,9 @@ class Distiller:
             with autocast(self.device, precision):
                 self.masks = masks_for(*common, out / "checkpoints" / "distill-masks", group)
             self.plan = zero_shares(plan, self.masks.masks, count_params(self.student))
+        folder = out / "checkpoints"
         self.recipe = Recipe(
-            self.plan,
-            settings,
-            seed,
-            self.states,
-            out / "checkpoints",
-            self.device,
-            precision,
-            log,
-            group,
-            self.masks,
+            self.plan, settings, seed, self.states, folder, self.device, precision, log, group, self.masks
         )
 
     def run(self) -> Bundle:
@@ -138,6 +132,8 @@ class Distiller:
             before = self._held_out_error()
             if self.substitutes and self.settings.local_steps:
                 self._one_at_a_time() if self.settings.one_at_a_time else self._local()
+            if self.substitutes and self.settings.carried_steps:
+                self._carried()
             if self.settings.alternating_steps or self.settings.output_steps:
                 teacher.close()
                 for block in self.substitutes.values():
@@ -249,7 +245,21 @@ class Distiller:
         source = ResidentBlocks(self.transformer, self.device)
         stage = OneAtATime(self.recipe, source, lambda run: self.substitutes[run].to(self.device))
         stage.run(self.substitutes)
-        for run, block in self.substitutes.items():  # another process trained it, or an earlier attempt
+        self._read(stage)
+
+    def _carried(self) -> None:
+        """Between stage 1 and 2: substitutes on the student's own states, one block after the other."""
+        homes = {run: next(block.parameters()).device for run, block in self.substitutes.items()}
+        source = ResidentBlocks(self.transformer, self.device)
+        stage = CarriedRecovery(self.recipe, source, lambda run: self.substitutes[run].to(self.device))
+        stage.run([run for run, _ in members(self.plan)])
+        self._read(stage)
+        for run, block in self.substitutes.items():
+            block.to(homes[run])
+
+    def _read(self, stage: RunByRun) -> None:
+        """Read what a stage trained, in another process or an earlier attempt, too."""
+        for run, block in self.substitutes.items():
             block.load_state_dict(read_tensors(stage.path(run))[0])
 
     def _alternating(self) -> None:

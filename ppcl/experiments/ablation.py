@@ -206,7 +206,7 @@ def _stages(settings: DistillConfig) -> dict[str, DistillConfig]:
     def split(local: int, alternating: int, output: int, **more: Any) -> DistillConfig:
         steps = {"local_steps": local, "alternating_steps": alternating, "output_steps": output}
         # rows differ in one thing, and the sequential ones can do neither
-        alike = {"from_fit": False, "one_at_a_time": False, "release_gradients": "auto"}
+        alike = {"from_fit": False, "carried_steps": 0, "one_at_a_time": False, "release_gradients": "auto"}
         return changed(settings, **{**alike, **steps, **more})
 
     return {

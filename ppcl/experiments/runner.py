@@ -21,7 +21,7 @@ from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.files import digest, read_json, write_json
 from ppcl.config import DistillConfig
-from ppcl.config.memory import for_tables
+from ppcl.config.memory import STEPS, for_tables
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import Entrant, Judge, Side
@@ -62,7 +62,7 @@ class Row:
     @property
     def is_trained(self) -> bool:
         """Whether a training seed makes a difference."""
-        return bool(self.settings.local_steps or self.settings.alternating_steps or self.settings.output_steps)
+        return any(getattr(self.settings, name) for name in STEPS)
 
 
 def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> Scores:

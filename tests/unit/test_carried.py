@@ -1,0 +1,166 @@
+"""Carried recovery: substitutes learn on the student's own states, one block in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_distributed import assert_close
+from test_streamed_distill import SETTINGS, flux, qwen, saved, streamed
+from tiny_models import DUAL, qwen_call, tiny_qwen, write_states
+
+from ppcl.analysis.sweep import forward_sweep
+from ppcl.capture.states import States
+from ppcl.common.files import read_tensors
+from ppcl.config import DistillConfig, load_config
+from ppcl.distill.carried import StudentWalk
+from ppcl.distill.in_sweep import Ends, training_course
+from ppcl.distill.trainer import Distiller
+from ppcl.errors import ConfigError
+from ppcl.student.assembly import assemble_student
+from ppcl.student.bundle import load_bundle, members
+from ppcl.student.plan import CompressionPlan
+from ppcl.student.substitutes import new_substitutes
+from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks
+from ppcl.teacher.calls import velocity
+from ppcl.teacher.families import adapter_for
+from ppcl.teacher.families.masks import valid_tokens
+from ppcl.teacher.trace import record_boundaries
+from ppcl.teacher.velocity import VelocityErrors
+
+NAME = "substitutes.safetensors"
+
+
+@pytest.mark.parametrize("new", [qwen, flux])
+@pytest.mark.parametrize("memory", [1e12, 0])
+def test_a_run_is_entered_by_the_students_states_and_left_by_the_teachers(
+    new: Any, memory: float, tmp_path: Path
+) -> None:
+    """Substitutes stay as they start here, so that the student can be run whole beside them."""
+    teacher, plan = new(tmp_path)
+    adapter = adapter_for(teacher)
+    substitutes = new_substitutes(teacher, adapter, plan, None)
+    student = assemble_student(teacher, adapter, plan, substitutes)
+    states = States(tmp_path / "states", "train")
+    drawn = states.batch([(0, 4), (0, 1)])
+    theirs, _ = record_boundaries(teacher, adapter, drawn.arguments)
+    own, _ = record_boundaries(student, adapter, drawn.arguments)
+    places = {run: (run[0], list(student_blocks(student, run[0])).index(substitutes[run])) for run in substitutes}
+    course = training_course(ResidentBlocks(teacher), {"train": states}, 3, tmp_path / "store", "x", memory=memory)
+    trained = []
+
+    def train(run: Any, ends: Ends) -> Any:
+        start, end = ends.calls(drawn)
+        expected = own[places[run]]
+        masks = valid_tokens(expected.stack, expected.arguments)
+        for stream, state in expected.inputs.items():
+            valid = masks.get(stream, torch.ones(state.shape[:2], dtype=torch.bool))
+            assert torch.allclose(start.inputs[stream][valid], state[valid], atol=1e-5)
+            target = theirs[run[0], run[2]].outputs[stream]
+            assert torch.allclose(end.outputs[stream][valid], target[valid], atol=1e-5)
+        trained.append(run)
+        return substitutes[run]
+
+    walk = StudentWalk(course, [run for run, _ in members(plan)], train)
+    forward_sweep(course, [walk], walk.last)
+    assert sorted(trained) == sorted(substitutes)
+    course.store.close()
+
+
+def student_blocks(student: Any, stack: str) -> Any:
+    return getattr(student, stack)
+
+
+def resident(folder: Path, teacher: Any, plan: CompressionPlan, name: str, log: Any = None, **changes: Any) -> Path:
+    settings = DistillConfig(**{**SETTINGS, **changes})
+    common = (teacher, adapter_for(teacher), plan, folder / "states", folder / name, settings, 0, "fp32", log)
+    Distiller(*common).run()
+    return folder / name / "bundle"
+
+
+@pytest.mark.parametrize("new", [qwen, flux])
+def test_streamed_is_resident_to_the_last_bit(new: Any, tmp_path: Path) -> None:
+    teacher, plan = new(tmp_path)
+    steps = {"local_steps": 1, "carried_steps": 2}
+    found = read_tensors(streamed(tmp_path, plan, "streamed", **steps) / NAME)[0]
+    single = read_tensors(resident(tmp_path, teacher, plan, "single", one_at_a_time=True, **steps) / NAME)[0]
+    assert all(torch.equal(found[name], single[name]) for name in single)
+    assert_close(read_tensors(resident(tmp_path, teacher, plan, "joint", **steps) / NAME)[0], single)
+    local = read_tensors(streamed(tmp_path, plan, "local", local_steps=1) / NAME)[0]
+    assert all(any(not torch.equal(found[n], local[n]) for n in local if n.startswith(run)) for run in runs_of(local))
+    assert not list(tmp_path.rglob("states-*"))
+
+
+def runs_of(tensors: dict[str, torch.Tensor]) -> set[str]:
+    return {"/".join(name.split("/")[:2]) for name in tensors}
+
+
+def test_a_killed_stage_goes_on_at_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan = qwen(tmp_path)
+    steps = {"local_steps": 0, "carried_steps": 3}
+    whole = (streamed(tmp_path, plan, "whole", **steps) / NAME).read_bytes()
+    from ppcl.training.distributed import SINGLE as ALONE
+
+    monkeypatch.setattr("ppcl.distill.run_by_run.training_course.__defaults__", (None, ALONE, "fp32", 0))
+    for row, ahead in ((2, 5), (5, 3), (9, 1)):
+        rows: list[dict[str, Any]] = []
+
+        def die(entry: dict[str, Any], rows: list[Any] = rows, row: int = row) -> None:
+            rows.append(entry)
+            if len(rows) == row:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            streamed(tmp_path, plan, f"killed-{row}", die, **steps)
+        walked: list[int] = []
+        walk = StreamedBlocks.walk
+
+        def counted(self: Any, places: Any, walk: Any = walk, walked: list[int] = walked) -> Any:
+            walked.append(len(places))
+            return walk(self, places)
+
+        again: list[dict[str, Any]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamedBlocks, "walk", counted)
+            killed = streamed(tmp_path, plan, f"killed-{row}", again.append, **steps)
+        assert max(walked) == ahead
+        assert [entry["stage"] for entry in again] == ["distill.carried"] * (9 - row + 1)
+        assert (killed / NAME).read_bytes() == whole
+
+
+def error(teacher: Any, bundle: Path, states: States) -> float:
+    student = assemble_student(teacher, adapter_for(teacher), *loaded(teacher, bundle))
+    errors = VelocityErrors()
+    with torch.no_grad():
+        for call in states.answered(8):
+            errors.add(call.velocity, velocity(student, call.arguments))
+    return errors.relative
+
+
+def loaded(teacher: Any, bundle: Path) -> tuple[Any, Any]:
+    found = load_bundle(bundle, teacher, adapter_for(teacher))
+    return found.plan, found.substitutes
+
+
+def test_the_student_ends_nearer_to_the_teacher_than_by_local_steps_alone(tmp_path: Path) -> None:
+    teacher, calls = tiny_qwen(6), [qwen_call(batch=16, seed=seed) for seed in (3, 30, 60)]
+    plan = saved(tmp_path, teacher, calls, {(DUAL, 0, 1): "first", (DUAL, 2, 3): "middle", (DUAL, 4, 5): "middle"})
+    write_states(tmp_path / "states", "held-out", [qwen_call(batch=16, seed=200)], teacher)  # others than in training
+    for path in (tmp_path / "states").glob("held-out-000[12]*"):
+        path.unlink()
+    held_out = States(tmp_path / "states", "held-out")
+    common = {"batch_size": 16, "local_learning_rate": 2e-3, "checkpoint_every": 100, "clip_norm": 1.0}
+    local = error(teacher, streamed(tmp_path, plan, "local", local_steps=60, **common), held_out)
+    both = error(teacher, streamed(tmp_path, plan, "both", local_steps=30, carried_steps=30, **common), held_out)
+    print(f"velocity error: local {local:.4f}, local and carried {both:.4f}")
+    assert both < local
+
+
+def test_settings_that_it_does_not_go_with_are_refused() -> None:
+    for other in ("distill.shard_teacher=true", "sparsity.share=0.5"):
+        with pytest.raises(ConfigError, match=r"distill\.carried_steps trains one substitute after the other"):
+            load_config([], ["distill.carried_steps=3", other])
+    assert "carried_steps" not in DistillConfig().identity()
+    assert DistillConfig(carried_steps=3).identity() != DistillConfig().identity()
