@@ -110,7 +110,7 @@ def _fit(session: Session, _: None) -> None:
         session.config.seed,
         lambda row: session.log({"stage": "fit", **row}),
         session.group,
-        session.config.precision,
+        session.precision,
         session.config.plan,
     )
 
@@ -149,7 +149,7 @@ def _distill(session: Session, _: None) -> None:
     pipeline = session.teacher if settings.sample_every or settings.fresh else None
     adapter = session.adapter
     transformer = training_transformer(
-        session.release_teacher(), session.model, session.device, settings, session.config.precision, group.size
+        session.release_teacher(), session.model, session.device, settings, session.precision, group.size
     )
     plan = session.read(CompressionPlan, "plan.json")
     states = States(session.calibration, "train")
@@ -158,7 +158,7 @@ def _distill(session: Session, _: None) -> None:
         states = fresh_states(
             pipeline, session.calibration, session.config.capture, settings.fresh, exclude, seed, group.is_main
         )
-    say_memory(transformer, plan, states, settings, session.config.precision, session.device, group)
+    say_memory(transformer, plan, states, settings, session.precision, session.device, group)
     Distiller(
         transformer,
         adapter,
@@ -167,7 +167,7 @@ def _distill(session: Session, _: None) -> None:
         session.out,
         settings,
         session.config.seed,
-        session.config.precision,
+        session.precision,
         session.log,
         group=group,
         device=session.device,

@@ -244,17 +244,15 @@ def fetch_files(model: str) -> None:
     Raises:
         ModelError: They cannot be fetched.
     """
-    from diffusers import DiffusionPipeline
-
     if stored_folder(model) is not None:
         return
+    from diffusers import DiffusionPipeline
+
     try:
         DiffusionPipeline.download(model)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"model {model!r} cannot be fetched: {reason[:300]}; check the name and the network"
-        ) from None
+        raise ModelError(f"model {model!r} cannot be fetched: {reason[:300]}; check the name and the network") from None
 
 
 def open_pipeline(
