@@ -1,144 +1,169 @@
-"""Does memory grow with the depth of the model? The streamed sweep at full width, with random weights.
+"""Does memory grow with the depth of the model? Whole runs at full width, with random weights, block by block.
 
-    python benchmarks/streamed_run.py --blocks 2 4 --table docs/streamed_run.md
+    python benchmarks/streamed_run.py --blocks 6 12 24 --table docs/streamed_run.md
 
-Writes a Qwen-Image transformer of width 3072 in bfloat16 for each number of blocks (0.68 GB a block), and sweeps a few
-states of 64 px forward through the streamed blocks, with the sums of the probes as the consumer. Each number of blocks
-runs in a process of its own, which reports its peak of anonymous memory and its seconds a block.
+Writes a QwenImagePipeline of width 3072 in bfloat16 for each number of blocks (0.68 GB a block, tiny text encoder and
+VAE), and runs the real command on it, `ppcl compress` with `blocks=streamed`, in a process of its own. Its anonymous
+memory (what no file stands behind) and the size of its run directory are looked at many times a second; the run's
+ledger says in which stage. A stage that fails is a line of the table, and ends that run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import parser, publish
-from random_pipeline import WIDTH, anonymous_bytes, write_transformer
+from random_pipeline import WIDTH, anonymous_bytes, write_pipeline
 
-from ppcl.analysis.sums import BlockSums
-from ppcl.analysis.sweep import Batch, Course, forward_sweep
-from ppcl.capture.store import StateStore
 from ppcl.common.tables import markdown_table
-from ppcl.teacher.blocks import StreamedBlocks
-from ppcl.teacher.calls import Call
+from ppcl.run.stage import ORDER
 
-IMAGE_TOKENS, TEXT_TOKENS, TEXT_WIDTH = (8, 8), 24, 128  # 64 px: latents of 16 x 16, patches of 2 x 2
-
-
-class Peak:
-    """Watches this process's anonymous memory in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.bytes, self._over = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.bytes = max(self.bytes, anonymous_bytes())
+EVERY = 0.03  # seconds between two looks at the memory
+DISK_EVERY = 10  # looks at the memory between two at the disk
+PROMPTS = [f"{adjective} {noun}" for adjective in ("red", "blue", "old", "tiny") for noun in ("cat", "house", "boat")]
+SETTINGS = (
+    "blocks=streamed", "capture.height=64", "capture.width=64", "capture.num_prompts=6", "capture.batch_size=2",
+    "capture.num_inference_steps=3", "capture.states_per_prompt=2", "capture.held_out_share=0.34",
+    "analyze.cka_tokens=64", "plan.protect_first=0", "plan.protect_last=0", "fit.max_run=2", "fit.max_candidates=4",
+    "fit.steps=2", "fit.batch_size=2", "fit.eval_states=2", "fit.width=[]", "distill.local_steps=4",
+    "distill.output_steps=0", "distill.batch_size=2",
+    "evaluate.num_prompts=4", "evaluate.num_inference_steps=2", "evaluate.batch_size=2", "evaluate.velocity_states=2",
+    "evaluate.latency_runs=1", "evaluate.speed_batch_sizes=[1]", "evaluate.speed_steps=[2]", "evaluate.teacher_seeds=1",
+    "evaluate.features=emoji",
+)  # fmt: skip
 
 
-def states(number: int, size: int) -> Batch:
-    """A batch of random states."""
-    generator = torch.Generator().manual_seed(number)
-    rows, columns = IMAGE_TOKENS
+@dataclass
+class Seen:
+    """What a stage took.
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(size, *shape, generator=generator).bfloat16()
+    Attributes:
+        seconds: From the end of the stage before it, loading included.
+        memory: The most anonymous memory, in bytes.
+        disk: The most bytes in the run directory.
+        error: What it failed with; empty if it did not.
+    """
 
-    arguments: dict[str, Any] = {
-        "hidden_states": noise(rows * columns, 16),
-        "encoder_hidden_states": noise(TEXT_TOKENS, TEXT_WIDTH),
-        "encoder_hidden_states_mask": torch.ones(size, TEXT_TOKENS, dtype=torch.bool),
-        "timestep": torch.rand(size, generator=generator).bfloat16(),
-        "img_shapes": [[(1, rows, columns)]] * size,
-    }
-    split = "held-out" if number % 4 == 3 else "train"
-    return Batch(number, split, number * size, lambda: Call(arguments, torch.zeros(size, 1)))
+    seconds: float = 0.0
+    memory: int = 0
+    disk: int = 0
+    error: str = ""
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Sweep through one model and print what it took as JSON."""
-    torch.set_num_threads(args.threads)
-    batches = [states(number, args.batch_size) for number in range(args.states // args.batch_size)]
-    held = {"train": args.states, "held-out": args.states}
-    with tempfile.TemporaryDirectory(dir=args.worker) as folder:
-        store = StateStore(Path(folder), "benchmark", memory=0)
-        with Peak() as peak:
-            began = time.perf_counter()
-            source = StreamedBlocks(str(args.worker), torch.device("cpu"))
-            built = time.perf_counter()
-            forward_sweep(Course(source, batches, store), [BlockSums(held, 0, lambda place, totals: None)])
-            swept = time.perf_counter()
-        disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    result = {
-        "anonymous_bytes": peak.bytes,
-        "open_seconds": built - began,
-        "block_seconds": (swept - built) / len(source.order),
-        "disk_bytes": disk,
-    }
-    print(json.dumps(result))
+def stage_now(run: Path) -> str:
+    """The first stage that the run's ledger does not have as done."""
+    path = run / "stages.json"
+    ledger = json.loads(path.read_text()) if path.is_file() else {}
+    return next((stage for stage in ORDER if stage not in ledger), ORDER[-1])
 
 
-def row(args: argparse.Namespace, argv: list[str], num_blocks: int) -> list[str]:
-    """Write a model, sweep it in a process of its own, remove it."""
+def bytes_in(folder: Path) -> int:
+    """Size of all files below a folder that may change meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def watched(command: list[str], run: Path, seen: dict[str, Seen]) -> int:
+    """Run a command, and note what each stage of it takes; returns its exit status."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+        began, looks = time.perf_counter(), 0
+        while process.poll() is None:
+            row = seen.setdefault(stage_now(run), Seen())
+            try:
+                row.memory = max(row.memory, anonymous_bytes(process.pid))
+            except (OSError, StopIteration):  # it has just ended
+                continue
+            if looks % DISK_EVERY == 0 or not row.disk:
+                row.disk = max(row.disk, bytes_in(run))
+            looks += 1
+            time.sleep(EVERY)
+            began, passed = time.perf_counter(), time.perf_counter() - began
+            row.seconds += passed
+        if process.returncode:
+            output.seek(0)
+            lines = [line.strip() for line in output if line.strip()] or ["nothing was said"]
+            errors = [line for line in lines if "rror" in line] or lines
+            seen.setdefault(stage_now(run), Seen()).error = errors[-1][:160]
+    return process.returncode
+
+
+def take(args: Namespace, model: Path, run: Path) -> dict[str, Seen]:
+    """Run the command on one model: all of it, or stage by stage up to one."""
+    prompts = model / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    options = [str(model), "--out", str(run), "--prompts", str(prompts)]
+    options += [part for path in args.config or () for part in ("--config", str(path))]
+    settings = [*SETTINGS, f"threads={args.threads}", *(args.set or ())]
+    options += [part for setting in settings for part in ("--set", setting)]
+    stages = ORDER[: ORDER.index(args.until) + 1] if args.until else ()
+    commands = [[stage] for stage in stages] or [["compress", "--keep", str(args.keep)]]
+    seen: dict[str, Seen] = {}
+    for name, *more in commands:
+        budget = ["--keep", str(args.keep)] if name != "compress" else more
+        if watched([sys.executable, "-m", "ppcl", name, *options, *budget], run, seen):
+            break
+    return seen
+
+
+def rows_of(args: Namespace, num_blocks: int) -> list[list[str]]:
+    """Write a model, compress it, remove both."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        began = time.perf_counter()
-        params = write_transformer(Path(folder), num_blocks, args.width, TEXT_WIDTH)
-        seconds = time.perf_counter() - began
-        command = [sys.executable, str(Path(__file__).resolve()), *argv, "--worker", folder]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise SystemExit(answer.stderr)
-    found = json.loads(answer.stdout.splitlines()[-1])
-    return [
-        str(num_blocks),
-        f"{params / 1e9:.2f}B",
-        f"{found['anonymous_bytes'] / 1e9:.2f}",
-        f"{found['open_seconds']:.1f}",
-        f"{found['block_seconds']:.1f}",
-        f"{found['disk_bytes'] / 1e6:.1f}",
-        f"{seconds:.0f}",
-    ]
+        model, run = Path(folder) / "model", Path(folder) / "run"
+        params = write_pipeline(model, num_blocks, PROMPTS, args.width)
+        seen = take(args, model, run)
+        held = bytes_in(model / "transformer")
+    rows = []
+    for stage in [stage for stage in ORDER if stage in seen]:
+        row = seen[stage]
+        numbers = [f"{row.memory / 1e9:.2f}", f"{row.disk / 1e9:.3f}", f"{row.seconds:.1f}"]
+        rows.append([f"{num_blocks} ({params / 1e9:.2f}B, {held / 1e9:.2f} GB)", stage, *numbers, row.error])
+    return rows
+
+
+def growth(rows: list[list[str]]) -> str:
+    """Per stage, the largest peak over the smallest."""
+    peaks: dict[str, list[float]] = {}
+    for _, stage, memory, *_, error in rows:
+        if not error:
+            peaks.setdefault(stage, []).append(float(memory))
+    return ", ".join(f"{stage} {max(p) / max(min(p), 0.01) - 1:+.0%}" for stage, p in peaks.items() if len(p) > 1)
 
 
 def main(argv: list[str] | None = None) -> str:
     """Measure, print, and write the table."""
     made = parser(__doc__.splitlines()[0])
-    made.add_argument("--blocks", type=int, nargs="+", default=[2, 4], help="numbers of blocks")
-    made.add_argument("--width", type=int, default=WIDTH, help="features of a token")
-    made.add_argument("--states", type=int, default=8, help="recorded states")
-    made.add_argument("--batch-size", type=int, default=2, help="states at a time")
-    made.add_argument("--folder", type=Path, help="where the models are written; a temporary place if not given")
-    made.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    made.add_argument("--blocks", type=int, nargs="+", help="numbers of blocks; 6 12 24 if not given")
+    made.add_argument("--width", type=int, help=f"features of a token, a multiple of 128; {WIDTH} if not given")
+    made.add_argument("--keep", type=float, default=0.7, help="share of the transformer's parameters that stays")
+    made.add_argument("--until", choices=ORDER, help="run the stages one by one, each in its own process, up to this")
+    made.add_argument("--folder", type=Path, help="where models and runs are written; a temporary place if not given")
     args = made.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    if args.worker:
-        worker(args)
-        return ""
-    if args.quick:
-        args.width, given = 256, [*given, "--width", "256"]
-    rows = [row(args, given, number) for number in args.blocks]
-    header = ["blocks", "parameters", "peak, GB", "open, s", "s a block", "states, MB on disk", "writing the model, s"]
+    torch.set_num_threads(args.threads)
+    args.width = args.width or (256 if args.quick else WIDTH)
+    rows: list[list[str]] = []
+    for number in args.blocks or ((3, 4) if args.quick else (6, 12, 24)):
+        rows += rows_of(args, number)
+    header = ["blocks", "stage", "peak of anonymous memory, GB", "run directory at most, GB", "seconds", "failed with"]
+    grown = growth(rows)
     text = (
-        f"# The streamed sweep\n\n{markdown_table(header, rows)}\n\n{args.states} states of {IMAGE_TOKENS[0] * 8} px, "
-        f"{TEXT_TOKENS} text tokens, {args.batch_size} at a time; width {args.width}, bfloat16. Peak: anonymous memory "
-        "of the process that sweeps, libraries included. Consumer: sums of the probes (two splits, two streams)."
+        f"# Streamed runs\n\n{markdown_table(header, rows)}\n\nWidth {args.width}, bfloat16, 64 px, "
+        f"{args.threads} thread(s). Memory is that of the process, libraries included; a stage's time includes loading "
+        f"what it needs. {f'From the smallest peak to the largest: {grown}.' if grown else ''}\n\n"
+        f"Settings: `{' '.join([*SETTINGS, *(args.set or ())])}`."
     )
     return publish(args, argv, "streamed_run.py", text, "cpu")
 

@@ -74,5 +74,5 @@ def undistilled_error(session: Session, held_out: States) -> float:
     substitutes = new_substitutes(transformer, session.adapter, plan, None, session.out / "analysis.safetensors")
     with torch.no_grad():
         student = assemble_student(transformer, session.adapter, plan, substitutes)
-        errors = state_errors(transformer, student, held_out.batches(count, count), session.config.precision)
+        errors = state_errors(transformer, student, held_out.batches(count, count), session.precision)
     return errors.error.value

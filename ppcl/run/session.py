@@ -104,6 +104,17 @@ class Session:
                 return recorded or streamed_dtype(self.model, self.device, precision)
         return weights_dtype(self.device, precision)
 
+    @property
+    def precision(self) -> str:
+        """Autocast of passes with float32 substitutes among the teacher's blocks: bf16 where those are half precision.
+
+        On a GPU ``auto`` says so by itself.
+        """
+        import torch
+
+        given = self.config.precision
+        return "bf16" if given == "auto" and self.device.type == "cpu" and self.dtype != torch.float32 else given
+
     def _recorded_dtype(self) -> Any | None:
         """The dtype of the states that this run's capture recorded, or began to; None before that."""
         from ppcl.capture.states import stored_dtype
@@ -210,7 +221,7 @@ class Session:
         def open_teacher() -> Any:
             from ppcl.pruning.searches.teacher import Teacher
 
-            return Teacher(self.teacher.transformer, self.adapter, self.out, self.config.precision)
+            return Teacher(self.teacher.transformer, self.adapter, self.out, self.precision)
 
         return Context(
             self.read(Analysis, "analysis.json"),

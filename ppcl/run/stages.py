@@ -98,7 +98,7 @@ def _fit(session: Session, _: None) -> None:
         session.config.seed,
         lambda row: session.log({"stage": "fit", **row}),
         session.group,
-        session.config.precision,
+        session.precision,
         session.config.plan,
         session.depends("fit"),
     )
@@ -162,7 +162,7 @@ def _distill_resident(session: Session) -> None:
     pipeline = session.teacher if settings.sample_every or settings.fresh else None
     adapter = session.adapter
     transformer = training_transformer(
-        session.release_teacher(), session.model, session.device, settings, session.config.precision, group.size
+        session.release_teacher(), session.model, session.device, settings, session.precision, group.size
     )
     plan = session.read(CompressionPlan, "plan.json")
     states = States(session.calibration, "train")
@@ -171,7 +171,7 @@ def _distill_resident(session: Session) -> None:
         states = fresh_states(
             pipeline, session.calibration, session.config.capture, settings.fresh, exclude, seed, group.is_main
         )
-    say_memory(transformer, plan, states, settings, session.config.precision, session.device, group)
+    say_memory(transformer, plan, states, settings, session.precision, session.device, group)
     Distiller(
         transformer,
         adapter,
@@ -180,7 +180,7 @@ def _distill_resident(session: Session) -> None:
         session.out,
         settings,
         session.config.seed,
-        session.config.precision,
+        session.precision,
         session.log,
         group=group,
         device=session.device,

@@ -244,10 +244,10 @@ def fetch_files(model: str) -> None:
     Raises:
         ModelError: They cannot be fetched.
     """
-    from diffusers import DiffusionPipeline
-
     if stored_folder(model) is not None:
         return
+    from diffusers import DiffusionPipeline
+
     try:
         DiffusionPipeline.download(model)
     except (OSError, ValueError) as error:

@@ -96,7 +96,7 @@ def test_a_streamed_run_makes_what_a_resident_one_makes(
     out = tmp_path / "run"
     code, err = run_cli("compress", *common, "--out", out, "--set", "blocks=streamed", "--set", "device=cpu")
     assert code == 0, err
-    assert err.count("blocks are streamed") == 1
+    assert err.count("blocks are streamed: the transformer") == 1
     assert products_of(out) == products_of(finished_run)
     notes = json.loads((out / "eval/metrics.json").read_text())["notes"]
     assert any("read block by block" in note for note in notes)
