@@ -22,26 +22,21 @@ def _check_pairs(image_features: Tensor, text_features: Tensor) -> None:
 
 
 def clip_items(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """100 times max(cosine to the own caption, 0) of each picture, (N,) float64; see :func:`clip_score`."""
-    _check_pairs(image_features, text_features)
-    cosine = (_unit(image_features) * _unit(text_features)).sum(1)
-    return 100 * cosine.clamp(min=0)
-
-
-def clip_score(image_features: Tensor, text_features: Tensor) -> float:
-    """100 times the mean over pictures of max(cosine to the own caption, 0).
+    """100 times max(cosine to the own caption, 0) of each picture; their mean is the CLIP score.
 
     Args:
         image_features: (N, D), of any length.
         text_features: (N, D), row i is the caption of picture i.
 
     Returns:
-        A number from 0 to 100.
+        (N,) float64, 0 to 100.
 
     Raises:
         ValueError: The features are not pairs.
     """
-    return float(clip_items(image_features, text_features).mean())
+    _check_pairs(image_features, text_features)
+    cosine = (_unit(image_features) * _unit(text_features)).sum(1)
+    return 100 * cosine.clamp(min=0)
 
 
 def caption_ranks(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -64,24 +59,3 @@ def caption_ranks(image_features: Tensor, text_features: Tensor) -> Tensor:
         # "not smaller" rather than "greater or equal": a NaN must not count as a hit
         ranks.append((~(similarity < mine[:, None])).sum(1))
     return torch.cat(ranks)
-
-
-def retrieval_at(image_features: Tensor, text_features: Tensor, k: int) -> float:
-    """Share of pictures whose own caption is among the k most similar of all given captions.
-
-    Features that say nothing (all equal) score 0; captions must be distinct for the number to mean anything.
-
-    Args:
-        image_features: (N, D), of any length.
-        text_features: (N, D), row i is the caption of picture i.
-        k: Places that count.
-
-    Returns:
-        A number from 0 to 1.
-
-    Raises:
-        ValueError: The features are not pairs, or k is below 1.
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    return float((caption_ranks(image_features, text_features) <= k).double().mean())

@@ -122,9 +122,9 @@ def _timed(
     pipelines: tuple[Any, Any], calls: tuple[Call, Call], part: Part, size: int, steps: int | None, runs: int
 ) -> tuple[Speed, Speed]:
     """Time the two models' calls alternately, and measure the memory of each."""
-    found = measure_pair(*calls, runs=runs, warmup=WARMUP)
+    latencies = measure_pair(*calls, runs=runs, warmup=WARMUP)
     rows = []
-    for pipeline, call, latency in zip(pipelines, calls, found, strict=True):
+    for pipeline, call, latency in zip(pipelines, calls, latencies, strict=True):
         module = denoiser_of(pipeline)
         alone = [module] if part == "transformer" and module is not None else None
         rows.append(
@@ -159,11 +159,11 @@ def sweep(
     rows: list[tuple[Speed, Speed]] = []
     for size in batch_sizes(settings, len(prompts)):
         some = list(prompts[:size])
-        one, two = (transformer_call(p, some, own, seed) for p, own in zip(pipelines, kwargs, strict=True))
+        one, two = (transformer_call(p, some, extra, seed) for p, extra in zip(pipelines, kwargs, strict=True))
         if one is not None and two is not None:
             rows.append(_timed(pipelines, (one, two), "transformer", size, None, settings.latency_runs))
         for steps in step_counts(settings):
-            first, second = (picture_call(p, some, steps, own, seed) for p, own in zip(pipelines, kwargs, strict=True))
+            first, second = (picture_call(p, some, steps, kw, seed) for p, kw in zip(pipelines, kwargs, strict=True))
             runs = min(PICTURE_RUNS, settings.latency_runs)
             rows.append(_timed(pipelines, (first, second), "picture", size, steps, runs))
     return [row[0] for row in rows], [row[1] for row in rows]
@@ -188,10 +188,10 @@ def costs(
         transformer_calls: Run each transformer once; behind ``latency_ms``.
         seed: Of the noise.
     """
-    one = list(prompts[:1])
+    prompt = list(prompts[:1])
     draws = [
-        picture_call(pipeline, one, settings.num_inference_steps, own, seed)
-        for pipeline, own in zip(pipelines, kwargs, strict=True)
+        picture_call(pipeline, prompt, settings.num_inference_steps, extra, seed)
+        for pipeline, extra in zip(pipelines, kwargs, strict=True)
     ]
     transformer = measure_pair(*transformer_calls, runs=settings.latency_runs, warmup=WARMUP)
     end_to_end = measure_pair(draws[0], draws[1], runs=min(PICTURE_RUNS, settings.latency_runs), warmup=WARMUP)
@@ -206,7 +206,7 @@ def costs(
                 "latency_p90_ms": transformer[index].p90_ms,
                 "latency_end_to_end_ms": end_to_end[index].median_ms,
                 "peak_memory_bytes": peak,
-                "flops": flops_of(pipeline, transformer_call(pipeline, one, kwargs[index], seed)),
+                "flops": flops_of(pipeline, transformer_call(pipeline, prompt, kwargs[index], seed)),
             }
         )
     return Costs(rows[0], rows[1], measure, sweep(pipelines, prompts, settings, kwargs, seed))

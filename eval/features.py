@@ -189,10 +189,10 @@ def _load_named(name: str, device: str) -> ClipExtractor:
     import open_clip
 
     architecture, _, tag = name.rpartition("/")
-    known = open_clip.list_models()
-    if architecture not in known:
+    architectures = open_clip.list_models()
+    if architecture not in architectures:
         valid = ["emoji", "inception", f"{LOCAL_PREFIX}FOLDER", "ViT-B-32/openai"]
-        guess = nearest(architecture or name, known) or nearest(name, valid)
+        guess = nearest(architecture or name, architectures) or nearest(name, valid)
         raise ModelError(f"features '{name}' are unknown{guess}; valid: {', '.join(valid)} and others of open_clip")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:

@@ -150,14 +150,14 @@ def frechet_distance(mu1: Statistic, sigma1: Statistic, mu2: Statistic, sigma2: 
     Raises:
         UserError: A statistic is not finite, or their shapes do not fit.
     """
-    one, first, two, second = (_float64(value) for value in (mu1, sigma1, mu2, sigma2))
-    if one.ndim != 1 or two.shape != one.shape or not first.shape == second.shape == (len(one), len(one)):
-        shapes = ", ".join(str(tuple(value.shape)) for value in (one, first, two, second))
+    mu, sigma, other_mu, other_sigma = (_float64(value) for value in (mu1, sigma1, mu2, sigma2))
+    if mu.ndim != 1 or other_mu.shape != mu.shape or not sigma.shape == other_sigma.shape == (len(mu), len(mu)):
+        shapes = ", ".join(str(tuple(value.shape)) for value in (mu, sigma, other_mu, other_sigma))
         raise UserError(f"statistics must be (D,), (D, D), (D,), (D, D), got {shapes}; use one network for both sets")
-    if not all(bool(value.isfinite().all()) for value in (one, first, two, second)):
+    if not all(bool(value.isfinite().all()) for value in (mu, sigma, other_mu, other_sigma)):
         raise UserError("features hold NaN or infinity, so no FID can be computed; look at the pictures they come from")
-    overlap = torch.linalg.svdvals(_root_factor(first).T @ _root_factor(second)).sum()
-    distance = (one - two).square().sum() + first.trace() + second.trace() - 2 * overlap
+    overlap = torch.linalg.svdvals(_root_factor(sigma).T @ _root_factor(other_sigma)).sum()
+    distance = (mu - other_mu).square().sum() + sigma.trace() + other_sigma.trace() - 2 * overlap
     return max(0.0, float(distance))
 
 
@@ -167,10 +167,10 @@ def fid(features1: Tensor, features2: Tensor) -> float:
     Raises:
         UserError: A set has fewer than two pictures.
     """
-    one, two = FeatureStatistics(), FeatureStatistics()
-    one.update(features1)
-    two.update(features2)
-    return frechet_distance(one.mean, one.covariance, two.mean, two.covariance)
+    first, second = FeatureStatistics(), FeatureStatistics()
+    first.update(features1)
+    second.update(features2)
+    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
 def kid(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ppcl.eval.metrics import PSNR_CAP_DB
@@ -159,18 +158,3 @@ def pair_measures(side: int) -> tuple[dict[str, Callable[[Tensor, Tensor], tuple
     else:
         measures["lpips"] = lambda a, b: lpips(a, b).values
     return measures, notes
-
-
-def feature_cosine(features1: Tensor, features2: Tensor) -> Paired:
-    """Cosine of paired picture features, 1 for equal directions.
-
-    Args:
-        features1: (N, D) features of the teacher's pictures.
-        features2: (N, D) features of the student's.
-
-    Raises:
-        ValueError: The features are not pairs.
-    """
-    if features1.shape != features2.shape or features1.ndim != 2 or not len(features1):
-        raise ValueError(f"features must be pairs (N, D), got {tuple(features1.shape)} and {tuple(features2.shape)}")
-    return _paired(F.cosine_similarity(features1.double(), features2.double(), dim=1))

@@ -225,7 +225,7 @@ def linearity(stack: StackAnalysis, runs: Runs) -> str:
 
 
 def select_candidates(
-    candidates: Sequence[Candidate], chosen: Collection[tuple[str, int, int]], limit: int = 24
+    candidates: Sequence[Candidate], in_plan: Collection[tuple[str, int, int]], limit: int = 24
 ) -> list[Candidate]:
     """The chosen runs and the cheapest others, at most ``limit``, cheapest first."""
 
@@ -233,25 +233,25 @@ def select_candidates(
         return candidate.probe_error if candidate.fitted_error is None else candidate.fitted_error
 
     def rank(candidate: Candidate) -> tuple[bool, bool, float]:
-        taken = (candidate.stack, candidate.first, candidate.last) in chosen
+        taken = (candidate.stack, candidate.first, candidate.last) in in_plan
         return not taken, candidate.fitted_error is None, cost(candidate)
 
     return sorted(sorted(candidates, key=rank)[:limit], key=cost)
 
 
-def candidate_bars(candidates: Sequence[Candidate], chosen: Collection[tuple[str, int, int]]) -> str:
+def candidate_bars(candidates: Sequence[Candidate], in_plan: Collection[tuple[str, int, int]]) -> str:
     """Velocity error of each candidate run: fitted block (bar) and chained probes (tick)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = select_candidates(candidates, chosen)
+    shown = select_candidates(candidates, in_plan)
     several = len({c.stack for c in shown}) > 1
     with _styled():
         figure, (ax,) = _figure(0.9 + 0.17 * len(shown))
         ax.grid(visible=False, axis="y")
         ax.grid(visible=True, axis="x")
         for row, candidate in enumerate(shown):
-            taken = (candidate.stack, candidate.first, candidate.last) in chosen
+            taken = (candidate.stack, candidate.first, candidate.last) in in_plan
             if candidate.fitted_error is not None:
                 ax.barh(row, candidate.fitted_error, height=0.62, color=COLOURS["c1" if taken else "faint"])
             colour = COLOURS["ink" if taken else "soft"]

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from ppcl.common.files import atomic_path, read_json, write_json
 from ppcl.common.progress import Progress
@@ -242,26 +241,3 @@ def read_picture(path: Path) -> np.ndarray:
         raise ArtifactError(f"picture {path} does not exist; draw it again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ArtifactError(f"picture {path} is damaged ({error}); replace or delete it") from None
-
-
-def load_images(paths: Sequence[Path]) -> Tensor:
-    """Read pictures of one size.
-
-    Args:
-        paths: Picture files; grey ones become RGB, transparent ones are laid on white.
-
-    Returns:
-        (N, 3, H, W) uint8.
-
-    Raises:
-        ArtifactError: A file is missing or damaged, or the sizes differ.
-    """
-    if not paths:
-        raise ArtifactError("no pictures to read; draw or name at least one")
-    arrays = []
-    for path in paths:
-        arrays.append(read_picture(path))
-        if arrays[-1].shape != arrays[0].shape:
-            sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (arrays[-1], arrays[0])]
-            raise ArtifactError(f"picture {path} is {sizes[0]} pixels, {paths[0]} is {sizes[1]}; give one size")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()

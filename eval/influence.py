@@ -146,8 +146,8 @@ def kid_subsets(
         ours = features[torch.randperm(len(features), generator=generator)[:size]]
         theirs = reference[torch.randperm(len(reference), generator=generator)[:size]]
         values.append(kid(ours, theirs))
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std(correction=0))
+    distances = torch.tensor(values, dtype=torch.float64)
+    return float(distances.mean()), float(distances.std(correction=0))
 
 
 def cmmd(features: Tensor, reference: Tensor) -> Distance:
@@ -167,7 +167,7 @@ def cmmd(features: Tensor, reference: Tensor) -> Distance:
         raise UserError(f"CMMD needs pictures on both sides, got {len(features)} and {len(reference)}; give more")
     x, y = (F.normalize(part.detach().cpu().double(), dim=-1) for part in (features, reference))
     kernel = gaussian_kernel(CMMD_SIGMA)
-    own, cross = _row_means(x, x, kernel), _row_means(x, y, kernel)
-    value = CMMD_SCALE * float(own.mean() + _row_means(y, y, kernel).mean() - 2 * cross.mean())
-    pull = 2 * CMMD_SCALE * (own - cross)
+    within, cross = _row_means(x, x, kernel), _row_means(x, y, kernel)
+    value = CMMD_SCALE * float(within.mean() + _row_means(y, y, kernel).mean() - 2 * cross.mean())
+    pull = 2 * CMMD_SCALE * (within - cross)
     return Distance(value, value + pull - pull.mean())

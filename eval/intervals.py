@@ -100,7 +100,7 @@ def _limits(data: list[Array], statistic: Statistic, level: float, resamples: in
     count = len(data[0])
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # scipy warns where BCa has no meaning; the percentiles below answer then
-        found = stats.bootstrap(
+        bootstrap = stats.bootstrap(
             data,
             statistic,
             n_resamples=resamples,
@@ -112,14 +112,14 @@ def _limits(data: list[Array], statistic: Statistic, level: float, resamples: in
             method="BCa" if count <= BCA_LIMIT else "percentile",
             random_state=np.random.default_rng(seed),
         )
-    low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    low, high = float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
     if np.isfinite([low, high]).all():
         return low, high
-    known = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
-    if not len(known):
+    finite = bootstrap.bootstrap_distribution[np.isfinite(bootstrap.bootstrap_distribution)]
+    if not len(finite):
         return float("nan"), float("nan")
     tail = (1 - level) / 2
-    return float(np.quantile(known, tail)), float(np.quantile(known, 1 - tail))
+    return float(np.quantile(finite, tail)), float(np.quantile(finite, 1 - tail))
 
 
 def share_interval(hits: Sequence[float] | Array, *, level: float = LEVEL, seed: int = 0) -> Interval:

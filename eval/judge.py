@@ -282,22 +282,22 @@ class Judge:
             calls: See :meth:`costs`.
             undistilled: Velocity error before distillation, for scale.
         """
-        one, two = first.measures[0], second.measures[0]
+        measures, others = first.measures[0], second.measures[0]
         fidelity = {name: of_measured(entry) for name, entry in self.fidelity(first, second).items()}
         if errors is not None:
             fidelity["velocity_error"] = of_interval(errors.error, "states")
         cost = self.costs(first, second, calls)
-        lost, ratio = drop(one, two), second.params / first.params
+        lost, ratio = drop(measures, others), second.params / first.params
         speeds = {key: _ratio(cost.teacher[key], cost.student[key]) for key in ("latency_ms", "latency_end_to_end_ms")}
-        both = [name for name in CAPTION_SCORES if name in one and name in two]
-        losses = {name: drop({name: one[name]}, {name: two[name]}) for name in both}
-        fid_ratio = _fid_ratio(one, two)
+        both = [name for name in CAPTION_SCORES if name in measures and name in others]
+        losses = {name: drop({name: measures[name]}, {name: others[name]}) for name in both}
+        fid_ratio = _fid_ratio(measures, others)
         comparison = Comparison(
             label=second.label,
             against=first.label,
             average_drop=of_interval(lost) if lost else None,
             average_drop_per_score={name: of_interval(loss) for name, loss in losses.items() if loss},
-            differences={name: of_interval(entry) for name, entry in differences(one, two).items()},
+            differences={name: of_interval(entry) for name, entry in differences(measures, others).items()},
             fid_ratio=of_interval(fid_ratio) if fid_ratio else None,
             fidelity=fidelity,
             scale=self._scale(first, undistilled),
@@ -379,16 +379,17 @@ def judge_all(judge: Judge, entrants: Sequence[Entrant]) -> Evaluation:
             "are trusted"
         )
     models, comparisons = [], []
-    own: Costs | None = None
+    teacher_costs: Costs | None = None
     for entrant in entrants[1:]:
         second = judge.side(entrant)
         comparison, cost = judge.compare(first, second, judge.velocity(first, second))
         comparisons.append(comparison)
         models.append(described(second, cost.student, cost.speed[1]))
-        own = own or cost
+        teacher_costs = teacher_costs or cost
         del second
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    own = own or judge.costs(first, first)
-    return judge.result([described(first, own.teacher, own.speed[0]), *models], comparisons, own.memory_measure)
+    teacher_costs = teacher_costs or judge.costs(first, first)
+    models.insert(0, described(first, teacher_costs.teacher, teacher_costs.speed[0]))
+    return judge.result(models, comparisons, teacher_costs.memory_measure)

@@ -38,8 +38,8 @@ class Manifold:
 def radii(features: Tensor, k: int) -> Tensor:
     """Distance of every item to its k-th nearest neighbour, (N,)."""
     # the item itself is the nearest one, at distance 0
-    found = [torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in slabs(features, len(features))]
-    return torch.cat(found)
+    distances = [torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in slabs(features, len(features))]
+    return torch.cat(distances)
 
 
 def manifold(features: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> Manifold:

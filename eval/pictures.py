@@ -43,13 +43,13 @@ def picture_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"reference folder {folder} does not exist; give a folder of pictures or a .npz of statistics")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not found:
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not pictures:
         raise UserError(
             f"reference folder {folder} holds no pictures ({', '.join(EXTENSIONS)}); give a folder that does, "
             "or leave --reference out"
         )
-    return found
+    return pictures
 
 
 def identity(extractor: FeatureExtractor) -> str:
@@ -158,23 +158,23 @@ def describe(
     """
     if not paths:
         raise UserError("no pictures to describe; give at least one")
-    known = FeatureCache(cache, identity(extractor)) if cache else None
+    feature_cache = FeatureCache(cache, identity(extractor)) if cache else None
     parts = []
     with Progress(label, total=len(paths)) as progress:
         for number, start in enumerate(range(0, len(paths), CHUNK)):
             chunk = paths[start : start + CHUNK]
-            keys = [_hash(path) for path in chunk] if known else []
-            if known and all(key in known.rows for key in keys):
-                parts.append(torch.stack([known.rows[key] for key in keys]))
+            keys = [_hash(path) for path in chunk] if feature_cache else []
+            if feature_cache and all(key in feature_cache.rows for key in keys):
+                parts.append(torch.stack([feature_cache.rows[key] for key in keys]))
             else:
                 parts.append(_describe_chunk(chunk, extractor))
-            if known and any(key not in known.rows for key in keys):
-                known.add(keys, parts[-1])
+            if feature_cache and any(key not in feature_cache.rows for key in keys):
+                feature_cache.add(keys, parts[-1])
                 if number % SAVE_EVERY == SAVE_EVERY - 1:
-                    known.save()
+                    feature_cache.save()
             progress.advance(len(chunk))
-    if known:
-        known.save()
+    if feature_cache:
+        feature_cache.save()
     return torch.cat(parts)
 
 
@@ -210,17 +210,17 @@ def compare_pairs(
     Returns:
         One number a pair for each measure; nothing where the sizes of any pair differ.
     """
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    values: dict[str, list[float]] = {name: [] for name in measures}
     for a, b in _pairs(first, second):
         if a.shape != b.shape:
             return {}
         for name, measure in measures.items():
-            found[name] += list(measure(a, b))
-    return found
+            values[name] += list(measure(a, b))
+    return values
 
 
 def _pairs(first: Sequence[Path], second: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
     """One pair at a time, (1, 3, H, W) each: pictures of one model may differ in size."""
-    for one, two in zip(first, second, strict=True):
-        a, b = (torch.from_numpy(read_picture(path)).permute(2, 0, 1)[None] for path in (one, two))
+    for first_path, second_path in zip(first, second, strict=True):
+        a, b = (torch.from_numpy(read_picture(path)).permute(2, 0, 1)[None] for path in (first_path, second_path))
         yield a, b

@@ -126,9 +126,9 @@ def _interval_row(run: RunData, name: str) -> Iterable[str]:
     stack = next((s for s in (run.analysis.stacks if run.analysis else ()) if s.name == name), None)
     if not stack or not stack.intervals:
         return []
-    found = stack.interval_stability or (None,) * len(stack.intervals)
+    stability = stack.interval_stability or (None,) * len(stack.intervals)
     cells = []
-    for (a, b), stable in zip(stack.intervals, found, strict=False):
+    for (a, b), stable in zip(stack.intervals, stability, strict=False):
         label = f"{span(a, b)} <small>{percent(stable.same, 0)}</small>" if stable else span(a, b)
         hint = f"eqs. 4-5: blocks {a} to {b}"
         if stable:
@@ -153,8 +153,8 @@ def _student_cell(segment: Segment, hues: dict[int, str]) -> str:
 
 
 def _candidate(run: RunData, stack: str, segment: Segment) -> Candidate | None:
-    found = run.candidates.candidates if run.candidates else ()
-    return next((c for c in found if (c.stack, c.first, c.last) == (stack, segment.first, segment.last)), None)
+    candidates = run.candidates.candidates if run.candidates else ()
+    return next((c for c in candidates if (c.stack, c.first, c.last) == (stack, segment.first, segment.last)), None)
 
 
 def _cka(run: RunData, name: str, segment: Segment) -> float | None:
@@ -171,15 +171,15 @@ def _run_table(run: RunData, plan: CompressionPlan) -> str:
     several = len(plan.stacks) > 1
     rows = []
     for name, segment in plan.runs:
-        found = _candidate(run, name, segment)
+        candidate = _candidate(run, name, segment)
         saved = sum(params.get(name, ())[segment.first + 1 : segment.last + 1])
         label = f"{text(name)} " * several + f"{span(segment.first, segment.last)}&nbsp;\N{RIGHTWARDS ARROW}&nbsp;1"
         rows.append(
             [
                 label,
                 number(_cka(run, name, segment), 4),
-                number(found.probe_error if found else None),
-                number(found.fitted_error if found else None),
+                number(candidate.probe_error if candidate else None),
+                number(candidate.fitted_error if candidate else None),
                 text(segment.start or DASH),
                 percent(saved / plan.model.params if plan.model.params else None),
             ]
@@ -195,16 +195,16 @@ def _run_table(run: RunData, plan: CompressionPlan) -> str:
 
 def _width_table(run: RunData, plan: CompressionPlan) -> str:
     """One row for each kind of smaller module: where, how small, what it saves and what it costs alone."""
-    chosen: dict[str, list[WidthOption]] = {}
+    by_group: dict[str, list[WidthOption]] = {}
     for option in run.candidates.width if run.candidates else ():
         pieces = plan.stacks.get(option.stack, ())
         piece = next((s for s in pieces if option.block == start_index(s.first, s.last, s.start)), None)
         if piece and all(piece.width.get(path) == part for path, part in option.parts.items()):
-            chosen.setdefault(option.group, []).append(option)
-    if not chosen:
+            by_group.setdefault(option.group, []).append(option)
+    if not by_group:
         return ""
     rows = []
-    for group, options in chosen.items():
+    for group, options in by_group.items():
         size = _size_words([part for option in options for part in option.parts.values()])
         params = sum(option.saved_params for option in options)
         error = sum(option.error**2 for option in options) ** 0.5
@@ -279,13 +279,13 @@ def _stack_cards(run: RunData, stack: StackAnalysis) -> list[str]:
 
 
 def _candidate_card(run: RunData) -> str:
-    found = run.candidates.candidates if run.candidates else ()
-    chosen = {(name, s.first, s.last) for name, s in run.plan.runs} if run.plan else set()
-    shown = len(figures.select_candidates(found, chosen))
-    rest = f" Shown: {shown} of {len(found)}, the chosen and the cheapest others." if shown < len(found) else ""
+    runs = run.candidates.candidates if run.candidates else ()
+    in_plan = {(name, s.first, s.last) for name, s in run.plan.runs} if run.plan else set()
+    shown = len(figures.select_candidates(runs, in_plan))
+    rest = f" Shown: {shown} of {len(runs)}, the chosen and the cheapest others." if shown < len(runs) else ""
     return figure(
         "What replacing each run costs",
-        figures.candidate_bars(found, chosen),
+        figures.candidate_bars(runs, in_plan),
         "How to read: how far the model's final output moves when this run alone is replaced; short bars are cheap, "
         "and the planner picks runs that do not overlap and meet the budget at the least total of squared errors."
         + rest,

@@ -37,10 +37,10 @@ class Card:
 
 def pair_psnr(first: Path, second: Path) -> float | None:
     """PSNR of two picture files in dB, at most 100; None where one is unreadable or their sizes differ."""
-    one, two = open_picture(first, WHOLE), open_picture(second, WHOLE)
-    if one is None or two is None or one.size != two.size:
+    left, right = open_picture(first, WHOLE), open_picture(second, WHOLE)
+    if left is None or right is None or left.size != right.size:
         return None
-    error = float(np.mean(((np.asarray(one, np.float64) - np.asarray(two, np.float64)) / 255) ** 2))
+    error = float(np.mean(((np.asarray(left, np.float64) - np.asarray(right, np.float64)) / 255) ** 2))
     return min(PSNR_CAP_DB, -10 * math.log10(error)) if error else PSNR_CAP_DB
 
 
@@ -62,10 +62,10 @@ def extremes(pairs: Sequence[Pair], names: tuple[str, str] = ("teacher", "studen
     Returns:
         (least alike first, most alike first), at most ``NUM_EXTREMES`` each.
     """
-    found = [(value, pair) for pair in pairs if (value := pair_psnr(pair.teacher, pair.student)) is not None]
-    found.sort(key=lambda item: item[0])
-    count = min(NUM_EXTREMES, len(found) // 2)
-    cards = [replace(pair_card(pair, names), remark=f"PSNR {number(value)} dB") for value, pair in found]
+    by_psnr = [(value, pair) for pair in pairs if (value := pair_psnr(pair.teacher, pair.student)) is not None]
+    by_psnr.sort(key=lambda item: item[0])
+    count = min(NUM_EXTREMES, len(by_psnr) // 2)
+    cards = [replace(pair_card(pair, names), remark=f"PSNR {number(value)} dB") for value, pair in by_psnr]
     return cards[:count], cards[::-1][:count]
 
 

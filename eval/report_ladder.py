@@ -21,8 +21,8 @@ def ladder_section(run: RunData) -> str:
     if not rungs or None in shares:
         return ""
     seeds = (run.ladder.get("teacher") or {}).get("seeds") or []
-    own = [_mean([pick(seed, name) for seed in seeds]) for name in COLUMNS]
-    rows = [["teacher", count(run.plan.model.params) if run.plan else "", "100%", f"1{TIMES}", "0", *own[1:]]]
+    teacher_means = [_mean([pick(seed, name) for seed in seeds]) for name in COLUMNS]
+    rows = [["teacher", count(run.plan.model.params) if run.plan else "", "100%", f"1{TIMES}", "0", *teacher_means[1:]]]
     for rung, share in zip(rungs, shares, strict=True):
         scores = [number(pick(rung, "metrics", name)) for name in COLUMNS]
         speed = number(pick(rung, "predicted", "speedup")) + TIMES
@@ -49,8 +49,8 @@ def _reading(drops: Sequence[float | None], noise: float | None) -> str:
     """Whether quality falls with size, in words computed from the numbers."""
     if noise is None or None in drops:
         return "The teacher's own spread between seeds was not measured, so small differences cannot be judged."
-    known = [drop for drop in drops if drop is not None]
-    gains = [before - after for before, after in itertools.pairwise(known) if after < before]
+    measured = [drop for drop in drops if drop is not None]
+    gains = [before - after for before, after in itertools.pairwise(measured) if after < before]
     spread = f"One teacher seed differs from the mean of its seeds by {number(noise)} points of average drop"
     if not gains:
         return f"{spread}; no smaller size scores better than a larger one."
@@ -59,10 +59,10 @@ def _reading(drops: Sequence[float | None], noise: float | None) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return number(statistics.fmean(known)) if known else number(None)
+    measured = [value for value in values if value is not None]
+    return number(statistics.fmean(measured)) if measured else number(None)
 
 
 def _spread(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
+    measured = [value for value in values if value is not None]
+    return statistics.stdev(measured) if len(measured) > 1 else None

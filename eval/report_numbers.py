@@ -207,14 +207,14 @@ def _against(result: Evaluation, title: str, axis: str, costs: Sequence[float | 
     numbers, labels = [result.numbers_of(model) for model in result.models], [model.label for model in result.models]
     keys = [key for key in PLOTTED if any(key in row for row in numbers)][:NUM_PLOTTED]
     measures = {METRICS[k].heading: [_point(row.get(k), i == 0, k) for i, row in enumerate(numbers)] for k in keys}
-    known = [cost for cost in costs if cost is not None]
-    if not measures or len(known) < len(labels):
+    costs_known = [cost for cost in costs if cost is not None]
+    if not measures or len(costs_known) < len(labels):
         return ""
     guide = (
         f"How to read: one mark a model, bars its intervals; further left is cheaper. {UP} higher is better, "
         f"{DOWN} lower is better."
     )
-    return figure(title, figures.quality_against(axis, labels, known, measures), guide)
+    return figure(title, figures.quality_against(axis, labels, costs_known, measures), guide)
 
 
 def plots_section(result: Evaluation) -> str:

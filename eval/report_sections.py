@@ -178,11 +178,11 @@ def pictures_section(run: RunData) -> str:
         if name in other
     ][:NUM_TRIPLES]
     tried = spread(names, MAX_MEASURED)
-    found = [
+    extremes_of = [
         extremes([Pair(prompt(n), files[labels[0]][n], files[label][n]) for n in tried], (labels[0], label))
         for label in labels[1:]
     ]
-    whole, scale, *rest = lay_out([cards, triples, *(cards for both in found for cards in both)])
+    whole, scale, *rest = lay_out([cards, triples, *(cards for both in extremes_of for cards in both)])
     guide = (
         f"In each: {', '.join(labels)}; same prompt, same initial noise. The prompts are those of the evaluation in "
         "order, not chosen. Open one to compare two with a divider."

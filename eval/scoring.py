@@ -115,28 +115,28 @@ def set_measures(features: Tensor, reference: Reference, is_clip: bool) -> dict[
     moments = FeatureStatistics()
     moments.update(features)
     value = frechet_distance(moments.mean, moments.covariance, reference.mu, reference.sigma)
-    found = {"fid": Measured(value, _array(frechet_items(features, reference.mu, reference.sigma, value)))}
+    measures = {"fid": Measured(value, _array(frechet_items(features, reference.mu, reference.sigma, value)))}
     real = reference.features
     if real is None:
-        return found
+        return measures
     distance = kid(features, real)
-    found["kid"] = Measured(distance, _array(kid_items(features, real, distance)))
+    measures["kid"] = Measured(distance, _array(kid_items(features, real, distance)))
     if subsets := kid_subsets(features, real):
-        found["kid_std"] = Measured(subsets[1])
+        measures["kid_std"] = Measured(subsets[1])
     if min(len(features), len(real)) > NEIGHBOURS:
         near = manifold(features, real)
-        found |= {name: _mean_of(name, getattr(near, name)) for name in ("precision", "density")}
-        found |= {name: _mean_of(name, getattr(near, name), "references") for name in ("recall", "coverage")}
+        measures |= {name: _mean_of(name, getattr(near, name)) for name in ("precision", "density")}
+        measures |= {name: _mean_of(name, getattr(near, name), "references") for name in ("recall", "coverage")}
     if is_clip:
         mmd = cmmd(features, real)
-        found["cmmd"] = Measured(mmd.value, _array(mmd.items))
-    return found
+        measures["cmmd"] = Measured(mmd.value, _array(mmd.items))
+    return measures
 
 
 def measure(features: Tensor, reference: Reference | None, text: Tensor | None) -> dict[str, Measured]:
     """All numbers of one set of pictures; what cannot be computed is not in the result."""
-    found = set_measures(features, reference, text is not None) if reference is not None else {}
-    return found | (caption_measures(features, text) if text is not None else {})
+    measures = set_measures(features, reference, text is not None) if reference is not None else {}
+    return measures | (caption_measures(features, text) if text is not None else {})
 
 
 def paired(values: Mapping[str, Sequence[float]]) -> dict[str, Measured]:
@@ -148,23 +148,23 @@ def drop(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> Inter
     """What the second lost of the first: mean relative loss of the scores in percent, paired by prompt."""
     names = [name for name in CAPTION_SCORES if name in first and name in second]
     pairs = [(first[name].items, second[name].items) for name in names]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return drop_interval([a for a, _ in known], [b for _, b in known]) if known else None
+    items = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return drop_interval([a for a, _ in items], [b for _, b in items]) if items else None
 
 
 def differences(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> dict[str, Interval]:
     """Second minus first of every number over pictures, paired by prompt."""
-    found = {}
-    for name, one in first.items():
+    intervals = {}
+    for name, entry in first.items():
         other = second.get(name)
         if (
-            one.items is not None
+            entry.items is not None
             and other is not None
             and other.items is not None
-            and len(one.items) == len(other.items)
+            and len(entry.items) == len(other.items)
         ):
-            found[name] = interval([other.items - one.items])
-    return found
+            intervals[name] = interval([other.items - entry.items])
+    return intervals
 
 
 def drop_by_prompt(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> Measured | None:
@@ -194,20 +194,20 @@ def mean_over_seeds(seeds: Sequence[Mapping[str, Measured]]) -> dict[str, Measur
     Args:
         seeds: For each seed the numbers, whose items are about the same prompts.
     """
-    found = {}
+    means = {}
     for name in dict.fromkeys(name for each in seeds for name in each):
-        known = [each[name] for each in seeds if name in each]
-        columns = [one.items for one in known if one.items is not None]
+        entries = [each[name] for each in seeds if name in each]
+        columns = [entry.items for entry in entries if entry.items is not None]
         items = np.mean(columns, axis=0) if columns else None
-        value = float(np.mean([one.value for one in known]))
-        found[name] = Measured(value, items, known[0].over, known[0].is_share)
-    return found
+        value = float(np.mean([entry.value for entry in entries]))
+        means[name] = Measured(value, items, entries[0].over, entries[0].is_share)
+    return means
 
 
 def limits(measures: Mapping[str, Measured]) -> dict[str, list[float] | None]:
     """The intervals as ``metrics.json`` holds them: ``[low, high]`` by name, None where there is none."""
-    found: dict[str, list[float] | None] = {}
-    for name, one in measures.items():
-        known = one.interval
-        found[name] = [known.low, known.high] if known else None
-    return found
+    by_name: dict[str, list[float] | None] = {}
+    for name, entry in measures.items():
+        bounds = entry.interval
+        by_name[name] = [bounds.low, bounds.high] if bounds else None
+    return by_name

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ppcl.common.files import write_json
+from ppcl.eval.generate import read_picture
 
 SIDE = 24
 HOSTILE = "<script>alert(1)</script>"
+
+
+def load_images(paths: Sequence[Path]) -> Tensor:
+    """Picture files of one size, (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([read_picture(path) for path in paths])).permute(0, 3, 1, 2)
 
 
 def number(value: float, low: float | None = None, high: float | None = None) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def _give_usual_modes(written: Path) -> None:
     os.close(descriptor)
     probe.unlink()
     for path in [written, *(written.rglob("*") if written.is_dir() else ())]:
-        found = path.lstat()
+        status = path.lstat()
         # a file with another name (export.components=link) is not ours alone
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != usual:
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and stat.S_IMODE(status.st_mode) != usual:
             path.chmod(usual)
 
 

@@ -109,20 +109,20 @@ def load_object(name: str, setting: str, methods: Mapping[str, tuple[str, ...]])
     """
     place, _, attribute = name.rpartition(":")
     module = _module(place, f"{setting}={name}")
-    found = getattr(module, attribute, None)
-    if found is None:
+    named = getattr(module, attribute, None)
+    if named is None:
         defined = [n for n, value in vars(module).items() if all(hasattr(value, method) for method in methods)]
-        known = f"; with {' and '.join(methods)}: {', '.join(defined)}" if defined else ""
-        raise ConfigError(f"{setting}={name}: {place} has no '{attribute}'{nearest(attribute, defined)}{known}")
+        alternatives = f"; with {' and '.join(methods)}: {', '.join(defined)}" if defined else ""
+        raise ConfigError(f"{setting}={name}: {place} has no '{attribute}'{nearest(attribute, defined)}{alternatives}")
     try:
-        made = found() if isinstance(found, type) else found
+        plugin = named() if isinstance(named, type) else named
     except Exception as error:  # whatever the user's code raises is the user's to mend
         kind = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
         problem = f"{kind}{error}".replace("\n", " ")
         raise ConfigError(f"{setting}={name}: {problem}; expected a class that is made without arguments") from error
     for method, arguments in methods.items():
-        _check_signature(made, method, arguments, f"{setting}={name}")
-    return made
+        _check_signature(plugin, method, arguments, f"{setting}={name}")
+    return plugin
 
 
 def _module(place: str, what: str) -> ModuleType:
@@ -146,9 +146,9 @@ def _module(place: str, what: str) -> ModuleType:
         raise ConfigError(f"{what}: {place} cannot be imported: {problem}") from error
 
 
-def _check_signature(made: Any, method: str, arguments: tuple[str, ...], what: str) -> None:
+def _check_signature(plugin: Any, method: str, arguments: tuple[str, ...], what: str) -> None:
     wanted = f"{method}({', '.join(arguments)})"
-    function = getattr(made, method, None)
+    function = getattr(plugin, method, None)
     if not callable(function):
         raise ConfigError(f"{what} has no method {wanted}")
     signature = inspect.signature(function)

@@ -40,11 +40,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Write the mean of some numbers, with their standard deviation where there are several."""
-    known = [value for value in values if value is not None]
-    if not known:
+    measured_values = [value for value in values if value is not None]
+    if not measured_values:
         return "-"
-    mean = number(statistics.fmean(known), digits)
-    return f"{mean} ± {number(statistics.stdev(known), 2)}" if len(known) > 1 else mean
+    mean = number(statistics.fmean(measured_values), digits)
+    return f"{mean} ± {number(statistics.stdev(measured_values), 2)}" if len(measured_values) > 1 else mean
 
 
 def with_limits(value: float | None, limits: Sequence[float | None] | None, digits: int = 3) -> str:
@@ -72,10 +72,10 @@ def processor() -> str:
     """Name the processor and count its cores, e.g. ``Intel Xeon, 2 cores``."""
     name = platform.processor() or platform.machine()
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    return f"{found.group(1).strip() if found else name}, {os.cpu_count()} cores"
+        model = None
+    return f"{model.group(1).strip() if model else name}, {os.cpu_count()} cores"
 
 
 def device_name(device: str) -> str:
@@ -90,13 +90,13 @@ def device_name(device: str) -> str:
 
 def versions() -> str:
     """The versions behind a number, on one line."""
-    found = [f"ppcl {__version__}", f"Python {platform.python_version()}"]
+    parts = [f"ppcl {__version__}", f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
-            found.append(f"{package} {metadata.version(package)}")
+            parts.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(parts)
 
 
 def provenance(command: str, device: str) -> str:

@@ -116,12 +116,12 @@ def for_model(model: str, config: RunConfig) -> RunConfig:
     """
     if model not in DEFAULTS:
         return config
-    own = yaml.safe_load(DEFAULTS[model].read_text(encoding="utf-8"))
+    defaults = yaml.safe_load(DEFAULTS[model].read_text(encoding="utf-8"))
     given = config.model_dump(exclude_unset=True)
     if BUDGETS & given.get("plan", {}).keys():  # one budget replaces another
-        own["plan"] = {key: value for key, value in own["plan"].items() if key not in BUDGETS}
+        defaults["plan"] = {key: value for key, value in defaults["plan"].items() if key not in BUDGETS}
     try:
-        return RunConfig.model_validate(merge(own, given))
+        return RunConfig.model_validate(merge(defaults, given))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
 

@@ -232,7 +232,7 @@ class DistillConfig(MemorySettings, Section):
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
-        zeros = {"sparsity": found} if (found := self.sparsity.identity()) else {}
+        zeros = {"sparsity": sparsity} if (sparsity := self.sparsity.identity()) else {}
         unread = {*HOW_NOT_WHAT, "sparsity", *(name for name in ("fresh", "carried_steps") if not getattr(self, name))}
         return {**self.model_dump(exclude=unread), **zeros}
 

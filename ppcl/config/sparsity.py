@@ -46,8 +46,8 @@ class SparsityConfig(BaseModel):
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        found = re.fullmatch(r"(\d+):(\d+)", value)
-        if value != "unstructured" and not (found and 0 < int(found[1]) < int(found[2])):
+        pattern = re.fullmatch(r"(\d+):(\d+)", value)
+        if value != "unstructured" and not (pattern and 0 < int(pattern[1]) < int(pattern[2])):
             raise ValueError("expected unstructured, or n:m with 0 < n < m, e.g. 2:4")
         return value
 
@@ -88,5 +88,5 @@ class SparsityConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Nothing while it is off; with the content of a criterion's file, without what costs memory alone."""
-        found = self.model_dump(exclude={"blocks_at_once"})
-        return {**found, "criterion_source": source_of(self.criterion)} if self.zeros else {}
+        settings = self.model_dump(exclude={"blocks_at_once"})
+        return {**settings, "criterion_source": source_of(self.criterion)} if self.zeros else {}

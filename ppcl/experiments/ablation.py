@@ -70,12 +70,12 @@ def state_cka(
         masks = valid_tokens(call.stack, call.arguments)
         for stream, state in call.outputs.items():
             valid = masks[stream] if stream in masks else torch.ones(state.shape[:2], dtype=torch.bool)
-            chosen = _evenly(valid.cpu(), quota)
+            tokens = _evenly(valid.cpu(), quota)
             levels = states[name].setdefault(stream, {})
             if call.index == 0:
                 sizes[name][stream] = sizes[name].get(stream, 0) + int(valid.sum())
-                levels.setdefault(0, []).append(_picked(call.inputs[stream], chosen))
-            levels.setdefault(call.index + 1, []).append(_picked(state, chosen))
+                levels.setdefault(0, []).append(_picked(call.inputs[stream], tokens))
+            levels.setdefault(call.index + 1, []).append(_picked(state, tokens))
 
     for arguments in batches:
         run_traced(transformer, adapter, arguments, visit)
@@ -103,8 +103,8 @@ def _evenly(valid: Tensor, quota: int) -> Tensor:
         quota: All valid ones, where there are fewer.
     """
     picked = []
-    for row, own in enumerate(valid):
-        places = own.nonzero()[:, 0]
+    for row, valid_of_state in enumerate(valid):
+        places = valid_of_state.nonzero()[:, 0]
         step = max(1, len(places) // quota)
         picked.append(places[row % step :: step][:quota] + row * valid.shape[1])
     return torch.cat(picked)
@@ -169,8 +169,8 @@ def ablation_rows(session: Session) -> list[Row]:
         )
     settings, model = session.config.plan, analysis.model
     keep = settings.keep or 0.5
-    known = {(c.stack, c.first, c.last): c for c in candidates.candidates}
-    paper = paper_ladder(analysis, known, settings)
+    costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
+    paper = paper_ladder(analysis, costs, settings)
     depth_keep = 1 - DEPTH_SHARE * (1 - keep)
     rungs = [plan_from_runs(model, runs, "paper", candidates) for runs in paper]
     depth = min(rungs, key=lambda rung: abs(rung.predicted.param_ratio - depth_keep))

@@ -58,10 +58,10 @@ def plans_of_equal_size(
     plans, notes = {OURS: best}, {}
     for mode, ladder in ladders.items():
         runs = nearest_rung(ladder, count)
-        if (found := removed_blocks(runs)) != count:
-            taken = f"the nearest, {found}, is taken" if found else "it is left out"
+        if (removed := removed_blocks(runs)) != count:
+            taken = f"the nearest, {removed}, is taken" if removed else "it is left out"
             notes[mode] = f"{BASELINES[mode]}: no plan removes exactly {count} blocks; {taken}"
-        if found or not count:
+        if removed or not count:
             plans[mode] = plan_from_runs(analysis.model, runs, mode, candidates)
     return plans, notes
 
@@ -91,26 +91,26 @@ def with_width(
     return plan(analysis, candidates, settings.model_copy(update=same))
 
 
-def removed_outright(chosen: CompressionPlan) -> CompressionPlan:
+def removed_outright(plan: CompressionPlan) -> CompressionPlan:
     """The same blocks removed, with the first block of each run left in its place as it is."""
 
     def changed(segment: Segment) -> Segment:
         return dataclasses.replace(segment, start="first") if segment.is_run else segment
 
-    stacks = {name: tuple(map(changed, pieces)) for name, pieces in chosen.stacks.items()}
-    return dataclasses.replace(chosen, stacks=stacks)
+    stacks = {name: tuple(map(changed, pieces)) for name, pieces in plan.stacks.items()}
+    return dataclasses.replace(plan, stacks=stacks)
 
 
-def run_keys(chosen: CompressionPlan) -> tuple[RunKey, ...]:
+def run_keys(plan: CompressionPlan) -> tuple[RunKey, ...]:
     """The runs of a plan as (stack, first, last)."""
-    return tuple((stack, segment.first, segment.last) for stack, segment in chosen.runs)
+    return tuple((stack, segment.first, segment.last) for stack, segment in plan.runs)
 
 
-def with_starts(session: Session, chosen: CompressionPlan) -> CompressionPlan:
+def with_starts(session: Session, plan: CompressionPlan) -> CompressionPlan:
     """Choose the start of every substitute by its state error on held-out states, as the fit stage does."""
-    keys, settings = run_keys(chosen), session.config.fit
+    keys, settings = run_keys(plan), session.config.fit
     if not keys:
-        return chosen
+        return plan
     states = States(session.calibration, "held-out")
     sample = list(states.weighed(states.spread(settings.eval_states), settings.eval_states))
     starts = best_starts(session.teacher.transformer, session.adapter, sample, keys, settings.starts)
@@ -119,5 +119,5 @@ def with_starts(session: Session, chosen: CompressionPlan) -> CompressionPlan:
         start = starts.get((stack, segment.first, segment.last))
         return dataclasses.replace(segment, start=start) if start else segment
 
-    stacks = {name: tuple(changed(name, s) for s in pieces) for name, pieces in chosen.stacks.items()}
-    return dataclasses.replace(chosen, stacks=stacks)
+    stacks = {name: tuple(changed(name, s) for s in pieces) for name, pieces in plan.stacks.items()}
+    return dataclasses.replace(plan, stacks=stacks)

@@ -33,7 +33,7 @@ def plan_rows(session: Session) -> tuple[list[Row], list[str]]:
     """The rows of the comparison, and notes about criteria that could not keep to its rules."""
     analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
     plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
-    plans = {mode: with_starts(session, chosen) for mode, chosen in plans.items()}
+    plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
     same = session.config.distill.model_copy(update={"from_fit": False})
     rows = [*_rows_of_ours(session, analysis, candidates, plans[OURS], same)]
     rows += [Row(mode, BASELINES[mode], plans[mode], same, notes.get(mode)) for mode in BASELINES if mode in plans]

@@ -54,10 +54,10 @@ def export_size(
     model = str(read_json(folder / "stages.json")["model"])
     pipeline = load_pipeline(model, resolve_device(device))
     adapter = adapter_for(pipeline.transformer)
-    chosen = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)
-    student = build_student(pipeline.transformer, adapter, chosen)
-    export(pipeline, student, chosen.plan, model, out, settings or ExportConfig())  # type: ignore[call-arg]
-    return chosen
+    sized = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)
+    student = build_student(pipeline.transformer, adapter, sized)
+    export(pipeline, student, sized.plan, model, out, settings or ExportConfig())  # type: ignore[call-arg]
+    return sized
 
 
 def measure_ladder(session: Session, keeps: Sequence[float], place: Path | None = None) -> str:

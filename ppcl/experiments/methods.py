@@ -101,22 +101,22 @@ def methods_named(text: str) -> dict[str, Method]:
     Raises:
         ConfigError: One is unknown, or cannot be loaded.
     """
-    found: dict[str, Method] = {}
+    methods: dict[str, Method] = {}
     for name in (part.strip() for part in text.split(",")):
         kind, _, place = name.partition("=")
         if name == "all":
-            found |= METHODS
+            methods |= METHODS
         elif place and kind in ("search", "units"):
             method = _outside(kind, place)
             short = f"{kind}-" + re.sub(r"[^A-Za-z0-9]+", "-", Path(place.replace(":", "-")).name)  # a folder's name
-            other = found.get(short, method) != method
-            found[f"{short}-{digest(place)[:6]}" if other else short] = method
+            other = methods.get(short, method) != method
+            methods[f"{short}-{digest(place)[:6]}" if other else short] = method
         elif name in METHODS:
-            found[name] = METHODS[name]
+            methods[name] = METHODS[name]
         else:
             valid = ", ".join(("all", *METHODS, "search=FILE.py:Class", "units=FILE.py:Class"))
             raise ConfigError(f"--methods: unknown method{nearest(name, METHODS)}; valid: {valid}")
-    return found
+    return methods
 
 
 def _outside(kind: str, place: str) -> Method:
@@ -139,7 +139,7 @@ def budgets_named(text: str) -> list[dict[str, float]]:
     Raises:
         ConfigError: It is not a list of budgets.
     """
-    found = []
+    budgets = []
     for part in text.split(","):
         kind, _, value = part.strip().partition("=")
         try:
@@ -149,8 +149,8 @@ def budgets_named(text: str) -> list[dict[str, float]]:
             PlanConfig.model_validate(budget)
         except ValueError:
             raise ConfigError(f"--budgets: got {part.strip()!r}; write them like {BUDGETS}") from None
-        found.append(budget)
-    return found
+        budgets.append(budget)
+    return budgets
 
 
 def plan_for(session: Session, settings: PlanConfig, seed: int) -> CompressionPlan:
@@ -172,9 +172,9 @@ def plan_for(session: Session, settings: PlanConfig, seed: int) -> CompressionPl
     if path.is_file():
         return load_artifact(CompressionPlan, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = with_starts(session, choose(settings.mode, session.search_context(settings, seed)))
-    save_artifact(found, path)
-    return found
+    plan = with_starts(session, choose(settings.mode, session.search_context(settings, seed)))
+    save_artifact(plan, path)
+    return plan
 
 
 def zeros_row(session: Session, name: str, method: Method, budget: Mapping[str, float]) -> tuple[Row, float]:

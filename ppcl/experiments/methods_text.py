@@ -50,20 +50,20 @@ class Entry:
 
     def mean(self, measure: str) -> float | None:
         """Mean of a measure over the seeds that have it."""
-        known = [row[measure] for row in self.metrics if row.get(measure) is not None]
-        return statistics.fmean(known) if known else None
+        values = [row[measure] for row in self.metrics if row.get(measure) is not None]
+        return statistics.fmean(values) if values else None
 
     @property
     def order(self) -> tuple[bool, float]:
         """Least drop first, velocity error where there is none; what has no plan last."""
-        found = self.mean("average_drop")
-        found = self.mean("velocity_error") if found is None else found
-        return found is None, found or 0.0
+        score = self.mean("average_drop")
+        score = self.mean("velocity_error") if score is None else score
+        return score is None, score or 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For ``methods.json``."""
-        known = {"budget": self.budget, "method": self.name, "teacher_forwards": self.cost, "why_not": self.why_not}
-        return {**known, "seeds": without_items(self.metrics)}
+        about = {"budget": self.budget, "method": self.name, "teacher_forwards": self.cost, "why_not": self.why_not}
+        return {**about, "seeds": without_items(self.metrics)}
 
     def cells(self, params: int, is_tied: bool) -> list[str]:
         """The row of the table; marked if its drop cannot be told apart from the first one's."""
@@ -114,24 +114,24 @@ def verdict(entries: Sequence[Entry]) -> str:
     Args:
         entries: Of one budget, the first in front.
     """
-    known = [entry for entry in entries if not entry.order[0]]
-    if not known:
+    ranked = [entry for entry in entries if not entry.order[0]]
+    if not ranked:
         return "No method has a plan."
-    first, place = known[0], {entry.name: number for number, entry in enumerate(known, 1)}
+    first, place = ranked[0], {entry.name: number for number, entry in enumerate(ranked, 1)}
     measure = "average_drop" if first.mean("average_drop") is not None else "velocity_error"  # they share the features
     text = f"Least {'drop' if measure == 'average_drop' else 'velocity error'}: {first.label}"
     if first.name == "ours":
         text += ", the default"
     elif "ours" in place:
-        gap = difference(first.metrics, known[place["ours"] - 1].metrics, measure)
+        gap = difference(first.metrics, ranked[place["ours"] - 1].metrics, measure)
         assert gap is not None  # all with a place have the measure
         told = "worse" if gap.is_told_apart else "cannot be told apart from it"
-        text += f"; the default is number {place['ours']} of {len(known)}, {told} ({gap.value:.2f} behind; {gap})"
-    tied = [entry.label for entry in known[1:] if is_alike(first.metrics, entry.metrics, measure)]
+        text += f"; the default is number {place['ours']} of {len(ranked)}, {told} ({gap.value:.2f} behind; {gap})"
+    tied = [entry.label for entry in ranked[1:] if is_alike(first.metrics, entry.metrics, measure)]
     text += f". Not told apart from the first: {', '.join(tied) or 'none'}."
     if measure == "velocity_error":
         return text
-    closest = min(known, key=lambda entry: _or_inf(entry.mean("velocity_error")))
+    closest = min(ranked, key=lambda entry: _or_inf(entry.mean("velocity_error")))
     return f"{text} Least velocity error: {closest.label}{', the default' if closest.name == 'ours' else ''}."
 
 

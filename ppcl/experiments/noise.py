@@ -45,8 +45,8 @@ class Difference:
     @property
     def is_told_apart(self) -> bool:
         """Whether no known interval holds 0; never where seeds say nothing."""
-        known = [found for found in (self.prompts, self.seeds) if found is not None]
-        return self.seeds is not None and not any(found.low <= 0 <= found.high for found in known)
+        intervals = [limits for limits in (self.prompts, self.seeds) if limits is not None]
+        return self.seeds is not None and not any(limits.low <= 0 <= limits.high for limits in intervals)
 
     def __str__(self) -> str:
         """The intervals, as in ``prompts 0.1 to 0.9, seeds -0.2 to 1.2``."""
@@ -86,8 +86,8 @@ def difference(first: Rows, second: Rows, name: str) -> Difference | None:
 
 def is_alike(first: Rows, second: Rows, name: str) -> bool:
     """Whether two rows have a number and cannot be told apart by it."""
-    found = difference(first, second, name)
-    return found is not None and not found.is_told_apart
+    gap = difference(first, second, name)
+    return gap is not None and not gap.is_told_apart
 
 
 def cell(rows: Rows, name: str) -> str:

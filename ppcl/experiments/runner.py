@@ -69,8 +69,8 @@ def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> Scores:
     """Mean of each score over the seeds that have it."""
     result: Scores = {}
     for name in scores[0]:
-        known = [value for seed in scores if (value := seed[name]) is not None]
-        result[name] = statistics.fmean(known) if known else None
+        values = [value for seed in scores if (value := seed[name]) is not None]
+        result[name] = statistics.fmean(values) if values else None
     return result
 
 
@@ -276,7 +276,7 @@ def _with_drops(seeds: Sequence[Scores], captions: Mapping[str, Measured]) -> li
     with_drops = []
     for scores in seeds:
         pairs = [(captions[name].value, scores[name]) for name in CAPTION_SCORES if name in captions]
-        losses = [100 * (1 - value / own) for own, value in pairs if own and value is not None]
+        losses = [100 * (1 - value / of_teacher) for of_teacher, value in pairs if of_teacher and value is not None]
         with_drops.append({**scores, "average_drop": statistics.fmean(losses) if losses else None})
     return with_drops
 

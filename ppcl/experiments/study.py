@@ -116,15 +116,15 @@ def scattered_removals(stacks: Sequence[Sequence[Position]], size: int, draws: i
     """Sets of ``size`` blocks of which no two are neighbours, all different; fewer if there are not so many."""
     blocks = [position for stack in stacks for position in stack]
     generator = step_generator(seed, size, Stream.SCATTERED_REMOVALS)
-    found: set[Removal] = set()
+    removals: set[Removal] = set()
     for _ in range(500 * draws):
-        if len(found) == draws or size > len(blocks):
+        if len(removals) == draws or size > len(blocks):
             break
         picked = sorted(torch.randperm(len(blocks), generator=generator)[:size].tolist())
-        chosen = tuple(blocks[i] for i in picked)
-        if all(a[0] != b[0] or b[1] - a[1] > 1 for a, b in pairwise(chosen)):
-            found.add(chosen)
-    return sorted(found)
+        removal = tuple(blocks[i] for i in picked)
+        if all(a[0] != b[0] or b[1] - a[1] > 1 for a, b in pairwise(removal)):
+            removals.add(removal)
+    return sorted(removals)
 
 
 def without_blocks(
@@ -170,7 +170,7 @@ def study_contiguity(session: Session, meter: VelocityMeter, draws: int) -> list
     }
     drawn = {size: pair for size, pair in drawn.items() if all(pair)}
     total = len(FORMS) * sum(len(a) + len(b) for a, b in drawn.values())
-    found = []
+    rows = []
     with Progress("study: removals", total=total) as progress:
 
         def errors(removals: Sequence[Removal], form: str) -> list[float]:
@@ -182,8 +182,8 @@ def study_contiguity(session: Session, meter: VelocityMeter, draws: int) -> list
         for form in FORMS:
             for size, (together, apart) in drawn.items():
                 row = {"contiguous": errors(together, form), "scattered": errors(apart, form)}
-                found.append({"form": form, "size": size, **row})
-    return found
+                rows.append({"form": form, "size": size, **row})
+    return rows
 
 
 def study_sequence(
@@ -305,8 +305,8 @@ def study_planner(session: Session, meter: VelocityMeter, plans: Mapping[str, Co
 def kept(session: Session, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
     """Return the result of a part from ``RUN/study/<name>.json``, or work it out and keep it there."""
     path, made_of = session.out / "study" / f"{name}.json", digest(session.depends("fit"), inputs)
-    if path.is_file() and (known := read_json(path)).get("digest") == made_of:
-        return known["result"]
+    if path.is_file() and (record := read_json(path)).get("digest") == made_of:
+        return record["result"]
     result = part()
     write_json(path, {"digest": made_of, "result": result})
     return result

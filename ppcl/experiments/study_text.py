@@ -60,13 +60,13 @@ def contiguity_section(comparisons: Sequence[Comparison]) -> str:
     header = ["removed blocks are", "blocks removed", "contiguous (draws)", "no two adjacent (draws)", "cheaper"]
     words = []
     for form, name in FORM_NAMES.items():
-        own = [c for c in comparisons if c.form == form]
-        wins = [c for c in own if c.cheaper == "contiguous"]
+        of_form = [c for c in comparisons if c.form == form]
+        wins = [c for c in of_form if c.cheaper == "contiguous"]
         clear = sum(c.is_clear for c in wins)
-        lost = sum(c.is_clear for c in own if c.cheaper != "contiguous")
-        if own:
+        lost = sum(c.is_clear for c in of_form if c.cheaper != "contiguous")
+        if of_form:
             words.append(
-                f"Blocks {name}: contiguous removal is cheaper in {len(wins)} of {len(own)} sizes "
+                f"Blocks {name}: contiguous removal is cheaper in {len(wins)} of {len(of_form)} sizes "
                 f"(clearly in {clear}; scattered removal clearly in {lost})."
             )
     reading = (
@@ -143,12 +143,12 @@ def planner_section(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> 
         for row in rows
     ]
     header = ["plan", "blocks removed", "runs fitted", "predicted", "measured", "measured, plain starts"]
-    known = [row for row in rows if row["predicted"] is not None]
+    plans = [row for row in rows if row["predicted"] is not None]
     words = f"Least measured error: {min(rows, key=lambda row: row['measured'])['mode']}."
-    if len(known) > 1:
-        orders = [[row["mode"] for row in sorted(known, key=lambda row: row[key])] for key in ("predicted", "measured")]
+    if len(plans) > 1:
+        orders = [[row["mode"] for row in sorted(plans, key=lambda row: row[key])] for key in ("predicted", "measured")]
         same = "the same order" if orders[0] == orders[1] else "another order"
-        words += f" Prediction and measurement put the {len(known)} plans with a prediction in {same}."
+        words += f" Prediction and measurement put the {len(plans)} plans with a prediction in {same}."
     reading = (
         "Plans that remove equally many blocks, before distillation: fitted candidates where the fit stage made one, "
         "else plain starts. A dash: some run was no candidate, so nothing is predicted."

@@ -285,9 +285,9 @@ def flops_on_meta(transformer: Any, arguments: dict[str, Any]) -> dict[str, Any]
             counted = count_flops(transformer, stacks, lambda: transformer(**arguments, return_dict=False), 1)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(_unfit(type(transformer).__name__, error)) from None
-    for name, own in counted["stacks"].items():
-        counted["total"] += sum(own[first] for index, first in enumerate(twins[name]) if first != index)
-        counted["stacks"][name] = [own[first] for first in twins[name]]
+    for name, of_blocks in counted["stacks"].items():
+        counted["total"] += sum(of_blocks[first] for index, first in enumerate(twins[name]) if first != index)
+        counted["stacks"][name] = [of_blocks[first] for first in twins[name]]
     return counted
 
 

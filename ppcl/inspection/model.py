@@ -195,22 +195,22 @@ def ladder_of(model: ModelInfo, settings: PlanConfig) -> tuple[Rung, ...]:
     ladder = []
     for count in counts:
         if count < len(rungs):
-            own = {s.name: [run for run in rungs[count] if run[0] == s.name] for s in model.stacks}
-            ladder.append(_rung(model, {s.name: segments(s, own[s.name], {}) for s in model.stacks}))
+            by_stack = {s.name: [run for run in rungs[count] if run[0] == s.name] for s in model.stacks}
+            ladder.append(_rung(model, {s.name: segments(s, by_stack[s.name], {}) for s in model.stacks}))
     return tuple(ladder)
 
 
 def _rung(model: ModelInfo, stacks: Mapping[str, tuple[Segment, ...]]) -> Rung:
-    found: Prediction = predict(model, stacks)
+    prediction: Prediction = predict(model, stacks)
     blocks = {name: len(pieces) for name, pieces in stacks.items()}
     return Rung(
         removed=sum(stack.num_blocks for stack in model.stacks) - sum(blocks.values()),
         blocks=blocks,
-        params=found.params,
-        param_ratio=found.param_ratio,
+        params=prediction.params,
+        param_ratio=prediction.param_ratio,
         flops=_flops(model, stacks) if model.flops else None,
-        speedup=found.speedup if model.flops else None,
-        bytes_bf16=found.bytes,
+        speedup=prediction.speedup if model.flops else None,
+        bytes_bf16=prediction.bytes,
     )
 
 
@@ -247,16 +247,16 @@ def largest_within(model: ModelInfo, settings: PlanConfig, max_run: int) -> tupl
             f"a speed-up needs FLOPs, and those of {model.transformer_class} need a captured call; "
             "give --keep, or run ppcl capture"
         )
-    found = []
+    sizes = []
     for choice in itertools.product(*(_removals(model, stack, settings, max_run) for stack in model.stacks)):
         stacks = {stack.name: pieces for stack, pieces in zip(model.stacks, choice, strict=True)}
-        found.append((predict(model, stacks), stacks))
-    found.sort(key=lambda pair: -pair[0].params)
-    fitting = [(prediction, stacks) for prediction, stacks in found if meets(prediction, kind, value)]
+        sizes.append((predict(model, stacks), stacks))
+    sizes.sort(key=lambda pair: -pair[0].params)
+    fitting = [(prediction, stacks) for prediction, stacks in sizes if meets(prediction, kind, value)]
     if not fitting:
-        nearest = f"--keep {math.ceil(found[-1][0].param_ratio * 1000) / 1000}"
+        nearest = f"--keep {math.ceil(sizes[-1][0].param_ratio * 1000) / 1000}"
         if kind == "speedup":
-            nearest = f"--speedup {math.floor(max(prediction.speedup for prediction, _ in found) * 100) / 100}"
+            nearest = f"--speedup {math.floor(max(prediction.speedup for prediction, _ in sizes) * 100) / 100}"
         raise BudgetError(
             f"no depth-only plan gives {value:g} {UNITS[kind]} with runs of at most {max_run} blocks; "
             f"the nearest feasible budget is {nearest}"
@@ -276,29 +276,29 @@ def _removals(model: ModelInfo, stack: Stack, settings: PlanConfig, max_run: int
     return options
 
 
-def report(found: Inspection) -> str:
+def report(inspection: Inspection) -> str:
     """Lay an inspection out as text for a terminal."""
-    model = found.model
+    model = inspection.model
     size = f"{model.params:,} parameters ({_gigabytes(2 * model.params)} in bf16)"
-    lines = [f"{found.source}: {model.transformer_class}, {size}"]
+    lines = [f"{inspection.source}: {model.transformer_class}, {size}"]
     for stack in model.stacks:
         sizes = sorted(set(stack.block_params))
         each = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        streams = " and ".join(found.streams[stack.name])
+        streams = " and ".join(inspection.streams[stack.name])
         lines.append(f"  {stack.name} ({stack.count_field}): {stack.num_blocks} blocks of {each} parameters; {streams}")
     lines += ["", "parameters by part, and what can shrink them:"]
-    width = max(map(len, found.parts))
-    for part, count in found.parts.items():
+    width = max(map(len, inspection.parts))
+    for part, count in inspection.parts.items():
         if count:
-            lines.append(f"  {part:<{width}} {count:>16,} {count / model.params:6.1%}  {found.means[part]}")
-    return "\n".join([*lines, "", *_sizes(found), *_wider(found)])
+            lines.append(f"  {part:<{width}} {count:>16,} {count / model.params:6.1%}  {inspection.means[part]}")
+    return "\n".join([*lines, "", *_sizes(inspection), *_wider(inspection)])
 
 
-def _wider(found: Inspection) -> list[str]:
+def _wider(inspection: Inspection) -> list[str]:
     """The example with smaller modules, in words."""
-    if found.wider is None:
+    if inspection.wider is None:
         return []
-    w = found.wider
+    w = inspection.wider
     modules = [f"modulation of rank {w.rank} (assumed; fit measures it)"] if w.rank else []
     modules += [f"{stream} networks: {what}" for stream, what in w.networks.items()]
     speed = f", {w.speedup:.2f}x as fast" if w.speedup else ""
@@ -309,13 +309,13 @@ def _wider(found: Inspection) -> list[str]:
     ]
 
 
-def _sizes(found: Inspection) -> list[str]:
+def _sizes(inspection: Inspection) -> list[str]:
     """The ladder and the choices as lines of one table."""
-    model = found.model
-    if found.call:
+    model, call = inspection.model, inspection.call
+    if call:
         first = (
-            f"FLOPs of one transformer call for one picture: {found.call['height']} x {found.call['width']} pixels, "
-            f"{found.call['image_tokens']:,} image tokens, {found.call['text_tokens']:,} text tokens"
+            f"FLOPs of one transformer call for one picture: {call['height']} x {call['width']} pixels, "
+            f"{call['image_tokens']:,} image tokens, {call['text_tokens']:,} text tokens"
         )
     else:
         first = f"FLOPs and speed-up of {model.transformer_class} need a captured call (ppcl capture, then plan)"
@@ -325,13 +325,13 @@ def _sizes(found: Inspection) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("removed", "blocks left", "parameters", "share", _flops_unit(model)[0], "speed-up", "bf16")
     ]
-    rows += [_row(rung, model) for rung in (*found.ladder, *found.choices)]
+    rows += [_row(rung, model) for rung in (*inspection.ladder, *inspection.choices)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  " + "  ".join(f"{cell:>{size}}" for cell, size in zip(row, widths, strict=True)) for row in rows]
-    if found.choices and found.budget:
-        ((kind, value),) = found.budget.items()
-        others = ", and other splits of about that size" if len(found.choices) > 1 else ""
-        table.insert(1 + len(found.ladder), f"the largest with {value:g} {UNITS[kind]}{others}:")
+    if inspection.choices and inspection.budget:
+        ((kind, value),) = inspection.budget.items()
+        others = ", and other splits of about that size" if len(inspection.choices) > 1 else ""
+        table.insert(1 + len(inspection.ladder), f"the largest with {value:g} {UNITS[kind]}{others}:")
     return [first, f"blocks removed in proportion over the stacks ({exact}; speed-up predicted from FLOPs):", *table]
 
 

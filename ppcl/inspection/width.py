@@ -105,15 +105,15 @@ def plans(transformer: Any, adapter: Adapter, rank: int) -> Iterator[tuple[bool,
     streams = [stream for spec in adapter.stacks for stream in spec.ffn]
     for stream in sorted(set(streams), key=lambda name: name != "text"):
         for share in (*SHARES, None):
-            found = {
+            networks_of_stream = {
                 f"{spec.name}.{index}.{spec.ffn[stream]}": part
                 for spec in adapter.stacks
                 if stream in spec.ffn
                 for index, block in enumerate(adapter.blocks(transformer, spec))
                 if _has(block, spec.ffn[stream]) and (part := _network(block.get_submodule(spec.ffn[stream]), share))
             }
-            if found:
-                parts |= found
+            if networks_of_stream:
+                parts |= networks_of_stream
                 networks = {**networks, stream: "one affine map" if share is None else f"{share:.0%} of the neurons"}
                 yield modulated, networks, dict(parts)
 
@@ -132,13 +132,13 @@ def _has(block: nn.Module, path: str) -> bool:
 
 def _saved(transformer: nn.Module, parts: Mapping[str, Part]) -> int:
     """Parameters fewer; modules of one shape are counted once."""
-    known: dict[Any, int] = {}
+    saved_by_shape: dict[Any, int] = {}
     total = 0
     for path, part in parts.items():
         module = transformer.get_submodule(path)
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
         key = (shapes, part["kind"], part["size"])
-        if key not in known:
-            known[key] = count_params(module) - count_params(replacement(module, part))
-        total += known[key]
+        if key not in saved_by_shape:
+            saved_by_shape[key] = count_params(module) - count_params(replacement(module, part))
+        total += saved_by_shape[key]
     return total

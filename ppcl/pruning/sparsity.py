@@ -22,7 +22,7 @@ from ppcl.errors import ModelError
 from ppcl.modules.slicing import SLICED
 from ppcl.pruning.allocations import COUNTS
 from ppcl.pruning.criteria.base import signed_output
-from ppcl.pruning.criteria.masks import n_of_m_mask, row_mask
+from ppcl.pruning.criteria.weight_masks import n_of_m_mask, row_mask
 from ppcl.pruning.criteria.weights import Layer, weight_cost, weight_criterion_named, weight_scores
 from ppcl.pruning.criteria.zeroth_order import gradient_norm
 from ppcl.student.assembly import run_name

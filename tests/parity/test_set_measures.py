@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppcl.eval.clip import clip_score
+from ppcl.eval.clip import clip_items
 from ppcl.eval.fid import fid, frechet_distance, kid
 from ppcl.eval.fidelity import psnr, ssim
 from ppcl.eval.influence import cmmd, kid_subsets
@@ -130,7 +130,7 @@ def test_clip_score_matches_open_clip_by_hand() -> None:
     extractor = load_extractor("emoji")
     described = extractor.text_features(captions)
     assert described is not None
-    ours = clip_score(extractor.image_features(torch.from_numpy(pictures).permute(0, 3, 1, 2)), described)
+    ours = clip_items(extractor.image_features(torch.from_numpy(pictures).permute(0, 3, 1, 2)), described).mean()
     assert ours == pytest.approx(expected, rel=1e-4)
     assert ours > 20
 

@@ -19,8 +19,8 @@ from ppcl.modules.slicing import Units
 from ppcl.pruning.criteria import CRITERIA, Site, unit_scores
 from ppcl.pruning.criteria.base import signed_output, unit_sums
 from ppcl.pruning.criteria.gblm import at_same_median, gblm_scores
-from ppcl.pruning.criteria.masks import n_of_m_mask, row_mask
 from ppcl.pruning.criteria.wanda import wanda_scores
+from ppcl.pruning.criteria.weight_masks import n_of_m_mask, row_mask
 from ppcl.run import STAGES
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_width import mixed
+from test_replacements import mixed
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
 from ppcl.common.files import read_tensors

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_file import load_images
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from ppcl.config import load_config
 from ppcl.errors import UserError
 from ppcl.eval.fid import fid, kid
 from ppcl.eval.fidelity import psnr
-from ppcl.eval.generate import load_images
 from ppcl.eval.judge import Entrant, Judge, judge_all
 from ppcl.eval.results import Evaluation, finite, load_evaluation, save_evaluation, spread_of
 from ppcl.eval.scoring import reference_of
@@ -136,6 +136,8 @@ def test_metrics_file_and_its_numbers(tmp_path: Path) -> None:
     assert teacher.numbers["fid"].value == pytest.approx(fid(describe(first), describe(REAL)))
     assert student.numbers["kid"].value == pytest.approx(kid(describe(second), describe(REAL)))
     assert row.fidelity["psnr"].value == pytest.approx(psnr(first, second).mean)
+    cosine = F.cosine_similarity(describe(first).double(), describe(second).double())
+    assert row.fidelity["feature_cosine"].value == pytest.approx(float(cosine.mean()))
     assert row.fidelity["psnr"].value > row.scale["psnr"] + 2  # the noise is shared
     assert row.param_ratio == 0.5
     assert row.fid_ratio is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from test_width import with_options
+from test_replacements import with_options
 from tiny_models import (
     DUAL,
     describe_alone,

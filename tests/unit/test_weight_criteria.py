@@ -24,7 +24,7 @@ from ppcl.pruning.allocations import COUNTS, ecoflap_counts
 from ppcl.pruning.criteria import CRITERIA
 from ppcl.pruning.criteria.base import BACKWARD, signed_output
 from ppcl.pruning.criteria.gblm import GblmWeights
-from ppcl.pruning.criteria.masks import n_of_m_mask, row_mask
+from ppcl.pruning.criteria.weight_masks import n_of_m_mask, row_mask
 from ppcl.pruning.criteria.weights import (
     WEIGHT_CRITERIA,
     Layer,

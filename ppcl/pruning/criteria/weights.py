@@ -3,7 +3,7 @@
 A criterion is a class with one method, from what was seen of one layer to a score for each of its weights: it stands in
 its method's file beside the one for units, with an entry in ``WEIGHT_CRITERIA`` of :mod:`ppcl.config.extensions`, or in
 a file of yours; ``sparsity.criterion`` names it. Weights are compared inside an
-output row (:mod:`ppcl.pruning.criteria.masks`), so only the order inside a row counts.
+output row (:mod:`ppcl.pruning.criteria.weight_masks`), so only the order inside a row counts.
 
 First-order criteria differentiate <u, v(x)> with random signs u, as those of units do. A gradient is a matrix as large
 as its weight; only those of one block (or of a few) are ever there, so a first-order criterion takes one backward pass

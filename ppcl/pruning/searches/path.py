@@ -90,7 +90,7 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
         graph = Graph(sum(stack.num_blocks for stack in model.stacks), edges, context.needed_savings)
         most = predict(model, layout_of(model, [edges[number] for number in graph.most()]))
         if meets(most, kind, value):
-            fitted = {run for run, known in costs_of(context.candidates).items() if known.fitted_error is not None}
+            fitted = {run for run, cost in costs_of(context.candidates).items() if cost.fitted_error is not None}
             spans = [(edge.stack, edge.segment.first, edge.segment.last) for edge in edges]
             return graph, [e.segment.is_run and span not in fitted for e, span in zip(edges, spans, strict=True)]
     raise BudgetError(infeasible(settings, nearest_budget([most], kind)))
