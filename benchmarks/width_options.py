@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_tensors, write_text
+from ppcl.common.files import StoredTensors, write_text
 from ppcl.common.tables import markdown_table
 from ppcl.config import FitConfig, PlanConfig
+from ppcl.distill.fit import fit
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA
-from ppcl.pruning.options import width_options
 from ppcl.pruning.planner import plan
 from ppcl.run.summary import describe_plan
-from ppcl.teacher.families import adapter_for
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.loading import load_pipeline
 
 GROUPS = ("modulation", "ffn", "attention", "text")
@@ -93,24 +94,22 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=12)
     parser.add_argument("--criteria", nargs="+", choices=sorted(CRITERIA), default=sorted(CRITERIA))
     given = parser.parse_args()
-    transformer = load_pipeline("emoji", torch.device("cpu")).transformer
-    adapter = adapter_for(transformer)
+    source = ResidentBlocks(load_pipeline("emoji", torch.device("cpu")).transformer)
     analysis = load_artifact(Analysis, given.run / "analysis.json")
-    tensors, _ = read_tensors(given.run / "analysis.safetensors")
-    spread = States(given.run / "calibration", "held-out").batches(given.states, 4 * given.states)
-    batches = [next(spread)]  # all timesteps, one length of text
-    train = States(given.run / "calibration", "train")
+    forms = StoredTensors(given.run / "analysis.safetensors")
+    quick: dict[str, Any] = {"eval_states": given.states, "steps": 0, "max_candidates": 1, "max_run": 2, "exact": "all"}
     tables = {}
     for criterion in sorted({FitConfig().criterion, *given.criteria}):
         began = time.perf_counter()
-        settings = FitConfig(width=GROUPS, criterion=criterion)
+        settings = FitConfig(width=GROUPS, criterion=criterion, **quick)
         if criterion != FitConfig().criterion:
-            settings = FitConfig(width=GROUPS[1:3], criterion=criterion, width_shares=(0.5,))
-        found = width_options(transformer, adapter, analysis, tensors, batches, settings, train)
+            settings = FitConfig(width=GROUPS[1:3], criterion=criterion, width_shares=(0.5,), **quick)
+        with tempfile.TemporaryDirectory() as folder:
+            found = fit(source, analysis, forms, given.run / "calibration", Path(folder), settings, 0)
         if len(settings.width) == len(GROUPS):
             candidates = load_artifact(Candidates, given.run / "candidates.json")
-            plans = plans_of(analysis, candidates, found.options)
-        tables[criterion] = rows_of(found.options, analysis.model.params)
+            plans = plans_of(analysis, candidates, found.width)
+        tables[criterion] = rows_of(found.width, analysis.model.params)
         print(criterion, f"{time.perf_counter() - began:.0f} s", *tables[criterion], sep="\n", flush=True)
     head = ["option", "blocks", "saved in all", "error alone: least / median / most", "root of summed squares"]
     kept = FitConfig().criterion

@@ -162,12 +162,13 @@ def test_training_that_explodes(refuses, run_cli, common, run_copy):
 
 
 def test_not_a_number_in_the_fit(refuses, common, run_copy, monkeypatch):
-    import ppcl.distill.fit
+    from ppcl.distill.in_sweep import Ends
 
-    def poisoned(*_, **__):
-        return {("transformer_blocks", 1, 2): float("nan")}
+    loss = Ends.loss
 
-    monkeypatch.setattr(ppcl.distill.fit, "local_backward", poisoned)
-    monkeypatch.setattr(ppcl.distill.fit, "best_starts", lambda *a: {run: "first" for run in a[3]})
+    def poisoned(self, block, *arguments, **options):
+        return loss(self, block, *arguments, **options) * float("nan")
+
+    monkeypatch.setattr(Ends, "loss", poisoned)
     option = ("--set", "fit.steps=2")
-    refuses("fit", *common, *option, "--out", run_copy, says=("fit: loss became NaN", "at step 0", "learning rate"))
+    refuses("fit", *common, *option, "--out", run_copy, says=("fit: transformer_blocks/", "loss became NaN", "at step 0", "learning rate"))

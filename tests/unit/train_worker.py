@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import DUAL, plan_for, qwen_call, random_substitutes, tiny_qwen, write_states
+from tiny_models import DUAL, describe_alone, plan_for, qwen_call, tiny_qwen, write_states
 
 import ppcl.distill.trainer as trainer
+from ppcl.analysis.analyze import analyze
 from ppcl.capture.padding import check_padding
-from ppcl.capture.states import States
-from ppcl.common.files import write_tensors
+from ppcl.common.files import StoredTensors, write_tensors
 from ppcl.common.parts import is_part
-from ppcl.config import DistillConfig, FitConfig
+from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig
 from ppcl.config.sparsity import SparsityConfig
-from ppcl.distill.fit import _train
+from ppcl.distill.fit import fit
 from ppcl.distill.trainer import Distiller
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import Group, connect
@@ -68,13 +69,28 @@ def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **chan
         distiller.run()
         result |= {f"{name}/{key}": value for key, value in weights(distiller).items()}
         result[f"{name}/losses"] = torch.tensor([row["loss"] for row in rows])
-    teacher = tiny_qwen(5)
-    adapter = adapter_for(teacher)
-    substitutes = random_substitutes(teacher, adapter, RUNS)
-    settings = FitConfig(steps=2, batch_size=BATCH, width=())
-    _train(teacher, adapter, States(folder / "states", "train"), substitutes, folder, settings, 0, None, group, "fp32")
-    result |= {f"fit/{run}/{k}": v.clone() for run, b in substitutes.items() for k, v in b.state_dict().items()}
-    return result
+    return result | fit_all(folder, group)
+
+
+def fit_all(folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """The fit stage: its blocks, closed forms and vectors."""
+    source, out, states = ResidentBlocks(tiny_qwen(5)), folder / "fit", folder / "fit-states"
+    model = describe_alone(source.transformer)
+
+    def write() -> None:
+        out.mkdir(exist_ok=True)
+        for split, seed in (("train", 3), ("held-out", 30)):
+            calls = [qwen_call(batch=7, seed=seed, padded=True), qwen_call(batch=2, text=4, seed=seed + 10)]
+            write_states(states, split, calls)
+
+    group.on_main(write)
+    analysis = group.on_main(lambda: analyze(source, model, states, out, AnalyzeConfig(), 0))
+    settings = FitConfig(steps=2, batch_size=BATCH, max_run=2, max_candidates=3, eval_states=8, width_states=8)
+    forms = StoredTensors(out / "analysis.safetensors")
+    fit(source, analysis, forms, states, out, settings, 0, None, group, "fp32")
+    group.barrier()
+    files = (out / f"{name}.safetensors" for name in ("candidates", "width", "prices"))
+    return {f"fit/{name}": tensor for file in files for name, tensor in StoredTensors(file).items()}
 
 
 def train_split(folder: Path, group: Group, mode: bool | str) -> dict[str, torch.Tensor]:
