@@ -25,6 +25,12 @@ from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 HELD_OUT = 64  # states that say whether training helped
+BATCHES = {  # of each stage
+    "local": Stream.LOCAL_BATCH,
+    "carried": Stream.CARRIED_BATCH,
+    "alternating": Stream.ALTERNATING_BATCH,
+    "output": Stream.OUTPUT_BATCH,
+}
 Log = Callable[[dict[str, Any]], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
 
@@ -120,17 +126,16 @@ class Recipe:
         self.loop.run()
         self.loop.load_ema()
 
-    def in_parts(
-        self, step: int, stream: Stream, backward: PartBackward, blocks: Iterable[nn.Module]
-    ) -> dict[str, float]:
+    def in_parts(self, step: int, stage: str, backward: PartBackward, blocks: Iterable[nn.Module]) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses.
 
         Args:
             step: Number of the step.
-            stream: What the batch is for.
+            stage: Name of the stage, which has batches of its own.
             backward: Called with each piece and its share.
             blocks: That ``distill.compile`` compiles.
         """
+        stream = BATCHES[stage]
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
         parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))
