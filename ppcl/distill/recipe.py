@@ -50,7 +50,7 @@ class Recipe:
         log: Receives one dict a step, with its ``stage``.
         group: The processes that train together.
         masks: Zeros that stay.
-        loop: The loop that runs, or the last one that did.
+        loop: The loop that runs.
         last_part: Whether the piece of a batch that is run now is this process's last of the step.
     """
 
@@ -123,8 +123,11 @@ class Recipe:
         adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
         common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
         self.loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
-        self.loop.run()
-        self.loop.load_ema()
+        try:
+            self.loop.run()
+            self.loop.load_ema()
+        finally:
+            self.loop = None  # its optimizer goes now, not when the next loop comes
 
     def in_parts(self, step: int, stage: str, backward: PartBackward, blocks: Iterable[nn.Module]) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses.
