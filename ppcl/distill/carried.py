@@ -26,7 +26,6 @@ from ppcl.capture.states import States as Recorded
 from ppcl.capture.store import StateStore
 from ppcl.common.devices import autocast
 from ppcl.common.files import read_tensors, remove
-from ppcl.common.streams import Stream
 from ppcl.distill.in_sweep import Ends, in_precision_of
 from ppcl.distill.recipe import Recipe
 from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
@@ -84,7 +83,7 @@ class CarriedRecovery(RunByRun):
             return {"loss": loss.item(), f"loss/{name}": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
-            return recipe.in_parts(step, Stream.CARRIED_BATCH, part, [block])
+            return recipe.in_parts(step, "carried", part, [block])
 
         steps, where = settings.carried_steps, self.checkpoints(run).name
         with torch.enable_grad():

@@ -16,7 +16,6 @@ from torch import nn
 from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
 from ppcl.common.files import remove
-from ppcl.common.streams import Stream
 from ppcl.distill.in_sweep import Ends, Trainees
 from ppcl.distill.recipe import Recipe
 from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
@@ -69,7 +68,7 @@ class OneAtATime(RunByRun):
             return {"loss": loss.item(), f"loss/{name}": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
-            return own.in_parts(step, Stream.LOCAL_BATCH, part, [block])
+            return own.in_parts(step, "local", part, [block])
 
         where = self.checkpoints(run)
         own.train("local", {name: block}, backward, settings.local_steps, settings.local_learning_rate, where.name)

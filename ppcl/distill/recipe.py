@@ -25,6 +25,12 @@ from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 HELD_OUT = 64  # states that say whether training helped
+BATCHES = {  # of each stage
+    "local": Stream.LOCAL_BATCH,
+    "carried": Stream.CARRIED_BATCH,
+    "alternating": Stream.ALTERNATING_BATCH,
+    "output": Stream.OUTPUT_BATCH,
+}
 Log = Callable[[dict[str, Any]], None]
 PartBackward = Callable[[Call, Share], dict[str, float]]
 
@@ -44,7 +50,7 @@ class Recipe:
         log: Receives one dict a step, with its ``stage``.
         group: The processes that train together.
         masks: Zeros that stay.
-        loop: The loop that runs, or the last one that did.
+        loop: The loop that runs.
         last_part: Whether the piece of a batch that is run now is this process's last of the step.
     """
 
@@ -117,20 +123,22 @@ class Recipe:
         adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
         common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
         self.loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
-        self.loop.run()
-        self.loop.load_ema()
+        try:
+            self.loop.run()
+            self.loop.load_ema()
+        finally:
+            self.loop = None  # its optimizer goes now, not when the next loop comes
 
-    def in_parts(
-        self, step: int, stream: Stream, backward: PartBackward, blocks: Iterable[nn.Module]
-    ) -> dict[str, float]:
+    def in_parts(self, step: int, stage: str, backward: PartBackward, blocks: Iterable[nn.Module]) -> dict[str, float]:
         """Run the backward passes of this process's parts of a step's batch; return its part of the losses.
 
         Args:
             step: Number of the step.
-            stream: What the batch is for.
+            stage: Name of the stage, which has batches of its own.
             backward: Called with each piece and its share.
             blocks: That ``distill.compile`` compiles.
         """
+        stream = BATCHES[stage]
         generator = step_generator(self.seed, step, stream)
         rows: list[dict[str, float]] = []
         parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))

@@ -213,9 +213,9 @@ class Distiller:
         with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
             yield
 
-    def _in_parts(self, step: int, stream: Stream, backward: PartBackward) -> dict[str, float]:
+    def _in_parts(self, step: int, stage: str, backward: PartBackward) -> dict[str, float]:
         blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
-        return self.recipe.in_parts(step, stream, backward, blocks)
+        return self.recipe.in_parts(step, stage, backward, blocks)
 
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
@@ -235,7 +235,7 @@ class Distiller:
             return {"loss": sum(losses.values()) / len(losses), **rows}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, Stream.LOCAL_BATCH, part)
+            return self._in_parts(step, "local", part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         self.recipe.train("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
@@ -275,7 +275,7 @@ class Distiller:
                     *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
                 )
 
-            return self._in_parts(step, Stream.ALTERNATING_BATCH, part)
+            return self._in_parts(step, "alternating", part)
 
         modules = {run_name(run): block for run, block in self.substitutes.items()}
         steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
@@ -309,7 +309,7 @@ class Distiller:
             return {"loss": loss.item()}
 
         def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, Stream.OUTPUT_BATCH, part)
+            return self._in_parts(step, "output", part)
 
         def after(done: int) -> None:
             every = self.settings.sample_every

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux,
 from ppcl.common.files import read_json, read_tensors, write_json
 from ppcl.config import DistillConfig, load_config
 from ppcl.distill.memory import STREAMED, estimate_streamed, weight_bytes
-from ppcl.distill.streamed import distill_streamed
+from ppcl.distill.streamed import Starts, distill_streamed
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError
 from ppcl.student.bundle import load_bundle
@@ -94,6 +96,31 @@ def test_one_block_beside_the_next_and_one_substitute_are_in_memory(
 
     streamed(tmp_path, plan, "streamed", count)
     assert there == [1] * 9
+
+
+def test_a_finished_substitute_is_gone_before_the_next_one_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, with its optimizer: not when the garbage collector happens to come."""
+    _, plan = qwen(tmp_path)
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    real = Starts.__call__
+
+    def watched(self: Any, run: Any) -> Any:
+        alive.append(sum(block() is not None for block in made))
+        block = real(self, run)
+        made.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(Starts, "__call__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        streamed(tmp_path, plan, "streamed", carried_steps=1)
+    finally:
+        gc.enable()
+    assert alive == [0] * 6
 
 
 def keeping(sources: list[Any]) -> Any:
