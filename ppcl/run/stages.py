@@ -6,7 +6,6 @@ A stage is a function of artifacts and settings in the room where it belongs; he
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
@@ -85,22 +84,11 @@ def _check_units(session: Session) -> None:
     CRITERIA.named(session.config.fit.criterion)
 
 
-def _whole_transformer(session: Session) -> Any:
-    """The teacher's transformer with all its weights, whatever ``blocks`` says."""
-    from ppcl.teacher.loading import load_pipeline
-    from ppcl.teacher.streaming import STREAMED
-
-    if session.blocks != STREAMED:
-        return session.teacher.transformer
-    session.release_teacher()
-    return load_pipeline(session.model, session.device, session.dtype).transformer
-
-
 def _fit(session: Session, _: None) -> None:
     from ppcl.distill.fit import fit
 
     fit(
-        _whole_transformer(session),
+        session.whole_transformer(),
         session.adapter,
         session.read(Analysis, "analysis.json"),
         read_tensors(session.out / "analysis.safetensors", str(session.device))[0],
@@ -144,6 +132,7 @@ def _distill(session: Session, _: None) -> None:
     from ppcl.distill.preparation import say_memory, training_transformer
     from ppcl.distill.trainer import Distiller
     from ppcl.eval.samples import sample_sheet
+    from ppcl.teacher.streaming import STREAMED
 
     settings, group = session.config.distill, session.group
     pipeline = session.teacher if settings.sample_every or settings.fresh else None
@@ -151,6 +140,8 @@ def _distill(session: Session, _: None) -> None:
     transformer = training_transformer(
         session.release_teacher(), session.model, session.device, settings, session.precision, group.size
     )
+    if pipeline is not None and session.blocks == STREAMED:
+        pipeline.streamed_blocks.attach()  # pictures are still drawn with it
     plan = session.read(CompressionPlan, "plan.json")
     states = States(session.calibration, "train")
     if pipeline is not None and settings.fresh:

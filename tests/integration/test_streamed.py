@@ -62,9 +62,11 @@ def test_a_streamed_run_makes_what_a_resident_one_makes(
 ) -> None:
     """Of float32 weights: on a CPU resident ones are always that."""
     out = tmp_path / "run"
-    code, err = run_cli("compress", *common, "--out", out, "--set", "blocks=streamed", "--set", "device=cpu")
+    options = ("--set", "blocks=streamed", "--set", "device=cpu", "--set", "distill.sample_every=2")
+    code, err = run_cli("compress", *common, "--out", out, *options)
     assert code == 0, err
     assert err.count("blocks are streamed") == 1
+    assert (out / "samples/teacher.png").is_file()  # while the transformer that is trained is another one
     assert products_of(out) == products_of(finished_run)
     notes = json.loads((out / "eval/metrics.json").read_text())["notes"]
     assert any("read block by block" in note for note in notes)
@@ -108,3 +110,17 @@ def test_finished_models_are_judged_alike_streamed_or_whole(
     fidelity = [metrics[blocks]["comparisons"][0]["fidelity"] for blocks in metrics]
     assert fidelity[0] == fidelity[1]
     assert "velocity_error" in fidelity[0]
+
+
+@pytest.mark.parametrize("mode", ["path", "learned"])
+def test_a_search_that_looks_at_the_teacher_finds_the_same_streamed(
+    mode: str, run_cli: Cli, run_copy: Path, common: tuple[Path | str, ...]
+) -> None:
+    plans = []
+    for blocks in ("resident", "streamed"):
+        options = ("--keep", "0.8", "--mode", mode, "--set", f"blocks={blocks}", "--set", "device=cpu")
+        code, err = run_cli("plan", *common, "--out", run_copy, *options)
+        assert code == 0, err
+        plans.append(json.loads((run_copy / "plan.json").read_text()))
+        (run_copy / "plan.json").unlink()
+    assert plans[0] == plans[1]
