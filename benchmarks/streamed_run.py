@@ -76,13 +76,13 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-def watched(command: list[str], run: Path, seen: dict[str, Seen]) -> int:
-    """Run a command, and note what each stage of it takes; returns its exit status."""
+def watched(command: list[str], run: Path, seen: dict[str, Seen], stage: str = "") -> int:
+    """Run a command, and note what each stage of it takes, or the one it is of; returns its exit status."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
         began, looks = time.perf_counter(), 0
         while process.poll() is None:
-            row = seen.setdefault(stage_now(run), Seen())
+            row = seen.setdefault(stage or stage_now(run), Seen())
             try:
                 row.memory = max(row.memory, anonymous_bytes(process.pid))
             except (OSError, StopIteration):  # it has just ended
@@ -97,7 +97,7 @@ def watched(command: list[str], run: Path, seen: dict[str, Seen]) -> int:
             output.seek(0)
             lines = [line.strip() for line in output if line.strip()] or ["nothing was said"]
             errors = [line for line in lines if "rror" in line] or lines
-            seen.setdefault(stage_now(run), Seen()).error = errors[-1][:160]
+            seen.setdefault(stage or stage_now(run), Seen()).error = errors[-1][:160]
     return process.returncode
 
 
@@ -109,12 +109,10 @@ def take(args: Namespace, model: Path, run: Path) -> dict[str, Seen]:
     options += [part for path in args.config or () for part in ("--config", str(path))]
     settings = [*SETTINGS, f"threads={args.threads}", *(args.set or ())]
     options += [part for setting in settings for part in ("--set", setting)]
-    stages = ORDER[: ORDER.index(args.until) + 1] if args.until else ()
-    commands = [[stage] for stage in stages] or [["compress", "--keep", str(args.keep)]]
     seen: dict[str, Seen] = {}
-    for name, *more in commands:
-        budget = ["--keep", str(args.keep)] if name != "compress" else more
-        if watched([sys.executable, "-m", "ppcl", name, *options, *budget], run, seen):
+    for name in ORDER[: ORDER.index(args.until) + 1] if args.until else ("compress",):
+        command = [sys.executable, "-m", "ppcl", name, *options, "--keep", str(args.keep)]
+        if watched(command, run, seen, name if args.until else ""):
             break
     return seen
 

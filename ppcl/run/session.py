@@ -161,6 +161,16 @@ class Session:
         source.detach()
         return None
 
+    def whole_transformer(self) -> Any:
+        """The teacher's transformer with all its weights, whatever ``blocks`` says, for what cannot do without yet."""
+        from ppcl.teacher.loading import load_pipeline
+        from ppcl.teacher.streaming import STREAMED
+
+        if self.blocks != STREAMED:
+            return self.teacher.transformer
+        self.release_teacher()
+        return load_pipeline(self.model, self.device, self.dtype).transformer
+
     def keep_whole(self) -> None:
         """Have the teacher in memory whole from now on, whatever ``blocks`` says: for what trains many students."""
         from ppcl.common.progress import announce
@@ -221,7 +231,7 @@ class Session:
         def open_teacher() -> Any:
             from ppcl.pruning.searches.teacher import Teacher
 
-            return Teacher(self.teacher.transformer, self.adapter, self.out, self.precision)
+            return Teacher(self.whole_transformer(), self.adapter, self.out, self.precision)
 
         return Context(
             self.read(Analysis, "analysis.json"),

@@ -157,6 +157,7 @@ def _distill_resident(session: Session) -> None:
     from ppcl.distill.preparation import say_memory, training_transformer
     from ppcl.distill.trainer import Distiller
     from ppcl.eval.samples import sample_sheet
+    from ppcl.teacher.streaming import STREAMED
 
     settings, group = session.config.distill, session.group
     pipeline = session.teacher if settings.sample_every or settings.fresh else None
@@ -164,6 +165,8 @@ def _distill_resident(session: Session) -> None:
     transformer = training_transformer(
         session.release_teacher(), session.model, session.device, settings, session.precision, group.size
     )
+    if pipeline is not None and session.blocks == STREAMED:
+        pipeline.streamed_blocks.attach()  # pictures are still drawn with it
     plan = session.read(CompressionPlan, "plan.json")
     states = States(session.calibration, "train")
     if pipeline is not None and settings.fresh:

@@ -92,13 +92,20 @@ def products_of(folder: Path) -> dict[str, str]:
 def test_a_streamed_run_makes_what_a_resident_one_makes(
     run_cli: Cli, finished_run: Path, common: tuple[Path | str, ...], tmp_path: Path
 ) -> None:
-    """Of float32 weights: on a CPU resident ones are always that."""
-    out = tmp_path / "run"
-    code, err = run_cli("compress", *common, "--out", out, "--set", "blocks=streamed", "--set", "device=cpu")
-    assert code == 0, err
-    assert err.count("blocks are streamed: the transformer") == 1
-    assert products_of(out) == products_of(finished_run)
-    notes = json.loads((out / "eval/metrics.json").read_text())["notes"]
+    """Of float32 weights, which resident ones always are on a CPU; without the stage that needs the whole student."""
+    settings = ("distill.output_steps=0", "distill.one_at_a_time=true", "distill.keep_start=false", "device=cpu")
+    options = [word for setting in settings for word in ("--set", setting)]
+    products = {}
+    for blocks in ("resident", "streamed"):
+        out = tmp_path / blocks
+        if blocks == "resident":
+            shutil.copytree(finished_run, out)  # only what the settings change is made again
+        code, err = run_cli("compress", *common, "--out", out, *options, "--set", f"blocks={blocks}")
+        assert code == 0, err
+        assert err.count(f"blocks are {blocks}: the transformer") == 1
+        products[blocks] = products_of(out)
+    assert products["streamed"] == products["resident"]
+    notes = json.loads((tmp_path / "streamed" / "eval/metrics.json").read_text())["notes"]
     assert any("read block by block" in note for note in notes)
 
 
@@ -140,3 +147,17 @@ def test_finished_models_are_judged_alike_streamed_or_whole(
     fidelity = [metrics[blocks]["comparisons"][0]["fidelity"] for blocks in metrics]
     assert fidelity[0] == fidelity[1]
     assert "velocity_error" in fidelity[0]
+
+
+@pytest.mark.parametrize("mode", ["path", "learned"])
+def test_a_search_that_looks_at_the_teacher_finds_the_same_streamed(
+    mode: str, run_cli: Cli, run_copy: Path, common: tuple[Path | str, ...]
+) -> None:
+    plans = []
+    for blocks in ("resident", "streamed"):
+        options = ("--keep", "0.8", "--mode", mode, "--set", f"blocks={blocks}", "--set", "device=cpu")
+        code, err = run_cli("plan", *common, "--out", run_copy, *options)
+        assert code == 0, err
+        plans.append(json.loads((run_copy / "plan.json").read_text()))
+        (run_copy / "plan.json").unlink()
+    assert plans[0] == plans[1]

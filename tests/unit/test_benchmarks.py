@@ -80,10 +80,9 @@ def test_scaling_counts_the_processes(benchmark):
 
 
 def test_streamed_run(benchmark):
-    text = benchmark("streamed_run", "--until", "analyze")
-    for blocks in ("3 (", "4 ("):
-        rows = [line for line in text.splitlines() if line.startswith(f"| {blocks}")]
-        stages = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
-        assert [row[1] for row in stages] == ["capture", "analyze"]
-        assert all(float(row[2]) > 0.1 and float(row[4]) > 0 and not row[5] for row in stages)
+    text = benchmark("streamed_run", "--blocks", "4", "--until", "analyze")
+    rows = [line for line in text.splitlines() if line.startswith("| 4 (")]
+    stages = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+    assert [row[1] for row in stages] == ["capture", "analyze"], text
+    assert all(float(row[2]) > 0.1 and float(row[4]) > 0 and not row[5] for row in stages), text
     assert "Width 256" in text
