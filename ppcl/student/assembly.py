@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.common.artifacts import to_jsonable
+from ppcl.config.names import Start
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import (
     InputStatistics,
@@ -30,7 +31,7 @@ from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.families import Adapter, StackSpec, States, fixed_tail
 
 RunKey = tuple[str, int, int]
-STARTS = ("first", "middle", "last", "mean")
+STARTS = get_args(Start)
 
 
 def run_name(key: RunKey) -> str:
