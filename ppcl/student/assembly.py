@@ -171,14 +171,14 @@ def assemble_student(
     lists: dict[str, list[nn.Module]] = {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
-        chosen: list[nn.Module] = []
+        pieces: list[nn.Module] = []
         for segment in plan.stacks[spec.name]:
             key = (spec.name, segment.first, segment.last)
             if segment.is_substitute and (active is None or key in active):
-                chosen.append(substitutes[key])
+                pieces.append(substitutes[key])
             else:
-                chosen.extend(blocks[segment.first : segment.last + 1])
-        lists[spec.name] = chosen
+                pieces.extend(blocks[segment.first : segment.last + 1])
+        lists[spec.name] = pieces
     return with_blocks(transformer, lists)
 
 

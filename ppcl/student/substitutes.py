@@ -33,7 +33,7 @@ def new_substitutes(
         home: Where the substitutes wait; the teacher's device if None.
     """
     tensors = width_tensors(closed_forms) if plan.has_width and closed_forms else {}
-    known = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
+    fitted_tensors = read_tensors(fitted)[0] if fitted is not None and fitted.is_file() else {}
     substitutes: dict[RunKey, nn.Module] = {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
@@ -43,7 +43,7 @@ def new_substitutes(
             key = (spec.name, segment.first, segment.last)
             whole = start_block(blocks, segment.first, segment.last, segment.start or "middle").to(torch.float32)
             prefix = f"{run_name(key)}/"
-            state = {name.removeprefix(prefix): t for name, t in known.items() if name.startswith(prefix)}
+            state = {name.removeprefix(prefix): t for name, t in fitted_tensors.items() if name.startswith(prefix)}
             if state:
                 whole.load_state_dict(state)
             block = substitute_block(blocks, segment).to(torch.float32)
