@@ -31,7 +31,7 @@ from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.capture.trajectories import SPLITS
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_tensors
+from ppcl.common.files import StoredTensors
 from ppcl.common.tables import markdown_table, number
 from ppcl.config import RunConfig
 from ppcl.distill.fit import fit
@@ -81,9 +81,7 @@ def count_states(calibration: Path) -> int:
     return sum(map(len, splits_of(calibration).values()))
 
 
-def time_rows(
-    pipeline: Any, adapter: Adapter, config: RunConfig, calibration: Path, out: Path, repeats: int
-) -> list[list[str]]:
+def time_rows(pipeline: Any, config: RunConfig, calibration: Path, out: Path, repeats: int) -> list[list[str]]:
     """Rows of the table of times."""
     transformer, model = pipeline.transformer, describe(pipeline)
     size, seed = config.analyze.batch_size, config.seed
@@ -98,9 +96,8 @@ def time_rows(
 
     def fit_stage() -> None:
         analysis = load_artifact(Analysis, out / "analysis.json")
-        device = str(next(transformer.parameters()).device)
-        probes = read_tensors(out / "analysis.safetensors", device)[0]
-        fit(transformer, adapter, analysis, probes, calibration, out, config.fit, seed, protected=config.plan)
+        forms = StoredTensors(out / "analysis.safetensors")
+        fit(ResidentBlocks(transformer), analysis, forms, calibration, out, config.fit, seed, protected=config.plan)
 
     times[f"fit stage ({config.fit.max_candidates} candidates, {config.fit.steps} steps; once)"] = seconds(fit_stage)
     bare = times["bare teacher passes"]
@@ -161,12 +158,12 @@ def main(argv: list[str] | None = None) -> str | None:
     if args.quick:
         args.repeats, args.num_prompts = 1, min(args.num_prompts, 8)
     given = sys.argv[1:] if argv is None else argv
-    loaded = pipeline, adapter, config = load(args)
+    loaded = pipeline, _, config = load(args)
     with tempfile.TemporaryDirectory() as scratch:
         few = capture_states(args, pipeline, config, max(2, args.num_prompts // 4), Path(scratch) / "few")
         many = capture_states(args, pipeline, config, args.num_prompts, Path(scratch) / "many")
         counts = [count_states(folder) for folder in (few, many)]
-        times = time_rows(pipeline, adapter, config, many, Path(scratch) / "out", args.repeats)
+        times = time_rows(pipeline, config, many, Path(scratch) / "out", args.repeats)
         memory = memory_rows(args, given, loaded, (few, many))
     text = "\n\n".join(
         [

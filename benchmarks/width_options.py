@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import StoredTensors, write_text
 from ppcl.common.tables import markdown_table
 from ppcl.config import FitConfig, PlanConfig
+from ppcl.config.names import Width
 from ppcl.distill.fit import fit
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA
@@ -32,7 +33,7 @@ from ppcl.run.summary import describe_plan
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.loading import load_pipeline
 
-GROUPS = ("modulation", "ffn", "attention", "text")
+GROUPS: tuple[Width, ...] = get_args(Width)
 
 
 def name_of(option: WidthOption) -> str:

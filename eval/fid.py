@@ -1,10 +1,10 @@
-"""Distances between two sets of features: Frechet (FID) and kernel (KID).
+"""The Frechet distance between two sets of features (FID).
 
     FID = ||mu1 - mu2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
-    KID = unbiased MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3
 
 FID is biased upwards by small sets (both sides of a comparison need equally many
-pictures); KID is not, and may come out slightly negative. Everything is float64.
+pictures); KID (:mod:`ppcl.eval.set_distances`) is not, and may come out slightly negative.
+Everything is float64.
 """
 
 from __future__ import annotations
@@ -171,38 +171,3 @@ def fid(features1: Tensor, features2: Tensor) -> float:
     first.update(features1)
     second.update(features2)
     return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
-
-
-def kid(
-    features1: Tensor, features2: Tensor, *, degree: int = 3, gamma: float | None = None, coef: float = 1.0
-) -> float:
-    """Kernel distance: unbiased squared MMD over all pairs, with a polynomial kernel.
-
-    Args:
-        features1: (N1, D).
-        features2: (N2, D).
-        degree: Power of the kernel.
-        gamma: Factor of the inner product, 1 / D by default.
-        coef: Constant of the kernel.
-
-    Returns:
-        The estimate; around 0, of either sign, for equal distributions.
-
-    Raises:
-        UserError: A set has fewer than two pictures.
-    """
-    x, y = features1.detach().cpu().double(), features2.detach().cpu().double()
-    if min(len(x), len(y)) < 2:
-        raise UserError(f"KID needs at least 2 pictures on both sides, got {len(x)} and {len(y)}; give more prompts")
-    factor = 1.0 / x.shape[1] if gamma is None else gamma
-
-    def kernel_sum(a: Tensor, b: Tensor) -> Tensor:
-        # in rows, so that 50,000 pictures need no 50,000 x 50,000 matrix
-        rows = [((part @ b.T) * factor + coef).pow(degree).sum() for part in torch.split(a, 1024)]
-        return torch.stack(rows).sum()
-
-    def within(a: Tensor) -> Tensor:
-        itself = (a.square().sum(1) * factor + coef).pow(degree).sum()
-        return (kernel_sum(a, a) - itself) / (len(a) * (len(a) - 1))
-
-    return float(within(x) + within(y) - 2 * kernel_sum(x, y) / (len(x) * len(y)))

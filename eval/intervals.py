@@ -5,7 +5,7 @@ Every number here is a mean over items, or a function of several means over the 
 columns, so that what two models share (the prompt, the noise) cancels: a paired bootstrap.
 Training and picture seeds are few, and no resampling of three says much: their interval is Student's.
 A set distance such as FID is no mean; its first-order expansion is one (an item's influence,
-see :mod:`ppcl.eval.influence`), and that is what is drawn again.
+see :mod:`ppcl.eval.set_distances`), and that is what is drawn again.
 
 The limits are bias-corrected and accelerated (BCa; Efron 1987) up to 2,000 items; beyond
 that the correction is too small to see and its jackknife too long to wait for, and they are

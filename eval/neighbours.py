@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppcl.errors import UserError
-from ppcl.eval.influence import slabs
+from ppcl.eval.set_distances import slabs
 
 NEIGHBOURS = 5  # both papers' choice for their tables
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,6 @@ def pair_psnr(first: Path, second: Path) -> float | None:
     return min(PSNR_CAP_DB, -10 * math.log10(error)) if error else PSNR_CAP_DB
 
 
-def pair_card(pair: Pair, names: tuple[str, str] = ("teacher", "student"), with_other: bool = False) -> Card:
-    """A card of both pictures, and of the teacher's other seed if asked."""
-    shots: tuple[tuple[str, Path], ...] = ((names[0], pair.teacher), (names[1], pair.student))
-    if with_other and pair.other:
-        shots = (*shots, (f"{names[0]}, other seed", pair.other))
-    return Card(pair.prompt, shots)
-
-
 def extremes(pairs: Sequence[Pair], names: tuple[str, str] = ("teacher", "student")) -> tuple[list[Card], list[Card]]:
     """The least and the most alike pairs by PSNR, none in both lists.
 
@@ -65,7 +57,10 @@ def extremes(pairs: Sequence[Pair], names: tuple[str, str] = ("teacher", "studen
     by_psnr = [(value, pair) for pair in pairs if (value := pair_psnr(pair.teacher, pair.student)) is not None]
     by_psnr.sort(key=lambda item: item[0])
     count = min(NUM_EXTREMES, len(by_psnr) // 2)
-    cards = [replace(pair_card(pair, names), remark=f"PSNR {number(value)} dB") for value, pair in by_psnr]
+    cards = [
+        Card(pair.prompt, ((names[0], pair.teacher), (names[1], pair.student)), f"PSNR {number(value)} dB")
+        for value, pair in by_psnr
+    ]
     return cards[:count], cards[::-1][:count]
 
 

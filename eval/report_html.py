@@ -101,10 +101,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], explanations: Se
     return "".join(parts)
 
 
-def figure(title: str, svg: str, guide: str, css: str = "") -> str:
+def figure(title: str, svg: str, guide: str) -> str:
     """A chart with its title and the sentence that says how to read it (both plain text)."""
-    classes = f' class="{css}"' if css else ""
-    return f"<figure{classes}><h3>{text(title)}</h3>{svg}<figcaption>{text(guide)}</figcaption></figure>"
+    return f"<figure><h3>{text(title)}</h3>{svg}<figcaption>{text(guide)}</figcaption></figure>"
 
 
 def section(anchor: str, title: str, *content: str) -> str:

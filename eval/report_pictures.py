@@ -28,12 +28,11 @@ LOSSLESS_SIDE = 96  # pictures up to this size are small enough to keep every pi
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures of one prompt and seed, and the teacher's picture with another seed if it drew one."""
+    """Two pictures of one prompt and seed."""
 
     prompt: str
     teacher: Path
     student: Path
-    other: Path | None = None
 
 
 def seed_folders(folder: Path) -> list[Path]:
@@ -75,15 +74,13 @@ def find_pairs(run: Path, limit: int = MAX_PAIRS) -> list[Pair]:
     if not shared:
         return []
     student, teacher = shared[0], teachers[shared[0].name]
-    other = next((path for name, path in teachers.items() if name != student.name), None)
     prompts = prompts_of(teacher)
     pairs = []
     for path in sorted(student.glob("[0-9]*.png")):
         twin, index = teacher / path.name, int(path.stem) if path.stem.isdecimal() else -1
         if twin.is_file():
             prompt = prompts[index] if 0 <= index < len(prompts) else f"picture {path.stem}"
-            second = other / path.name if other and (other / path.name).is_file() else None
-            pairs.append(Pair(prompt, twin, path, second))
+            pairs.append(Pair(prompt, twin, path))
     return spread(pairs, limit)
 
 

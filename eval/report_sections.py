@@ -11,6 +11,7 @@ import yaml
 
 from ppcl.common.files import weights_variant
 from ppcl.common.tables import zeros_meaning
+from ppcl.config.names import STAGES
 from ppcl.eval import figures
 from ppcl.eval.report_blocks import strip
 from ppcl.eval.report_data import RunData, pick
@@ -35,7 +36,6 @@ from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, seed_folders,
 from ppcl.eval.results import Evaluation
 from ppcl.student.plan import Segment
 
-STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
 
 

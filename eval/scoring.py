@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ppcl.eval.clip import caption_ranks, clip_items
-from ppcl.eval.fid import FeatureStatistics, frechet_distance, kid
-from ppcl.eval.influence import cmmd, frechet_items, kid_items, kid_subsets
+from ppcl.eval.fid import FeatureStatistics, frechet_distance
 from ppcl.eval.intervals import Array, Interval, drop_interval, interval, share_interval
 from ppcl.eval.metrics import CAPTION_SCORES, SHARES, Over
 from ppcl.eval.neighbours import NEIGHBOURS, manifold
+from ppcl.eval.set_distances import cmmd, frechet_items, kid, kid_items, kid_subsets
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from ppcl.config import parse_size
+from ppcl.config.names import BUDGETS
 from ppcl.errors import ConfigError
 from ppcl.training.launch import silence_others
 
@@ -150,7 +151,7 @@ def resolve(model: str, settings: Settings, budget: Budget, processes: int | Non
     if len(given) > 1:
         raise ConfigError(f"give one budget, got {len(given)}: --keep, --speedup and --fit exclude each other")
     if given:  # the option replaces a budget from a file
-        overrides = [f"plan.{name}={given.get(name, 'null')}" for name in ("keep", "speedup", "fit_gb")] + overrides
+        overrides = [f"plan.{name}={given.get(name, 'null')}" for name in BUDGETS] + overrides
     if budget.mode:
         overrides.append(f"plan.mode={budget.mode}")
     if processes:

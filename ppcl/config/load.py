@@ -9,12 +9,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ppcl.config.aliases import resolve_aliases
+from ppcl.config.names import BUDGETS
 from ppcl.config.schema import RunConfig
 from ppcl.errors import ConfigError, nearest
 
 # what a model is compressed with where nothing else is said
 DEFAULTS = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji.yaml"}
-BUDGETS = {"keep", "speedup", "fit_gb"}
 
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
@@ -118,7 +118,7 @@ def for_model(model: str, config: RunConfig) -> RunConfig:
         return config
     defaults = yaml.safe_load(DEFAULTS[model].read_text(encoding="utf-8"))
     given = config.model_dump(exclude_unset=True)
-    if BUDGETS & given.get("plan", {}).keys():  # one budget replaces another
+    if given.get("plan", {}).keys() & set(BUDGETS):  # one budget replaces another
         defaults["plan"] = {key: value for key, value in defaults["plan"].items() if key not in BUDGETS}
     try:
         return RunConfig.model_validate(merge(defaults, given))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from ppcl.common.plugins import source_of
 from ppcl.config.extensions import CRITERIA
 from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
+from ppcl.config.names import BUDGETS, Start, Width
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
 from ppcl.config.sparsity import SparsityConfig
@@ -57,8 +58,8 @@ class FitConfig(Section):
         description="what is also carried to the velocity, which costs a part of a teacher pass each: runs by their "
         "probes, or smaller modules, too; fitted runs always are",
     )
-    starts: tuple[Literal["first", "middle", "last", "mean"], ...] = ("first", "middle", "last", "mean")
-    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] = Field(
+    starts: tuple[Start, ...] = get_args(Start)
+    width: tuple[Width, ...] = Field(
         ("modulation", "ffn"),
         description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
         "the plan, loading the result needs `import ppcl.pipelines`",
@@ -105,7 +106,7 @@ class PlanConfig(SearchConfig, Section):
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
-    width: tuple[Literal["modulation", "ffn", "attention", "text"], ...] | None = Field(
+    width: tuple[Width, ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
     protect_first: int = Field(
@@ -117,7 +118,7 @@ class PlanConfig(SearchConfig, Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:
-        given = [n for n in ("keep", "speedup", "fit_gb") if getattr(self, n) is not None]
+        given = [n for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"plan: {' and '.join(given)} are both set; give one budget")
         return self
@@ -125,7 +126,7 @@ class PlanConfig(SearchConfig, Section):
     @property
     def budget(self) -> tuple[str, float]:
         """Kind and value of the budget in force (``keep`` 0.6 if none was given)."""
-        for name in ("keep", "speedup", "fit_gb"):
+        for name in BUDGETS:
             if (value := getattr(self, name)) is not None:
                 return name, value
         return "keep", 0.6

@@ -111,19 +111,19 @@ def main() -> None:
     record: dict[str, Any] = {"guidance": given.guidance, "steps": given.steps, "seeds": given.seeds}
     record["captions_ranked"] = len(load_pairs())
     for split in given.splits:
-        name, chosen = split.replace(" ", "_"), fixed_pairs(split, given.captions)
-        captions = [pair.caption for pair in chosen]
+        name, pairs = split.replace(" ", "_"), fixed_pairs(split, given.captions)
+        captions = [pair.caption for pair in pairs]
         drawn = draw(pipeline, captions, given.guidance, given.steps, given.seeds)
-        found = ranks(drawn, chosen, given.evaluator)
+        ranks_of_captions = ranks(drawn, pairs, given.evaluator)
         record[name] = {
-            "recognised_at_1": float((found == 0).mean()),
-            "recognised_at_5": float((found < 5).mean()),
-            "rank": dict(zip(captions, found.tolist(), strict=True)),
+            "recognised_at_1": float((ranks_of_captions == 0).mean()),
+            "recognised_at_5": float((ranks_of_captions < 5).mean()),
+            "rank": dict(zip(captions, ranks_of_captions.tolist(), strict=True)),
         }
         if given.seeds > 1:
             record[name]["psnr_between_seeds_db"] = round(psnr_between_seeds(drawn), 2)
         with atomic_path(given.out / f"sheet-{name}.png") as temporary:
-            sheet(drawn, load_pictures(chosen), captions).save(temporary, format="PNG")
+            sheet(drawn, load_pictures(pairs), captions).save(temporary, format="PNG")
         print(split, {key: value for key, value in record[name].items() if key != "rank"})
     write_json(given.out / "sheet.json", record)
 

@@ -10,10 +10,11 @@ from ppcl.capture.states import States
 from ppcl.config import PlanConfig
 from ppcl.distill.local import best_starts
 from ppcl.pruning.artifacts import Candidates
-from ppcl.pruning.planner import Runs, build_prediction, influence_ladder, paper_ladder, plan, segments, uniform_ladder
+from ppcl.pruning.planner import Runs, influence_ladder, layout_of_runs, paper_ladder, plan, uniform_ladder
 from ppcl.run import Session
 from ppcl.student.assembly import RunKey
 from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.student.prediction import predict
 from ppcl.teacher.model_info import ModelInfo
 
 BASELINES = {"paper": "the paper's intervals", "uniform": "uniform", "influence": "block influence"}
@@ -33,9 +34,9 @@ def nearest_rung(ladder: Sequence[Runs], count: int) -> Runs:
 def plan_from_runs(model: ModelInfo, runs: Runs, mode: str, candidates: Candidates) -> CompressionPlan:
     """Turn runs into a plan with its prediction; its budget is the number of removed blocks."""
     costs = {(c.stack, c.first, c.last): c for c in candidates.candidates}
-    stacks = {s.name: segments(s, [run for run in runs if run[0] == s.name], costs) for s in model.stacks}
+    layout, error = layout_of_runs(model, runs, costs)
     budget = {"removed_blocks": float(removed_blocks(runs))}
-    return CompressionPlan(model, mode, budget, stacks, build_prediction(model, runs, costs))
+    return CompressionPlan(model, mode, budget, layout, predict(model, layout, error))
 
 
 def plans_of_equal_size(

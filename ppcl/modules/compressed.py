@@ -41,8 +41,8 @@ def compressed_class(base: Any) -> Any:
         board = self.__dict__.get("plugboard")
         if board is None:
             raise ModelError("this transformer has one size; load the run with ppcl.pipelines.load_bundle to change it")
-        chosen: tuple[str, ...] = board.select(**choice)
-        return chosen
+        paths: tuple[str, ...] = board.select(**choice)
+        return paths
 
     signature = inspect.signature(base.__init__)
     entry = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -52,13 +52,13 @@ def source_of(transformer: Any) -> str:
     """
     name = type(transformer).__name__
     base = name.removeprefix(PREFIX)
-    known = "|".join(["errors", *(re.escape(part.__name__.removeprefix("ppcl.")) for part in PARTS)])
+    inlined = "|".join(["errors", *(re.escape(part.__name__.removeprefix("ppcl.")) for part in PARTS)])
     body = "\n\n".join(inspect.getsource(part).replace("from __future__ import annotations\n", "") for part in PARTS)
-    body = re.sub(rf"^from ppcl\.(?:{known}) import .*\n", "", body, flags=re.MULTILINE)
+    body = re.sub(rf"^from ppcl\.(?:{inlined}) import .*\n", "", body, flags=re.MULTILINE)
     head = _HEADER.format(name=name, base=base, version=__version__, prefix=PREFIX)
     text = f"{head}{body}\n\n{inspect.getsource(compressed_class)}\n\n{name} = compressed_class(diffusers.{base})\n"
-    own = re.search(r"^\s*(?:from|import) ppcl.*$", text, flags=re.MULTILINE)
-    assert own is None, f"the smaller modules need '{own[0].strip()}', so that its code does not stand alone"
+    leftover = re.search(r"^\s*(?:from|import) ppcl.*$", text, flags=re.MULTILINE)
+    assert leftover is None, f"the smaller modules need '{leftover[0].strip()}', so that its code does not stand alone"
     return text
 
 

@@ -81,19 +81,19 @@ def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
         ModelError: The kind is unknown or does not suit the module.
     """
     kind, linear = part["kind"], isinstance(module, nn.Linear)
-    made: nn.Module | None = None
+    smaller: nn.Module | None = None
     if kind == "low_rank" and linear:
-        made = LowRankLinear(*features_of(module), int(part["size"]))
+        smaller = LowRankLinear(*features_of(module), int(part["size"]))
     elif kind == "linear" and not linear and any(isinstance(m, nn.Linear) for m in module.modules()):
-        made = LinearFeedForward(*features_of(module))
+        smaller = LinearFeedForward(*features_of(module))
     elif kind in SLICED and not linear:
         return sliced(module, part)
     elif kind in TEXT_KINDS:
-        made = text_replacement(module, kind)
-    if made is None:
+        smaller = text_replacement(module, kind)
+    if smaller is None:
         raise ModelError(f"{type(module).__name__} cannot be replaced by '{kind}'; known kinds: {', '.join(KINDS)}")
     like = next(module.parameters(), None)
-    return made if like is None else made.to(device=like.device, dtype=like.dtype)
+    return smaller if like is None else smaller.to(device=like.device, dtype=like.dtype)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -117,11 +117,11 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
             module = root.get_submodule(path)
         except AttributeError:
             raise ModelError(f"{type(root).__name__} has no module '{path}'") from None
-        made = replacement(module, part)
+        smaller = replacement(module, part)
         if next(module.parameters(), None) is None:  # a norm without weights: those around it tell where it is
             like = next(root.get_submodule(path.rpartition(".")[0]).parameters(), next(root.parameters()))
-            made = made.to(device=like.device, dtype=like.dtype)
-        set_module(root, path, made)
+            smaller = smaller.to(device=like.device, dtype=like.dtype)
+        set_module(root, path, smaller)
 
 
 @dataclass(frozen=True)
@@ -176,39 +176,39 @@ def residuals(weight: Tensor, fitted: InputStatistics, judge: InputStatistics) -
 
 
 @torch.no_grad()
-def fill_low_rank(made: LowRankLinear, weight: Tensor, bias: Tensor | None, inputs: InputStatistics) -> None:
+def fill_low_rank(module: LowRankLinear, weight: Tensor, bias: Tensor | None, inputs: InputStatistics) -> None:
     """Set a low-rank layer to the best one for its inputs.
 
     With U the leading left singular vectors of W root, W_r = U U^T W misses the least variance of
     W x; the bias makes the mean output exact.
 
     Args:
-        made: Changed in place.
+        module: Changed in place.
         weight: (o, d).
         bias: (o,) or None.
         inputs: What is known of them.
     """
     weight = weight.double()
-    rank = made.down.out_features
+    rank = module.down.out_features
     left, _, _ = torch.linalg.svd(weight @ inputs.root, full_matrices=False)
     basis = left[:, :rank]
     if basis.shape[1] < rank:  # fewer directions were seen than the rank has
         basis = torch.cat([basis, basis.new_zeros(len(basis), rank - basis.shape[1])], 1)
     mean = weight @ inputs.mean
     offset = mean - basis @ (basis.T @ mean)
-    made.down.weight.copy_(basis.T @ weight)
-    made.up.weight.copy_(basis)
-    made.up.bias.copy_(offset if bias is None else offset + bias.double())
+    module.down.weight.copy_(basis.T @ weight)
+    module.up.weight.copy_(basis)
+    module.up.bias.copy_(offset if bias is None else offset + bias.double())
 
 
 @torch.no_grad()
-def fill_linear(made: LinearFeedForward, weight: Tensor, bias: Tensor) -> None:
+def fill_linear(module: LinearFeedForward, weight: Tensor, bias: Tensor) -> None:
     """Set an affine map.
 
     Args:
-        made: Changed in place.
+        module: Changed in place.
         weight: (d, o), as in y = x W + b.
         bias: (o,).
     """
-    made.weight.copy_(weight.T)
-    made.bias.copy_(bias)
+    module.weight.copy_(weight.T)
+    module.bias.copy_(bias)

@@ -120,8 +120,8 @@ def neurons_of(module: nn.Module) -> Units | None:
     if len(columns) != 1:
         return None
     hidden = linears[columns[0]].in_features
-    made = sorted(m.out_features for m in rows.values())
-    if made not in ([hidden], [2 * hidden], [hidden, hidden]):
+    widths = sorted(m.out_features for m in rows.values())
+    if widths not in ([hidden], [2 * hidden], [hidden, hidden]):
         return None
     return Units("narrow", hidden, tuple(rows), tuple(columns))
 
@@ -160,25 +160,25 @@ def sliced(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: The module has no such layers.
     """
-    made = copy.deepcopy(module)
+    smaller = copy.deepcopy(module)
     for names, side in ((part["rows"], 0), (part["columns"], 1)):
         for name in names:
             parent, _, last = name.rpartition(".")
             try:
-                old = made.get_submodule(name)
+                old = smaller.get_submodule(name)
             except AttributeError:
                 old = None
             if not isinstance(old, nn.Linear):
                 raise ModelError(f"{type(module).__name__} has no linear layer '{name}' to make smaller")
-            setattr(made.get_submodule(parent), last, _smaller(old, part, side))
+            setattr(smaller.get_submodule(parent), last, _smaller(old, part, side))
     if part["kind"] == "heads":
         for name in ("inner_dim", "inner_kv_dim"):
-            if hasattr(made, name):
-                setattr(made, name, getattr(made, name) // int(part["of"]) * int(part["size"]))
+            if hasattr(smaller, name):
+                setattr(smaller, name, getattr(smaller, name) // int(part["of"]) * int(part["size"]))
         for name in ("heads", "sliceable_head_dim"):
-            if hasattr(made, name):
-                setattr(made, name, int(part["size"]))
-    return made
+            if hasattr(smaller, name):
+                setattr(smaller, name, int(part["size"]))
+    return smaller
 
 
 def _smaller(old: nn.Linear, part: Mapping[str, Any], side: int) -> nn.Linear:
@@ -186,26 +186,26 @@ def _smaller(old: nn.Linear, part: Mapping[str, Any], side: int) -> nn.Linear:
     index = features_of_units(part, old.weight.shape[side]).to(old.weight.device)
     shape = [old.in_features, old.out_features]
     shape[1 - side] = len(index)
-    made = nn.Linear(shape[0], shape[1], bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-    if old.weight.is_meta or made.weight.is_meta:  # being built without weights, which come from a file
-        return made
+    linear = nn.Linear(shape[0], shape[1], bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    if old.weight.is_meta or linear.weight.is_meta:  # being built without weights, which come from a file
+        return linear
     with torch.no_grad():
-        made.weight.copy_(old.weight.index_select(side, index))
+        linear.weight.copy_(old.weight.index_select(side, index))
         if old.bias is not None:
-            made.bias.copy_(old.bias[index] if side == 0 else old.bias)
-    return made
+            linear.bias.copy_(old.bias[index] if side == 0 else old.bias)
+    return linear
 
 
 @torch.no_grad()
 def masked(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     """Return a copy of a module in which nothing reads the units that a replacement drops."""
-    made = copy.deepcopy(module)
+    copied = copy.deepcopy(module)
     kept = set(kept_units(part))
     dropped = [unit for unit in range(int(part["of"])) if unit not in kept]
     for name in part["columns"]:
-        weight = made.get_submodule(name).get_parameter("weight")
+        weight = copied.get_submodule(name).get_parameter("weight")
         weight[:, features_of_units(part, weight.shape[1], dropped)] = 0
-    return made
+    return copied
 
 
 def corrected(
@@ -237,23 +237,23 @@ def corrected(
     scale = inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     inner.diagonal().add_(ridge * scale)
     maps = torch.linalg.solve(inner, covariance[keep][:, drop])
-    made = whole[:, keep] + whole[:, drop] @ maps.T
+    kept_weight = whole[:, keep] + whole[:, drop] @ maps.T
     if bias is None:
-        return made, None
-    return made, bias.double() + whole[:, drop] @ (mean[drop] - maps.T @ mean[keep])
+        return kept_weight, None
+    return kept_weight, bias.double() + whole[:, drop] @ (mean[drop] - maps.T @ mean[keep])
 
 
 @torch.no_grad()
 def fill_sliced(
-    made: nn.Module, original: nn.Module, part: Mapping[str, Any], layers: Mapping[str, Tensor] | None = None
+    smaller: nn.Module, original: nn.Module, part: Mapping[str, Any], layers: Mapping[str, Tensor] | None = None
 ) -> None:
     """Give a module of fewer units the whole one's weights and, where they are known, its corrected columns.
 
     Args:
-        made: Changed in place.
+        smaller: Changed in place.
         original: The whole module.
         part: The replacement.
         layers: Corrected weights by name inside the module; the plain cut where there are none.
     """
     state = {**sliced(original, part).state_dict(), **(layers or {})}
-    made.load_state_dict({name: value for name, value in state.items() if name in made.state_dict()})
+    smaller.load_state_dict({name: value for name, value in state.items() if name in smaller.state_dict()})

@@ -67,9 +67,9 @@ class UnitGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, 6) for any (B, d): one number for all features of a token."""
-        made = x.new_zeros(len(x), 6)
-        made[:, 5] = 1
-        return made
+        modulation = x.new_zeros(len(x), 6)
+        modulation[:, 5] = 1
+        return modulation
 
 
 class NoOutput(nn.Module):
@@ -95,22 +95,23 @@ def text_replacement(module: nn.Module, kind: str) -> nn.Module | None:
         norm = plain_norm(module)
         if norm is None:
             return None
-        made = TextInput if norm is module else TextInputZero
-        return made(nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False), norm.normalized_shape[-1])
+        text_input = TextInput if norm is module else TextInputZero
+        shape = norm.normalized_shape
+        return text_input(nn.LayerNorm(shape, norm.eps, elementwise_affine=False), shape[-1])
     simple = {"unit_gate": UnitGate, "no_output": NoOutput, "identity": nn.Identity}
     return simple[kind]() if kind in simple else None
 
 
 @torch.no_grad()
-def fill_text(made: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def fill_text(module: nn.Module, weight: Tensor, bias: Tensor) -> None:
     """Set the affine map of a text module.
 
     Args:
-        made: Changed in place.
+        module: Changed in place.
         weight: (d, d), as in y = x W + b.
         bias: (d,).
     """
-    linear = made.linear if isinstance(made, TextInput) else made
+    linear = module.linear if isinstance(module, TextInput) else module
     if isinstance(linear, nn.Linear):
         linear.weight.copy_(weight.T)
         linear.bias.copy_(bias)

@@ -337,11 +337,6 @@ def layout_of_runs(model: ModelInfo, runs: Runs, costs: Costs, start: str | None
     return {s.name: segments(s, [r for r in runs if r[0] == s.name], costs, start) for s in model.stacks}, error
 
 
-def build_prediction(model: ModelInfo, runs: Runs, costs: Costs, start: str | None = None) -> Prediction:
-    """Predict a set of runs; see :func:`layout_of_runs`."""
-    return predict(model, *layout_of_runs(model, runs, costs, start))
-
-
 def meets(prediction: Prediction, kind: str, value: float) -> bool:
     """Whether a prediction is within the budget."""
     if kind == "keep":

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ORDER = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
+from ppcl.config.names import STAGES
+
+ORDER = STAGES
 
 
 def _nothing(_: Any) -> None:

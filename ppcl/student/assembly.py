@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.common.artifacts import to_jsonable
+from ppcl.config.names import Start
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import (
     InputStatistics,
@@ -30,7 +31,7 @@ from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.families import Adapter, StackSpec, States, fixed_tail
 
 RunKey = tuple[str, int, int]
-STARTS = ("first", "middle", "last", "mean")
+STARTS = get_args(Start)
 
 
 def run_name(key: RunKey) -> str:
@@ -170,14 +171,14 @@ def assemble_student(
     lists: dict[str, list[nn.Module]] = {}
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
-        chosen: list[nn.Module] = []
+        pieces: list[nn.Module] = []
         for segment in plan.stacks[spec.name]:
             key = (spec.name, segment.first, segment.last)
             if segment.is_substitute and (active is None or key in active):
-                chosen.append(substitutes[key])
+                pieces.append(substitutes[key])
             else:
-                chosen.extend(blocks[segment.first : segment.last + 1])
-        lists[spec.name] = chosen
+                pieces.extend(blocks[segment.first : segment.last + 1])
+        lists[spec.name] = pieces
     return with_blocks(transformer, lists)
 
 

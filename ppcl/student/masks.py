@@ -50,10 +50,10 @@ class Masks:
     def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, module, kind in self.places:
             weight = module.get_parameter(kind)
-            known = self._placed.get(name)
-            if known is None or known.device != weight.device or is_part(known) != is_part(weight):
-                known = self._placed[name] = part_of(self.masks[name].to(torch.uint8), weight)
-            yield weight, known
+            mask = self._placed.get(name)
+            if mask is None or mask.device != weight.device or is_part(mask) != is_part(weight):
+                mask = self._placed[name] = part_of(self.masks[name].to(torch.uint8), weight)
+            yield weight, mask
 
     @torch.no_grad()
     def hold_gradients(self) -> None:
@@ -78,14 +78,14 @@ def zero_shares(plan: CompressionPlan, masks: Mapping[str, Tensor], params: int)
         entry[1] += mask.numel()
     stacks = {}
     for name, segments in plan.stacks.items():
-        made = []
+        pieces = []
         for segment in segments:
             zeros, size = kept.get(run_name((name, segment.first, segment.last)), (0, 0))
-            made.append(replace(segment, sparsity=zeros / size if zeros else 0.0))
-        stacks[name] = tuple(made)
+            pieces.append(replace(segment, sparsity=zeros / size if zeros else 0.0))
+        stacks[name] = tuple(pieces)
     zeros, size = (sum(entry[i] for entry in kept.values()) for i in (0, 1))
-    found = {"zeros": zeros / params, "zeros_in_layers": zeros / size} if size else {}
-    return replace(plan, stacks=stacks, sparsity={**plan.sparsity, **found} if size else {})
+    shares = {"zeros": zeros / params, "zeros_in_layers": zeros / size} if size else {}
+    return replace(plan, stacks=stacks, sparsity={**plan.sparsity, **shares} if size else {})
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> Tensors:

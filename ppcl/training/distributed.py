@@ -117,11 +117,11 @@ class Group:
         """Do independent jobs, each in one of the processes; all of them get all results."""
         if self.size == 1:
             return work(dict(jobs))
-        found: list[Any] = [None] * self.size
+        results: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(
-            found, work(dict(list(jobs.items())[self.rank :: self.size])), group=self._control
+            results, work(dict(list(jobs.items())[self.rank :: self.size])), group=self._control
         )
-        merged = {key: value for part in found for key, value in part.items()}
+        merged = {key: value for part in results for key, value in part.items()}
         return {key: merged[key] for key in jobs}
 
     def any(self, here: bool) -> bool:

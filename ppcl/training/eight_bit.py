@@ -31,8 +31,8 @@ def new_adamw8bit(
         raise TrainingError(
             "distill.optimizer=adamw8bit needs torchao; pip install 'ppcl[int8]', or set adamw"
         ) from None
-    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=weight_decay)
-    return made
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=weight_decay)
+    return optimizer
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:
@@ -45,23 +45,23 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
 
 def plain_states(slots: Mapping[str, Any]) -> dict[str, Tensor]:
     """An optimizer's states of one weight as plain tensors, for a file: ``exp_avg.codes`` and so on."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for slot, value in slots.items():
         names = getattr(value, "tensor_attrs", None)
-        found |= {f"{slot}.{name}": getattr(value, name) for name in names} if names else {slot: value}
-    return found
+        tensors |= {f"{slot}.{name}": getattr(value, name) for name in names} if names else {slot: value}
+    return tensors
 
 
 def joined_states(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`plain_states`."""
-    found: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
     for name, tensor in plain.items():
         slot, _, part = name.partition(".")
         if not part:
-            found[slot] = tensor
+            states[slot] = tensor
         elif part == "codes":
             from torchao.optim.subclass_8bit import OptimState8bit
 
             scale, table = plain[f"{slot}.scale"], plain[f"{slot}.qmap"]
-            found[slot] = OptimState8bit(tensor, scale, table, _SIGNED[slot], torch.float32)
-    return found
+            states[slot] = OptimState8bit(tensor, scale, table, _SIGNED[slot], torch.float32)
+    return states

@@ -205,18 +205,18 @@ class TrainingLoop:
         Args:
             name: Of the module, whose gradients are complete in this process.
         """
-        own = self._of(name)
-        self.group.sum_gradients(own)
-        norm = self._clip(own)
+        parameters = self._of(name)
+        self.group.sum_gradients(parameters)
+        norm = self._clip(parameters)
         self._released.append(norm)
-        here = set(own)
+        here = set(parameters)
         waiting = {p: p.grad for p in self.plain if p not in here and p.grad is not None}  # of earlier parts of a batch
         for parameter in waiting:
             parameter.grad = None
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
-        for parameter in own:
+        for parameter in parameters:
             parameter.grad = None
         for parameter, gradient in waiting.items():
             parameter.grad = gradient
@@ -303,15 +303,15 @@ class TrainingLoop:
         }
         target = self.folder / f"step-{step}" / "state.safetensors"
         write_tensors(target, tensors, meta)
-        found = self._checkpoints()  # those of later steps are of another run
-        kept = [folder for number, folder in found if number <= step][-self.settings.keep_checkpoints :]
-        for _, folder in found:
+        checkpoints = self._checkpoints()  # those of later steps are of another run
+        kept = [folder for number, folder in checkpoints if number <= step][-self.settings.keep_checkpoints :]
+        for _, folder in checkpoints:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
-        found = self.folder.glob("step-*/state.safetensors")
-        return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in found)
+        files = self.folder.glob("step-*/state.safetensors")
+        return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in files)
 
     def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
         saved: dict[str, dict[str, Tensor]] = {}

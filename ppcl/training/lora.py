@@ -30,25 +30,25 @@ def with_lora(block: nn.Module, rank: int, replaced: Mapping[str, object], gener
     """
     shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
     trained = [p for p in block.parameters() if p.requires_grad]
-    made = copy.deepcopy(block, shared)
+    adapted = copy.deepcopy(block, shared)
     targets = [
         name
-        for name, module in made.named_modules()
+        for name, module in adapted.named_modules()
         if type(module) is nn.Linear and not any(f"{name}.".startswith(f"{path}.") for path in replaced)
     ]
     if not targets:
-        return made
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), made)
+        return adapted
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapted)
     for parameter in trained:  # PEFT freezes everything but its own
         parameter.requires_grad_(True)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if ".lora_A." in name:
                 first = torch.empty(parameter.shape)
                 parameter.copy_(nn.init.kaiming_uniform_(first, math.sqrt(5), generator=generator))
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
-    return made
+    return adapted
 
 
 def factors(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -61,13 +61,13 @@ def factors(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         ``<layer>.lora_A.weight`` (k, d) and ``<layer>.lora_B.weight`` (o, k) by the layer's path in the student; layers
         that no gradient reached are left out.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, block in blocks.items():
         if not hasattr(block, "peft_config"):
             continue
-        own = {f"{path}.{name}": tensor.detach() for name, tensor in get_peft_model_state_dict(block).items()}
-        for name, b in own.items():
+        of_block = {f"{path}.{name}": tensor.detach() for name, tensor in get_peft_model_state_dict(block).items()}
+        for name, b in of_block.items():
             if ".lora_B." in name and b.any():
                 other = name.replace(".lora_B.", ".lora_A.")
-                found |= {other: own[other], name: b}
-    return found
+                tensors |= {other: of_block[other], name: b}
+    return tensors

@@ -25,11 +25,11 @@ def new_optimizers(
         raise TrainingError(f"torch {torch.__version__} has no Muon optimizer; install torch 2.9 or newer")
     by_muon = [p for p in parameters.values() if settings.muon_learning_rate and id(p) in matrices]
     rest = [p for p in parameters.values() if not settings.muon_learning_rate or id(p) not in matrices]
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if rest and settings.optimizer == "adamw8bit":
-        found.append(new_adamw8bit(rest, settings.learning_rate, settings.betas, settings.weight_decay))
+        optimizers.append(new_adamw8bit(rest, settings.learning_rate, settings.betas, settings.weight_decay))
     elif rest:
-        found.append(
+        optimizers.append(
             torch.optim.AdamW(
                 rest,
                 lr=settings.learning_rate,
@@ -40,7 +40,7 @@ def new_optimizers(
         )
     if by_muon:
         # the update is scaled to AdamW's typical size, so that weight decay and rates keep their meaning
-        found.append(
+        optimizers.append(
             torch.optim.Muon(
                 by_muon,
                 lr=settings.muon_learning_rate,
@@ -48,10 +48,10 @@ def new_optimizers(
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    for optimizer in found:
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = float(group["lr"])
-    return found
+    return optimizers
 
 
 class ScaledSGD(torch.optim.SGD):

@@ -79,16 +79,16 @@ def split_blocks(blocks: Iterable[nn.Module], home: torch.device | None) -> Iter
     """
     from torch.distributed import fsdp
 
-    known, hooks = list(blocks), []
-    for block in known:
+    split, hooks = list(blocks), []
+    for block in split:
         shard_block(block.requires_grad_(False))
         hooks.append(block.register_forward_hook(_split_again))
     if share := getattr(fsdp, "share_comm_ctx", None):  # of torch 2.10 or so: one set of streams instead of one a block
-        share(known)
+        share(split)
     yield
     if home is None:
         return
-    for block, hook in zip(known, hooks, strict=True):
+    for block, hook in zip(split, hooks, strict=True):
         hook.remove()
         unshard(block)
         block.to(home)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppcl.eval.clip import clip_items
-from ppcl.eval.fid import fid, frechet_distance, kid
+from ppcl.eval.fid import fid, frechet_distance
 from ppcl.eval.fidelity import psnr, ssim
-from ppcl.eval.influence import cmmd, kid_subsets
 from ppcl.eval.neighbours import manifold
+from ppcl.eval.set_distances import cmmd, kid, kid_subsets
 
 
 def feature_sets(ours: int, theirs: int, width: int) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ def test_cmmd_matches_its_definition() -> None:
 
 def test_neighbour_measures_match_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Naeem et al. 2020, with whole distance matrices; ours in slabs of a few rows."""
-    from ppcl.eval import influence
+    from ppcl.eval import set_distances
 
-    monkeypatch.setattr(influence, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(set_distances, "BLOCK_ELEMENTS", 1000)
     drawn, real = feature_sets(60, 80, 6)
     k = 4
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.eval.fid import FeatureStatistics, fid, kid
-from ppcl.eval.influence import cmmd, frechet_items, kid_items
+from ppcl.eval.fid import FeatureStatistics, fid
 from ppcl.eval.intervals import Interval, drop_interval, interval, share_interval
 from ppcl.eval.scoring import caption_measures, differences, drop, limits, measure, reference_of
+from ppcl.eval.set_distances import cmmd, frechet_items, kid, kid_items
 from ppcl.eval.velocity import StateErrors, by_timestep
 from ppcl.eval.verdict import verdict
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval.clip import caption_ranks, clip_items
-from ppcl.eval.fid import FeatureStatistics, fid, frechet_distance, kid
+from ppcl.eval.fid import FeatureStatistics, fid, frechet_distance
 from ppcl.eval.fidelity import psnr, ssim
+from ppcl.eval.set_distances import kid
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ppcl.config import load_config
 from ppcl.errors import UserError
-from ppcl.eval.fid import fid, kid
+from ppcl.eval.fid import fid
 from ppcl.eval.fidelity import psnr
 from ppcl.eval.judge import Entrant, Judge, judge_all
 from ppcl.eval.results import Evaluation, finite, load_evaluation, save_evaluation, spread_of
 from ppcl.eval.scoring import reference_of
+from ppcl.eval.set_distances import kid
 
 PROMPTS = [f"a picture of {i}" for i in range(12)]
 SIDE = 16

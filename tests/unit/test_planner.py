@@ -19,6 +19,7 @@ from ppcl.pruning import planner
 from ppcl.pruning.artifacts import Candidate, Candidates
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.student.plan import CompressionPlan
+from ppcl.student.prediction import predict
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo, Stack
@@ -255,7 +256,7 @@ def test_baselines_stop_at_the_first_rung_that_fits(mode: str) -> None:
         "uniform": lambda: planner.uniform_ladder(MODEL, settings),
         "influence": lambda: planner.influence_ladder(analysis, settings),
     }[mode]()
-    ratios = [planner.build_prediction(MODEL, runs, {}).param_ratio for runs in ladder]
+    ratios = [predict(MODEL, *planner.layout_of_runs(MODEL, runs, {})).param_ratio for runs in ladder]
     assert found.predicted.param_ratio == max(ratio for ratio in ratios if ratio <= 0.8)
 
 

@@ -18,6 +18,7 @@ from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning import planner, searches
 from ppcl.pruning.searches import SEARCHES, Context, choose
 from ppcl.student.plan import CompressionPlan
+from ppcl.student.prediction import predict
 
 PLANNED = ("optimal", "paper", "uniform", "influence")
 
@@ -68,7 +69,7 @@ def test_orders_remove_as_few_as_the_budget_asks(budget: dict[str, float]) -> No
         assert planner.meets(plan.predicted, kind, value)
         fewer = [block for block in gone(plan) if block != last]
         runs = planner.removal_ladder(fewer)[-1]
-        assert not planner.meets(planner.build_prediction(MODEL, runs, {}), kind, value)
+        assert not planner.meets(predict(MODEL, *planner.layout_of_runs(MODEL, runs, {})), kind, value)
 
 
 def test_random_depends_on_the_seed_alone() -> None:

@@ -1,4 +1,6 @@
-"""Set distances as means: how much each picture pulls FID, KID and CMMD.
+"""KID and CMMD, and set distances as means: how much each picture pulls FID, KID and CMMD.
+
+    KID = unbiased MMD^2 with the kernel k(x, y) = (x.y / D + 1)^3
 
     D(P) = D(P_n) + mean of the items' influences + smaller terms       (von Mises expansion)
 
@@ -100,6 +102,36 @@ def _row_means(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     return torch.cat([kernel(part, y).mean(1) for part in slabs(x, len(y))])
 
 
+def kid(features1: Tensor, features2: Tensor) -> float:
+    """Kernel distance: unbiased squared MMD over all pairs, with the kernel (x.y / D + 1)^3.
+
+    Args:
+        features1: (N1, D).
+        features2: (N2, D).
+
+    Returns:
+        The estimate; around 0, of either sign, for equal distributions.
+
+    Raises:
+        UserError: A set has fewer than two pictures.
+    """
+    x, y = features1.detach().cpu().double(), features2.detach().cpu().double()
+    if min(len(x), len(y)) < 2:
+        raise UserError(f"KID needs at least 2 pictures on both sides, got {len(x)} and {len(y)}; give more prompts")
+    factor = 1.0 / x.shape[1]
+
+    def kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+        # in rows, so that 50,000 pictures need no 50,000 x 50,000 matrix
+        rows = [((part @ b.T) * factor + 1.0).pow(3).sum() for part in torch.split(a, 1024)]
+        return torch.stack(rows).sum()
+
+    def within(a: Tensor) -> Tensor:
+        itself = (a.square().sum(1) * factor + 1.0).pow(3).sum()
+        return (kernel_sum(a, a) - itself) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel_sum(x, y) / (len(x) * len(y)))
+
+
 def kid_items(features: Tensor, reference: Tensor, value: float) -> Tensor:
     """Values of pictures whose mean is KID.
 
@@ -135,8 +167,6 @@ def kid_subsets(
     Returns:
         Mean and standard deviation (of the subsets, not of their mean); None with fewer than 8 pictures on a side.
     """
-    from ppcl.eval.fid import kid
-
     size = min(subset_size, len(features) // 2, len(reference) // 2)
     if size < 4:
         return None

@@ -1,0 +1,8 @@
+"""Names that several rooms share, each list once. No torch here."""
+
+from typing import Literal
+
+STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
+BUDGETS = ("keep", "speedup", "fit_gb")  # settings of ``plan``, of which one counts
+Width = Literal["modulation", "ffn", "attention", "text"]  # what of a block is made smaller
+Start = Literal["first", "middle", "last", "mean"]  # the block of a run, or their mean, that a substitute starts from
