@@ -96,7 +96,7 @@ class Distiller:
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
-        self.settings, self.seed, self.precision = settings, seed, precision
+        self.settings, self.seed = settings, seed
         self.group, self.sample, self.keep_teacher = group, sample, keep_teacher
         self.teacher_is_split = settings.splits_teacher(group.size)
         self.states = states or States(calibration, "train")
@@ -184,7 +184,7 @@ class Distiller:
         away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
         with streamed(away, self.device, back=False):
             for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-                with autocast(self.device, self.precision):  # the substitutes are float32, the rest may not be
+                with autocast(self.device, self.recipe.precision):  # the substitutes are float32, the rest may not be
                     errors.add(call.velocity, velocity(self.student, to_device(call.arguments, self.device)))
         return errors.relative
 

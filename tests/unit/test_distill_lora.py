@@ -123,7 +123,7 @@ def test_a_half_precision_teacher_and_two_stacks(tmp_path: Path) -> None:
     write_states(tmp_path / "calibration", "train", [flux_call(4, seed=s) for s in range(2)])
     plan = plan_for(transformer, [(SINGLE, 1, 2)])
     made = distiller((plan, tmp_path), tmp_path, transformer=transformer, local_steps=0)
-    made.precision = "bf16"
+    made.recipe.precision = "bf16"
     bundle = made.run()
     assert {v.dtype for v in bundle.lora.values()} == {torch.float32}
     student = build_student(transformer, adapter_for(transformer), bundle)
