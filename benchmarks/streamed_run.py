@@ -24,7 +24,7 @@ from common import parser, publish
 from random_pipeline import WIDTH, anonymous_bytes, write_pipeline
 
 from ppcl.common.tables import markdown_table
-from ppcl.run.stage import ORDER
+from ppcl.config.names import STAGES as ORDER
 
 EVERY = 0.03  # seconds between two looks at the memory
 DISK_EVERY = 10  # looks at the memory between two at the disk
