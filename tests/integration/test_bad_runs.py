@@ -170,13 +170,5 @@ def test_not_a_number_in_the_fit(refuses, common, run_copy, monkeypatch):
         return loss(self, block, *arguments, **options) * float("nan")
 
     monkeypatch.setattr(Ends, "loss", poisoned)
-    said = ("fit: transformer_blocks/", "loss became NaN", "at step 0", "learning rate")
-    option = ("--set", "fit.steps=2")
-    refuses(
-        "fit",
-        *common,
-        *option,
-        "--out",
-        run_copy,
-        says=("fit: transformer_blocks/", "loss became NaN", "at step 0", "learning rate"),
-    )
+    says = ("fit: transformer_blocks/", "loss became NaN", "at step 0", "learning rate")
+    refuses("fit", *common, "--set", "fit.steps=2", "--out", run_copy, says=says)

@@ -78,7 +78,8 @@ def test_streamed_distillation_is_the_resident_one(
 
 def products_of(folder: Path) -> dict[str, str]:
     """Digests of what a run made, but for what holds times, machines or command lines."""
-    names = ("calibration", "analysis.safetensors", "bundle", "pipeline", "eval/teacher", "eval/student")
+    files = tuple(f"{name}.safetensors" for name in ("analysis", "candidates", "width", "prices"))
+    names = ("calibration", *files, "bundle", "pipeline", "eval/teacher", "eval/student")
     found = {}
     for path in sorted(path for name in names for path in (folder / name, *(folder / name).rglob("*"))):
         if path.is_file() and path.name not in ("README.md", "bundle.json", "prompts.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,33 @@ def test_fit_is_resumed(stops: int, prepared: tuple[Any, Analysis, Path]) -> Non
     finished, steps = divmod(stops, 14)
     fitted = sum(c.fitted_error is not None for c in whole.candidates)
     assert len(again) == 14 * (fitted - finished) - 10 * (steps // 10)
+
+
+def test_nothing_to_fit_is_no_error(prepared: tuple[Any, Analysis, Path]) -> None:
+    """All blocks are protected: smaller modules are still priced."""
+    transformer, analysis, folder = prepared
+    bare = replace(analysis, stacks=tuple(replace(stack, intervals=()) for stack in analysis.stacks))
+    settings = SETTINGS.model_copy(update={"width": ("ffn",)})
+    protected = PlanConfig(protect_first=2, protect_last=2)
+    forms, out = StoredTensors(folder / "analysis.safetensors"), folder / "none"
+    found = fit(ResidentBlocks(transformer), bare, forms, folder / "calibration", out, settings, 0, protected=protected)
+    assert found.candidates == ()
+    assert {option.block for option in found.width} == set(range(4))
+
+
+@pytest.mark.parametrize("exact", ["none", "runs", "all"])
+def test_what_is_exact_is_a_setting(exact: str, prepared: tuple[Any, Analysis, Path]) -> None:
+    folder = prepared[2]
+    changes = {"width": ("ffn",), "steps": 0, "vectors": 16, "exact": exact}
+    found = run_fit(prepared, folder / exact, SETTINGS.model_copy(update=changes))
+    vectors = StoredTensors(folder / exact / "prices.safetensors")
+    assert set(vectors) == {f"{c.stack}/{c.first}-{c.last}" for c in found.candidates} | {o.name for o in found.width}
+    for c in found.candidates:
+        price = float(vectors[f"{c.stack}/{c.first}-{c.last}"].norm())
+        assert (c.probe_error == pytest.approx(price, rel=1e-5)) == (exact == "none")
+        assert c.probe_error == pytest.approx(price, rel=0.6)
+    for option in found.width:
+        price = float(vectors[option.name].norm())
+        if price:  # the last block's text goes nowhere
+            assert (option.error == pytest.approx(price, rel=1e-5)) == (exact != "all")
+            assert option.error == pytest.approx(price, rel=0.6)
