@@ -7,7 +7,8 @@ all that is needed to fit y = x W + b by ridge regression and to know the error 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ppcl.training.distributed import Group
 
 K = TypeVar("K", bound=Hashable)
+CHOOSING = 384  # outputs that choose a ridge
 
 
 class Moments:
@@ -66,17 +68,40 @@ class Moments:
         gram.diagonal().add_(strength * scale)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:  # not positive definite: dependent features and hardly any ridge
-            driver = "gelsd" if gram.device.type == "cpu" else None
-            weight = torch.linalg.lstsq(gram, cross, driver=driver).solution
+            values, vectors = torch.linalg.eigh(gram)
+            kept = values > len(gram) * torch.finfo(torch.float64).eps * values[-1]  # the smallest solution
+            vectors = vectors[:, kept]
+            weight = vectors @ ((vectors.T @ cross) / values[kept, None])
         else:
             weight = torch.cholesky_solve(cross, factor)
         return weight, mean_y - mean_x @ weight
 
     def squared_error(self, weight: Tensor, bias: Tensor) -> float:
         """Sum of ||x W + b - y||^2 over the rows."""
+        return max(0.0, self._beyond(weight, bias) + self.yy)
+
+    def _beyond(self, weight: Tensor, bias: Tensor) -> float:
+        """The same less the sum of ||y||^2."""
         quadratic = (weight * (self.xx @ weight)).sum() - 2 * (weight * self.xy).sum()
         linear = 2 * bias @ (self.sum_x @ weight) - 2 * bias @ self.sum_y + self.count * bias @ bias
-        return max(0.0, float(quadratic + linear) + self.yy)
+        return float(quadratic + linear)
+
+    def best_of(self, strengths: Sequence[float], held_out: Moments, outputs: int) -> float:
+        """The ridge strength of least held-out error over some outputs, spread evenly.
+
+        Args:
+            strengths: To choose from.
+            held_out: Other rows.
+            outputs: How many.
+        """
+        columns = torch.linspace(0, len(self.sum_y) - 1, outputs).round().long().to(self.xx.device)
+        fit, other = self._part(columns), held_out._part(columns)
+        return min(strengths, key=lambda strength: other._beyond(*fit.ridge(strength)))
+
+    def _part(self, columns: Tensor) -> Moments:
+        part = copy(self)
+        part.sum_y, part.xy, part.yy = self.sum_y[columns], self.xy[:, columns], 0.0
+        return part
 
     def variance(self) -> float:
         """Sum of ||y - mean y||^2."""
@@ -102,9 +127,14 @@ def add_up(sums: Mapping[K, Moments], group: Group) -> dict[K, Moments]:
 def best_ridge(fit: Moments, held_out: Moments, strengths: tuple[float, ...]) -> tuple[Tensor, Tensor, float, float]:
     """Fit with each ridge strength and keep the one of least held-out error.
 
+    Of more than ``CHOOSING`` outputs so many choose: a solve costs as much as there are outputs, which of some is best
+    is known from a part of them.
+
     Returns:
         W, b, the strength, and the held-out relative error sqrt(residual / variance).
     """
+    if len(strengths) > 1 and len(fit.sum_y) > CHOOSING:
+        strengths = (fit.best_of(strengths, held_out, CHOOSING),)
     best: tuple[float, float, Tensor, Tensor] | None = None
     for strength in strengths:
         weight, bias = fit.ridge(strength)

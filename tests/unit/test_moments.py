@@ -100,6 +100,38 @@ def test_best_ridge_avoids_overfitting() -> None:
     assert torch.equal(bias, fit.ridge(strength)[1])
 
 
+def test_a_part_of_many_outputs_chooses_the_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, held_out = moments(*rows(10, count=D + 2, spread=4.0), 3), moments(*rows(20, count=200, spread=4.0), 30)
+    strengths = (1e-9, 1e-1, 1e6)
+    every = best_ridge(fit, held_out, strengths)
+    tried: list[tuple[int, ...]] = []
+    whole = Moments.ridge
+
+    def noted(self: Moments, strength: float) -> tuple[Tensor, Tensor]:
+        tried.append(tuple(self.xy.shape))
+        return whole(self, strength)
+
+    monkeypatch.setattr("ppcl.analysis.moments.CHOOSING", 3)
+    monkeypatch.setattr(Moments, "ridge", noted)
+    part = best_ridge(fit, held_out, strengths)
+    assert [outputs for _, outputs in tried] == [3] * len(strengths) + [len(fit.sum_y)]
+    assert part[2] == every[2]
+    assert part[3] == pytest.approx(every[3], rel=1e-12)
+    assert torch.equal(part[0], every[0])
+
+
+def test_dependent_features_get_the_smallest_map() -> None:
+    """Fewer rows than features and hardly any ridge, as with few small pictures of a wide model."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 20, generator=generator).double(), torch.randn(6, 4, generator=generator).double()
+    few = Moments(20, 4, torch.device("cpu"))
+    few.update(x, y)
+    weight, bias = few.ridge(0.0)
+    expected = torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
+    assert torch.allclose(weight, expected, atol=1e-8)
+    assert torch.allclose(x @ weight + bias, y, atol=1e-8)
+
+
 def test_best_ridge_takes_the_smallest_on_clean_data() -> None:
     fit, held_out = moments(*rows(1, spread=0.0), 10), moments(*rows(5, spread=0.0), 10)
     _, _, strength, error = best_ridge(fit, held_out, (1e-1, 1e-10, 1e-4))
