@@ -36,6 +36,7 @@ class Moments:
         self.sum_x, self.sum_y = zeros(inputs), zeros(outputs)
         self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
         self.yy = 0.0
+        self._spectrum: dict[str, Tensor] = {}  # of the centred Gram matrix, if it was needed
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (N, d) and y (N, e).
@@ -45,6 +46,7 @@ class Moments:
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, y = x.to(dtype), y.to(dtype)
+        self._spectrum = {}
         self.count += len(x)
         self.sum_x += x.sum(0)
         self.sum_y += y.sum(0)
@@ -68,7 +70,10 @@ class Moments:
         gram.diagonal().add_(strength * scale)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:  # not positive definite: dependent features and hardly any ridge
-            values, vectors = torch.linalg.eigh(gram)
+            if not self._spectrum:  # the same for all strengths, but for a shift
+                gram.diagonal().sub_(strength * scale)
+                self._spectrum.update(zip(("values", "vectors"), torch.linalg.eigh(gram), strict=True))
+            values, vectors = self._spectrum["values"] + strength * scale, self._spectrum["vectors"]
             kept = values > len(gram) * torch.finfo(torch.float64).eps * values[-1]  # the smallest solution
             vectors = vectors[:, kept]
             weight = vectors @ ((vectors.T @ cross) / values[kept, None])
