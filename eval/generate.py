@@ -219,8 +219,8 @@ def generate(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette and 16-bit pictures as RGB; what is transparent shows white."""
-    if image.mode.startswith("I;16"):  # Pillow would clip, not scale, to 8 bits
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits (Pillow 10 opens them as 32), which Pillow would clip, not scale
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

@@ -17,6 +17,7 @@ from torch.utils import flop_counter
 from transformers.utils.logging import get_verbosity as verbosity
 
 LOGGERS = ("", "ppcl", "torch", "diffusers")
+SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # the second by torch 2.6 when it first compiles
 HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 KERNELS = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 
@@ -48,7 +49,7 @@ def global_state() -> dict[str, Any]:
         **{
             f"sys.path: {entry}": True for entry in sys.path if not entry.endswith("setuptools/_vendor")
         },  # by its import
-        **{f"environment: {k}": v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        **{f"environment: {k}": v for k, v in os.environ.items() if k not in SET_BY_OTHERS},
         **{f"module: {name}": name.split(".")[0] == "ppcl" and id(sys.modules[name]) for name in tuple(sys.modules)},
     }
 

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--save", type=Path, help="also write the quantised pipeline to this folder")
     given = arguments.parse_args(argv)
-    settings = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    config = Int8WeightOnlyConfig(version=2, set_inductor_config=False)  # which can be saved, and leaves torch as it is
+    settings = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(config)})
     pipe = load(given.folder, quantization_config=settings)
     if given.save:
         pipe.save_pretrained(given.save)
