@@ -72,7 +72,14 @@ class _Recorder(_Through):
         return super().forward(*args, **kwargs)
 
 
-def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States | None, precision: str) -> Entry:
+def enter(
+    source: Blocks,
+    stack: StackSpec,
+    arguments: Arguments,
+    before: States | None,
+    precision: str,
+    last: int | None = None,
+) -> Entry:
     """Run a batch up to a stack.
 
     Args:
@@ -82,6 +89,7 @@ def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States
         before: The states that left the stack before, on the source's device; None at the first stack. Where they
             need gradients, the states of the result are differentiable by them.
         precision: Autocast.
+        last: Number of the last block whose arguments are wanted; all if None.
 
     Raises:
         ModelError: Something else that the blocks are called with depends on ``before``, in a differentiable pass.
@@ -90,8 +98,10 @@ def enter(source: Blocks, stack: StackSpec, arguments: Arguments, before: States
     calls: list[Arguments] = []
     blocks = adapter.blocks(transformer, stack)
     lists = _stand_ins(source, stack.name, before)
+    last = len(blocks) - 1 if last is None else last
     lists[stack.name] = [
-        _Recorder(adapter, stack, block, calls, number == len(blocks) - 1) for number, block in enumerate(blocks)
+        _Recorder(adapter, stack, block, calls, number == last) if number <= last else block
+        for number, block in enumerate(blocks)
     ]
     try:
         with autocast(source.device, precision):

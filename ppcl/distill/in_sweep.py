@@ -103,7 +103,7 @@ class Ends:
         course, (name, first, last) = self.before, self.run
         level = course.end_before(name)
         earlier = None if level is None else self._read(course, level, call, split)
-        entry = enter(course.source, self.stack, call.arguments, earlier, course.precision)
+        entry = enter(course.source, self.stack, call.arguments, earlier, course.precision, first)
         states = self._read(course, self.level, call, split) if first else entry.states
         named = {argument: self.stack.turn(states[stream]) for stream, argument in self.stack.inputs.items()}
         start = BlockCall(self.stack, first, {**entry.arguments[first], **named}, states, {})

@@ -11,8 +11,9 @@ are called ``image`` and ``text``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +64,12 @@ class StackSpec:
         return state.transpose(0, 1) if self.tokens_first else state
 
 
+@lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Of a method; blocks are called thousands of times, and reading one takes as long as a small block."""
+    return inspect.signature(function)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A transformer family.
@@ -110,7 +117,12 @@ class Adapter:
 
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name all arguments of a block call."""
-        return dict(inspect.signature(block.forward).bind(*args, **kwargs).arguments)
+        function = getattr(block.forward, "__func__", None)
+        if function is None:  # somebody has put a function of theirs in its place
+            return dict(inspect.signature(block.forward).bind(*args, **kwargs).arguments)
+        named = dict(_signature(function).bind(block, *args, **kwargs).arguments)
+        del named[next(iter(named))]  # the block itself
+        return named
 
     def input_states(self, stack: StackSpec, arguments: Mapping[str, Any]) -> States:
         """Pick the streams out of a block's named arguments."""
