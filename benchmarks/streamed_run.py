@@ -32,12 +32,12 @@ PROMPTS = [f"{adjective} {noun}" for adjective in ("red", "blue", "old", "tiny")
 SETTINGS = (
     "blocks=streamed", "capture.height=64", "capture.width=64", "capture.num_prompts=6", "capture.batch_size=2",
     "capture.num_inference_steps=3", "capture.states_per_prompt=2", "capture.held_out_share=0.34",
-    "analyze.cka_tokens=64", "analyze.ridges=[0.01]", "plan.protect_first=0", "plan.protect_last=0", "fit.max_run=2", "fit.max_candidates=4",
-    "fit.steps=2", "fit.batch_size=2", "fit.eval_states=2", "fit.width=[]", "distill.local_steps=4",
-    "distill.output_steps=0", "distill.batch_size=2",
-    "evaluate.num_prompts=4", "evaluate.num_inference_steps=2", "evaluate.batch_size=2", "evaluate.velocity_states=2",
-    "evaluate.latency_runs=1", "evaluate.speed_batch_sizes=[1]", "evaluate.speed_steps=[2]", "evaluate.teacher_seeds=1",
-    "evaluate.features=emoji",
+    "analyze.cka_tokens=64", "analyze.ridges=[0.01]", "plan.protect_first=0", "plan.protect_last=0", "fit.max_run=2",
+    "fit.max_candidates=4", "fit.steps=2", "fit.batch_size=2", "fit.eval_states=2", "fit.width=[]",
+    "distill.local_steps=4", "distill.output_steps=0", "distill.batch_size=2", "evaluate.num_prompts=4",
+    "evaluate.num_inference_steps=2", "evaluate.batch_size=2", "evaluate.velocity_states=2",
+    "evaluate.latency_runs=1", "evaluate.speed_batch_sizes=[1]", "evaluate.speed_steps=[2]",
+    "evaluate.teacher_seeds=1", "evaluate.features=emoji",
 )  # fmt: skip
 
 

@@ -29,7 +29,16 @@ from ppcl.capture.states import States
 from ppcl.capture.store import MEMORY, StateStore
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
-from ppcl.common.files import StoredTensors, Unread, digest, read_tensors, remove, write_one_by_one, write_tensors
+from ppcl.common.files import (
+    StoredTensors,
+    Unread,
+    digest,
+    read_metadata,
+    read_tensors,
+    remove,
+    write_one_by_one,
+    write_tensors,
+)
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
@@ -161,24 +170,24 @@ def fit(
         group,
         precision,
     )
-    this = Fit(source, analysis, forms, train, course, folder, settings, seed, fingerprint or "", group)
+    stage = Fit(source, analysis, forms, train, course, folder, settings, seed, fingerprint or "", group)
     for level in range(len(source.order)):
         course.store.hold(level)
     forward_sweep(course, [])
     runs = all_runs(analysis, settings.max_run, protected or PlanConfig())  # type: ignore[call-arg]
-    narrow = narrow_modules(this, next(held_out.batches(1)), next(train.batches(1)))
-    prices = priced(this, runs, narrow)
+    narrow = narrow_modules(stage, next(held_out.batches(1)), next(train.batches(1)))
+    prices = priced(stage, runs, narrow)
     probe_errors = {run: prices[run_name(run)].error for run in runs}
     if settings.exact != "none":
-        every = exact_costs(course, {run_name(run): this.linear(run) for run in runs}, folder / "runs", "fit: runs")
+        every = exact_costs(course, {run_name(run): stage.linear(run) for run in runs}, folder / "runs", "fit: runs")
         probe_errors = {run: every[run_name(run)] for run in runs}
     always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
-    starts = fitted(this, held_out, shortlist(probe_errors, always, settings.max_candidates), log)
-    jobs = {run_name(run): Job(run, partial(_read_fitted, this, run)) for run in starts}
+    starts = fitted(stage, held_out, shortlist(probe_errors, always, settings.max_candidates), log)
+    jobs = {run_name(run): Job(run, partial(_read_fitted, stage, run)) for run in starts}
     costs = exact_costs(course, jobs, folder / "fitted", "fit: costs")
     options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
     if settings.exact == "all":
-        options = exact_options(this, narrow, prices)
+        options = exact_options(stage, narrow, prices)
     result = Candidates(
         candidates=tuple(Candidate(*run, probe_errors[run], starts.get(run), costs.get(run_name(run))) for run in runs),
         steps=settings.steps,
@@ -187,7 +196,7 @@ def fit(
         criterion=narrow.criterion,
         criterion_forwards=narrow.forwards,
     )
-    group.on_main(lambda: _write(this, out, result, narrow, prices, list(starts)))
+    group.on_main(lambda: _write(stage, out, result, narrow, prices, list(starts)))
     course.store.close()
     group.on_main(lambda: remove(folder))
     return result
@@ -212,15 +221,15 @@ class Narrow:
     forwards: float | None
 
 
-def narrow_modules(this: Fit, example: dict[str, Any], single: dict[str, Any]) -> Narrow:
+def narrow_modules(stage: Fit, example: dict[str, Any], single: dict[str, Any]) -> Narrow:
     """Find the modules that can become smaller, choose their units, and fit what the analyze stage did not.
 
     Args:
-        this: The stage.
+        stage: Its blocks, states and settings.
         example: What FLOPs are counted on, of the shape that the teacher's were counted on.
         single: A call on one sample, whose time is measured.
     """
-    source, settings, findings = this.source, this.settings, Findings(this.folder / "units")
+    source, settings, findings = stage.source, stage.settings, Findings(stage.folder / "units")
     sites: list[CutSite] = []
     texts: dict[Place, Parts] = {}
     scored: tuple[str, float | None] = ("", None)
@@ -229,99 +238,103 @@ def narrow_modules(this: Fit, example: dict[str, Any], single: dict[str, Any]) -
         calls, _ = record_boundaries(transformer, source.adapter, example, first, first[-1])
     if settings.width:
         sites = find_sites(source, calls, settings.width)
-        texts = text_blocks(source, list(this.forms)) if "text" in settings.width else {}
+        texts = text_blocks(source, list(stage.forms)) if "text" in settings.width else {}
     if sites or texts:
         scores = None
         if sites:
             sets = draw_states(
-                this.train, settings.criterion_draws, settings.batch_size, settings.width_states, this.seed
+                stage.train, settings.criterion_draws, settings.batch_size, settings.width_states, stage.seed
             )
-            held_out = [batch.load().arguments for batch in this.course.batches]
+            held_out = [batch.load().arguments for batch in stage.course.batches]
             scored = settings.criterion, criterion_cost(settings, sets, held_out)
-            scores = scores_of_all(source, sites, sets, settings, this.seed, held_out)
-        course = this.training_course("units-sweep", settings.width_states)
-        forward_sweep(course, [UnitSums(sites, texts.keys(), settings, scores, findings, this.group)])
-    flops = this.analysis.model.flops if settings.width else 0
+            scores = scores_of_all(source, sites, sets, settings, stage.seed, held_out)
+        course = stage.training_course("units-sweep", settings.width_states)
+        forward_sweep(course, [UnitSums(sites, texts.keys(), settings, scores, findings, stage.group)])
+    flops = stage.analysis.model.flops if settings.width else 0
     meter = Meter(source, calls, batch_size(example), single, flops)
-    jobs = WidthJobs(source, this.analysis, this.forms, settings, sites, texts, findings, meter)
+    jobs = WidthJobs(source, stage.analysis, stage.forms, settings, sites, texts, findings, meter)
     places = source.order if sites or texts else ()
     return Narrow(jobs, findings, places, *scored)
 
 
-def priced(this: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Price]:
+def priced(stage: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Price]:
     """Price runs by their chained probes, and smaller modules, in one backward sweep.
 
     Returns:
         Prices by ``stack/first-last`` and :attr:`ppcl.pruning.artifacts.WidthOption.name`.
     """
-    source, settings = this.source, this.settings
-    findings = Findings(this.folder / "prices")
+    source, settings = stage.source, stage.settings
+    findings = Findings(stage.folder / "prices")
 
     def jobs_at(place: Place, block: nn.Module) -> Jobs:
-        ending = {run_name(run): this.linear(run) for run in runs if (run[0], run[2]) == place}
+        ending = {run_name(run): stage.linear(run) for run in runs if (run[0], run[2]) == place}
         return {**ending, **(narrow.jobs.at(place, block) if settings.width else {})}
 
     with Progress("fit: prices", total=len(source.order)) as progress:
-        consumer = Prices(this.course, jobs_at, findings, progress)
-        backward_sweep(this.course, this.store("gradients"), [consumer], settings.vectors, this.seed)
-    return read_prices(findings, source.order, velocity_norm(this.course))
+        consumer = Prices(stage.course, jobs_at, findings, progress)
+        backward_sweep(stage.course, stage.store("gradients"), [consumer], settings.vectors, stage.seed)
+    return read_prices(findings, source.order, velocity_norm(stage.course))
 
 
-def exact_options(this: Fit, narrow: Narrow, prices: Mapping[str, Price]) -> list[WidthOption]:
+def exact_options(stage: Fit, narrow: Narrow, prices: Mapping[str, Price]) -> list[WidthOption]:
     """Smaller modules with what each costs exactly."""
     notes = {name: price.note for name, price in prices.items() if "group" in price.note}
     jobs = {name: narrow.jobs.again(note) for name, note in notes.items()}
-    costs = exact_costs(this.course, jobs, this.folder / "width", "fit: width")
+    costs = exact_costs(stage.course, jobs, stage.folder / "width", "fit: width")
     return [width_option(note, costs[name]) for name, note in notes.items()]
 
 
 def fitted(
-    this: Fit, held_out: States, runs: Sequence[RunKey], log: Callable[[dict[str, Any]], None] | None
+    stage: Fit, held_out: States, runs: Sequence[RunKey], log: Callable[[dict[str, Any]], None] | None
 ) -> dict[RunKey, str]:
     """Fit a block to each run, each by itself; its weights go to a file.
 
     Returns:
         The start that was best on held-out states, by run.
     """
-    course = this.training_course("train", None)
-    sample = list(held_out.weighed(held_out.spread(this.settings.eval_states), this.settings.batch_size))
-    known = {run: read_tensors(this.file(run))[1] for run in runs if this.file(run).is_file()}
+    course = stage.training_course("train", None)
+    sample = list(held_out.weighed(held_out.spread(stage.settings.eval_states), stage.settings.batch_size))
+    known = {run for run in runs if stage.file(run).is_file() and _meta(stage, run)["of"] == stage.fingerprint}
 
     def train(run: RunKey, ends: Ends) -> None:
-        start = best_start(this, run, sample)
-        block = start_block(this.source.copies(run[0]), run[1], run[2], start).to(torch.float32)
-        _train(this, run, block, ends, log)
-        write_tensors(this.file(run), block.state_dict(), {"start": start})
+        start = best_start(stage, run, sample)
+        block = start_block(stage.source.copies(run[0]), run[1], run[2], start).to(torch.float32)
+        _train(stage, run, block, ends, log)
+        write_tensors(stage.file(run), block.state_dict(), {"start": start, "of": stage.fingerprint})
 
     trainees = Trainees(course, [run for run in runs if run not in known], train)
     if trainees.last >= 0:
         forward_sweep(course, [trainees], trainees.last)
         course.store.close()
-    return {run: str(read_tensors(this.file(run))[1]["start"]) for run in runs}
+    return {run: str(_meta(stage, run)["start"]) for run in runs}
+
+
+def _meta(stage: Fit, run: RunKey) -> Any:
+    return read_metadata(stage.file(run))
 
 
 @torch.no_grad()
-def best_start(this: Fit, run: RunKey, sample: Sequence[tuple[Call, Share]]) -> str:
+def best_start(stage: Fit, run: RunKey, sample: Sequence[tuple[Call, Share]]) -> str:
     """The start of least state loss on held-out states; of equals the first."""
-    ends, losses = Ends(run, this.course), {}
-    for start in this.settings.starts:
-        block = start_block(this.source.copies(run[0]), run[1], run[2], start)
-        with autocast(this.source.device, this.course.precision):
+    ends, losses = Ends(run, stage.course), {}
+    for start in stage.settings.starts:
+        block = start_block(stage.source.copies(run[0]), run[1], run[2], start)
+        with autocast(stage.source.device, stage.course.precision):
             losses[start] = sum(float(ends.loss(block, call, share, split="held-out")) for call, share in sample)
     return min(losses, key=lambda start: losses[start])
 
 
-def _train(this: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[[dict[str, Any]], None] | None) -> None:
-    settings, name = this.settings, run_name(run)
+def _train(stage: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[[dict[str, Any]], None] | None) -> None:
+    settings, name = stage.settings, run_name(run)
     if settings.steps == 0:
         return
 
     def backward(step: int) -> dict[str, float]:
-        parts = this.train.parts(settings.batch_size, step_generator(this.seed, step, Stream.FIT_BATCH))
+        parts = stage.train.parts(settings.batch_size, step_generator(stage.seed, step, Stream.FIT_BATCH))
         return add_up(one(call, share) for call, share in parts)
 
     def one(call: Call, share: Share) -> dict[str, float]:
-        with autocast(this.source.device, this.course.precision):
+        with autocast(stage.source.device, stage.course.precision):
             loss = ends.loss(block, call, share)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
@@ -332,30 +345,30 @@ def _train(this: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[[
         warmup_steps=5,
         ema_decay=0.0,
         checkpoint_every=max(10, settings.steps // 4),
-        seed=this.seed,
+        seed=stage.seed,
         batch_size=settings.batch_size,
     )
-    folder = this.folder / f"fit-{name.replace('/', '-')}"
+    folder = stage.folder / f"fit-{name.replace('/', '-')}"
     report = None if log is None else lambda row: log({**row, "run": name})
-    identity = digest(name, settings.model_dump(), this.seed, this.fingerprint)
+    identity = digest(name, settings.model_dump(), stage.seed, stage.fingerprint)
     TrainingLoop({name: block}, backward, loop_settings, folder, identity, report, f"fit: {name}").run()
     remove(folder)
 
 
-def _read_fitted(this: Fit, run: RunKey, _: nn.Module) -> nn.Module:
-    tensors, meta = read_tensors(this.file(run))
-    block = this.source.copy((run[0], start_index(run[1], run[2], meta["start"]))).to(torch.float32)
+def _read_fitted(stage: Fit, run: RunKey, _: nn.Module) -> nn.Module:
+    tensors, meta = read_tensors(stage.file(run))
+    block = stage.source.copy((run[0], start_index(run[1], run[2], meta["start"]))).to(torch.float32)
     block.load_state_dict(tensors)
     return block
 
 
 def _write(
-    this: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
+    stage: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
 ) -> None:
     """Write everything, a tensor at a time; fitted blocks in the dtypes of the teacher's."""
     blocks: dict[str, Unread] = {}
     for run in runs:
-        stored, like = StoredTensors(this.file(run)), this.source.module(run[:2]).state_dict()
+        stored, like = StoredTensors(stage.file(run)), stage.source.module(run[:2]).state_dict()
         for name in stored:
             unread = stored.unread(name)
             blocks[f"{run_name(run)}/{name}"] = replace(
