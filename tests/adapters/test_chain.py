@@ -11,7 +11,7 @@ from tiny import TINY
 
 from ppcl.analysis.analyze import analyze
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors, write_tensors
+from ppcl.common.files import StoredTensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
 from ppcl.distill.fit import fit
 from ppcl.distill.trainer import Distiller
@@ -62,8 +62,8 @@ def test_analysis_plan_distillation_export(name, tmp_path, caplog):
 
     info = describe(SimpleNamespace(transformer=model, components={}))
     analysis = analyze(ResidentBlocks(model), info, states, tmp_path, ANALYZE, seed=0)
-    probes = read_tensors(tmp_path / "analysis.safetensors")[0]
-    candidates = fit(model, adapter, analysis, probes, states, tmp_path, FIT, seed=0)
+    forms = StoredTensors(tmp_path / "analysis.safetensors")
+    candidates = fit(ResidentBlocks(model), analysis, forms, states, tmp_path, FIT, seed=0)
     chosen = plan(analysis, candidates, PlanConfig(keep=0.999))
     assert chosen.runs
 
