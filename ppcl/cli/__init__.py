@@ -56,6 +56,8 @@ def compress(
 
     push.check()
     run = open_run(model, out, settings, budget, processes)
+    if not run.is_done("fit"):
+        _look_ahead(run)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
         typer.echo(": done before" if run.is_done(stage) else "", err=True)
@@ -66,6 +68,15 @@ def compress(
         print_summary(run.out)
         push.upload(run.out / "pipeline")
     run.group.close()
+
+
+def _look_ahead(run: Any) -> None:
+    """Refuse a budget that no plan can meet, and say what the stages will take."""
+    from ppcl.run.outlook import check_budget, outlook
+
+    check_budget(run)
+    if run.group.is_main:
+        typer.echo("\n".join(outlook(run)), err=True)
 
 
 @app.command()

@@ -152,9 +152,8 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     lines = [f"estimate on {estimate.hardware} (ppcl inspect --estimate says what is assumed):"]
     for stage in estimate.stages:
         name, device, ram, disk, time, note = _cells(stage)
-        lines.append(
-            f"  {name}: {device} of device memory, {ram} of RAM, {disk} of disk, {time}" + (note and f"; {note}")
-        )
+        memory = f"{device} of memory" if device == ram else f"{device} of device memory, {ram} of RAM"
+        lines.append(f"  {name}: {memory}, {disk} of disk, {time}" + (note and f"; {note}"))
     return [*lines, *(f"  {text}" for text in _verdict(estimate))]
 
 
