@@ -8,11 +8,11 @@ from functools import cached_property
 from ppcl.capture.store import MEMORY
 from ppcl.config import RunConfig
 from ppcl.config.sections import PROMPTS
-from ppcl.inspection.hardware import CONTEXT, PROGRAM, Hardware
+from ppcl.inspection.hardware import CACHED, CONTEXT, FREE, PROGRAM, Hardware
 from ppcl.inspection.shapes import Blueprint, Shapes
 from ppcl.pruning.knapsack import Layout
 from ppcl.pruning.planner import meets, segments, uniform_ladder
-from ppcl.student.plan import Prediction, free_blocks
+from ppcl.student.plan import Prediction, free_blocks, start_index
 from ppcl.student.prediction import predict
 
 LAYER = 0.2  # of text encoders, that is on a GPU at once where they come layer by layer
@@ -54,6 +54,8 @@ class Work:
         moved: Bytes that optimizers move.
         weights: Bytes of streamed weights that are read while blocks compute.
         files: Bytes that are read or written while nothing computes.
+        again: Bytes of states that are read again and again, if they lie on the disk.
+        states: Bytes of such states that there are at a time.
         device: Bytes of the device beyond the teacher.
         ram: Bytes of RAM.
         disk: Bytes of the run directory at the peak, beyond what is there.
@@ -66,17 +68,20 @@ class Work:
     moved: float = 0.0
     weights: float = 0.0
     files: float = 0.0
+    again: float = 0.0
+    states: float = 0.0
     device: float = 0.0
     ram: float = 0.0
     disk: float = 0.0
     kept: float = 0.0
 
-    def store(self, size: float, uses: float = 0.0, memory: float = MEMORY) -> float:
+    def store(self, size: float, written: float = 0.0, read: float = 0.0, memory: float = MEMORY) -> float:
         """Keep states: in RAM if they fit, else on disk.
 
         Args:
             size: Bytes of all levels together.
-            uses: Bytes that are written and read in all.
+            written: Bytes that are written in all.
+            read: Bytes that are read in all.
             memory: Bytes that may be in RAM.
 
         Returns:
@@ -85,7 +90,9 @@ class Work:
         if size <= memory:
             self.ram += size
             return 0.0
-        self.files += uses
+        self.files += written
+        self.again += read
+        self.states = max(self.states, size)
         return size
 
 
@@ -181,6 +188,15 @@ class Costs:
         """Blocks that are trained: of runs, or with smaller modules all that may have any."""
         return self.shapes.blocks if self.has_width else self.num_runs
 
+    @cached_property
+    def trained(self) -> int:
+        """Numbers of all blocks that are trained."""
+        sizes = {stack.name: stack.block_params for stack in self.shapes.info.stacks}
+        if self.has_width:
+            return sum(map(sum, sizes.values()))
+        runs = [(name, piece) for name, pieces in self.plan[0].items() for piece in pieces if piece.is_run]
+        return sum(sizes[name][start_index(piece.first, piece.last, piece.start)] for name, piece in runs)
+
     @property
     def plan_note(self) -> str:
         """What is assumed of the plan, for the list of assumptions."""
@@ -227,6 +243,11 @@ class Costs:
         """States of one call where so many pictures are drawn at once."""
         return batch * (self.branches if self.shapes.joined else 1)
 
+    def _speed(self, work: Work, weights: bool) -> float:
+        """Bytes a second of files that are read again and again: states, then weights, stay in RAM where they fit."""
+        h, needed = self.hardware, PROGRAM + work.ram + work.states + (self.shapes.in_blocks if weights else 0.0)
+        return CACHED if h.ram is not None and needed < FREE * h.ram else h.disk
+
     def cost(
         self, stage: str, work: Work, teacher: float, before: float, shared: bool = False, notes: tuple[str, ...] = ()
     ) -> StageCost:
@@ -243,7 +264,8 @@ class Costs:
         h = self.hardware
         computing = work.flops / h.speed + work.float32 / h.float32 + work.float64 / h.float64
         computing = (computing + work.moved / h.bandwidth) / (h.count if shared else 1)
-        seconds = max(computing, work.weights / h.disk) + work.files / h.disk
+        seconds = max(computing, work.weights / self._speed(work, weights=True))
+        seconds += work.files / h.disk + work.again / self._speed(work, weights=False)
         device = work.device + teacher
         if self.on_gpu:
             device, ram = device + CONTEXT, work.ram + PROGRAM

@@ -12,7 +12,7 @@ from ppcl.common.artifacts import SCHEMA_VERSION
 from ppcl.common.tables import markdown_table
 from ppcl.config import RunConfig
 from ppcl.inspection.costs import Costs, StageCost
-from ppcl.inspection.hardware import CONTEXT, PROGRAM, SHARE, Hardware
+from ppcl.inspection.hardware import CACHED, CONTEXT, FREE, PROGRAM, SHARE, Hardware
 from ppcl.inspection.shapes import Blueprint, blueprint_of, dtype_for
 from ppcl.inspection.stage_costs import stage_costs
 from ppcl.teacher.streaming import RESIDENT, STREAMED
@@ -92,16 +92,23 @@ def estimate_run(model: str, config: RunConfig, hardware: Hardware, text_tokens:
         blocks = RESIDENT if weights < hardware.memory else STREAMED
         if blocks == STREAMED:
             blueprint = counted(True)  # on a CPU in another dtype
+    return estimate_of(model, blueprint, config, hardware, blocks)
+
+
+def estimate_of(model: str, blueprint: Blueprint, config: RunConfig, hardware: Hardware, blocks: str) -> Estimate:
+    """Estimate what a run takes, of a model that is counted already.
+
+    Args:
+        model: Its name.
+        blueprint: What was counted, with pictures of the size that the config captures.
+        config: Settings.
+        hardware: Where it would run.
+        blocks: ``resident`` or ``streamed``.
+    """
     costs = Costs(blueprint, config, hardware, blocks == STREAMED)
-    return Estimate(
-        model,
-        str(hardware),
-        hardware.memory,
-        blocks,
-        blueprint.shapes.itemsize * blueprint.shapes.info.params,
-        tuple(stage_costs(costs)),
-        assumptions(costs),
-    )
+    weights = blueprint.shapes.itemsize * blueprint.shapes.info.params
+    stages = tuple(stage_costs(costs))
+    return Estimate(model, str(hardware), hardware.memory, blocks, weights, stages, assumptions(costs))
 
 
 def assumptions(costs: Costs) -> tuple[str, ...]:
@@ -109,7 +116,12 @@ def assumptions(costs: Costs) -> tuple[str, ...]:
     shapes, hardware, config = costs.shapes, costs.hardware, costs.config
     found = [
         f"{SHARE:.0%} of the device's peak in products of half precision; backward passes count twice a forward one",
-        f"weights and states pass the disk at {hardware.disk / 1e9:g} GB/s, weights while blocks compute",
+        f"weights and states pass the disk at {hardware.disk / 1e9:g} GB/s, weights while blocks compute; "
+        + (
+            f"what {FREE:.0%} of the RAM holds is read again at {CACHED / 1e9:g} GB/s"
+            if hardware.ram
+            else "how much the RAM keeps of them is not known"
+        ),
         f"{costs.num_states:,} recorded states ({config.capture.num_prompts} prompts), {costs.num_substitutes} "
         f"substitutes in evenly spread runs{costs.plan_note}",
     ]

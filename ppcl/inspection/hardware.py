@@ -9,6 +9,8 @@ from ppcl.errors import UserError
 
 SHARE = 0.4  # of the peak that whole transformers reach; the rest is waiting for memory
 DISK = 2e9  # bytes a second
+CACHED = 20e9  # bytes a second of files that the system keeps in RAM
+FREE = 0.8  # of RAM that such files may take
 CONTEXT = 1e9  # bytes that a GPU's driver, its libraries and their workspaces take
 PROGRAM = 2e9  # bytes of RAM that Python, torch and diffusers take
 

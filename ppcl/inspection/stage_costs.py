@@ -100,7 +100,7 @@ def analyze_cost(costs: Costs, before: float) -> StageCost:
         found += part.count * (DOUBLE * sum(d * d for d in part.streams) + FLOAT * sum(d * d for d in part.networks))
     work.device = batch * (shapes.forward + 3 * FLOAT * shapes.state) + max(map(sums_of, shapes.parts))
     work.ram += min(ARGUMENTS, states * shapes.record)
-    waiting = work.store(2 * states * size, 2 * states * size * shapes.blocks)
+    waiting = work.store(2 * states * size, states * size * shapes.blocks, states * size * shapes.blocks)
     work.kept, work.disk = forms, waiting + found + forms
     work.files += 2 * found + forms
     return costs.cost("analyze", work, costs.teacher(), before)
@@ -142,26 +142,25 @@ def fit_cost(costs: Costs, before: float) -> StageCost:
     options, forms, sums = _units(costs, work)
     _sweep(costs, work, states, 1 + 2 * vectors)
     work.flops += options * states * costs.block_flops
-    levels = work.store((blocks + 1) * states * size, 2 * (blocks + 1) * states * size)
-    gradients = work.store(2 * vectors * states * size, 2 * vectors * states * size * blocks)
+    levels = work.store((blocks + 1) * states * size, (blocks + 1) * states * size, 2 * blocks * states * size)
+    gradients = work.store(2 * vectors * states * size, *[vectors * states * size * blocks] * 2)
     fits = min(settings.max_candidates, costs.num_candidates)
     carried = fits + (costs.num_candidates if settings.exact != "none" else 0)
     carried += int(options) if settings.exact == "all" else 0
     branches = _carry(costs, work, carried, states)
     _sweep(costs, work, costs.train)
+    fitted = fits * sum(part.count * part.params for part in shapes.parts) / blocks  # numbers, of all stacks alike
     steps = fits * settings.steps * batch
     work.flops += (3 * steps + fits * len(settings.starts) * states) * costs.block_flops
-    work.moved += MOVED * fits * settings.steps * largest
+    work.moved += MOVED * settings.steps * fitted
     weights = costs.shapes.block * fits * len(settings.starts)
     work.files += weights if costs.streamed else 0.0
     between = (settings.max_run + 2) * costs.train * size
-    trained = work.store(between, 2 * costs.train * size * blocks + 2 * steps * size)
-    results = fits * largest * shapes.itemsize
+    trained = work.store(between, costs.train * size * blocks, costs.train * size * blocks + 2 * steps * size)
+    results = fitted * shapes.itemsize
     work.kept = results + forms
-    work.disk = (
-        levels + forms + max(gradients, branches, trained + FLOAT * fits * largest, FLOAT * fits * largest + work.kept)
-    )
-    work.files += (2 * FLOAT * largest) * fits + results
+    work.disk = levels + forms + max(gradients, branches, trained + FLOAT * fitted, FLOAT * fitted + work.kept)
+    work.files += 2 * FLOAT * fitted + results
     step = FLOAT * largest + optimizer_bytes(largest, "adamw") + shapes.step_bytes(batch)
     probes = max((settings.max_run - 1) * sum(d * d for d in part.streams) * FLOAT for part in shapes.parts)
     backward = batch * (shapes.backward + 2 * vectors * size) + probes + forms / blocks * 2
@@ -177,7 +176,7 @@ def _carry(costs: Costs, work: Work, jobs: int, states: int) -> float:
     size = states * shapes.state_bytes
     together = max(1, int(BRANCHES // size))
     work.weights += -(-jobs // together) * shapes.in_blocks if costs.streamed else 0.0
-    return work.store(2 * min(jobs, together) * size, jobs * size * shapes.blocks)
+    return work.store(2 * min(jobs, together) * size, *[jobs * size * shapes.blocks / 2] * 2)
 
 
 def plan_cost(costs: Costs, before: float) -> StageCost:
@@ -191,14 +190,13 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
     """The training of the plan's substitutes."""
     shapes, settings, count = costs.shapes, costs.config.distill, costs.num_substitutes
     largest = max(part.params for part in shapes.parts)
-    numbers, states = count * largest, costs.train
+    numbers, states = costs.trained, costs.train
     alone = costs.streamed or settings.one_at_a_time
     asked = {name.removesuffix("_steps"): getattr(settings, name) for name in STEPS}
     whole = {} if costs.streamed else {name: asked[name] for name in ("alternating", "output") if asked[name]}
     left_out = [name for name in ("alternating", "output") if asked[name] and name not in whole]
     work = Work()
-    together = 1 if alone else count
-    here = largest * together
+    here = largest if alone else numbers
     part = -(-settings.batch_size // settings.accumulate)
     if not costs.streamed:
         part = -(-part // costs.hardware.count)
@@ -214,15 +212,17 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
         if asked[name] and (alone or name == "carried"):
             copies = 2 if name == "carried" else 1
             _sweep(costs, work, copies * states)
-            uses = 2 * copies * states * shapes.state_bytes * shapes.blocks + 2 * samples * count * shapes.state_bytes
-            levels = max(levels, work.store(3 * copies * states * shapes.state_bytes, uses))
+            swept = copies * states * shapes.state_bytes
+            drawn = 2 * samples * count * shapes.state_bytes
+            levels = max(levels, work.store(3 * swept, swept * shapes.blocks, swept * shapes.blocks + drawn))
     for steps in whole.values():
         work.flops += (
             steps * settings.batch_size * (3 * costs.plan[1].params / shapes.info.params + 1) * shapes.info.flops
         )
         work.device = max(work.device, _whole_student(costs, numbers, part))
     work.kept = FLOAT * numbers
-    work.disk = 2 * work.kept + levels + (1 + settings.keep_checkpoints) * here * 4 * FLOAT
+    finished = 2 if asked["carried"] else 1  # of each stage, beside the bundle
+    work.disk = (1 + finished) * work.kept + levels + (1 + settings.keep_checkpoints) * here * 4 * FLOAT
     work.files += 3 * work.kept
     notes = (f"{' and '.join(left_out)} stage left out: blocks are streamed",) if left_out else ()
     return costs.cost("distill", work, costs.teacher(alone=True), before, shared=True, notes=notes)
@@ -247,7 +247,7 @@ def export_cost(costs: Costs, before: float) -> StageCost:
     written = costs.ratio * (shapes.in_blocks + shapes.outside)
     work = Work(kept=written + others, files=2 * (written + others))
     if not costs.streamed:
-        work.device = FLOAT * costs.num_substitutes * max(part.params for part in shapes.parts)
+        work.device = FLOAT * costs.trained
         return costs.cost("export", work, costs.teacher(), before)
     return costs.cost("export", work, shapes.outside, before)
 
@@ -274,6 +274,6 @@ def evaluate_cost(costs: Costs, before: float) -> StageCost:
     second: float = shapes.outside + 2 * shapes.block
     if not costs.streamed:  # a pipeline of its own, and the substitutes before training
         second = costs.ratio * (shapes.in_blocks + shapes.outside) + shapes.text + shapes.vae
-        second += FLOAT * costs.num_substitutes * max(part.params for part in shapes.parts)
+        second += FLOAT * costs.trained
         work.files += second
     return costs.cost("evaluate", work, costs.teacher() + second, before)
