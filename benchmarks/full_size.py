@@ -2,12 +2,14 @@
 
     python benchmarks/full_size.py --table docs/speed.md
     python benchmarks/full_size.py --local-step --table docs/local_step.md
+    python benchmarks/full_size.py --estimate --table docs/full_size.md
 
 With a GPU: Qwen-Image (60 blocks, 20.4B) and FLUX.1-dev (19 + 38, 11.9B) at full size in bfloat16, 1024 pixels. Without
 one the same classes scaled down (fewer and narrower blocks, 512 pixels, float32); the table says which. Each student is
 timed in turn with its teacher. Speed is predicted from FLOPs; the peak of one call from the teacher's peak less the
 weights that the student does not have. ``--local-step`` takes one training step of the local stage instead, for a plan
-that keeps half, in each way that the memory model says will fit (:mod:`local_step`).
+that keeps half, in each way that the memory model says will fit (:mod:`local_step`). ``--estimate`` measures
+nothing: it writes what each stage of a run will take at full size, by arithmetic (:mod:`config_headers`).
 """
 
 from __future__ import annotations
@@ -200,8 +202,13 @@ def main(argv: list[str] | None = None) -> str:
     """Measure, print, and write the table."""
     made = parser(__doc__.splitlines()[0])
     made.add_argument("--local-step", action="store_true", help="a training step of the local stage instead")
+    made.add_argument("--estimate", action="store_true", help="what the stages of a run take, by arithmetic, instead")
     args = made.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.estimate:
+        from config_headers import stage_table
+
+        return publish(args, argv, "full_size.py", stage_table(), "none: arithmetic")
     shape = shape_here(args.quick)
     if args.local_step:
         from local_step import local_step_table

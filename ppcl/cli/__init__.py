@@ -56,6 +56,8 @@ def compress(
 
     push.check()
     run = open_run(model, out, settings, budget, processes)
+    if not run.is_done("fit"):
+        _look_ahead(run)
     for number, stage in enumerate(STAGES, 1):
         typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
         typer.echo(": done before" if run.is_done(stage) else "", err=True)
@@ -66,6 +68,15 @@ def compress(
         print_summary(run.out)
         push.upload(run.out / "pipeline")
     run.group.close()
+
+
+def _look_ahead(run: Any) -> None:
+    """Refuse a budget that no plan can meet, and say what the stages will take."""
+    from ppcl.run.outlook import check_budget, outlook
+
+    check_budget(run)
+    if run.group.is_main:
+        typer.echo("\n".join(outlook(run)), err=True)
 
 
 @app.command()
@@ -275,9 +286,18 @@ def inspect(
     width: Annotated[int | None, typer.Option("--width", min=1, help="of the picture, pixels")] = None,
     text_tokens: Annotated[int | None, typer.Option("--text-tokens", min=1, help="of the prompt")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="of modulation: what width could give")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="what a run takes: memory, disk, time of each stage")] = (
+        False
+    ),
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="of --estimate: 24GB,300TFLOPS (peak of half precision); this one if left out"),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show blocks, parameters and a ladder of sizes, from the model's config files alone."""
+    """Show blocks, parameters and a ladder of sizes, or what a run takes, from the model's config files alone."""
+    if device is not None and not estimate:
+        raise ConfigError("--device is what --estimate counts for; give both")
     config = resolve(model, settings, Budget(keep=keep, speedup=speedup))
     quiet_libraries()
     if "torch" not in sys.modules:  # a process that only looks at configs
@@ -288,6 +308,15 @@ def inspect(
     from ppcl.inspection.model import inspect_model, report
 
     height, width = height or config.capture.height, width or config.capture.width
+    if estimate:
+        from ppcl.inspection.estimate import estimate_report, estimate_run
+        from ppcl.inspection.hardware import hardware_here, parse_hardware
+
+        hardware = parse_hardware(device) if device else hardware_here(config.device)
+        of_picture = {"capture": config.capture.model_copy(update={"height": height, "width": width})}
+        found = estimate_run(model, config.model_copy(update=of_picture), hardware, text_tokens)
+        typer.echo(json.dumps(to_jsonable(found), indent=1) if json_ else estimate_report(found))
+        return
     inspection = inspect_model(model, config.plan, config.fit.max_run, height, width, text_tokens, rank)
     typer.echo(json.dumps(to_jsonable(inspection), indent=1) if json_ else report(inspection))
 

@@ -39,7 +39,7 @@ Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that 
 class Settings:
     """Where settings come from: files, overrides, and the prompts."""
 
-    config: Annotated[list[Path] | None, typer.Option("--config", help="YAML file(s), later ones win")] = None
+    config: Annotated[list[Path] | None, typer.Option("--config", "-c", help="YAML file(s), later ones win")] = None
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")
     ] = None

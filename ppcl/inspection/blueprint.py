@@ -182,13 +182,13 @@ def _sd3(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any]
     }
 
 
-def _wan(config: Any, grid: tuple[int, int], text_tokens: int) -> dict[str, Any] | None:
-    """A video of one frame: what a picture costs."""
+def _wan(config: Any, grid: tuple[int, int], text_tokens: int, latent_frames: int = 1) -> dict[str, Any] | None:
+    """A video, of one frame where nothing is said: what a picture costs."""
     if config.image_dim or config.in_channels != config.out_channels:
         return None  # image-to-video: takes a picture too
     frames, rows, columns = config.patch_size
     return {
-        "hidden_states": _meta(1, config.in_channels, frames, grid[0] * rows, grid[1] * columns),
+        "hidden_states": _meta(1, config.in_channels, frames * latent_frames, grid[0] * rows, grid[1] * columns),
         "timestep": _meta(1),
         "encoder_hidden_states": _meta(1, text_tokens, config.text_dim),
     }
@@ -237,19 +237,27 @@ def token_grid(height: int, width: int, vae_scale: int) -> tuple[int, int]:
     return height // step, width // step
 
 
-def example_call(transformer: Any, grid: tuple[int, int], text_tokens: int | None = None) -> dict[str, Any] | None:
+def example_call(
+    transformer: Any, grid: tuple[int, int], text_tokens: int | None = None, latent_frames: int = 1
+) -> dict[str, Any] | None:
     """Arguments of one call for one picture, on the meta device.
 
     Args:
         transformer: From :func:`build_on_meta`.
         grid: Rows and columns of image tokens.
         text_tokens: Tokens of the prompt; what is usual for the family if None.
+        latent_frames: Of a video; families of pictures do not read it.
 
     Returns:
         The named arguments, or None where the family has no builder.
     """
     name = _family(transformer)
-    return CALLS[name](transformer.config, grid, text_tokens or DEFAULT_TEXT_TOKENS[name]) if name else None
+    if name is None:
+        return None
+    tokens = text_tokens or DEFAULT_TEXT_TOKENS[name]
+    if CALLS[name] is _wan:
+        return _wan(transformer.config, grid, tokens, latent_frames)
+    return CALLS[name](transformer.config, grid, tokens)
 
 
 def usual_text_tokens(transformer: Any) -> int:

@@ -75,7 +75,7 @@ def find_sites(source: Blocks, calls: Calls, groups: Sequence[str]) -> list[CutS
     for spec in source.adapter.stacks:
         refused: dict[str, bool] = {}  # by group: tested on the first block that has it
         for index, block in enumerate(source.adapter.blocks(source.transformer, spec)):
-            for group, path, units in _units_of(spec, block, groups):
+            for group, path, units in units_of(spec, block, groups):
                 if group not in refused:
                     with source.block(spec.name, index) as lent:
                         clean = cuts_cleanly(source.adapter, spec, lent, path, units, calls[spec.name, 0])
@@ -87,7 +87,7 @@ def find_sites(source: Blocks, calls: Calls, groups: Sequence[str]) -> list[CutS
     return sites
 
 
-def _units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units]]:
+def units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units]]:
     """Group, path and units of the modules of one block."""
     if "ffn" in groups:
         for stream, path in spec.ffn.items():

@@ -245,7 +245,7 @@ def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
     rest = [option for option in options if option.family != "text"]
     choices = _merge((), rest, by_flops)
     for text in (option for option in options if option.family == "text"):
-        choices += _merge((text,), [o for o in rest if not _overlap(o.parts, text.parts)], by_flops)
+        choices += _merge((text,), [o for o in rest if not overlap(o.parts, text.parts)], by_flops)
     return _undominated(choices, by_flops)
 
 
@@ -273,6 +273,6 @@ def _undominated(choices: Sequence[Choice], by_flops: bool) -> list[Choice]:
     return kept
 
 
-def _overlap(paths: Iterable[str], others: Iterable[str]) -> bool:
+def overlap(paths: Iterable[str], others: Iterable[str]) -> bool:
     """Whether a module of one is, or lies in, a module of the other."""
     return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in paths for b in others)

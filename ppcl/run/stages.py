@@ -21,7 +21,11 @@ STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "p
 
 def _check_capture(session: Session) -> None:
     from ppcl.capture.pictures import check_data
+    from ppcl.config.names import BUDGETS
+    from ppcl.run.outlook import check_budget
 
+    if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
+        check_budget(session)
     check_data(session.teacher, session.config.capture)
 
 

@@ -59,7 +59,8 @@ def test_one_command_writes_everything(compressed, tiny_model):
     for number, stage in enumerate(STAGES, 1):
         assert f"[{number}/8] {stage}\n" in result.stderr
     assert "predicted:" in result.stderr
-    assert result.stderr.index("predicted:") < result.stderr.index("distill")
+    assert result.stderr.index("  capture: ") < result.stderr.index("[1/8]")  # what the stages will take
+    assert result.stderr.index("predicted:") < result.stderr.index("] distill")
     assert f'from_pretrained("{out / "pipeline"}")' in result.stdout
     assert f"report:  {out / 'report.html'}" in result.stdout
     record = yaml.safe_load((out / "config.yaml").read_text())

@@ -40,6 +40,14 @@ def test_full_size(benchmark):
         assert abs(float(row[7].rstrip("%"))) < 10  # the peak is counted, so it does not depend on the machine
 
 
+def test_the_stages_at_full_size_by_arithmetic(benchmark):
+    text = benchmark("full_size", "--estimate")
+    assert "## Qwen/Qwen-Image" in text
+    (line, _) = [line for line in text.splitlines() if line.startswith("| all")]
+    assert float(line.split("|")[2]) < 24  # GB of a card of 24
+    assert "hours of one H100" in text
+
+
 def test_a_local_step_at_full_size(benchmark):
     text = benchmark("full_size", "--local-step", "--repeats", "1")
     assert "SCALED DOWN" in text

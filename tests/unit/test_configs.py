@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_loads_and_says_what_it_is_for(path):
     for word in ("Command:", "Hardware:", "Expected:"):
         assert word in header(path)
     if path in SIZED:
-        assert f"--config configs/{path.name}" in header(path)
+        assert f"--config configs/devices/24gb.yaml --config configs/{path.name}" in header(path)
         assert "Not run by this project" in header(path)
 
 
@@ -62,6 +63,27 @@ def test_header_has_the_size_and_speed_of_the_depth_only_plan(path, tmp_path):
         split = next(rung for rung in found.choices if list(rung.blocks.values()) == [int(dual), int(single)])
         assert split.params == pytest.approx(best.params, rel=1e-4)
         assert f"{split.speedup:.2f}" == speed
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """The command that writes the estimates in the headers."""
+    monkeypatch.syspath_prepend(str(CONFIGS[0].parents[1] / "benchmarks"))
+    return importlib.import_module("config_headers")
+
+
+@pytest.mark.parametrize("path", SIZED, ids=lambda path: path.stem)
+def test_headers_are_what_their_command_writes_and_every_run_fits(path, tmp_path, headers):
+    assert headers.with_header(path, tmp_path) == path.read_text(encoding="utf-8")
+    estimates = dict(headers.estimates_of(path, tmp_path))
+    assert [device.stem for device in estimates] == ["24gb", "80gb", "8x80gb"]
+    assert all(not found.too_large for found in estimates.values())
+
+
+def test_device_files_say_what_they_are_for(headers):
+    for device in headers.device_files().values():
+        for word in ("Command:", "Hardware:", "Expected:", f"--config configs/devices/{device.name}"):
+            assert word in header(device)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS[0].parent / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
