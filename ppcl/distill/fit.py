@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,7 @@ def exact_options(stage: Fit, narrow: Narrow, prices: Mapping[str, Price]) -> li
 def fitted(
     stage: Fit, held_out: States, runs: Sequence[RunKey], log: Callable[[dict[str, Any]], None] | None
 ) -> dict[RunKey, str]:
-    """Fit a block to each run, each by itself; its weights go to a file.
+    """Fit a block to each run, each by itself; its weights go to a file, in the dtypes of the teacher's.
 
     Returns:
         The start that was best on held-out states, by run.
@@ -300,7 +300,9 @@ def fitted(
         start = best_start(stage, run, sample)
         block = start_block(stage.source.copies(run[0]), run[1], run[2], start).to(torch.float32)
         _train(stage, run, block, ends, log)
-        write_tensors(stage.file(run), block.state_dict(), {"start": start, "of": stage.fingerprint})
+        like = stage.source.module(run[:2]).state_dict()  # float32 would be twice a bf16 teacher's bytes on disk
+        weights = {name: t.to(like[name].dtype if name in like else t.dtype) for name, t in block.state_dict().items()}
+        write_tensors(stage.file(run), weights, {"start": start, "of": stage.fingerprint})
 
     trainees = Trainees(course, [run for run in runs if run not in known], train)
     if trainees.last >= 0:
@@ -365,15 +367,11 @@ def _read_fitted(stage: Fit, run: RunKey, _: nn.Module) -> nn.Module:
 def _write(
     stage: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
 ) -> None:
-    """Write everything, a tensor at a time; fitted blocks in the dtypes of the teacher's."""
+    """Write everything, a tensor at a time."""
     blocks: dict[str, Unread] = {}
     for run in runs:
-        stored, like = StoredTensors(stage.file(run)), stage.source.module(run[:2]).state_dict()
-        for name in stored:
-            unread = stored.unread(name)
-            blocks[f"{run_name(run)}/{name}"] = replace(
-                unread, dtype=like[name].dtype if name in like else unread.dtype
-            )
+        stored = StoredTensors(stage.file(run))
+        blocks |= {f"{run_name(run)}/{name}": stored.unread(name) for name in stored}
     write_one_by_one(out / "candidates.safetensors", blocks)
     forms: dict[str, Unread] = {}
     for place in narrow.places:

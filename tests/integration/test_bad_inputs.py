@@ -19,15 +19,19 @@ def test_unknown_model(refuses, tmp_path, prompts_file):
     assert not out.exists()
 
 
-def test_hub_id_out_of_reach(refuses, tmp_path, prompts_file, monkeypatch):
+@pytest.mark.parametrize(
+    ("blocks", "method", "did"), [("auto", "download", "fetched"), ("resident", "from_pretrained", "loaded")]
+)
+def test_hub_id_out_of_reach(blocks, method, did, refuses, tmp_path, prompts_file, monkeypatch):
     from diffusers import DiffusionPipeline
 
     def fail(*_, **__):
         raise OSError("Cannot load model owner/nothing: no connection\nsecond line")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
-    says = ("'owner/nothing' cannot be loaded", "check the name, the network")
-    refuses("compress", "owner/nothing", "--out", tmp_path / "run", "--prompts", prompts_file, says=says)
+    monkeypatch.setattr(DiffusionPipeline, method, fail)
+    says = (f"'owner/nothing' cannot be {did}", "no connection", "check the name", "the network")
+    options = ("--prompts", prompts_file, "--set", f"blocks={blocks}")
+    refuses("compress", "owner/nothing", "--out", tmp_path / "run", *options, says=says)
     assert not (tmp_path / "run").exists()
 
 
