@@ -88,8 +88,8 @@ def stage_table(names: tuple[str, ...] = ("qwen_image_10b", "flux_dev_6b5")) -> 
         "Not measured: FLOPs counted on meta tensors, activations on fake ones, all else from shapes "
         "(`ppcl/inspection/stage_costs.py`); `ppcl inspect MODEL --estimate` prints the same of any model and machine. "
         "1024 pixels, bfloat16, blocks streamed. Device, RAM and disk are the stage's peaks; the disk is the run "
-        "directory, beside the teacher's own files. What takes most of it: in fit the fitted candidates, in float32 "
-        "until the stage is done, and the states at the ends of open runs; in distill the finished substitutes of the "
+        "directory, beside the teacher's own files. What takes most of it: in fit the fitted candidates "
+        "and the states at the ends of open runs; in distill the finished substitutes of the "
         "local and the carried stage and the bundle, all in float32, and three levels of states (six in the carried "
         "stage).",
     ]

@@ -159,8 +159,8 @@ def fit_cost(costs: Costs, before: float) -> StageCost:
     trained = work.store(between, costs.train * size * blocks, costs.train * size * blocks + 2 * steps * size)
     results = fitted * shapes.itemsize
     work.kept = results + forms
-    work.disk = levels + forms + max(gradients, branches, trained + FLOAT * fitted, FLOAT * fitted + work.kept)
-    work.files += 2 * FLOAT * fitted + results
+    work.disk = levels + forms + max(gradients, branches, trained + results, results + work.kept)
+    work.files += 3 * results
     step = FLOAT * largest + optimizer_bytes(largest, "adamw") + shapes.step_bytes(batch)
     probes = max((settings.max_run - 1) * sum(d * d for d in part.streams) * FLOAT for part in shapes.parts)
     backward = batch * (shapes.backward + 2 * vectors * size) + probes + forms / blocks * 2
