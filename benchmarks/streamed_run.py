@@ -10,7 +10,9 @@ ledger says in which stage. A stage that fails is a line of the table, and ends 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,13 +68,12 @@ def stage_now(run: Path) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """Size of all files below a folder that may change meanwhile."""
+    """Size of all files below a folder; files and folders may come and go meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):  # what is gone is no error to it
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
     return total
 
 
