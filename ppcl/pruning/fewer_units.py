@@ -27,7 +27,7 @@ from ppcl.modules.replacements import set_module
 from ppcl.modules.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
 from ppcl.modules.text_stream import plain_norm, text_replacement
 from ppcl.pruning.criteria import Site, checked_site_scores, unit_cost, unit_scores
-from ppcl.pruning.criteria.base import BACKWARD, Batches, InputSums, SumCriterion
+from ppcl.pruning.criteria.base import Batches, InputSums, SumCriterion
 from ppcl.pruning.criteria.draws import best_draw, cut_error
 from ppcl.teacher.blocks import Blocks, Place, ResidentBlocks
 from ppcl.teacher.call_arguments import batch_size
@@ -173,15 +173,16 @@ def scores_of_all(
         (units,) of each site; None where :class:`UnitSums` can score by itself.
 
     Raises:
-        ConfigError: The criterion needs gradients, and blocks are read from files.
+        ConfigError: It would, and blocks are read from files.
     """
     criterion = CRITERIA.named(settings.criterion)
     if len(sets) == 1 and isinstance(criterion, SumCriterion):
         return None
-    if not isinstance(source, ResidentBlocks) and float(getattr(criterion, "cost", BACKWARD)) > 1:
+    if not isinstance(source, ResidentBlocks):
         raise ConfigError(
-            f"fit.criterion={settings.criterion} runs the whole teacher with gradients, and its blocks are read from "
-            "files one by one; use fit.criterion=activation, or blocks=resident on a device that holds the teacher"
+            f"fit.criterion={settings.criterion} with fit.criterion_draws={len(sets)} looks at all blocks' weights at "
+            "once, and they are read from files one by one; use fit.criterion=activation with one draw, or "
+            "blocks=resident on a device that holds the teacher"
         )
     modules, shares = [site.site for site in sites], sorted(settings.width_shares)
     adapter = source.adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ from tiny_models import cut_parts, noise, qwen_call, tiny_qwen, write_states
 
 from ppcl.capture.states import States
 from ppcl.config import FitConfig
+from ppcl.errors import ConfigError
 from ppcl.modules.replacements import set_module
 from ppcl.modules.slicing import masked
 from ppcl.pruning.criteria import CRITERIA, unit_cost
 from ppcl.pruning.criteria.base import BACKWARD
 from ppcl.pruning.criteria.bip import EPOCHS
 from ppcl.pruning.criteria.draws import best_draw, cut_error, draw_states
-from ppcl.pruning.fewer_units import criterion_cost
+from ppcl.pruning.fewer_units import CutSite, criterion_cost, scores_of_all
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
@@ -120,3 +121,12 @@ def test_forward_passes_are_as_many_as_were_said() -> None:
         assert len(calls) == 2 * each, name
     handle.remove()
     assert adapter == adapter_for(transformer)
+
+
+@pytest.mark.parametrize(("criterion", "draws"), [("magnitude", 1), ("wanda", 1), ("taylor", 1), ("activation", 2)])
+def test_streamed_blocks_are_not_scored_by_what_asks_for_all_of_them(criterion: str, draws: int) -> None:
+    """Weights that are still in files would be scored as they stand in memory: not at all."""
+    _, _, sites, call = setting()
+    settings = FitConfig(criterion=criterion, criterion_draws=draws)
+    with pytest.raises(ConfigError, match=f"fit.criterion={criterion} .* blocks=resident"):
+        scores_of_all(cast("Any", object()), [CutSite("ffn", sites[1])], [[call]] * draws, settings, 0)
