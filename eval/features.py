@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppcl.common.optional import optional_module
 from ppcl.errors import ModelError, nearest
 
 ResizeMode = Literal["squash", "shortest", "longest"]
@@ -146,19 +147,15 @@ class InceptionExtractor:
 
 
 def _load_inception(device: str) -> InceptionExtractor:
+    otherwise = "use evaluate.features=emoji or an open_clip name"
+    place = "torch_fidelity.feature_extractor_inceptionv3"
+    inception = optional_module(place, "evaluate.features=inception", "inception", otherwise)
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    except ImportError:
-        raise ModelError(
-            "features 'inception' need the package torch-fidelity, which is not installed; "
-            "pip install 'ppcl[inception]', or use evaluate.features=emoji or an open_clip name"
-        ) from None
-    try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"the Inception weights can be neither downloaded nor read ({_one_line(error)}); connect once, put "
-            f"{URL_INCEPTION_V3.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints, or use "
+            f"{inception.URL_INCEPTION_V3.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints, or use "
             "evaluate.features=emoji or local-dir:FOLDER"
         ) from error
     return InceptionExtractor(network, device)

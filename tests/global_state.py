@@ -17,7 +17,11 @@ from torch.utils import flop_counter
 from transformers.utils.logging import get_verbosity as verbosity
 
 LOGGERS = ("", "ppcl", "torch", "diffusers")
-SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # the second by torch 2.6 when it first compiles
+SET_BY_OTHERS = (
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",  # by torch when it first compiles
+    "CUDA_MODULE_LOADING",  # by torch before 2.9 when it first looks for a GPU
+)
 HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 KERNELS = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 

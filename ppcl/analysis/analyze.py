@@ -16,7 +16,7 @@ from ppcl.analysis.findings import Findings
 from ppcl.analysis.intervals import detect_intervals, stability
 from ppcl.analysis.kept_tokens import KeptTokens, kept_levels
 from ppcl.analysis.modulation import Modulations
-from ppcl.analysis.moments import best_ridge
+from ppcl.analysis.moments import Moments, best_ridge
 from ppcl.analysis.sums import BlockSums, Totals
 from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
@@ -31,6 +31,7 @@ from ppcl.student.plan import free_blocks
 from ppcl.teacher.blocks import Blocks, Place
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.model_info import ModelInfo
+from ppcl.training.distributed import SINGLE, Group
 
 SWEEP = "sweep"  # folder of a run: states between blocks, and what was found out of blocks
 
@@ -53,22 +54,37 @@ class Counted:
         """Nothing is left to do."""
 
 
-def solve_block(place: Place, totals: Totals, ridges: tuple[float, ...], findings: Findings) -> None:
-    """Solve all that is linear in a block, and write maps and errors."""
+def solve_block(
+    place: Place, totals: Totals, ridges: tuple[float, ...], findings: Findings, group: Group = SINGLE
+) -> None:
+    """Solve all that is linear in a block, each process other signals, and write maps and errors."""
+    sums = {
+        signal: (moments, totals.moments["held-out", signal])
+        for (split, signal), moments in totals.moments.items()
+        if split == "train"
+    }
+
+    def solve(own: dict[str, tuple[Moments, Moments]]) -> dict[str, tuple[Tensor, Tensor, float, float]]:
+        found = {}
+        for signal, pair in own.items():
+            weight, bias, strength, error = best_ridge(*pair, ridges)
+            if signal.startswith("ffn."):
+                weight, bias = weight.float(), bias.float()
+            found[signal] = weight.cpu(), bias.cpu(), strength, error
+        return found
+
+    solved = group.spread(sums, solve)
     tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    strengths: dict[str, float] = {}
-    for split, signal in totals.moments:
-        if split != "train":
-            continue
-        sums = totals.moments["train", signal], totals.moments["held-out", signal]
-        weight, bias, strengths[signal], errors[signal] = best_ridge(*sums, ridges)
-        if signal.startswith("ffn."):
-            weight, bias = weight.float(), bias.float()
+    for signal, (weight, bias, _, _) in solved.items():
         if signal != "input.text":  # what a text input follows from is not needed, only how well
             tensors |= {f"{signal}/weight": weight, f"{signal}/bias": bias}
-    numbers = {"errors": errors, "ridges": strengths, "cosines": totals.cosines, "tokens": totals.tokens}
-    findings.write("forms", place, tensors, numbers)
+    numbers = {
+        "errors": {signal: error for signal, (_, _, _, error) in solved.items()},
+        "ridges": {signal: strength for signal, (_, _, strength, _) in solved.items()},
+        "cosines": totals.cosines,
+        "tokens": totals.tokens,
+    }
+    group.on_main(lambda: findings.write("forms", place, tensors, numbers))
 
 
 def analyze(
@@ -80,6 +96,7 @@ def analyze(
     seed: int,
     protected: PlanConfig | None = None,
     fingerprint: str | None = None,
+    group: Group = SINGLE,
 ) -> Analysis:
     """Analyze the teacher; write ``analysis.safetensors`` and then ``analysis.json`` into ``out``.
 
@@ -93,27 +110,32 @@ def analyze(
         protected: Names the protected blocks, which no interval takes; those of the default settings if None.
         fingerprint: Of all that the result depends on: a sweep that was killed goes on at its block where it had the
             same. None begins anew.
+        group: The processes that share the states, the solving and the chains; the first one writes.
     """
     began = time.perf_counter()
     splits = {name: States(calibration, name) for name in ("train", "held-out")}
     counts = {name: len(states) for name, states in splits.items()}
     folder = out / SWEEP
     if fingerprint is None:
-        remove(folder)
-    findings, store = Findings(folder), StateStore(folder, fingerprint or "")
+        group.on_main(lambda: remove(folder))
+    findings, store = Findings(folder), StateStore(folder, fingerprint or "", group=group)
     batches = batches_of(splits, settings.batch_size)
+    course = Course(source, batches, store, group)
     sums = BlockSums(
-        counts, settings.rows_per_feature, lambda place, totals: solve_block(place, totals, settings.ridges, findings)
+        counts,
+        settings.rows_per_feature,
+        lambda place, totals: solve_block(place, totals, settings.ridges, findings, group),
+        group,
     )
-    tokens = KeptTokens(splits["held-out"], settings.cka_tokens, seed, findings)
-    modulations = Modulations(source, batches[0], splits, settings.batch_size, seed, findings)
-    with Progress("analyze", total=len(source.order) * sum(counts.values())) as progress:
-        forward_sweep(Course(source, batches, store), [sums, tokens, modulations, Counted(progress)])
+    tokens = KeptTokens(splits["held-out"], settings.cka_tokens, seed, findings, group)
+    modulations = Modulations(source, batches[0], splits, settings.batch_size, seed, findings, group)
+    with Progress("analyze", total=len(source.order) * sum(len(batch.rows) for batch in course.own)) as progress:
+        forward_sweep(course, [sums, tokens, modulations, Counted(progress)])
     found = []
     for info in model.stacks:
         if info.num_blocks:
             free = free_blocks(model, info, protected or PlanConfig())  # type: ignore[call-arg]
-            found.append(_analyze_stack(source, source.stacks[info.name], findings, seed, free))
+            found.append(_analyze_stack(source, source.stacks[info.name], findings, seed, free, group))
     # the same tokens pass through all stacks: those of the first one count
     first = [findings.numbers("forms", (stack.name, 0))["tokens"] for stack in found]
     analysis = Analysis(
@@ -123,8 +145,8 @@ def analyze(
         num_tokens={stream: int(n) for tokens in reversed(first) for stream, n in reversed(tokens.items()) if n},
         seconds=time.perf_counter() - began,
     )
-    write_one_by_one(out / "analysis.safetensors", _matrices(source, findings, modulations))
-    save_artifact(analysis, out / "analysis.json")
+    group.on_main(lambda: write_one_by_one(out / "analysis.safetensors", _matrices(source, findings, modulations)))
+    group.on_main(lambda: save_artifact(analysis, out / "analysis.json"))
     store.close()
     return analysis
 
@@ -150,7 +172,7 @@ def _read(findings: Findings, place: Place, name: str) -> Tensor:
 
 
 def _analyze_stack(
-    source: Blocks, spec: StackSpec, findings: Findings, seed: int, free: tuple[int, int]
+    source: Blocks, spec: StackSpec, findings: Findings, seed: int, free: tuple[int, int], group: Group
 ) -> StackAnalysis:
     """Put the findings of one stack together, and add CKA and intervals."""
     places = [place for place in source.order if place[0] == spec.name]
@@ -163,7 +185,7 @@ def _analyze_stack(
         return weight.to(source.device), bias.to(source.device)
 
     chains = {stream: Lazy(len(places), lambda index, s=stream: probe(s, index)) for stream in streams}  # type: ignore[misc]
-    tables, drawn = drawn_ckas(tokens, chains, step_generator(seed, 0, Stream.CKA_HALVES))
+    tables, drawn = drawn_ckas(tokens, chains, step_generator(seed, 0, Stream.CKA_HALVES), group)
     shares = {stream: float(forms[0]["tokens"][stream]) for stream in streams}
     cka = combine(tables, shares)
     low, high = free

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ppcl.training.distributed import SINGLE, Group
+
 GROUPS = 8  # of held-out prompts, of which a draw takes half
 DRAWS = 20
 
@@ -88,7 +90,11 @@ def chained_cka(states: Sequence[Tensor] | Tensor, probes: Sequence[tuple[Tensor
 
 
 def chained_ckas(
-    states: Sequence[Tensor] | Tensor, probes: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], draws: Tensor
+    states: Sequence[Tensor] | Tensor,
+    probes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    draws: Tensor,
+    group: Group = SINGLE,
 ) -> list[Table]:
     """:func:`chained_cka` over several draws of the rows at once: sums are made once, by groups of rows.
 
@@ -100,10 +106,23 @@ def chained_ckas(
         probes: M residual maps (W, b): h + h W + b imitates the block.
         sizes: Rows of each group, in order; n together.
         draws: (draws, groups), 1 where a group belongs to a draw, else 0.
+        group: The processes that share the chains, which all of them have the states of.
 
     Returns:
         A table for each draw.
     """
+    rows = group.spread(dict.fromkeys(range(len(probes))), lambda own: _rows(states, probes, sizes, draws, list(own)))
+    return [[rows[u][number] for u in range(len(probes))] for number in range(len(draws))]
+
+
+def _rows(
+    states: Sequence[Tensor] | Tensor,
+    probes: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    draws: Tensor,
+    first: Sequence[int],
+) -> dict[int, list[list[float | None]]]:
+    """For each of some first blocks, its row in the table of each draw."""
     num_blocks, dtype, device = len(probes), states[0].dtype, probes[0][0].device
     draws = draws.to(device, dtype)
 
@@ -112,27 +131,29 @@ def chained_ckas(
         return _hsic((draws @ products.flatten(1)).reshape(-1, *products.shape[1:]))
 
     # CKA does not see shifts: of centred rows and without biases a chain is one product a block
-    chains: list[Tensor] = []
-    tables: list[Table] = [[[None] * num_blocks for _ in range(num_blocks)] for _ in draws]
+    chains: dict[int, Tensor] = {}
+    rows: dict[int, list[list[float | None]]] = {u: [[None] * num_blocks for _ in draws] for u in first}
     for k, (weight, _) in enumerate(probes):
         chain = (torch.eye(len(weight), dtype=weight.dtype, device=device) + weight).to(dtype)
         target = _prepared(states[k + 1].to(device), dtype)
         own = hsic(target, target)
-        chains.append(states[k] - states[k].mean(0, dtype=torch.float64).to(dtype))
-        for u in range(k + 1):
+        if k in rows:
+            chains[k] = states[k] - states[k].mean(0, dtype=torch.float64).to(dtype)
+        for u in chains:
             h = chains[u].to(device) @ chain
             chains[u] = h.to(states[0].device)
             y = _prepared(h, dtype)
             found = (hsic(y, target) / (hsic(y, y) * own).clamp_min(1e-300).sqrt()).tolist()
-            for table, value in zip(tables, found, strict=True):
-                table[u][k] = value
-    return tables
+            for row, value in zip(rows[u], found, strict=True):
+                row[k] = value
+    return rows
 
 
 def drawn_ckas(
     tokens: Mapping[str, tuple[Sequence[Tensor], Sequence[int]]],
     probes: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
     generator: torch.Generator,
+    group: Group = SINGLE,
 ) -> tuple[dict[str, Table], list[dict[str, Table]]]:
     """CKA of all tokens by stream, and of draws of half of the groups of prompts.
 
@@ -142,6 +163,7 @@ def drawn_ckas(
         tokens: For each stream its levels, and the rows of each of ``GROUPS`` groups, see :func:`chained_ckas`.
         probes: For each stream.
         generator: For the draws.
+        group: The processes that share the chains.
 
     Returns:
         The tables of all; and those of each draw, none where a draw would have fewer than four tokens of a stream.
@@ -149,7 +171,9 @@ def drawn_ckas(
     halves = torch.stack([torch.randperm(GROUPS, generator=generator) for _ in range(DRAWS)]) < GROUPS // 2
     fewest = min(int((halves * torch.tensor(sizes)).sum(1).min()) for _, sizes in tokens.values())
     draws = torch.cat([torch.ones(1, GROUPS), halves.float()] if fewest >= 4 else [torch.ones(1, GROUPS)])
-    tables = {stream: chained_ckas(states, probes[stream], sizes, draws) for stream, (states, sizes) in tokens.items()}
+    tables = {
+        stream: chained_ckas(states, probes[stream], sizes, draws, group) for stream, (states, sizes) in tokens.items()
+    }
     whole, *drawn = [{stream: found[number] for stream, found in tables.items()} for number in range(len(draws))]
     return whole, drawn
 

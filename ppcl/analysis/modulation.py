@@ -27,6 +27,7 @@ from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.training.distributed import SINGLE, Group
 
 logger = logging.getLogger(__name__)
 Layer = tuple[str, int, str]  # stack, block, stream
@@ -122,15 +123,23 @@ class Modulations:
         size: States at a time.
         seed: Fixes the timesteps.
         findings: Receives the results.
+        group: The processes that sweep; each judges other layers, the first one compares and writes.
 
     Attributes:
         conditions: Of the first block's layers, those of equal inputs once.
     """
 
     def __init__(
-        self, source: Blocks, first: Batch, splits: Mapping[str, States], size: int, seed: int, findings: Findings
+        self,
+        source: Blocks,
+        first: Batch,
+        splits: Mapping[str, States],
+        size: int,
+        seed: int,
+        findings: Findings,
+        group: Group = SINGLE,
     ) -> None:
-        self.first, self.findings = first, findings
+        self.first, self.findings, self.group = first, findings, group
         self.spec, self.index, self.block = source.stacks[source.order[0][0]], 0, nn.Module()
         self.sources: dict[str, Layer] = {}
         self.inputs: dict[Layer, Tensor] = {}
@@ -164,12 +173,17 @@ class Modulations:
 
     def finish(self) -> None:
         """Judge the ranks of this block's layers."""
-        missed = {}
-        for stream, source in self.sources.items():
-            weight = self.block.get_submodule(self.spec.modulation[stream]).get_parameter("weight")
-            missed[stream] = self.conditions[source].missed(weight).tolist()
-        found = {"source": self.sources, "missed": missed}
-        self.findings.write("modulation", (self.spec.name, self.index), {}, found)
+        sources = self.group.on_main(lambda: self.sources)  # the first process saw the first batch
+
+        def judge(own: dict[str, Layer]) -> dict[str, list[float]]:
+            missed = {}
+            for stream, source in own.items():
+                weight = self.block.get_submodule(self.spec.modulation[stream]).get_parameter("weight")
+                missed[stream] = self.conditions[source].missed(weight).tolist()
+            return missed
+
+        found = {"source": sources, "missed": self.group.spread(sources, judge)}
+        self.group.on_main(lambda: self.findings.write("modulation", (self.spec.name, self.index), {}, found))
 
     def _source(self, x: Tensor) -> Layer | None:
         return next((layer for layer, known in self.inputs.items() if torch.equal(known, x)), None)

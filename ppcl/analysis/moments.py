@@ -118,9 +118,9 @@ def add_up(sums: Mapping[K, Moments], group: Group) -> dict[K, Moments]:
     if group.size == 1:
         return dict(sums)
     shapes = {name: (*m.xy.shape, m.xy.device.type) for name, m in sums.items()}  # each process has its own device
-    known = group.spread({rank: None for rank in range(group.size)}, lambda own: dict.fromkeys(own, shapes))
+    known = {name: shape for found in group.gather(shapes) for name, shape in found.items()}
     total: dict[K, Moments] = {}
-    for name, (inputs, outputs, device) in {k: v for found in known.values() for k, v in found.items()}.items():
+    for name, (inputs, outputs, device) in known.items():
         moments = sums.get(name) or Moments(inputs, outputs, torch.device(device))
         numbers = torch.tensor([moments.count, moments.yy], dtype=torch.float64, device=moments.xx.device)
         group.sum_tensors([numbers, moments.sum_x, moments.sum_y, moments.xx, moments.xy])

@@ -47,7 +47,7 @@ class FitConfig(Section):
     """The short joint fit that gives candidate runs their costs."""
 
     max_run: int = Field(5, ge=2, description="longest run that one block may replace")
-    max_candidates: int = Field(48, ge=1, description="runs that are fitted; the others keep their probe score")
+    max_candidates: int = Field(24, ge=1, description="runs that are fitted; the others keep their probe score")
     steps: int = Field(50, ge=0)
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(1e-3, gt=0)

@@ -181,11 +181,12 @@ def fit(
     if settings.exact != "none":
         every = exact_costs(course, {run_name(run): stage.linear(run) for run in runs}, folder / "runs", "fit: runs")
         probe_errors = {run: every[run_name(run)] for run in runs}
+    options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
     always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
-    starts = fitted(stage, held_out, shortlist(probe_errors, always, settings.max_candidates), log)
+    likely = shortlist(analysis.model, probe_errors, options, always, settings.max_candidates)
+    starts = fitted(stage, held_out, likely, log)
     jobs = {run_name(run): Job(run, partial(_read_fitted, stage, run)) for run in starts}
     costs = exact_costs(course, jobs, folder / "fitted", "fit: costs")
-    options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
     if settings.exact == "all":
         options = exact_options(stage, narrow, prices)
     result = Candidates(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
+from ppcl.pruning.artifacts import Candidate, WidthOption
+from ppcl.pruning.knapsack import CLASSES, DEPTH_CLASSES, best_layouts, edges_of
 from ppcl.student.assembly import RunKey
 from ppcl.student.plan import free_blocks
+from ppcl.teacher.model_info import ModelInfo
+
+# What a short fit leaves of a run's linear error, by the blocks that the run saves (docs/prices.md); longer runs: all
+FITTED_SHARE = {1: 0.63, 2: 0.79, 3: 0.91}
 
 
 def all_runs(analysis: Analysis, max_run: int, settings: PlanConfig) -> list[RunKey]:
@@ -23,39 +31,39 @@ def all_runs(analysis: Analysis, max_run: int, settings: PlanConfig) -> list[Run
     return sorted(runs, key=lambda run: (order.index(run[0]), run[1], run[2]))
 
 
-def shortlist(errors: Mapping[RunKey, float], always: Sequence[RunKey], count: int) -> list[RunKey]:
-    """Choose the runs to fit: those in ``always``, pairs for up to half of the places, then all lengths in turn.
+def shortlist(
+    model: ModelInfo,
+    errors: Mapping[RunKey, float],
+    options: Sequence[WidthOption],
+    always: Sequence[RunKey],
+    count: int,
+) -> list[RunKey]:
+    """Choose the runs to fit: those in ``always``, then those that plans of any size are likely to use.
 
-    The planner can only lay out what was fitted, so of each length the cheapest runs that do not overlap come first,
-    then the cheapest of the rest, and so on: every place of a stack is covered before any is covered twice. Pairs
-    come first because they are cheapest for each block that they save.
+    What a fit will leave of a run's error is guessed by its length. The planner then lays out every size, in parameters
+    and in time, with the smaller modules and without them; the runs that most of these plans use come first, then the
+    cheapest for each block that they save.
+
+    Args:
+        model: The teacher.
+        errors: Velocity error of each run by its chained probes.
+        options: Smaller modules.
+        always: Runs that are chosen in any case.
+        count: How many to choose.
     """
-    by_length: dict[int, list[RunKey]] = {}
-    for run in errors:
-        by_length.setdefault(run[2] - run[1], []).append(run)
-    orders = {length: spread_out(runs, errors) for length, runs in sorted(by_length.items())}
-    chosen = list(dict.fromkeys(always))
-    pairs = orders.get(1, [])
-    for run in pairs[: max(0, count // 2)]:
-        if run not in chosen and len(chosen) < count:
-            chosen.append(run)
-    position = 0
-    while len(chosen) < count and any(position < len(order) for order in orders.values()):
-        for order in orders.values():
-            if position < len(order) and order[position] not in chosen and len(chosen) < count:
-                chosen.append(order[position])
-        position += 1
-    return sorted(chosen)
+    guesses = {run: error * FITTED_SHARE.get(run[2] - run[1], 1.0) for run, error in errors.items()}
+    candidates = [Candidate(*run, guess) for run, guess in guesses.items()]
+    used: Counter[RunKey] = Counter()
+    for smaller, by_flops in product((options, ()), (False, True)):
+        edges = edges_of(model, candidates, smaller, by_flops)
+        layouts = best_layouts(model, edges, by_flops, CLASSES if smaller else DEPTH_CLASSES)
+        for layout, _ in layouts:
+            for stack, segments in layout.items():
+                for segment in segments:
+                    if segment.is_run:
+                        used[stack, segment.first, segment.last] += 1 / len(layouts)
 
+    def rank(run: RunKey) -> tuple[float, float, RunKey]:
+        return -used[run], guesses[run] ** 2 / (run[2] - run[1]), run
 
-def spread_out(runs: Sequence[RunKey], errors: Mapping[RunKey, float]) -> list[RunKey]:
-    """Order runs of one length: the cheapest that do not overlap, then the cheapest of the rest, and so on."""
-    left, order = sorted(runs, key=lambda run: (errors[run], run)), []
-    while left:
-        layer: list[RunKey] = []
-        for run in left:
-            if all(run[0] != other[0] or run[2] < other[1] or other[2] < run[1] for other in layer):
-                layer.append(run)
-        order += layer
-        left = [run for run in left if run not in layer]
-    return order
+    return sorted(list(dict.fromkeys([*always, *sorted(errors, key=rank)]))[: max(count, len(always))])

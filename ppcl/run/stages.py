@@ -58,6 +58,7 @@ def _analyze(session: Session, _: None) -> None:
     from ppcl.teacher.families import check_inferred
     from ppcl.teacher.flops import count_flops
 
+    session.agree_on_blocks()
     source = session.open_blocks()
     state = to_device(next(States(session.calibration, "held-out").batches(1)), session.device)
     stacks = {name: list(source.adapter.blocks(source.transformer, spec)) for name, spec in source.stacks.items()}
@@ -79,6 +80,7 @@ def _analyze(session: Session, _: None) -> None:
         session.config.seed,
         session.config.plan,
         session.depends("analyze"),
+        session.group,
     )
 
 
@@ -257,6 +259,7 @@ _ALL = (
         _analyze,
         inputs={STATES: None},
         on_the_way=(SWEEP,),
+        is_shared=True,
     ),
     Stage(
         "fit",

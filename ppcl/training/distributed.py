@@ -117,12 +117,17 @@ class Group:
         """Do independent jobs, each in one of the processes; all of them get all results."""
         if self.size == 1:
             return work(dict(jobs))
-        results: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(
-            results, work(dict(list(jobs.items())[self.rank :: self.size])), group=self._control
-        )
+        results = self.gather(work(dict(list(jobs.items())[self.rank :: self.size])))
         merged = {key: value for part in results for key, value in part.items()}
         return {key: merged[key] for key in jobs}
+
+    def gather(self, value: V) -> list[V]:
+        """What each of the processes has, in the order of their numbers; all of them get it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._control)
+        return values
 
     def any(self, here: bool) -> bool:
         """Whether it holds in any of the processes."""

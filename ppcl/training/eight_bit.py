@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.errors import TrainingError
+from ppcl.common.optional import optional_module
 
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
@@ -23,15 +23,10 @@ def new_adamw8bit(
     """Torchao's AdamW8bit.
 
     Raises:
-        TrainingError: torchao is not installed.
+        UserError: torchao is not installed.
     """
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise TrainingError(
-            "distill.optimizer=adamw8bit needs torchao; pip install 'ppcl[int8]', or set adamw"
-        ) from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=weight_decay)
+    torchao = optional_module("torchao.optim", "distill.optimizer=adamw8bit", "int8", "set adamw")
+    optimizer: torch.optim.Optimizer = torchao.AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=weight_decay)
     return optimizer
 
 

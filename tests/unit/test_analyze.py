@@ -29,7 +29,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.cka import DRAWS, chained_cka, drawn_ckas
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.intervals import detect_intervals
-from ppcl.analysis.kept_tokens import KeptTokens
+from ppcl.analysis.kept_tokens import Kept, KeptTokens
 from ppcl.analysis.moments import Moments
 from ppcl.analysis.sums import BlockSums, Totals, sampled_tokens
 from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
@@ -281,7 +281,7 @@ def tensors_in(value: Any) -> int:
         return sum(map(tensors_in, value.values()))
     if isinstance(value, list | tuple):
         return sum(map(tensors_in, value))
-    return tensors_in(vars(value)) if isinstance(value, BlockSums | KeptTokens | Totals | Moments) else 0
+    return tensors_in(vars(value)) if isinstance(value, BlockSums | KeptTokens | Kept | Totals | Moments) else 0
 
 
 @pytest.mark.parametrize("tokens", [16, 20])

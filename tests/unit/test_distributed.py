@@ -120,7 +120,7 @@ def test_zeros_stay_where_weights_are_split_over_processes(tmp_path: Path) -> No
 def test_accumulating_changes_nothing(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     write_all_states(tmp_path)
     parts = train_all(tmp_path, SINGLE, ["local", "alternating"], accumulate=3)
-    assert_close(parts, {k: v for k, v in alone.items() if k.startswith(("local", "alternating", "fit"))})
+    assert_close(parts, {k: v for k, v in alone.items() if k.startswith(("local", "alternating", "analysis", "fit"))})
 
 
 def test_a_killed_process_of_two_is_resumed_by_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

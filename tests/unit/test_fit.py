@@ -30,12 +30,13 @@ from ppcl.common.files import StoredTensors, read_tensors
 from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.fit import fit
 from ppcl.distill.local import best_starts, local_backward
-from ppcl.pruning.artifacts import Candidates
-from ppcl.pruning.runs import all_runs, shortlist, spread_out
+from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.runs import all_runs, shortlist
 from ppcl.run import Run
 from ppcl.student.assembly import STARTS, start_block
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.families import adapter_for
+from ppcl.teacher.model_info import ModelInfo, Stack
 
 CPU = torch.device("cpu")
 NONE = PlanConfig(protect_first=0, protect_last=0)
@@ -95,20 +96,30 @@ def test_chained_probe_of_one_stream_without_probes_is_the_identity() -> None:
     assert torch.equal(h @ maps["text"][0] + maps["text"][1], h)
 
 
-def test_shortlist_covers_every_place_with_pairs_and_then_takes_turns() -> None:
-    errors = {("a", i, i + n): 0.1 * i + n for n in (1, 2, 3) for i in range(6)}
-    must = ("a", 4, 5)
-    assert shortlist(errors, [must], count=1) == [must]
-    # half of the places for pairs, of which 0-1, 2-3 and 4-5 overlap with nothing; then one of each length in turn
-    chosen = shortlist(errors, [must], count=6)
-    assert chosen == sorted([must, ("a", 0, 1), ("a", 2, 3), ("a", 0, 2), ("a", 0, 3), ("a", 3, 5)])
-    assert shortlist(errors, [], count=100) == sorted(errors)
+LINE = ModelInfo("Tiny", "0", 800, 800, 4, 0, (Stack("a", "blocks", 8, (100,) * 8, (100,) * 8),))
+RUNS = {("a", i, i + n): 0.1 * n + 0.001 * i for n in (1, 2, 3) for i in range(8 - n)}
 
 
-def test_runs_are_spread_out_layer_by_layer() -> None:
-    errors = {("a", 0, 1): 0.2, ("a", 1, 2): 0.1, ("a", 2, 3): 0.3, ("a", 3, 4): 0.4, ("b", 1, 2): 0.5}
-    expected = [("a", 1, 2), ("a", 3, 4), ("b", 1, 2), ("a", 0, 1), ("a", 2, 3)]
-    assert spread_out(list(errors), errors) == expected
+def test_shortlist_begins_with_what_must_be_fitted_and_takes_all_if_there_is_room() -> None:
+    must = ("a", 4, 7)  # no plan wants it
+    assert shortlist(LINE, RUNS, (), [must], count=1) == [must]
+    assert shortlist(LINE, RUNS, (), [], count=100) == sorted(RUNS)
+    assert len(shortlist(LINE, RUNS, (), [must], count=5)) == 5
+
+
+def test_shortlist_prefers_the_runs_of_the_cheapest_plans() -> None:
+    # of pairs, 0-1 and 2-3 and so on are cheapest together; 1-2 alone is cheap but leaves less room
+    assert shortlist(LINE, RUNS, (), [], count=2)[0] == ("a", 0, 1)
+    dear = {**RUNS, ("a", 0, 1): 5.0}
+    assert ("a", 0, 1) not in shortlist(LINE, dear, (), [], count=12)
+
+
+def test_shortlist_leaves_out_runs_where_smaller_modules_save_the_same_for_less() -> None:
+    """The planner lays out blocks with smaller modules, too: with them fewer runs are needed."""
+    part = {"linear": {"kind": "low_rank", "size": 1}}
+    options = [WidthOption("a", i, "ffn.image", part, 90, 90, 1e-3) for i in range(4)]  # of blocks 0 to 3
+    assert shortlist(LINE, RUNS, (), [], count=2) == [("a", 0, 1), ("a", 2, 3)]
+    assert shortlist(LINE, RUNS, options, [], count=2) == [("a", 0, 1), ("a", 4, 5)]
 
 
 def test_best_start_is_the_one_of_least_loss_over_all_batches(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ppcl.config import DistillConfig, load_config
 from ppcl.distill import local as local_module
 from ppcl.distill.in_sweep import Ends, Trainees, training_course
 from ppcl.distill.trainer import Distiller
-from ppcl.errors import ConfigError, TrainingError
+from ppcl.errors import ConfigError, UserError
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.families.masks import valid_tokens
@@ -237,5 +237,5 @@ def test_optimizer_states_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_without_torchao_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(TrainingError, match="needs torchao"):
+    with pytest.raises(UserError, match="needs the package torchao, which is not installed"):
         eight_bit_loop(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ class Threads(Group):
     def barrier(self) -> None:
         self.shared["barrier"].wait(60)
 
-    def _all(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         self.shared[f"slot {self.rank}"] = value
         self.barrier()
         values = [self.shared[f"slot {rank}"] for rank in range(2)]
@@ -183,19 +183,15 @@ class Threads(Group):
         return values
 
     def any(self, here: bool) -> bool:
-        return any(self._all(here))
-
-    def spread(self, jobs: Mapping[Any, Any], work: Callable[[dict[Any, Any]], dict[Any, Any]]) -> dict[Any, Any]:
-        first, second = self._all(work(dict(list(jobs.items())[self.rank :: 2])))
-        return {**first, **second}
+        return any(self.gather(here))
 
     def sum_scalars(self, row: Mapping[str, float]) -> dict[str, float]:
-        first, second = self._all(dict(row))
+        first, second = self.gather(dict(row))
         return {name: first[name] + second[name] for name in row}
 
     def sum_tensors(self, tensors: Any) -> None:
         tensors = list(tensors)
-        first, second = self._all([tensor.clone() for tensor in tensors])
+        first, second = self.gather([tensor.clone() for tensor in tensors])
         for tensor, a, b in zip(tensors, first, second, strict=True):
             tensor.copy_(a + b)
 

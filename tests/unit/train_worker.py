@@ -73,7 +73,7 @@ def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **chan
 
 
 def fit_all(folder: Path, group: Group) -> dict[str, torch.Tensor]:
-    """The fit stage: its blocks, closed forms and vectors."""
+    """The analyze stage: its maps and numbers; and the fit stage: its blocks, closed forms and vectors."""
     source, out, states = ResidentBlocks(tiny_qwen(5)), folder / "fit", folder / "fit-states"
     model = describe_alone(source.transformer)
 
@@ -84,13 +84,25 @@ def fit_all(folder: Path, group: Group) -> dict[str, torch.Tensor]:
             write_states(states, split, calls)
 
     group.on_main(write)
-    analysis = group.on_main(lambda: analyze(source, model, states, out, AnalyzeConfig(), 0))
+    analysis = analyze(source, model, states, out, AnalyzeConfig(batch_size=2), 0, group=group)
     settings = FitConfig(steps=2, batch_size=BATCH, max_run=2, max_candidates=3, eval_states=8, width_states=8)
     forms = StoredTensors(out / "analysis.safetensors")
     fit(source, analysis, forms, states, out, settings, 0, None, group, "fp32")
     group.barrier()
     files = (out / f"{name}.safetensors" for name in ("candidates", "width", "prices"))
-    return {f"fit/{name}": tensor for file in files for name, tensor in StoredTensors(file).items()}
+    fitted = {f"fit/{name}": tensor for file in files for name, tensor in StoredTensors(file).items()}
+    found = {f"analysis/{name}": tensor for name, tensor in StoredTensors(out / "analysis.safetensors").items()}
+    stack = analysis.stacks[0]
+    numbers = {
+        "cka": [[-1.0 if value is None else value for value in row] for row in stack.cka],
+        "intervals": stack.intervals,
+        "stability": [(one.same, one.first, one.last) for one in stack.interval_stability],
+        "influence": stack.influence,
+        "probe_error": list(stack.probe_error.values()),
+        "linearity": [*stack.ffn_linearity.values(), stack.text_linearity["output"]],
+        "missed": list(stack.modulation_residual.values()),
+    }
+    return fitted | found | {f"analysis/{name}": torch.tensor(value) for name, value in numbers.items()}
 
 
 def train_split(folder: Path, group: Group, mode: bool | str) -> dict[str, torch.Tensor]:

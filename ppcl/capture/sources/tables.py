@@ -12,6 +12,7 @@ from PIL import Image
 
 from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, read_file, shuffled, text_of
 from ppcl.capture.sources.shards import expand
+from ppcl.common.optional import optional_module
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError, nearest
 
@@ -20,16 +21,7 @@ BUFFER = 1000  # rows that a stream is shuffled among
 
 
 def _library() -> Any:
-    """The ``datasets`` package.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("capture.data needs the package datasets; pip install 'ppcl[data]'") from None
-    return datasets
+    return optional_module("datasets", "capture.data", "data")
 
 
 class Table(Source):
