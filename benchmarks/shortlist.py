@@ -60,8 +60,8 @@ def main() -> None:
     probes = {key(run): run.probe_error for run in known.candidates}
     always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
     text = (
-        "# How many runs need a short fit?\n\nWritten by `python benchmarks/shortlist.py RUN docs/shortlist.md`. RUN has "
-        f"fitted {len(every)} of {len(probes)} runs of blocks of the embedded teacher. Predicted velocity errors of "
+        "# How many runs need a short fit?\n\nWritten by `python benchmarks/shortlist.py RUN docs/shortlist.md`. RUN "
+        f"has fitted {len(every)} of {len(probes)} runs of blocks of the embedded teacher. Predicted velocity error of "
         "the best plan under each budget, in costs of fitted blocks, from the runs of a shortlist; in brackets how "
         "much more than from all of them.\n\nWhat a short fit leaves of a run's linear error, by blocks saved:\n\n"
     )

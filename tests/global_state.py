@@ -22,6 +22,7 @@ SET_BY_OTHERS = (
     "TORCHINDUCTOR_CACHE_DIR",  # by torch when it first compiles
     "CUDA_MODULE_LOADING",  # by torch before 2.9 when it first looks for a GPU
 )
+ADDED_BY_OTHERS = ("setuptools/_vendor", "huggingface/modules")  # to sys.path, by setuptools' import and by datasets'
 HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 KERNELS = ("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled")
 
@@ -50,9 +51,7 @@ def global_state() -> dict[str, Any]:
         **{f"hooks of all modules: {name}": len(getattr(module_hooks, name)) for name in HOOKS},
         "log level: transformers": verbosity(),  # which sets it at its first use
         **{f"log level: {name or 'root'}": logging.getLogger(name).level for name in LOGGERS},
-        **{
-            f"sys.path: {entry}": True for entry in sys.path if not entry.endswith("setuptools/_vendor")
-        },  # by its import
+        **{f"sys.path: {entry}": True for entry in sys.path if not entry.endswith(ADDED_BY_OTHERS)},
         **{f"environment: {k}": v for k, v in os.environ.items() if k not in SET_BY_OTHERS},
         **{f"module: {name}": name.split(".")[0] == "ppcl" and id(sys.modules[name]) for name in tuple(sys.modules)},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -53,7 +53,7 @@ def shortlist(
     """
     guesses = {run: error * FITTED_SHARE.get(run[2] - run[1], 1.0) for run, error in errors.items()}
     candidates = [Candidate(*run, guess) for run, guess in guesses.items()]
-    used: Counter[RunKey] = Counter()
+    used: defaultdict[RunKey, float] = defaultdict(float)
     for smaller, by_flops in product((options, ()), (False, True)):
         edges = edges_of(model, candidates, smaller, by_flops)
         layouts = best_layouts(model, edges, by_flops, CLASSES if smaller else DEPTH_CLASSES)
