@@ -65,7 +65,7 @@ def held_bytes(transformer: nn.Module, calibration: Path, config: RunConfig, fol
     def measure(_: Place, totals: Totals) -> None:
         nonlocal most
         tensors = [t for m in totals.moments.values() for t in (m.sum_x, m.sum_y, m.xx, m.xy)]
-        tensors += [part for parts in kept.kept.values() for part in parts]
+        tensors += [part for held in kept.kept.values() for part in held.tokens.values()]
         most = max(most, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     counts = {split: len(states) for split, states in splits.items()}
