@@ -14,7 +14,7 @@ from ppcl.student.assembly import RunKey
 from ppcl.student.plan import free_blocks
 from ppcl.teacher.model_info import ModelInfo
 
-# What a short fit leaves of a run's linear error, by the blocks that the run saves (docs/prices.md); longer runs: all
+# What a short fit leaves of a linear error, by blocks saved: 48 runs of the embedded teacher (benchmarks/shortlist.py)
 FITTED_SHARE = {1: 0.63, 2: 0.79, 3: 0.91}
 
 
