@@ -44,7 +44,7 @@ class AnalyzeConfig(Section):
 
 
 class FitConfig(Section):
-    """The short joint fit that gives candidate runs their costs."""
+    """What runs and smaller modules cost, and a short fit of the runs that plans are likely to use."""
 
     max_run: int = Field(5, ge=2, description="longest run that one block may replace")
     max_candidates: int = Field(24, ge=1, description="runs that are fitted; the others keep their probe score")

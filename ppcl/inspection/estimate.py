@@ -137,7 +137,7 @@ def assumptions(costs: Costs) -> tuple[str, ...]:
             "files are not here"
         )
     if hardware.count > 1:
-        found.append("fit and distill are shared by all devices; the other stages run on one")
+        found.append("analyze, fit and distill are shared by all devices; the other stages run on one")
     return tuple(found)
 
 

@@ -103,7 +103,7 @@ def analyze_cost(costs: Costs, before: float) -> StageCost:
     waiting = work.store(2 * states * size, states * size * shapes.blocks, states * size * shapes.blocks)
     work.kept, work.disk = forms, waiting + found + forms
     work.files += 2 * found + forms
-    return costs.cost("analyze", work, costs.teacher(), before)
+    return costs.cost("analyze", work, costs.teacher(), before, shared=True)
 
 
 def _units(costs: Costs, work: Work) -> tuple[float, float, float]:

@@ -88,7 +88,7 @@ class Candidates:
 
     Attributes:
         candidates: Runs that one block might replace.
-        steps: Of the short joint fit.
+        steps: Of the short fit.
         seconds: Of the whole stage.
         width: Smaller modules.
         criterion: What scored neurons and heads; empty where none were.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from published import FLUX_DEV, PUBLISHED, QWEN_IMAGE, write_config
 
-from ppcl import cli
 from ppcl.config import load_config
 from ppcl.distill.memory import estimate_streamed
 from ppcl.errors import UserError
@@ -26,22 +24,6 @@ SMALL = [
     *("analyze.batch_size=2", "fit.batch_size=2", "distill.batch_size=2", "evaluate.batch_size=2"),
     *("evaluate.velocity_states=2", "capture.num_prompts=16", "fit.eval_states=4"),
 ]
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run the command line here; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 def estimate(folder, config, *changes, device=CARD):

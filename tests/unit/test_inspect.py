@@ -15,7 +15,6 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, WanTransfor
 from published import FLUX_DEV, QWEN_IMAGE, write_config
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 
-from ppcl import cli
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError, ConfigError, ModelError, UserError
 from ppcl.inspection import blueprint
@@ -28,22 +27,6 @@ from ppcl.teacher.flops import count_flops, count_params
 
 ROOT = Path(__file__).resolve().parents[2]
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run the command line here; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 def tiny_config(real, folder):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 from published import FLUX_DEV, QWEN_IMAGE, write_config
 from tiny_models import tiny_flux, tiny_qwen
 
-from ppcl import cli
 from ppcl.config import load_config
 from ppcl.errors import BudgetError
 from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta
@@ -94,22 +92,6 @@ def test_what_is_out_of_reach_is_refused_with_what_is_not(changes, says):
     key = {"keep": "keep", "speedup": "speedup", "fit": "fit_gb"}[option]
     given = [*given[:2], *changes[1:], f"plan.{key}={value.removesuffix('GB')}"]
     check_limits(published(QWEN_IMAGE, *given), load_config([], given))
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run the command line here; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        printed = capsys.readouterr()
-        return stop.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 @pytest.mark.parametrize("command", ["compress", "capture"])
