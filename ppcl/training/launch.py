@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -42,17 +44,32 @@ def guarded(app: Callable[[], object]) -> None:
             app()
     except UserError as error:
         typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-        sys.exit(2)
+        _leave(2)
     except stopping.Stopped:
         typer.echo("stopped by SIGTERM; the same command goes on from here", err=True)
-        sys.exit(0)
+        _leave(0)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer turns an interrupt into exit code 130
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         typer.echo("interrupted; the same command goes on from here", err=True)
-        sys.exit(130)
+        _leave(130)
     except Exception:
         if stopping.requested():  # another process stopped first, and a message to it failed
-            sys.exit(0)
+            _leave(0)
         sys.stderr = sys.__stderr__
         raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End the program with an exit code, also before the processes have left their group together.
+
+    Closing the group here could wait for a process that is gone, and Python's way out with an open one aborts now and
+    then (gloo's threads are still running), with SIGABRT for the exit code. So that way is not taken.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -16,6 +16,7 @@ import ppcl
 from ppcl.common.files import read_tensors
 from ppcl.errors import ConfigError
 from ppcl.training.distributed import SINGLE, Group, Share, add_up, connect
+from ppcl.training.launch import guarded
 from ppcl.training.stopping import Stopped, on_sigterm
 
 HERE = Path(__file__).parent
@@ -182,3 +183,31 @@ def test_parts_weigh_what_they_count(tmp_path: Path) -> None:
     assert Share(0.5, {name: 0.25}).of(name) == 0.25
     assert Share(0.5, {name: 0.25}).of("another") == Share(0.5).of(None) == 0.5
     assert add_up([{"a": 1.0}, {"a": 2.0}]) == {"a": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(Stopped(), 0), (ConfigError("wrong"), 2), (KeyboardInterrupt(), 130), (SystemExit(130), 130)]
+)
+def test_an_open_group_cannot_change_the_exit_code(
+    end: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own way out with an open group of gloo ends by SIGABRT in one of two cases."""
+
+    def stop() -> None:
+        raise end
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise _LeftAtOnce
+
+    codes: list[int] = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+    with pytest.raises(_LeftAtOnce):
+        guarded(stop)
+    assert codes == [code]
+
+
+class _LeftAtOnce(BaseException):
+    """Stands for the end of the process."""
