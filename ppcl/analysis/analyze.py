@@ -28,7 +28,7 @@ from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.student.plan import free_blocks
-from ppcl.teacher.blocks import Blocks, Place
+from ppcl.teacher.blocks import Blocks, Place, main_dtype
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.model_info import ModelInfo
 from ppcl.training.distributed import SINGLE, Group
@@ -152,18 +152,24 @@ def analyze(
 
 
 def _matrices(source: Blocks, findings: Findings, modulations: Modulations) -> dict[str, Unread]:
-    """Probes, linear maps of networks, and what modulation layers are given."""
+    """Probes and linear maps of networks in the teacher's dtype, and what modulation layers are given.
+
+    Many layers are given the same, which is ``inputs/NUMBER/mean`` and ``inputs/NUMBER/root``; each names its number.
+    """
     matrices: dict[str, Unread] = {}
+    numbers = {layer: number for number, layer in enumerate(modulations.conditions)}
+    for layer, number in numbers.items():
+        fitted = modulations.conditions[layer].fitted
+        for name, tensor in (("mean", fitted.mean), ("root", fitted.root)):
+            matrices[f"inputs/{number}/{name}"] = Unread(tensor.shape, torch.float32, partial(torch.clone, tensor))
     for place in source.order:
-        here = f"{place[0]}/{place[1]}"
+        here, dtype = f"{place[0]}/{place[1]}", main_dtype(source.module(place))
         for name, shape in findings.shapes("forms", place).items():
-            matrices[f"{here}/{name}"] = Unread(shape, torch.float32, partial(_read, findings, place, name))
+            matrices[f"{here}/{name}"] = Unread(shape, dtype, partial(_read, findings, place, name))
         if source.stacks[place[0]].modulation:
             for stream, layer in findings.numbers("modulation", place)["source"].items():
-                fitted = modulations.conditions[tuple(layer)].fitted
-                for name, tensor in (("mean", fitted.mean), ("root", fitted.root)):
-                    matrix = Unread(tensor.shape, torch.float32, partial(torch.clone, tensor))
-                    matrices[f"{here}/modulation.{stream}/{name}"] = matrix
+                which = torch.tensor(numbers[tuple(layer)])
+                matrices[f"{here}/modulation.{stream}/inputs"] = Unread((), which.dtype, partial(torch.clone, which))
     return matrices
 
 

@@ -45,13 +45,19 @@ class CarriedRecovery(RunByRun):
         source: The teacher's blocks.
         load: The substitute of a run as the stage before left it, on the device.
         held_out: See :class:`RunByRun`.
+        finished: Called in the first process for a run whose weights are on disk.
     """
 
     def __init__(
-        self, recipe: Recipe, source: Blocks, load: Callable[[RunKey], nn.Module], held_out: Recorded | None = None
+        self,
+        recipe: Recipe,
+        source: Blocks,
+        load: Callable[[RunKey], nn.Module],
+        held_out: Recorded | None = None,
+        finished: Callable[[RunKey], None] = lambda _: None,
     ) -> None:
         super().__init__(recipe, source, "carried", held_out)
-        self.load = load
+        self.load, self.finished = load, finished
 
     def run(self, runs: Sequence[RunKey]) -> None:
         """Train what is not finished yet; after it the weights of all runs are on disk."""
@@ -69,6 +75,7 @@ class CarriedRecovery(RunByRun):
             block = self._train(run, block, ends)
             recipe.group.on_main(lambda: self.write(run, block))
             recipe.group.on_main(lambda: remove(self.checkpoints(run)))
+            recipe.group.on_main(lambda: self.finished(run))
         else:
             block.load_state_dict(read_tensors(self.path(run))[0])
         return block.to(recipe.device)

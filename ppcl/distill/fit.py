@@ -57,7 +57,7 @@ from ppcl.pruning.fewer_units import (
 )
 from ppcl.pruning.options import Meter, WidthJobs, width_option
 from ppcl.pruning.runs import all_runs, shortlist
-from ppcl.student.assembly import LinearRun, RunKey, run_name, start_block
+from ppcl.student.assembly import LinearRun, RunKey, in_dtypes_of, run_name, start_block
 from ppcl.student.plan import start_index
 from ppcl.teacher.blocks import Blocks, Place
 from ppcl.teacher.call_arguments import batch_size
@@ -301,8 +301,7 @@ def fitted(
         start = best_start(stage, run, sample)
         block = start_block(stage.source.copies(run[0]), run[1], run[2], start).to(torch.float32)
         _train(stage, run, block, ends, log)
-        like = stage.source.module(run[:2]).state_dict()  # float32 would be twice a bf16 teacher's bytes on disk
-        weights = {name: t.to(like[name].dtype if name in like else t.dtype) for name, t in block.state_dict().items()}
+        weights = in_dtypes_of(block.state_dict(), stage.source.module(run[:2]))
         write_tensors(stage.file(run), weights, {"start": start, "of": stage.fingerprint})
 
     trainees = Trainees(course, [run for run in runs if run not in known], train)

@@ -15,7 +15,7 @@ from ppcl.common.files import read_metadata, write_tensors
 from ppcl.common.progress import announce
 from ppcl.distill.in_sweep import Ends, training_course
 from ppcl.distill.recipe import HELD_OUT, Recipe
-from ppcl.student.assembly import RunKey, run_name
+from ppcl.student.assembly import RunKey, in_dtypes_of, run_name
 from ppcl.teacher.blocks import Blocks
 
 
@@ -48,7 +48,8 @@ class RunByRun:
 
     def write(self, run: RunKey, block: nn.Module) -> None:
         """Write a finished substitute, which leaves the device."""
-        write_tensors(self.path(run), block.to("cpu").state_dict(), {"fingerprint": self.fingerprint})
+        weights = in_dtypes_of(block.to("cpu").state_dict(), self.source.module(run[:2]))
+        write_tensors(self.path(run), weights, {"fingerprint": self.fingerprint})
 
     def checkpoints(self, run: RunKey) -> Path:
         """Where a substitute's checkpoints are while it is trained."""

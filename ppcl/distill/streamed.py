@@ -13,7 +13,7 @@ from torch import nn
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import read_tensors
+from ppcl.common.files import read_tensors, remove
 from ppcl.common.progress import announce
 from ppcl.config import DistillConfig
 from ppcl.distill.carried import CarriedRecovery
@@ -87,15 +87,18 @@ def distill_streamed(
     held_out = States(calibration, "held-out") if has_held_out else None
     starts, runs = Starts(source, plan, out, settings), [run for run, _ in members(plan)]
     stage: RunByRun = (local := OneAtATime(recipe, source, starts, held_out))
-    local.run(runs)
-    if runs and settings.carried_steps:
+    if not (runs and settings.carried_steps):
+        local.run(runs)
+    else:
 
         def load(run: RunKey) -> nn.Module:
             block = starts(run)
-            block.load_state_dict(read_tensors(local.path(run))[0])
+            if local.path(run).is_file():  # until carried recovery is finished with it
+                block.load_state_dict(read_tensors(local.path(run))[0])
             return block
 
-        stage = (carried := CarriedRecovery(recipe, source, load, held_out))
+        stage = (carried := CarriedRecovery(recipe, source, load, held_out, lambda run: remove(local.path(run))))
+        local.run([run for run in runs if not carried.is_finished(run)])
         carried.run(runs)
     how: dict[str, Any] = {"distill": to_jsonable(settings.model_dump()), "left_out": sorted(skipped)}
     group.on_main(lambda: save_stored_bundle(plan, stage.path, out / "bundle", how))

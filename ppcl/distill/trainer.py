@@ -171,7 +171,7 @@ class Distiller:
                     tensor.copy_(first[name])
             bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
         how = {"distill": to_jsonable(self.settings.model_dump())}
-        self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how))
+        self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how, self.transformer))
         self.group.barrier()
         self.group.on_main(lambda: remove(start))
         return bundle

@@ -257,7 +257,8 @@ class RowRunner:
             return load_bundle(folder / "bundle", self.session.teacher.transformer, self.session.adapter)
         if not row.is_trained:
             bundle = Bundle(distiller.plan, distiller.substitutes, masks=distiller.masks.masks)
-            save_bundle(bundle, folder / "bundle", {"distill": to_jsonable(row.settings.model_dump())})
+            how = {"distill": to_jsonable(row.settings.model_dump())}
+            save_bundle(bundle, folder / "bundle", how, self.session.teacher.transformer)
             return bundle
         bundle = distiller.run()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the optimizer's state of every row adds up

@@ -96,7 +96,8 @@ def analyze_cost(costs: Costs, before: float) -> StageCost:
         pairs = part.count * part.count / 2
         tokens = min(settings.cka_tokens, costs.held_out * shapes.tokens)
         work.float32 += pairs * sum(4 * tokens * d * d for d in part.streams)
-        forms += FLOAT * part.count * (sum(d * d for d in kept) + sum(d * d for _, d in part.modulation))
+        forms += shapes.itemsize * part.count * sum(d * d for d in kept)
+        forms += FLOAT * sum(d * d for _, d in part.modulation)  # all blocks share them
         found += part.count * (DOUBLE * sum(d * d for d in part.streams) + FLOAT * sum(d * d for d in part.networks))
     work.device = batch * (shapes.forward + 3 * FLOAT * shapes.state) + max(map(sums_of, shapes.parts))
     work.ram += min(ARGUMENTS, states * shapes.record)
@@ -214,15 +215,16 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
             _sweep(costs, work, copies * states)
             swept = copies * states * shapes.state_bytes
             drawn = 2 * samples * count * shapes.state_bytes
-            levels = max(levels, work.store(3 * swept, swept * shapes.blocks, swept * shapes.blocks + drawn))
+            kept = 3 if name == "local" else 2  # the level before an open run, and that before and after the block
+            levels = max(levels, work.store(kept * swept, swept * shapes.blocks, swept * shapes.blocks + drawn))
     for steps in whole.values():
         work.flops += (
             steps * settings.batch_size * (3 * costs.plan[1].params / shapes.info.params + 1) * shapes.info.flops
         )
         work.device = max(work.device, _whole_student(costs, numbers, part))
-    work.kept = FLOAT * numbers
-    finished = 2 if asked["carried"] else 1  # of each stage, beside the bundle
-    work.disk = (1 + finished) * work.kept + levels + (1 + settings.keep_checkpoints) * here * 4 * FLOAT
+    work.kept = shapes.itemsize * numbers
+    on_the_way = levels + (1 + settings.keep_checkpoints) * here * 4 * FLOAT
+    work.disk = work.kept + max(on_the_way, work.kept)  # finished substitutes, and last the bundle beside them
     work.files += 3 * work.kept
     notes = (f"{' and '.join(left_out)} stage left out: blocks are streamed",) if left_out else ()
     return costs.cost("distill", work, costs.teacher(alone=True), before, shared=True, notes=notes)

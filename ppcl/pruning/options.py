@@ -103,9 +103,9 @@ class WidthJobs:
         return Job((stack, index, index), make, note)
 
     def _forms(self, place: Place) -> dict[str, Tensor]:
-        """The closed forms of a block."""
+        """The closed forms of a block, and what many blocks' layers are given."""
         prefix = f"{place[0]}/{place[1]}/"
-        tensors = {name: self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+        tensors = {name: self.tensors[name] for name in self.tensors if name.startswith((prefix, "inputs/"))}
         if self.sites or self.texts:
             names = list(self.findings.shapes(KIND, place))
             read = self.findings.tensors(KIND, place, *names)

@@ -28,6 +28,7 @@ from ppcl.modules.replacements import (
 from ppcl.modules.slicing import SLICED, fill_sliced
 from ppcl.modules.text_stream import fill_text
 from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import Adapter, StackSpec, States, fixed_tail
 
 RunKey = tuple[str, int, int]
@@ -94,7 +95,8 @@ def fill_width(
         prefix = f"{here}/{names.get(path)}"
         if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
             device = old.weight.device
-            mean, root = (tensors[f"{prefix}/{name}"].to(device).double() for name in ("mean", "root"))
+            number = int(tensors[f"{prefix}/inputs"])  # layers that are given the same share what is known of it
+            mean, root = (tensors[f"inputs/{number}/{name}"].to(device).double() for name in ("mean", "root"))
             fill_low_rank(module, old.weight, old.bias, InputStatistics(mean, root))
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
@@ -118,6 +120,19 @@ def substitute_block(blocks: Sequence[nn.Module] | nn.ModuleList, segment: Segme
         for path in segment.width:
             block.get_submodule(path).requires_grad_(True)
     return block
+
+
+def in_dtypes_of(state: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
+    """Weights of a substitute in the dtypes of a block of the teacher, in which they are exported.
+
+    A substitute is trained in float32, which would be twice the bytes of a bfloat16 teacher on disk.
+
+    Args:
+        state: The weights by name.
+        like: The block; weights that it has not go to the dtype of its largest.
+    """
+    dtypes, main = {name: tensor.dtype for name, tensor in like.state_dict().items()}, main_dtype(like)
+    return {name: t.to(dtypes.get(name, main)) if t.is_floating_point() else t for name, t in state.items()}
 
 
 def own_names(segment: Segment, names: Sequence[str]) -> list[str]:

@@ -34,6 +34,7 @@ from ppcl.errors import ArtifactError
 from ppcl.student.assembly import (
     RunKey,
     assemble_student,
+    in_dtypes_of,
     own_names,
     register_plan,
     run_name,
@@ -42,6 +43,7 @@ from ppcl.student.assembly import (
 )
 from ppcl.student.masks import Masks, pack_masks, unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import Adapter
 
 SUBSTITUTES = "substitutes.safetensors"
@@ -81,12 +83,20 @@ def members(plan: CompressionPlan) -> list[tuple[RunKey, Segment]]:
     ]
 
 
-def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any]) -> None:
-    """Write a bundle folder, atomically."""
+def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any], transformer: nn.Module) -> None:
+    """Write a bundle folder, atomically.
+
+    Args:
+        bundle: What to write.
+        folder: Where.
+        how: How it was trained.
+        transformer: The teacher's: substitutes are stored in its dtypes, in which they are exported.
+    """
     tensors = {
         f"{run_name(key)}/{name}": state[name]
         for key, segment in members(bundle.plan)
-        for state in [bundle.substitutes[key].state_dict()]
+        for like in [transformer.get_submodule(f"{key[0]}.{key[1]}")]
+        for state in [in_dtypes_of(bundle.substitutes[key].state_dict(), like)]
         for name in own_names(segment, list(state))
     }
 
@@ -218,8 +228,7 @@ def _merge_lora(parameters: Mapping[str, nn.Parameter], lora: Mapping[str, Tenso
 
 
 def _cast_like(block: nn.Module, like: nn.Module) -> None:
-    """Give a block the dtypes of another; some classes keep a few weights in float32 whatever the rest is."""
-    dtypes = {name: parameter.dtype for name, parameter in like.named_parameters()}
-    main = max(like.parameters(), key=torch.numel).dtype
+    """Give a block the dtypes of another."""
+    dtypes, main = {name: parameter.dtype for name, parameter in like.named_parameters()}, main_dtype(like)
     for name, parameter in block.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, main))

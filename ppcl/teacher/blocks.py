@@ -82,6 +82,11 @@ class Blocks(ABC):
         return blocks[place[1]]
 
 
+def main_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's largest weight; some classes keep a few small ones in float32 whatever the rest is."""
+    return max(module.parameters(), key=torch.numel).dtype
+
+
 class ResidentBlocks(Blocks):
     """The blocks of a transformer that is loaded whole.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ppcl.common.files import digest
+from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo, Stack
@@ -40,7 +40,7 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
         params=count_params(transformer),
         flops=int(flops["total"]) if flops else 0,
         # the largest weight's: some classes keep small ones in float32 whatever the rest is loaded in
-        bytes_per_param=max(transformer.parameters(), key=torch.numel).element_size(),
+        bytes_per_param=main_dtype(transformer).itemsize,
         other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
         stacks=tuple(stacks),
     )

@@ -59,7 +59,7 @@ def new_bundle(transformer: nn.Module, runs: list[tuple[str, int, int]], tuned: 
 )
 def test_round_trip(tmp_path: Path, transformer: Any, call: dict[str, Any], runs: list[Any], tuned: bool) -> None:
     adapter, bundle = adapter_for(transformer), new_bundle(transformer, runs, tuned)
-    save_bundle(bundle, tmp_path / "bundle", {"steps": 3})
+    save_bundle(bundle, tmp_path / "bundle", {"steps": 3}, transformer)
     loaded = load_bundle(tmp_path / "bundle", transformer, adapter)
     assert loaded.plan == bundle.plan
     assert set(loaded.substitutes) == set(runs)
@@ -106,7 +106,7 @@ def test_a_student_shares_nothing_with_the_teacher() -> None:
 @pytest.mark.parametrize("name", ["plan.json", "substitutes.safetensors", "tuned.safetensors"])
 def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
     transformer = tiny_qwen(4)
-    save_bundle(new_bundle(transformer, [(DUAL, 1, 2)], tuned=True), tmp_path / "bundle", {})
+    save_bundle(new_bundle(transformer, [(DUAL, 1, 2)], tuned=True), tmp_path / "bundle", {}, transformer)
     path = tmp_path / "bundle" / name
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -124,14 +124,14 @@ def test_a_missing_bundle(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = tiny_qwen(4)
-    save_bundle(new_bundle(transformer, [(DUAL, 1, 2)]), tmp_path / "bundle", {})
+    save_bundle(new_bundle(transformer, [(DUAL, 1, 2)]), tmp_path / "bundle", {}, transformer)
 
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ppcl.student.bundle.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_bundle(new_bundle(transformer, [(DUAL, 2, 3)]), tmp_path / "bundle", {})
+        save_bundle(new_bundle(transformer, [(DUAL, 2, 3)]), tmp_path / "bundle", {}, transformer)
     assert set(load_bundle(tmp_path / "bundle", transformer, adapter_for(transformer)).substitutes) == {(DUAL, 1, 2)}
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 

@@ -66,7 +66,8 @@ def inputs_of(transformer: nn.Module, layer: nn.Module, arguments: dict[str, Any
 def low_rank_error(layer: nn.Linear, rank: int, tensors: dict[str, Tensor], name: str, x: Tensor) -> float:
     """The relative error of a layer's varying output with the closed form of a rank, in float64."""
     made = LowRankLinear(layer.in_features, layer.out_features, rank).double()
-    statistics = InputStatistics(*(tensors[f"{name}/{part}"].double() for part in ("mean", "root")))
+    number = int(tensors[f"{name}/inputs"])
+    statistics = InputStatistics(*(tensors[f"inputs/{number}/{part}"].double() for part in ("mean", "root")))
     fill_low_rank(made, layer.weight, layer.bias, statistics)
     wanted = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     return ((made(x.double()) - wanted).norm() / (wanted - wanted.mean(0)).norm()).item()

@@ -226,7 +226,7 @@ def test_frozen_weights_of_kept_blocks_are_not_stored(tmp_path: Path) -> None:
     adapter = adapter_for(transformer)
     chosen = mixed(transformer, tmp_path)
     substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
-    save_bundle(Bundle(chosen, substitutes), tmp_path / "bundle", {})
+    save_bundle(Bundle(chosen, substitutes), tmp_path / "bundle", {}, transformer)
     names = set(read_tensors(tmp_path / "bundle" / "substitutes.safetensors")[0])
     assert {n for n in names if n.startswith(f"{DUAL}/0-0/")} == {
         f"{DUAL}/0-0/img_mlp.weight",

@@ -57,8 +57,8 @@ def files(folder: Path) -> dict[str, str]:
 def both(model: str, bundle: Bundle, tmp_path: Path, **options: Any) -> tuple[Path, Path]:
     """A bundle exported in both ways; configs apart, since a loaded one remembers its folder."""
     settings = ExportConfig(**options)
-    save_bundle(bundle, tmp_path / "bundle", {})
     pipeline = load_pipeline(model, CPU)
+    save_bundle(bundle, tmp_path / "bundle", {}, pipeline.transformer)
     loaded = load_bundle(tmp_path / "bundle", pipeline.transformer, adapter_for(pipeline.transformer))
     student = build_student(pipeline.transformer, adapter_for(pipeline.transformer), loaded)
     resident = export(pipeline, student, loaded.plan, model, tmp_path / "resident", settings)
@@ -128,8 +128,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path, mon
     model = stored(teacher, tmp_path / "model")
     bundle = bundle_for(teacher, {(DUAL, 1, 2): {}})
     other = bundle_for(teacher, {(DUAL, 1, 3): {}})
-    save_bundle(Bundle(other.plan, {(DUAL, 1, 3): nn.Linear(2, 2)}), tmp_path / "wrong", {})
-    save_bundle(bundle, tmp_path / "bundle", {})
+    save_bundle(Bundle(other.plan, {(DUAL, 1, 3): nn.Linear(2, 2)}), tmp_path / "wrong", {}, teacher)
+    save_bundle(bundle, tmp_path / "bundle", {}, teacher)
     source, out = StreamedBlocks(model, CPU), tmp_path / "out"
     with pytest.raises(ArtifactError, match="has other weights than its plan"):
         export_streamed(source, tmp_path / "wrong", model, out, ExportConfig())
