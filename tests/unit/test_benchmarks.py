@@ -94,3 +94,12 @@ def test_streamed_run(benchmark):
     assert [row[1] for row in stages] == ["capture", "analyze"], text
     assert all(float(row[2]) > 0.1 and float(row[4]) > 0 and not row[5] for row in stages), text
     assert "Width 256" in text
+
+
+def test_prices_of_a_family(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    importlib.import_module("prices").main([str(tmp_path / "prices.md"), "--families", "qwen"])
+    number, rank, median = cells((tmp_path / "prices.md").read_text(), "qwen")[1:4]
+    assert int(number) > 40
+    assert float(rank) > 0.95
+    assert 0.8 < float(median) < 1.2
