@@ -37,10 +37,11 @@ from ppcl.config import RunConfig
 from ppcl.distill.fit import fit
 from ppcl.eval.speed import measure_memory
 from ppcl.teacher.blocks import Place, ResidentBlocks
-from ppcl.teacher.call_arguments import to_device
+from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter
+from ppcl.teacher.flops import count_flops
 
 
 @torch.no_grad()
@@ -83,7 +84,12 @@ def count_states(calibration: Path) -> int:
 
 def time_rows(pipeline: Any, config: RunConfig, calibration: Path, out: Path, repeats: int) -> list[list[str]]:
     """Rows of the table of times."""
-    transformer, model = pipeline.transformer, describe(pipeline)
+    transformer, state = pipeline.transformer, next(States(calibration, "held-out").batches(1))
+    source = ResidentBlocks(transformer)
+    stacks = {name: list(source.adapter.blocks(transformer, spec)) for name, spec in source.stacks.items()}
+    with torch.no_grad():
+        flops = count_flops(transformer, stacks, lambda: velocity(transformer, state), batch_size(state))
+    model = describe(pipeline, flops)
     size, seed = config.analyze.batch_size, config.seed
     calls: dict[str, Callable[[], object]] = {
         "bare teacher passes": lambda: bare_passes(transformer, calibration, size),

@@ -142,7 +142,8 @@ def best_layouts(
     Returns:
         Layouts with the square roots of their summed squared errors, from nothing saved to as much as possible.
     """
-    unit = max(1.0, (model.flops if by_flops else model.params) / classes)
+    whole = model.flops if by_flops and model.flops else model.params  # edges save parameters where no FLOPs are known
+    unit = max(1.0, whole / classes)
     paths = CheapestPaths(sum(stack.num_blocks for stack in model.stacks), edges, unit)
     return [
         (layout_of(model, [edges[number] for number in paths.route(index)]), math.sqrt(cost))

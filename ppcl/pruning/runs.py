@@ -54,7 +54,7 @@ def shortlist(
     guesses = {run: error * FITTED_SHARE.get(run[2] - run[1], 1.0) for run, error in errors.items()}
     candidates = [Candidate(*run, guess) for run, guess in guesses.items()]
     used: defaultdict[RunKey, float] = defaultdict(float)
-    for smaller, by_flops in product((options, ()), (False, True)):
+    for smaller, by_flops in product((options, ()), (False, True) if model.flops else (False,)):
         edges = edges_of(model, candidates, smaller, by_flops)
         layouts = best_layouts(model, edges, by_flops, CLASSES if smaller else DEPTH_CLASSES)
         for layout, _ in layouts:

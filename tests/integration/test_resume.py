@@ -2,8 +2,9 @@
 
 The kills are real (SIGKILL of a forked process) and repeatable: a process dies at its n-th
 *event* inside a stage. Events are the moments just before and just after a file gets its
-final name, every training step, every batch of prompts, every batch of pictures. Run as a
-script, this file is the process that imports everything once and forks the attempts.
+final name, every training step, every batch of prompts, every batch of pictures, and every
+batch that a block sees in a sweep, forward or backward. Run as a script, this file is the
+process that imports everything once and forks the attempts.
 """
 
 import json
@@ -18,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
+# kills inside sweeps: of which kind, and after what share of the stage's batches at blocks
+SWEEPS = {"analyze": [("forward", 0.5)], "fit": [("forward", 0.2), ("backward", 0.5), ("forward", 0.1)]}
 # the verdict names the measured speed
 VOLATILE = ("latency", "times_as_fast", "peak_memory", "speedup", "seconds", "samples_per_second", "verdict")
 # the model card has the command and the times
@@ -28,20 +31,32 @@ JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", "report.md"
 
 
 class Events:
-    """Counts events by stage; dies at the wanted one."""
+    """Counts events by stage, all and those of sweeps; dies at the wanted one."""
 
     def __init__(self, kill, journal):
-        self.kill, self.journal, self.stage, self.count = kill, journal, None, 0
+        self.kill, self.journal, self.stage, self.counts = kill, journal, None, {}
 
-    def happen(self, name):
+    def happen(self, name, kind="any"):
         if self.stage is None:
             return
-        self.count += 1
+        self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.journal:
             with Path(self.journal).open("a") as file:
-                print(json.dumps([self.stage, self.count, name]), file=file)
-        if self.kill == (self.stage, self.count):
+                print(json.dumps([self.stage, kind, self.counts[kind], name]), file=file)
+        if self.kill == (self.stage, kind, self.counts[kind]):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_sweeps(self):
+        """Make a batch at a block an event of its own kind, of forward or of backward sweeps."""
+        from ppcl.analysis.sweep import Visit
+
+        run = Visit.run
+
+        def run_visit(visit, batch, states, others, carried, gradients=None):
+            self.happen(f"block {visit.index}", "forward" if gradients is None else "backward")
+            return run(visit, batch, states, others, carried, gradients)
+
+        Visit.run = run_visit
 
     def around(self, owner, name, after=False):
         """Make a function an event, or two."""
@@ -66,10 +81,11 @@ class Events:
         self.around(TrainingLoop, "_step")
         self.around(ppcl.capture.trajectories, "record_calls")
         self.around(ppcl.eval.generate, "draw")
+        self.in_sweeps()
         run = Run.run
 
         def run_stage(this, stage):
-            self.stage, self.count = stage, 0
+            self.stage, self.counts = stage, {}
             return run(this, stage)
 
         Run.run = run_stage
@@ -131,11 +147,14 @@ def act(folder, *options):
     chance = random.Random(20)
     history = []
     for stage in STAGES:
-        count = max(n for name, n, _ in events if name == stage)
-        # the second kill comes early in what is left of the stage: however little, it has six events
-        for number in (chance.randint(count // 2, count - 1), chance.randint(3, 6)):
-            code = attempt([*command, "--out", str(folder / "killed")], output, kill=(stage, number))
-            history.append({"stage": stage, "event": number, "of": count, "code": code,
+        counts = {kind: n for name, kind, n, _ in events if name == stage}
+        kills = [(kind, int(share * counts[kind]) + 1) for kind, share in SWEEPS.get(stage, ())]
+        # the last kill comes early in what is left of the stage: however little, it has six events
+        count = counts["any"]
+        kills += [("any", chance.randint(count // 2, count - 1)), ("any", chance.randint(3, 6))]
+        for kind, number in kills:
+            code = attempt([*command, "--out", str(folder / "killed")], output, kill=(stage, kind, number))
+            history.append({"stage": stage, "kind": kind, "event": number, "of": counts[kind], "code": code,
                             "left": leftovers(folder / "killed")})  # fmt: skip
     final = attempt([*command, "--out", str(folder / "killed")], output)
     print(json.dumps({"history": history, "final": final}))
@@ -169,7 +188,8 @@ def stable(value):
 
 def test_every_stage_was_killed_inside(runs):
     _, history = runs
-    assert [row["code"] for row in history] == [-signal.SIGKILL] * (2 * len(STAGES)), history
+    kills = 2 * len(STAGES) + sum(map(len, SWEEPS.values()))
+    assert [row["code"] for row in history] == [-signal.SIGKILL] * kills, history
     assert any(row["left"] for row in history)  # otherwise the test below would prove nothing
 
 

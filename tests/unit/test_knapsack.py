@@ -94,6 +94,15 @@ def test_layouts_are_as_cheap_as_trying_everything(seed: int, by_flops: bool) ->
         assert min(found) == pytest.approx(brute_force(runs, options, share * total, by_flops))
 
 
+def test_a_model_whose_flops_are_not_known_has_as_few_classes() -> None:
+    """Its time is told by parameters; a class for each FLOP would be millions."""
+    stacks = tuple(Stack(s.name, s.count_field, s.num_blocks, s.block_params, ()) for s in MODEL.stacks)
+    model = replace(MODEL, flops=0, stacks=stacks)
+    edges = edges_of(model, *random_problem(1), by_flops=True)
+    assert sum(edge.saved > 0 for edge in edges) > 10
+    assert 5 < len(best_layouts(model, edges, by_flops=True, classes=20)) <= 21
+
+
 def plan_of(budget: dict[str, float], width: tuple[Any, ...] | None) -> CompressionPlan:
     runs, options = random_problem(0)
     analysis = Analysis(MODEL, (), 1, {}, 0.0)
