@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ppcl.common.files import read_json, read_tensor_header
 from ppcl.common.lazy import Lazy
+from ppcl.common.pieces import Pieces
 from ppcl.errors import ModelError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
@@ -137,6 +138,7 @@ class StreamedBlocks(Blocks):
             raise ModelError(f"the transformer of {model!r} is quantised, and its blocks cannot be read one by one")
         self.dtype, self._model = dtype, model
         self._calls: _Calls | None = None
+        self._pieces = Pieces()
         super().__init__(without_weights(folder, dtype), device)
         check_counts(model, self.transformer, self._files)
         streamed = {f"{stack}.{index}" for stack, index in self.order}
@@ -247,21 +249,21 @@ class StreamedBlocks(Blocks):
         from safetensors import SafetensorError, safe_open
 
         float32 = set(self.transformer._keep_in_fp32_modules or ())
-        found = {}
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in names:
-                    tensor = opened.get_tensor(name)
-                    if as_stored:
-                        found[name] = tensor.clone()
-                        continue
-                    dtype = torch.float32 if float32 & set(name.split(".")) else self.dtype
-                    dtype = dtype if tensor.is_floating_point() else tensor.dtype
-                    # a copy even where nothing changes: the file's pages are not to be waited for while a block runs
-                    found[name] = tensor.to(self.device, dtype, copy=True)
+                mapped = {name: opened.get_tensor(name) for name in names}
+                if as_stored:
+                    return {name: tensor.clone() for name, tensor in mapped.items()}
+                dtypes = {name: tensor.dtype for name, tensor in mapped.items()}
+                for name, tensor in mapped.items():
+                    if tensor.is_floating_point():
+                        dtypes[name] = torch.float32 if float32 & set(name.split(".")) else self.dtype
+                # copies even where nothing changes: the file's pages are not to be waited for while a block runs
+                if self.device.type == "cpu":
+                    return self._pieces.copies(mapped, dtypes)
+                return {name: tensor.to(self.device, dtypes[name], copy=True) for name, tensor in mapped.items()}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({error}); fetch it again") from None
-        return found
 
 
 class _Calls:
