@@ -3,9 +3,9 @@
     python benchmarks/prices.py docs/prices.md --run RUN
     python benchmarks/prices.py docs/prices_families.md
 
-RUN has the states and the analysis of `ppcl analyze emoji --out RUN`. The fit stage is run once with `fit.exact=all`
-and without fitting: every smaller module and every run of blocks by its chained probes gets a price and an exact cost.
-Without a run the models are the random ones of tests/adapters, all of whose states are few and small.
+RUN has the states and the analysis of `ppcl analyze emoji --out RUN`. The fit stage is run with `fit.exact=none` and
+with `all`, without fitting: every smaller module and every run of blocks by its chained probes gets a price and an
+exact cost. Without a run the models are the random ones of tests/adapters, whose states are few and small.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ppcl.common.tables import markdown_table
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.config.names import Width
 from ppcl.distill.fit import fit
-from ppcl.student.assembly import run_name
 from ppcl.teacher.blocks import Blocks, ResidentBlocks
 from ppcl.teacher.call_arguments import flatten
 from ppcl.teacher.calls import velocity
@@ -46,18 +45,19 @@ Pairs = dict[str, list[tuple[float, float]]]  # (price, exact cost) of options, 
 
 
 def pairs_of(source: Blocks, analysis: Analysis, run: Path, settings: FitConfig) -> Pairs:
-    """Prices and exact costs of all options of an analyzed run."""
+    """Prices and exact costs of all options of an analyzed run: the fit stage with the one and with the other."""
     forms = StoredTensors(run / "analysis.safetensors")
-    with tempfile.TemporaryDirectory() as folder:
-        candidates = fit(source, analysis, forms, run / "calibration", Path(folder), settings, 0)
-        vectors = StoredTensors(Path(folder) / "prices.safetensors")
-        pairs: Pairs = {}
-        for option in candidates.width:
-            kind = f"width: {option.family}"
-            pairs.setdefault(kind, []).append((float(vectors[option.name].norm()), option.error))
-        for c in candidates.candidates:
-            price = float(vectors[run_name((c.stack, c.first, c.last))].norm())
-            pairs.setdefault(f"runs of {c.last - c.first + 1}", []).append((price, c.probe_error))
+    errors: dict[str, dict[str, tuple[str, float]]] = {}
+    for exact in ("none", "all"):
+        asked = settings.model_copy(update={"exact": exact})
+        with tempfile.TemporaryDirectory() as folder:
+            candidates = fit(source, analysis, forms, run / "calibration", Path(folder), asked, 0)
+        errors[exact] = {option.name: (f"width: {option.family}", option.error) for option in candidates.width}
+        runs = candidates.candidates
+        errors[exact] |= {c.name: (f"runs of {c.last - c.first + 1}", c.probe_error) for c in runs}
+    pairs: Pairs = {}
+    for name, (kind, price) in errors["none"].items():
+        pairs.setdefault(kind, []).append((price, errors["all"][name][1]))
     return pairs
 
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vectors", type=int, default=FitConfig().vectors, help="random vectors a state")
     parser.add_argument("--width", nargs="*", choices=get_args(Width), default=list(FitConfig().width))
     given = parser.parse_args(argv)
-    quick = FitConfig(steps=0, max_candidates=1, exact="all")
+    quick = FitConfig(steps=0, max_candidates=1)
     asked = {"width": tuple(given.width), "eval_states": given.states, "vectors": given.vectors}
     settings = quick.model_copy(update=asked)
     rows = of_run(given.run, settings) if given.run else of_families(given.families, settings)

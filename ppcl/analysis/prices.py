@@ -5,10 +5,12 @@ it by delta, and the velocity by a vector whose products with K random sign vect
 estimates the squared error, and the products of several options add up where errors are small.
 
 Exact costs carry the changed states of every replacement through all later blocks, all of them in one forward sweep.
+Their products are those of what the velocity really moved by with the same r, so that they add up with prices, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.analysis.backward import random_signs
 from ppcl.analysis.entries import Arguments, Entries, enter, leave
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.sweep import Batch, Course, Seen, velocities
@@ -105,7 +108,7 @@ class Prices:
 
     def finish(self) -> None:
         """Write the products of all processes' states."""
-        every = {name: self._of_all(torch.cat(parts, 1)) for name, parts in self.products.items() if parts}
+        every = {name: _of_all(self.course, torch.cat(parts, 1)) for name, parts in self.products.items() if parts}
         self.modules = {}
         if self.course.group.is_main:
             notes = {name: {"run": self.jobs[name].run, **self.jobs[name].note} for name in self.jobs}
@@ -113,20 +116,20 @@ class Prices:
         if self.progress:
             self.progress.advance()
 
-    def _of_all(self, products: Tensor) -> Tensor:
-        """Put the products of all processes in the order of the batches, (K, N)."""
-        course = self.course
-        if course.group.size == 1:
-            return products
-        starts, total = {}, 0
-        for batch in course.batches:
-            starts[batch.number], total = total, total + len(batch.rows)
-        every = torch.zeros(len(products), total, device=course.source.device)
-        parts = torch.split(products, [len(batch.rows) for batch in course.own], 1)
-        for batch, part in zip(course.own, parts, strict=True):
-            every[:, starts[batch.number] : starts[batch.number] + len(batch.rows)] = part
-        course.group.sum_tensors([every])
-        return every.cpu()
+
+def _of_all(course: Course, products: Tensor) -> Tensor:
+    """Put products with the states of all processes in the order of the batches, (..., K, N)."""
+    if course.group.size == 1:
+        return products.cpu()
+    starts, total = {}, 0
+    for batch in course.batches:
+        starts[batch.number], total = total, total + len(batch.rows)
+    every = torch.zeros(*products.shape[:-1], total, device=course.source.device)
+    parts = torch.split(products.to(every), [len(batch.rows) for batch in course.own], -1)
+    for batch, part in zip(course.own, parts, strict=True):
+        every[..., starts[batch.number] : starts[batch.number] + len(batch.rows)] = part
+    course.group.sum_tensors([every])
+    return every.cpu()
 
 
 def products_with(gradients: Mapping[str, Tensor], changed: States, after: States) -> Tensor:
@@ -150,21 +153,28 @@ def products_with(gradients: Mapping[str, Tensor], changed: States, after: State
 
 @dataclass(frozen=True)
 class Price:
-    """What a replacement costs, to first order.
+    """What a replacement costs, to first order or exactly.
 
     Attributes:
         note: Of its job, and its ``run``.
-        vector: (K, N), products with K vectors of N states, divided by the teacher's velocity and sqrt(K): the norm is
-            the error, and the norm of a sum of vectors that of several replacements together.
+        vector: (K, N), products with K vectors of N states, divided by the teacher's velocity and sqrt(K): the norm
+            estimates the error, and the norm of a sum of vectors that of several replacements together.
+        exact: The error where it was measured, else None.
     """
 
     note: Mapping[str, Any]
     vector: Tensor
+    exact: float | None = None
 
     @property
     def error(self) -> float:
         """Relative velocity error."""
-        return float(self.vector.norm())
+        return float(self.vector.norm()) if self.exact is None else self.exact
+
+
+def _scaled(products: Tensor, norm: float) -> Tensor:
+    """Vectors from products with K random vectors, (..., K, N)."""
+    return products.double() / (norm * math.sqrt(products.shape[-2]))
 
 
 def read_prices(findings: Findings, places: Sequence[Place], norm: float) -> dict[str, Price]:
@@ -180,7 +190,7 @@ def read_prices(findings: Findings, places: Sequence[Place], norm: float) -> dic
         notes: Mapping[str, Any] = findings.numbers(KIND, place)
         names = list(findings.shapes(KIND, place))
         for name, products in zip(names, findings.tensors(KIND, place, *names), strict=True):
-            prices[name] = Price(notes[name], products.double() / (norm * len(products) ** 0.5))
+            prices[name] = Price(notes[name], _scaled(products, norm))
     return prices
 
 
@@ -191,33 +201,44 @@ def velocity_norm(course: Course) -> float:
 
 
 @torch.no_grad()
-def exact_costs(course: Course, jobs: Jobs, folder: Path, label: str, limit: float = BRANCHES) -> dict[str, float]:
-    """Relative velocity error of each replacement alone.
+def exact_costs(
+    course: Course,
+    jobs: Jobs,
+    folder: Path,
+    label: str,
+    vectors: int = 4,
+    seed: int = 0,
+    limit: float = BRANCHES,
+) -> dict[str, Price]:
+    """What each replacement alone does to the velocity.
 
     Args:
         course: After a forward sweep, with all levels of the states in its store.
         jobs: The replacements.
         folder: Receives changed states that do not fit into memory; it is removed.
         label: Name shown beside the progress bar.
+        vectors: K, random vectors a state, those of the backward sweep with the same seed.
+        seed: Fixes them.
         limit: Bytes of changed states between two blocks; where that is exceeded there are several sweeps.
 
     Returns:
-        sqrt(sum ||v - v_teacher||^2 / sum ||v_teacher||^2) of each job.
+        Of each job the error sqrt(sum ||v - v_teacher||^2 / sum ||v_teacher||^2) and the vector.
     """
     order = course.source.order
     names = sorted(jobs, key=lambda name: order.index(jobs[name].end))
     sizes = [sum(state.nbytes for state in course.read(0, batch).values()) for batch in course.own]
     size = max(1, int(limit // max(1, sum(sizes))))
-    errors: dict[str, float] = {}
+    costs: dict[str, Price] = {}
     pieces = [names[start : start + size] for start in range(0, len(names), size)]
     steps = sum(len(order) - order.index(jobs[piece[0]].end) for piece in pieces)
     with Progress(label, total=steps) as progress:
         for piece in pieces:
             remove(folder)
             store = StateStore(folder, "", group=course.group)
-            errors |= _Branches(course, {name: jobs[name] for name in piece}, store).errors(progress)
+            branches = _Branches(course, {name: jobs[name] for name in piece}, store)
+            costs |= branches.costs(progress, vectors, seed)
             store.close()
-    return {name: errors[name] for name in jobs}
+    return {name: costs[name] for name in jobs}
 
 
 class _Branches:
@@ -235,7 +256,7 @@ class _Branches:
         self.own = Course(course.source, list(self.batches.values()), store, course.group, course.precision)
         self.entries: Entries | None = None
 
-    def errors(self, progress: Progress) -> dict[str, float]:
+    def costs(self, progress: Progress, vectors: int, seed: int) -> dict[str, Price]:
         """Sweep from the first replacement to the end."""
         source = self.course.source
         ends = [source.order.index(job.end) for job in self.jobs]
@@ -251,7 +272,7 @@ class _Branches:
                             self._carry(position, block, batch, number, others)
                 self.own.store.commit(position)
                 progress.advance()
-        return self._at_the_end()
+        return self._at_the_end(vectors, seed)
 
     def _others(self, position: int, batch: Batch) -> Arguments:
         """What a block is called with beside the states."""
@@ -284,14 +305,25 @@ class _Branches:
             outputs = source.adapter.call(source.stacks[source.order[position][0]], block, states, others)
         self.own.write(position, branch, outputs, {})
 
-    def _at_the_end(self) -> dict[str, float]:
-        """The errors of the velocity."""
+    def _at_the_end(self, vectors: int, seed: int) -> dict[str, Price]:
+        """The errors of the velocity, and their products with random vectors."""
         errors = [VelocityErrors() for _ in self.jobs]
+        products: list[list[Tensor]] = [[] for _ in self.jobs]
         for batch, target in velocities(self.course):
             arguments = batch.load().arguments
+            signs = random_signs(batch, target, vectors, seed).float().flatten(2)
             for number, error in enumerate(errors):
                 states = self.own.before(self.batches[number, batch.number], None) or {}
-                error.add(target, leave(self.course.source, arguments, states, self.course.precision))
+                velocity = leave(self.course.source, arguments, states, self.course.precision)
+                error.add(target, velocity)
+                moved = (velocity.float() - target.float()).flatten(1)
+                products[number].append(torch.einsum("kbi,bi->kb", signs, moved))
         sums = {f"{n} {k}": v for n, e in enumerate(errors) for k, v in (("d", e.difference), ("t", e.total))}
         sums = self.course.group.sum_scalars(sums)
-        return {name: (sums[f"{n} d"] / sums[f"{n} t"]) ** 0.5 for n, name in enumerate(self.names)}
+        every = _of_all(self.course, torch.stack([torch.cat(parts, 1) for parts in products]))
+        return {
+            name: Price(
+                self.jobs[n].note, _scaled(every[n], sums[f"{n} t"] ** 0.5), (sums[f"{n} d"] / sums[f"{n} t"]) ** 0.5
+            )
+            for n, name in enumerate(self.names)
+        }

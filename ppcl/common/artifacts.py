@@ -20,7 +20,8 @@ T = TypeVar("T")
 def to_jsonable(value: Any) -> Any:
     """Turn dataclasses and tuples into plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        stored = [f.name for f in dataclasses.fields(value) if f.metadata.get("stored", True)]
+        return {name: to_jsonable(getattr(value, name)) for name in stored}
     if isinstance(value, dict):
         return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

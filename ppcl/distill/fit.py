@@ -43,7 +43,7 @@ from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.in_sweep import Ends, Trainees, training_course
-from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
+from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates
 from ppcl.pruning.criteria.draws import draw_states
 from ppcl.pruning.fewer_units import (
     KIND,
@@ -177,27 +177,33 @@ def fit(
     runs = all_runs(analysis, settings.max_run, protected or PlanConfig())  # type: ignore[call-arg]
     narrow = narrow_modules(stage, next(held_out.batches(1)), next(train.batches(1)))
     prices = priced(stage, runs, narrow)
-    probe_errors = {run: prices[run_name(run)].error for run in runs}
     if settings.exact != "none":
-        every = exact_costs(course, {run_name(run): stage.linear(run) for run in runs}, folder / "runs", "fit: runs")
-        probe_errors = {run: every[run_name(run)] for run in runs}
+        prices |= exactly(stage, {run_name(run): stage.linear(run) for run in runs}, "runs")
+    probe_errors = {run: prices[run_name(run)].error for run in runs}
     options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
     always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
     likely = shortlist(analysis.model, probe_errors, options, always, settings.max_candidates)
     starts = fitted(stage, held_out, likely, log)
     jobs = {run_name(run): Job(run, partial(_read_fitted, stage, run)) for run in starts}
-    costs = exact_costs(course, jobs, folder / "fitted", "fit: costs")
+    costs = exactly(stage, jobs, "fitted")
+    prices |= costs  # what will stand in a run's place is the fitted block
     if settings.exact == "all":
-        options = exact_options(stage, narrow, prices)
+        notes = {name: price.note for name, price in prices.items() if "group" in price.note}
+        prices |= (width := exactly(stage, {name: narrow.jobs.again(note) for name, note in notes.items()}, "width"))
+        options = [width_option(note, width[name].error) for name, note in notes.items()]
+    fitted_errors = {name: cost.error for name, cost in costs.items()}
     result = Candidates(
-        candidates=tuple(Candidate(*run, probe_errors[run], starts.get(run), costs.get(run_name(run))) for run in runs),
+        candidates=tuple(
+            Candidate(*run, probe_errors[run], starts.get(run), fitted_errors.get(run_name(run))) for run in runs
+        ),
         steps=settings.steps,
         seconds=time.perf_counter() - began,
         width=tuple(options),
         criterion=narrow.criterion,
         criterion_forwards=narrow.forwards,
+        vectors={name: price.vector.float().numpy() for name, price in prices.items()},
     )
-    group.on_main(lambda: _write(stage, out, result, narrow, prices, list(starts)))
+    group.on_main(lambda: _write(stage, out, result, narrow, list(starts)))
     course.store.close()
     group.on_main(lambda: remove(folder))
     return result
@@ -277,12 +283,9 @@ def priced(stage: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Pric
     return read_prices(findings, source.order, velocity_norm(stage.course))
 
 
-def exact_options(stage: Fit, narrow: Narrow, prices: Mapping[str, Price]) -> list[WidthOption]:
-    """Smaller modules with what each costs exactly."""
-    notes = {name: price.note for name, price in prices.items() if "group" in price.note}
-    jobs = {name: narrow.jobs.again(note) for name, note in notes.items()}
-    costs = exact_costs(stage.course, jobs, stage.folder / "width", "fit: width")
-    return [width_option(note, costs[name]) for name, note in notes.items()]
+def exactly(stage: Fit, jobs: Jobs, name: str) -> dict[str, Price]:
+    """Exact costs of replacements, by the random vectors of the prices."""
+    return exact_costs(stage.course, jobs, stage.folder / name, f"fit: {name}", stage.settings.vectors, stage.seed)
 
 
 def fitted(
@@ -364,9 +367,7 @@ def _read_fitted(stage: Fit, run: RunKey, _: nn.Module) -> nn.Module:
     return block
 
 
-def _write(
-    stage: Fit, out: Path, result: Candidates, narrow: Narrow, prices: Mapping[str, Price], runs: Sequence[RunKey]
-) -> None:
+def _write(stage: Fit, out: Path, result: Candidates, narrow: Narrow, runs: Sequence[RunKey]) -> None:
     """Write everything, a tensor at a time."""
     blocks: dict[str, Unread] = {}
     for run in runs:
@@ -378,5 +379,5 @@ def _write(
         stored = StoredTensors(narrow.findings.path(KIND, place))
         forms |= {f"{place[0]}/{place[1]}/{name}": stored.unread(name) for name in stored}
     write_one_by_one(out / "width.safetensors", forms)
-    write_tensors(out / "prices.safetensors", {name: price.vector.float() for name, price in prices.items()})
+    write_tensors(out / VECTORS, {name: torch.from_numpy(vector) for name, vector in result.vectors.items()})
     save_artifact(result, out / "candidates.json")

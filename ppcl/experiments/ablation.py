@@ -160,7 +160,7 @@ def ablation_rows(session: Session) -> list[Row]:
         UserError: Width options were not measured.
         BudgetError: A row's size cannot be reached.
     """
-    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.candidates
     measured = {option.family for option in candidates.width}
     if lacking := [group for group in NEEDED if group not in measured]:
         raise UserError(

@@ -31,7 +31,7 @@ COLUMNS = ("removed", "params", "share", "speedup", "before", "velocity_error", 
 
 def plan_rows(session: Session) -> tuple[list[Row], list[str]]:
     """The rows of the comparison, and notes about criteria that could not keep to its rules."""
-    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.candidates
     plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
     plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
     same = session.config.distill.model_copy(update={"from_fit": False})

@@ -25,7 +25,6 @@ from ppcl.experiments.baselines import plan_from_runs, with_starts
 from ppcl.experiments.methods_text import Entry, draw, paragraphs
 from ppcl.experiments.runner import Row, RowRunner
 from ppcl.experiments.tables import finish
-from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.searches import choose
 from ppcl.pruning.sparsity import sparse_layers, sparsity_cost
 from ppcl.run import Session
@@ -187,7 +186,7 @@ def zeros_row(session: Session, name: str, method: Method, budget: Mapping[str, 
     if "keep" not in budget:
         raise BudgetError("zeros make nothing faster by themselves")
     transformer, adapter = session.teacher.transformer, session.adapter
-    candidates = session.read(Candidates, "candidates.json")
+    candidates = session.candidates
     model = session.search_context().model
     plan = plan_from_runs(model, (), "optimal", candidates)
     blocks = {
@@ -222,7 +221,7 @@ def row_of(
     plan = plan_for(base, settings, seed)
     cost: float | None = plan.teacher_forwards
     if method.criterion:
-        cost = base.read(Candidates, "candidates.json").criterion_forwards
+        cost = base.candidates.criterion_forwards
     distill = session.config.distill.model_copy(update={"from_fit": False})
     return Row(f"{slug(budget)}/{name}", method.label, plan, distill, fitted_by=base), cost
 

@@ -41,7 +41,6 @@ from ppcl.experiments.baselines import (
     with_starts,
 )
 from ppcl.experiments.study_text import write_up
-from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.planner import cost_of, is_allowed, optimal_ladder
 from ppcl.run import Session
 from ppcl.student.assembly import LinearRun, assemble_student, with_blocks
@@ -235,7 +234,7 @@ def study_squares(session: Session, meter: VelocityMeter) -> list[dict[str, Any]
 
     The plans are the planner's own; every run holds its fitted candidate, nothing is trained further.
     """
-    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.candidates
     fitted = [
         c
         for c in candidates.candidates
@@ -272,7 +271,7 @@ def fitted_student(session: Session, plan: CompressionPlan) -> Any:
 
 def study_planner(session: Session, meter: VelocityMeter, plans: Mapping[str, CompressionPlan]) -> list[dict[str, Any]]:
     """(d) Predicted and measured error of each criterion's plan of equal size, undistilled."""
-    candidates = session.read(Candidates, "candidates.json").candidates
+    candidates = session.candidates.candidates
     fitted = {(c.stack, c.first, c.last) for c in candidates if c.fitted_error is not None}
     rows = []
     for mode, plan in plans.items():
@@ -331,7 +330,7 @@ def study(session: Session, table: Path | None = None, draws: int = 12, seeds: S
     session = session.with_config(for_tables(session.config))
     held_out = States(session.calibration, "held-out")
     count, costs = session.config.evaluate.velocity_states, session.config.fit.eval_states
-    analysis, candidates = session.read(Analysis, "analysis.json"), session.read(Candidates, "candidates.json")
+    analysis, candidates = session.read(Analysis, "analysis.json"), session.candidates
     plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
     plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
     meter = VelocityMeter(session.teacher.transformer, list(held_out.batches(count, count)), session.config.precision)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ppcl.common.artifacts import SCHEMA_VERSION
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact
+from ppcl.errors import ArtifactError
+
+VECTORS = "prices.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,11 @@ class Candidate:
     probe_error: float
     start: str | None = None
     fitted_error: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its vector: ``stack/first-last``."""
+        return f"{self.stack}/{self.first}-{self.last}"
 
     @property
     def removed(self) -> int:
@@ -68,7 +81,7 @@ class WidthOption:
 
     @property
     def name(self) -> str:
-        """Of its vector in ``prices.safetensors``."""
+        """Of its vector."""
         return option_name(self.stack, self.block, self.group, self.parts)
 
     @property
@@ -93,6 +106,8 @@ class Candidates:
         width: Smaller modules.
         criterion: What scored neurons and heads; empty where none were.
         criterion_forwards: What it said it would cost: runs of the transformer on one state; None if it did not say.
+        vectors: How each option moves the velocity, (K, N) by its name (:class:`ppcl.analysis.prices.Price`); in a
+            file of its own.
     """
 
     candidates: tuple[Candidate, ...]
@@ -102,3 +117,19 @@ class Candidates:
     criterion: str = ""
     criterion_forwards: float | None = None
     schema_version: int = SCHEMA_VERSION
+    vectors: Mapping[str, NDArray[Any]] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"stored": False}
+    )
+
+
+def load_candidates(folder: Path) -> Candidates:
+    """Read what the fit stage left in a run directory, with the vectors.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
+    """
+    candidates, path = load_artifact(Candidates, folder / "candidates.json"), folder / VECTORS
+    try:
+        return replace(candidates, vectors=load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run the fit stage again") from None

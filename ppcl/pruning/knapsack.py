@@ -36,6 +36,7 @@ class Edge:
         cost: Squared relative velocity error when it alone is put in.
         stack: Its stack.
         segment: What it is in a plan.
+        options: Names of what is in it: its run, and its smaller modules.
     """
 
     first: int
@@ -44,6 +45,7 @@ class Edge:
     cost: float
     stack: str
     segment: Segment
+    options: tuple[str, ...] = ()
 
 
 class _Ways(NamedTuple):
@@ -128,10 +130,10 @@ class CheapestPaths:
         return tuple(reversed(numbers))
 
 
-def best_layouts(
+def best_routes(
     model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES
-) -> list[tuple[Layout, float]]:
-    """Return the cheapest layout for each class of savings.
+) -> list[tuple[Route, float]]:
+    """Return the cheapest path for each class of savings, and its cost.
 
     Args:
         model: The teacher.
@@ -140,15 +142,20 @@ def best_layouts(
         classes: How many classes of savings are told apart.
 
     Returns:
-        Layouts with the square roots of their summed squared errors, from nothing saved to as much as possible.
+        Paths with their summed squared errors, from nothing saved to as much as possible.
     """
     whole = model.flops if by_flops and model.flops else model.params  # edges save parameters where no FLOPs are known
     unit = max(1.0, whole / classes)
     paths = CheapestPaths(sum(stack.num_blocks for stack in model.stacks), edges, unit)
-    return [
-        (layout_of(model, [edges[number] for number in paths.route(index)]), math.sqrt(cost))
-        for index, cost in enumerate(paths.cost)
-    ]
+    return [(paths.route(index), float(cost)) for index, cost in enumerate(paths.cost)]
+
+
+def best_layouts(
+    model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES
+) -> list[tuple[Layout, float]]:
+    """:func:`best_routes` as layouts, with the square roots of their costs."""
+    routes = best_routes(model, edges, by_flops, classes)
+    return [(layout_of(model, [edges[number] for number in route]), math.sqrt(cost)) for route, cost in routes]
 
 
 def layout_of(model: ModelInfo, edges: Iterable[Edge]) -> Layout:
@@ -186,14 +193,16 @@ def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[Widt
                 by_first[run.first].append(run)
         for index in range(stack.num_blocks):
             kept = Segment(index, index)
-            filled = [put_in(kept, 0.0, choice) for choice in choices_of(by_block[index], by_flops)]
+            choices = choices_of(by_block[index], by_flops)
+            filled = [(*put_in(kept, 0.0, choice), tuple(o.name for o in choice)) for choice in choices]
             for run in by_first[index]:
                 # a substitute carries several blocks' work: it keeps its feed-forward networks
                 start = by_block[start_index(run.first, run.last, run.start)]
                 inside = [option for option in start if option.family == "modulation"]
                 whole = Segment(run.first, run.last, run.start or "middle")
-                filled += [put_in(whole, run.cost, choice) for choice in choices_of(inside, by_flops)]
-            edges += [_edge(stack, offset, s, cost, by_flops) for s, cost in filled if s.is_substitute]
+                for choice in choices_of(inside, by_flops):
+                    filled.append((*put_in(whole, run.cost, choice), (run.name, *(o.name for o in choice))))
+            edges += [_edge(stack, offset, s, c, by_flops, names) for s, c, names in filled if s.is_substitute]
         offset += stack.num_blocks
     return edges
 
@@ -209,12 +218,14 @@ def edges_of_plan(model: ModelInfo, plan: Layout, by_flops: bool) -> list[Edge]:
     ]
 
 
-def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bool) -> Edge:
+def _edge(
+    stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bool, options: tuple[str, ...] = ()
+) -> Edge:
     sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
     start = start_index(segment.first, segment.last, segment.start)
     saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
     saved += segment.saved_speed if by_flops else segment.saved_params
-    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment)
+    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment, options)
 
 
 Choice = tuple[WidthOption, ...]

@@ -16,9 +16,21 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.config.extensions import SEARCHES
 from ppcl.errors import BudgetError, ConfigError
-from ppcl.pruning.allocations import allotted_layouts, layout_of
+from ppcl.pruning import allocations
+from ppcl.pruning.allocations import allotted_layouts
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
-from ppcl.pruning.knapsack import CLASSES, DEPTH_CLASSES, Layout, best_layouts, edges_of, edges_of_plan
+from ppcl.pruning.exchanges import JointErrors
+from ppcl.pruning.knapsack import (
+    CLASSES,
+    DEPTH_CLASSES,
+    Layout,
+    Route,
+    best_layouts,
+    best_routes,
+    edges_of,
+    edges_of_plan,
+    layout_of,
+)
 from ppcl.student.plan import CompressionPlan, Prediction, Segment, free_blocks
 from ppcl.student.prediction import predict
 from ppcl.teacher.model_info import ModelInfo, Stack
@@ -84,18 +96,32 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
 
 @Planned
 def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
-    """Least summed squared velocity error, over runs that do not overlap and smaller modules.
+    """Least velocity error of all together, over runs that do not overlap and smaller modules.
 
-    Fitted and probe costs are on different scales (a probe can beat a briefly fitted block), so unfitted runs come in
-    only where the fitted ones cannot meet the budget.
+    The cheapest paths by summed squared errors are the start; of those that meet the budget the one of least joint
+    error is improved by exchanges (:mod:`ppcl.pruning.exchanges`). Fitted and probe costs are on different scales (a
+    probe can beat a briefly fitted block), so unfitted runs come in only where the fitted ones cannot meet the budget.
     """
     model, by_flops = analysis.model, settings.budget[0] == "speedup"
     runs, options = usable(model, candidates, settings)
 
     def cheapest(runs: Sequence[Candidate]) -> CompressionPlan:
         edges = edges_of(model, runs, options, by_flops)
-        layouts = best_layouts(model, edges, by_flops, CLASSES if options else DEPTH_CLASSES)
-        return plan_of(model, layouts, settings, by_error=True)
+        joint = JointErrors(edges, candidates.vectors)
+
+        def laid_out(route: Route) -> tuple[Layout, float]:
+            return layout_of(model, [edges[n] for n in route]), math.sqrt(max(0.0, joint.of(route)))
+
+        routes = [route for route, _ in best_routes(model, edges, by_flops, CLASSES if options else DEPTH_CLASSES)]
+        layouts = [laid_out(route) for route in routes]
+        start = plan_of(model, layouts, settings, by_error=True)
+        enough = [n for n, layout in enumerate(layouts) if meets(predict(model, layout[0]), *settings.budget)]
+        wanted = min(sum(edges[n].saved for n in routes[number]) for number in enough)
+        best = joint.improved(min((routes[n] for n in enough), key=joint.of), wanted)
+        try:
+            return plan_of(model, [laid_out(best)], settings)
+        except BudgetError:  # what edges save is rounded otherwise than what a plan is predicted to
+            return start
 
     try:
         return cheapest([run for run in runs if run.fitted_error is not None])
@@ -132,7 +158,7 @@ def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig)
             "plan.mode=allocation cuts neurons and heads, and none were measured; add ffn or attention to fit.width "
             "(and plan.width, if it is set) and fit again"
         )
-    return plan_of(analysis.model, [layout_of(analysis.model, choice) for choice in ladder], settings)
+    return plan_of(analysis.model, [allocations.layout_of(analysis.model, choice) for choice in ladder], settings)
 
 
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:

@@ -11,7 +11,7 @@ from typing import Any
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import digest, link_file, read_json, remove, write_json
 from ppcl.config import FitConfig
-from ppcl.pruning.artifacts import Candidates, WidthOption
+from ppcl.pruning.artifacts import WidthOption
 from ppcl.run.folder import LEDGER
 from ppcl.run.run import Run
 from ppcl.run.session import Session
@@ -59,14 +59,14 @@ def fork(session: Session, criterion: str, settings: Mapping[str, Any]) -> Sessi
 
 def _share_times(session: Session, run: Session) -> None:
     """Let all criteria plan with the times that were measured first: units of one number take one time."""
-    path, candidates = session.out / "fits" / "times.json", run.read(Candidates, "candidates.json")
+    path, candidates = session.out / "fits" / "times.json", run.candidates
     fitted = session.depends("fit")
 
     def key(option: WidthOption) -> str:
         parts = sorted((name, part["kind"], part["size"]) for name, part in option.parts.items())
         return digest(fitted, option.stack, option.block, parts)
 
-    first = {key(option): option.saved_time for option in session.read(Candidates, "candidates.json").width}
+    first = {key(option): option.saved_time for option in session.candidates.width}
     times = first | (read_json(path) if path.is_file() else {})
     width = tuple(replace(o, saved_time=times.setdefault(key(o), o.saved_time)) for o in candidates.width)
     if width != candidates.width:

@@ -6,7 +6,7 @@ import copy
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.artifacts import load_artifact
@@ -17,6 +17,9 @@ from ppcl.run.folder import LEDGER
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from ppcl.pruning.artifacts import Candidates
 
 
 class Session:
@@ -225,7 +228,6 @@ class Session:
             seed: The run's own if None.
         """
         from ppcl.analysis.artifacts import Analysis
-        from ppcl.pruning.artifacts import Candidates
         from ppcl.pruning.searches import Context
 
         def open_teacher() -> Any:
@@ -235,11 +237,18 @@ class Session:
 
         return Context(
             self.read(Analysis, "analysis.json"),
-            self.read(Candidates, "candidates.json"),
+            self.candidates,
             settings or self.config.plan,
             self.config.seed if seed is None else seed,
             open_teacher,
         )
+
+    @property
+    def candidates(self) -> Candidates:
+        """What the fit stage left."""
+        from ppcl.pruning.artifacts import load_candidates
+
+        return load_candidates(self.out)
 
     def read(self, kind: Any, name: str) -> Any:
         """Read a JSON artifact of this run."""

@@ -258,11 +258,15 @@ def test_what_is_exact_is_a_setting(exact: str, prepared: tuple[Any, Analysis, P
     changes = {"width": ("ffn",), "steps": 0, "vectors": 16, "exact": exact}
     found = run_fit(prepared, folder / exact, SETTINGS.model_copy(update=changes))
     vectors = StoredTensors(folder / exact / "prices.safetensors")
-    assert set(vectors) == {f"{c.stack}/{c.first}-{c.last}" for c in found.candidates} | {o.name for o in found.width}
+    assert set(vectors) == {c.name for c in found.candidates} | {o.name for o in found.width}
+    assert sum(c.fitted_error is not None for c in found.candidates) < len(found.candidates)
     for c in found.candidates:
-        price = float(vectors[f"{c.stack}/{c.first}-{c.last}"].norm())
-        assert (c.probe_error == pytest.approx(price, rel=1e-5)) == (exact == "none")
-        assert c.probe_error == pytest.approx(price, rel=0.6)
+        price = float(vectors[c.name].norm())
+        if c.fitted_error is None:
+            assert (c.probe_error == pytest.approx(price, rel=1e-5)) == (exact == "none")
+            assert c.probe_error == pytest.approx(price, rel=0.6)
+        else:  # its vector is that of the fitted block
+            assert c.fitted_error == pytest.approx(price, rel=0.3)
     for option in found.width:
         price = float(vectors[option.name].norm())
         if price:  # the last block's text goes nowhere

@@ -37,7 +37,9 @@ def random_problem(seed: int) -> tuple[list[Candidate], list[WidthOption]]:
         for last in range(first + 1, min(first + 3, s.num_blocks))
     ]
     options = [
-        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear"}}, size, flops, generator.random() / 3)
+        WidthOption(
+            s.name, i, group, {f"{group}.x": {"kind": "linear", "size": None}}, size, flops, generator.random() / 3
+        )
         for s in MODEL.stacks
         for i in range(s.num_blocks)
         for group, size, flops in (("modulation", 300, 0), ("ffn.image", 200, 25))
@@ -148,7 +150,7 @@ def test_a_ladder_of_subsets_costs_more_the_more_it_saves() -> None:
 def test_a_time_budget_believes_the_clock_and_not_the_flops() -> None:
     """Two ways to make every block smaller: one looks better in FLOPs and saves no time."""
     options = [
-        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear"}}, 100, flops, 0.1, time)
+        WidthOption(s.name, i, group, {f"{group}.x": {"kind": "linear", "size": None}}, 100, flops, 0.1, time)
         for s in MODEL.stacks
         for i in range(s.num_blocks)
         for group, flops, time in (("ffn.image", 30, 0), ("ffn.text", 20, 20))
