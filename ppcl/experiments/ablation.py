@@ -145,12 +145,14 @@ def with_fixed_depth(
     """
     runs = set(run_keys(depth))
     taken = tuple(
-        dataclasses.replace(c, fitted_error=0.0)  # costs nothing, so the planner keeps it
+        dataclasses.replace(c, fitted_error=0.0)  # costs nothing and adds to no other cost, so the planner keeps it
         for c in candidates.candidates
         if (c.stack, c.first, c.last) in runs
     )
     settings = PlanConfig(mode="optimal", keep=keep, width=tuple(groups), protect_first=0, protect_last=0)  # type: ignore[call-arg, arg-type]
-    return plan(analysis, dataclasses.replace(candidates, candidates=taken), settings)
+    smaller = {option.name for option in candidates.width}
+    vectors = {name: vector for name, vector in candidates.vectors.items() if name in smaller}
+    return plan(analysis, dataclasses.replace(candidates, candidates=taken, vectors=vectors), settings)
 
 
 def ablation_rows(session: Session) -> list[Row]:

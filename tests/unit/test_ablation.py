@@ -8,11 +8,12 @@ from tiny_models import DUAL, describe_alone, qwen_call, tiny_qwen
 
 from ppcl.analysis.cka import linear_cka
 from ppcl.common.artifacts import save_artifact
+from ppcl.common.files import write_tensors
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import UserError
 from ppcl.experiments.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder
 from ppcl.experiments.baselines import run_keys
-from ppcl.pruning.artifacts import Candidates
+from ppcl.pruning.artifacts import VECTORS, Candidates
 from ppcl.run import Run
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.trace import record_boundaries
@@ -73,6 +74,7 @@ def test_width_must_have_been_measured(tiny_model, prompts_file, small_config, t
     for stage in ("capture", "analyze"):
         run.run(stage)
     save_artifact(Candidates((), 0, 0.0), run.out / "candidates.json")
+    write_tensors(run.out / VECTORS, {"none": torch.zeros(1)})
     with pytest.raises(UserError, match=r"not measured: text, ffn, modulation; run it with --set fit.width="):
         ablation_rows(run)
 

@@ -128,7 +128,7 @@ def test_on_the_command_line_before_anything_is_written(tmp_path, tiny_model):
 def test_every_method_meets_the_budget_or_says_why_not(compared):
     run, text, table = compared
     rows = json.loads((run.out / "compare" / "methods.json").read_text())["rows"]
-    model = run.read(module.Candidates, "candidates.json") and run.search_context().model
+    model = run.search_context().model
     assert len(rows) == len(BUDGETS) * len(CHOSEN.split(","))
     for row in rows:
         if row["why_not"]:
