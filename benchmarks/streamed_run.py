@@ -164,7 +164,11 @@ def main(argv: list[str] | None = None) -> str:
         f"what it needs. {f'From the smallest peak to the largest: {grown}.' if grown else ''}\n\n"
         f"Settings: `{' '.join([*SETTINGS, *(args.set or ())])}`."
     )
-    return publish(args, argv, "streamed_run.py", text, "cpu")
+    given = sys.argv[1:] if argv is None else argv
+    if args.folder:  # a place on this machine, which is nothing to others
+        index = given.index("--folder")
+        given = [*given[:index], *given[index + 2 :]]
+    return publish(args, given, "streamed_run.py", text, "cpu")
 
 
 if __name__ == "__main__":
