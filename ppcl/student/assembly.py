@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppcl.common.artifacts import to_jsonable
 from ppcl.config.names import Start
+from ppcl.errors import ArtifactError
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import (
     InputStatistics,
@@ -86,6 +87,9 @@ def fill_width(
         index: The teacher's block whose inputs it sees, nearest.
         parts: The replacements by path.
         tensors: Metrics, linear maps and corrected columns, as the analyze and fit stages wrote them.
+
+    Raises:
+        ArtifactError: They are of another version.
     """
     names = {path: f"modulation.{stream}" for stream, path in spec.modulation.items()}
     names |= {path: f"ffn.{stream}" for stream, path in spec.ffn.items()}
@@ -95,6 +99,11 @@ def fill_width(
         prefix = f"{here}/{names.get(path)}"
         if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
             device = old.weight.device
+            if f"{prefix}/inputs" not in tensors:
+                raise ArtifactError(
+                    f"the analysis does not say what {here}/{path} is given (another version of ppcl wrote it); "
+                    "run the analyze stage again"
+                )
             number = int(tensors[f"{prefix}/inputs"])  # layers that are given the same share what is known of it
             mean, root = (tensors[f"inputs/{number}/{name}"].to(device).double() for name in ("mean", "root"))
             fill_low_rank(module, old.weight, old.bias, InputStatistics(mean, root))

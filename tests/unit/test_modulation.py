@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -19,7 +20,9 @@ from ppcl.capture.states import States
 from ppcl.capture.trajectories import SPLITS
 from ppcl.common.files import read_tensors
 from ppcl.config import AnalyzeConfig
+from ppcl.errors import ArtifactError
 from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank
+from ppcl.student.assembly import fill_width
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import Call
 from ppcl.teacher.families import adapter_for
@@ -178,3 +181,18 @@ def test_timesteps_cover_the_range_and_what_occurs() -> None:
     whole = timesteps(torch.tensor([951, 1]), 1600, torch.Generator().manual_seed(0))
     assert whole.dtype == torch.int64
     assert 990 < whole.max() < 1000
+
+
+def test_an_analysis_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    transformer = smooth_qwen()
+    _, tensors = analyzed(transformer, tmp_path, qwen_call)
+    spec, original = ResidentBlocks(transformer).stacks[DUAL], transformer.transformer_blocks[0]
+    path = spec.modulation["image"]
+    block, parts = copy.deepcopy(original), {path: {"kind": "low_rank", "size": 2}}
+    old = original.get_submodule(path)
+    owner, _, last = path.rpartition(".")
+    block.get_submodule(owner)._modules[last] = LowRankLinear(old.in_features, old.out_features, 2)
+    fill_width(block, original, spec, 0, parts, tensors)
+    del tensors[f"{DUAL}/0/modulation.image/inputs"]
+    with pytest.raises(ArtifactError, match=r"another version of ppcl wrote it.*run the analyze stage again"):
+        fill_width(block, original, spec, 0, parts, tensors)
