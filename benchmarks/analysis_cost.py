@@ -176,7 +176,8 @@ def main(argv: list[str] | None = None) -> str | None:
             "# What the analysis costs",
             f"{counts[1]} states, batches of {config.analyze.batch_size}; medians of {args.repeats}, taking turns.",
             markdown_table(["", "seconds", "times bare passes"], times),
-            "Memory in MB (1e6 bytes). The tokens that CKA keeps grow with the held-out states, up to `analyze.cka_tokens`.",
+            "Memory in MB (1e6 bytes). The tokens that CKA keeps grow with the held-out states, up to "
+            "`analyze.cka_tokens`.",
             markdown_table(["", *(f"{count} states" for count in counts), "ratio"], memory),
         ]
     )
