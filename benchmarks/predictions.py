@@ -29,6 +29,7 @@ from ppcl.common.tables import markdown_table
 from ppcl.config import DistillConfig, PlanConfig, for_model, load_config
 from ppcl.distill.streamed import Starts
 from ppcl.eval.velocity import state_errors
+from ppcl.pruning import exchanges
 from ppcl.pruning.artifacts import Candidates, load_candidates
 from ppcl.pruning.exchanges import JointErrors
 from ppcl.pruning.knapsack import Edge, Route, edges_of, layout_of
@@ -141,7 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--plans", type=int, default=24, help="of each kind")
+    parser.add_argument("--share", type=float, default=exchanges.SHARE, help="of two options' products that counts")
     given = parser.parse_args(argv)
+    exchanges.SHARE = given.share
     judge = Judge(given.run)
     analysis, candidates = load_artifact(Analysis, given.run / "analysis.json"), load_candidates(given.run)
     header = ["plans of", "prediction", "measured", "rank correlation", "measured / predicted: median", "5% to 95%"]
@@ -150,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     header = ["budget", *(f"by {name}: {one}" for name in ("squares", "joint errors") for one in each)]
     text = (
         f"# Predicted and measured errors of plans, embedded teacher\n\nWritten by `python benchmarks/predictions.py "
-        f"RUN {given.out}`: {given.plans} random plans of each kind, of briefly fitted blocks and untrained smaller "
+        f"RUN {given.out} --share {given.share:g}`: {given.plans} random plans of each kind, of briefly fitted blocks and untrained smaller "
         f"modules, on the {judge.config.fit.eval_states} held-out states of the prices. The sum of squares takes "
         "options for unrelated; jointly, products of their vectors say how they add up (ppcl/pruning/exchanges.py)."
         f"\n\n{table}\n\n## Plans that are chosen\n\nThe same budgets with either prediction; nothing is trained."

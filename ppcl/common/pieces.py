@@ -35,15 +35,21 @@ class Pieces:
         return copies
 
     def _piece(self, size: int) -> Tensor:
-        size = max(size, mmap.PAGESIZE)
-        piece = next((piece for piece in self._spare if len(piece) == size), None)
-        if piece is None:
-            piece = mmap.mmap(-1, size)
-        else:
-            self._spare.remove(piece)
+        piece = self._waiting(size := max(size, mmap.PAGESIZE)) or mmap.mmap(-1, size)
         array = np.frombuffer(piece, np.uint8)  # lives as long as any tensor in it
         weakref.finalize(array, self._give_back, piece).atexit = False
         return torch.from_numpy(array)
+
+    def _waiting(self, size: int) -> mmap.mmap | None:
+        """A piece of this size, which no other thread gets; those of other sizes are dropped."""
+        while self._spare:
+            try:
+                piece = self._spare.pop()  # one step, as several threads may read
+            except IndexError:
+                break
+            if len(piece) == size:
+                return piece
+        return None
 
     def _give_back(self, piece: mmap.mmap) -> None:
         self._spare.append(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -48,3 +49,17 @@ def test_few_pieces_wait_and_none_of_another_size_is_taken() -> None:
     assert len(pieces._spare) == SPARE
     larger = pieces.copies({"a": torch.zeros(9000)}, {"a": torch.float32})
     assert larger["a"].untyped_storage().nbytes() >= 36000
+
+
+def test_threads_never_share_a_piece() -> None:
+    pieces, wrong = Pieces(), []
+
+    def use(number: int) -> None:
+        for step in range(200):
+            copies = pieces.copies({"a": torch.full((3000,), float(number * 1000 + step))}, {"a": torch.float32})
+            if not bool((copies["a"] == number * 1000 + step).all()):
+                wrong.append((number, step))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, range(4)))
+    assert wrong == []
