@@ -154,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     text = (
         f"# Predicted and measured errors of plans, embedded teacher\n\nWritten by `python benchmarks/predictions.py "
         f"RUN {given.out} --share {given.share:g}`: {given.plans} random plans of each kind, of briefly fitted blocks "
-        f"and untrained smaller modules, on the {judge.config.fit.eval_states} held-out states of the prices. The sum of squares takes "
+        f"and untrained smaller modules, on the {judge.config.fit.eval_states} held-out states of the prices. "
+        "The sum of squares takes "
         "options for unrelated; jointly, products of their vectors say how they add up (ppcl/pruning/exchanges.py)."
         f"\n\n{table}\n\n## Plans that are chosen\n\nThe same budgets with either prediction; nothing is trained."
         f"\n\n{markdown_table(header, best_plans(judge, analysis, candidates))}\n"
