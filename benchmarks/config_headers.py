@@ -89,8 +89,8 @@ def stage_table(names: tuple[str, ...] = ("qwen_image_10b", "flux_dev_6b5")) -> 
         "(`ppcl/inspection/stage_costs.py`); `ppcl inspect MODEL --estimate` prints the same of any model and machine. "
         "1024 pixels, bfloat16, blocks streamed. Device, RAM and disk are the stage's peaks; the disk is the run "
         "directory, beside the teacher's own files. What takes most of it: in fit the fitted candidates "
-        "and the states at the ends of open runs; in distill the finished substitutes of the "
-        "local and the carried stage and the bundle, all in float32, and three levels of states (six in the carried "
+        "and the states at the ends of open runs, of those that are drawn; in distill the finished substitutes, the "
+        "bundle, and three levels of states beside the checkpoints of one substitute (four without them in the carried "
         "stage).",
     ]
     with tempfile.TemporaryDirectory() as folder:

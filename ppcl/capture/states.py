@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,15 @@ class States:
         found = sorted({mark.prompt for mark in self.marks.values()})
         if len(found) < 2:
             raise ArtifactError("the recorded states are of one prompt and cannot be split; capture.num_prompts is low")
-        halves = copy.copy(self), copy.copy(self)
-        for number, half in enumerate(halves):
-            own = set(found[number::2])
-            groups = ([row for row in group if self.marks[row].prompt in own] for group in self.groups)
-            half.groups = [group for group in groups if group]
-        return halves
+        first, second = ({row for row, mark in self.marks.items() if mark.prompt in found[n::2]} for n in (0, 1))
+        return self.only(first), self.only(second)
+
+    def only(self, rows: Collection[Row]) -> States:
+        """The same states without all others."""
+        part = copy.copy(self)
+        groups = ([row for row in group if row in rows] for group in self.groups)
+        part.groups = [group for group in groups if group]
+        return part
 
     def batch(self, rows: Sequence[Row]) -> Call:
         """Put states that go together to one call."""
@@ -264,7 +267,9 @@ class States:
         """
         return self.share_out(self.draw(size, generator), group, accumulate)
 
-    def share_out(self, rows: Sequence[Row], group: Group, accumulate: int) -> Iterator[tuple[Call, Share]]:
+    def share_out(
+        self, rows: Sequence[Row], group: Group = SINGLE, accumulate: int = 1
+    ) -> Iterator[tuple[Call, Share]]:
         """Yield this process's pieces of a batch whose places are drawn; see :meth:`parts`."""
         count = group.size * accumulate
         parts = [rows[i * len(rows) // count : (i + 1) * len(rows) // count] for i in range(count)]

@@ -25,7 +25,7 @@ from ppcl.analysis.findings import Findings
 from ppcl.analysis.prices import Job, Jobs, Price, Prices, exact_costs, read_prices, velocity_norm
 from ppcl.analysis.probes import chained_probe
 from ppcl.analysis.sweep import Course, forward_sweep
-from ppcl.capture.states import States
+from ppcl.capture.states import Row, States
 from ppcl.capture.store import MEMORY, StateStore
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
@@ -101,11 +101,15 @@ class Fit:
         memory = MEMORY if self.group.size == 1 else 0
         return StateStore(self.folder / name, self.fingerprint, memory, self.group)
 
-    def training_course(self, name: str, limit: int | None) -> Course:
+    def training_course(self, name: str, states: States, limit: int | None = None) -> Course:
         """A sweep over training states, all of them if ``limit`` is None."""
         size, precision = self.settings.batch_size, self.course.precision
         common = (self.folder / name, self.fingerprint, {"train": limit}, self.group, precision)
-        return training_course(self.source, {"train": self.train}, size, *common)
+        return training_course(self.source, {"train": states}, size, *common)
+
+    def drawn(self, step: int) -> list[Row]:
+        """The batch of a training step, the same for all runs."""
+        return self.train.draw(self.settings.batch_size, step_generator(self.seed, step, Stream.FIT_BATCH))
 
     def file(self, run: RunKey) -> Path:
         """Where the fitted block of a run is."""
@@ -255,7 +259,7 @@ def narrow_modules(stage: Fit, example: dict[str, Any], single: dict[str, Any]) 
             held_out = [batch.load().arguments for batch in stage.course.batches]
             scored = settings.criterion, criterion_cost(settings, sets, held_out)
             scores = scores_of_all(source, sites, sets, settings, stage.seed, held_out)
-        course = stage.training_course("units-sweep", settings.width_states)
+        course = stage.training_course("units-sweep", stage.train, settings.width_states)
         forward_sweep(course, [UnitSums(sites, texts.keys(), settings, scores, findings, stage.group)])
     flops = stage.analysis.model.flops if settings.width else 0
     meter = Meter(source, calls, batch_size(example), single, flops)
@@ -296,7 +300,8 @@ def fitted(
     Returns:
         The start that was best on held-out states, by run.
     """
-    course = stage.training_course("train", None)
+    drawn = {row for step in range(stage.settings.steps) for row in stage.drawn(step)}  # no others are carried
+    course = stage.training_course("train", stage.train.only(drawn))
     sample = list(held_out.weighed(held_out.spread(stage.settings.eval_states), stage.settings.batch_size))
     known = {run for run in runs if stage.file(run).is_file() and _meta(stage, run)["of"] == stage.fingerprint}
 
@@ -335,8 +340,7 @@ def _train(stage: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[
         return
 
     def backward(step: int) -> dict[str, float]:
-        parts = stage.train.parts(settings.batch_size, step_generator(stage.seed, step, Stream.FIT_BATCH))
-        return add_up(one(call, share) for call, share in parts)
+        return add_up(one(call, share) for call, share in stage.train.share_out(stage.drawn(step)))
 
     def one(call: Call, share: Share) -> dict[str, float]:
         with autocast(stage.source.device, stage.course.precision):

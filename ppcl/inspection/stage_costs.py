@@ -149,15 +149,16 @@ def fit_cost(costs: Costs, before: float) -> StageCost:
     carried = fits + (costs.num_candidates if settings.exact != "none" else 0)
     carried += int(options) if settings.exact == "all" else 0
     branches = _carry(costs, work, carried, states)
-    _sweep(costs, work, costs.train)
+    drawn = min(costs.train, settings.steps * batch)  # at most: all runs learn from the same batches
+    _sweep(costs, work, drawn)
     fitted = fits * sum(part.count * part.params for part in shapes.parts) / blocks  # numbers, of all stacks alike
     steps = fits * settings.steps * batch
     work.flops += (3 * steps + fits * len(settings.starts) * states) * costs.block_flops
     work.moved += MOVED * settings.steps * fitted
     weights = costs.shapes.block * fits * len(settings.starts)
     work.files += weights if costs.streamed else 0.0
-    between = (settings.max_run + 2) * costs.train * size
-    trained = work.store(between, costs.train * size * blocks, costs.train * size * blocks + 2 * steps * size)
+    between = (settings.max_run + 2) * drawn * size
+    trained = work.store(between, drawn * size * blocks, drawn * size * blocks + 2 * steps * size)
     results = fitted * shapes.itemsize
     work.kept = results + forms
     work.disk = levels + forms + max(gradients, branches, trained + results, results + work.kept)
@@ -203,27 +204,31 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
         part = -(-part // costs.hardware.count)
     work.device = here * (FLOAT + (FLOAT if settings.ema_decay else 0)) + optimizer_bytes(here, settings.optimizer)
     work.device += shapes.step_bytes(part) + (0 if alone or settings.releases_gradients else FLOAT * numbers)
-    levels = 0.0
+    on_the_way = 0.0
     for name in ("local", "carried"):
         samples = asked[name] * settings.batch_size
         work.flops += samples * (
             3 * count * costs.block_flops + (0 if alone or name == "carried" else shapes.info.flops)
         )
         work.moved += (MOVED + 2 * FLOAT) * asked[name] * numbers
+        training = levels = 0.0
         if asked[name] and (alone or name == "carried"):
-            copies = 2 if name == "carried" else 1
-            _sweep(costs, work, copies * states)
-            swept = copies * states * shapes.state_bytes
-            drawn = 2 * samples * count * shapes.state_bytes
-            kept = 3 if name == "local" else 2  # the level before an open run, and that before and after the block
-            levels = max(levels, work.store(kept * swept, swept * shapes.blocks, swept * shapes.blocks + drawn))
+            walkers = 2 if name == "carried" else 1
+            _sweep(costs, work, walkers * states)
+            swept = states * shapes.state_bytes
+            passed = walkers * swept * shapes.blocks
+            # a substitute is trained with what enters its run beside the sweep's two levels; the student moves on after it
+            levels = work.store((walkers + 2) * swept, passed, passed + 2 * samples * count * shapes.state_bytes)
+            training = 3 * swept if levels else 0.0
+        checkpoints = settings.keep_checkpoints + 1 if asked[name] > settings.checkpoint_every else 1  # one at the end
+        saved = checkpoints * here * 4 * FLOAT if asked[name] else 0.0
+        on_the_way = max(on_the_way, levels, training + saved)
     for steps in whole.values():
         work.flops += (
             steps * settings.batch_size * (3 * costs.plan[1].params / shapes.info.params + 1) * shapes.info.flops
         )
         work.device = max(work.device, _whole_student(costs, numbers, part))
     work.kept = shapes.itemsize * numbers
-    on_the_way = levels + (1 + settings.keep_checkpoints) * here * 4 * FLOAT
     work.disk = work.kept + max(on_the_way, work.kept)  # finished substitutes, and last the bundle beside them
     work.files += 3 * work.kept
     notes = (f"{' and '.join(left_out)} stage left out: blocks are streamed",) if left_out else ()

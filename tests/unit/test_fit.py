@@ -24,6 +24,7 @@ from torch import nn
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.probes import chained_probe
+from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import StoredTensors, read_tensors
@@ -214,6 +215,29 @@ def test_candidates_do_not_disturb_each_other(prepared: tuple[Any, Analysis, Pat
     together = {(c.first, c.last): c.fitted_error for c in many.candidates}
     for run, error in alone.items():
         assert together[run] == pytest.approx(error, rel=1e-4)
+
+
+def test_only_states_that_are_drawn_are_carried(
+    prepared: tuple[Any, Analysis, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried: list[int] = []
+
+    def noted(course: Any, *others: Any) -> None:
+        if course.batches[0].split == "train":
+            carried.append(sum(len(batch.rows) for batch in course.batches))
+        forward_sweep(course, *others)
+
+    def all_states(self: States, rows: Any) -> States:
+        return self
+
+    monkeypatch.setattr("ppcl.distill.fit.forward_sweep", noted)
+    settings = SETTINGS.model_copy(update={"steps": 1, "batch_size": 2})
+    few = run_fit(prepared, prepared[2] / "few", settings)
+    monkeypatch.setattr(States, "only", all_states)
+    every = run_fit(prepared, prepared[2] / "all", settings)
+    assert carried == [2, 12]
+    for one, other in zip(few.candidates, every.candidates, strict=True):
+        assert (one.fitted_error or 0) == pytest.approx(other.fitted_error or 0, rel=1e-5)
 
 
 @pytest.mark.parametrize("stops", [1, 9, 25])
