@@ -217,7 +217,7 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
             _sweep(costs, work, walkers * states)
             swept = states * shapes.state_bytes
             passed = walkers * swept * shapes.blocks
-            # a substitute is trained with what enters its run beside the sweep's two levels; the student moves on after it
+            # a substitute is trained with what enters its run beside the sweep's two levels; then the student moves on
             levels = work.store((walkers + 2) * swept, passed, passed + 2 * samples * count * shapes.state_bytes)
             training = 3 * swept if levels else 0.0
         checkpoints = settings.keep_checkpoints + 1 if asked[name] > settings.checkpoint_every else 1  # one at the end
