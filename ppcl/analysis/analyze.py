@@ -114,21 +114,15 @@ def analyze(
     """
     began = time.perf_counter()
     splits = {name: States(calibration, name) for name in ("train", "held-out")}
-    counts = {name: len(states) for name, states in splits.items()}
-    folder = out / SWEEP
+    counts, folder = {name: len(states) for name, states in splits.items()}, out / SWEEP
     if fingerprint is None:
         group.on_main(lambda: remove(folder))
     findings, store = Findings(folder), StateStore(folder, fingerprint or "", group=group)
-    batches = batches_of(splits, settings.batch_size)
-    course = Course(source, batches, store, group)
-    sums = BlockSums(
-        counts,
-        settings.rows_per_feature,
-        lambda place, totals: solve_block(place, totals, settings.ridges, findings, group),
-        group,
-    )
+    course = Course(source, batches_of(splits, settings.batch_size), store, group)
+    solve = partial(solve_block, ridges=settings.ridges, findings=findings, group=group)
+    sums = BlockSums(counts, settings.rows_per_feature, solve, group)
     tokens = KeptTokens(splits["held-out"], settings.cka_tokens, seed, findings, group)
-    modulations = Modulations(source, batches[0], splits, settings.batch_size, seed, findings, group)
+    modulations = Modulations(source, course.batches[0], splits, settings.batch_size, seed, findings, group)
     with Progress("analyze", total=len(source.order) * sum(len(batch.rows) for batch in course.own)) as progress:
         forward_sweep(course, [sums, tokens, modulations, Counted(progress)])
     found = []

@@ -159,6 +159,20 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file of JSON lines.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file, flush=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free some space and run again") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON artifact.
 

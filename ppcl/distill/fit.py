@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,34 +180,8 @@ def fit(
     forward_sweep(course, [])
     runs = all_runs(analysis, settings.max_run, protected or PlanConfig())  # type: ignore[call-arg]
     narrow = narrow_modules(stage, next(held_out.batches(1)), next(train.batches(1)))
-    prices = priced(stage, runs, narrow)
-    if settings.exact != "none":
-        prices |= exactly(stage, {run_name(run): stage.linear(run) for run in runs}, "runs")
-    probe_errors = {run: prices[run_name(run)].error for run in runs}
-    options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
-    always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
-    likely = shortlist(analysis.model, probe_errors, options, always, settings.max_candidates)
-    starts = fitted(stage, held_out, likely, log)
-    jobs = {run_name(run): Job(run, partial(_read_fitted, stage, run)) for run in starts}
-    costs = exactly(stage, jobs, "fitted")
-    prices |= costs  # what will stand in a run's place is the fitted block
-    if settings.exact == "all":
-        notes = {name: price.note for name, price in prices.items() if "group" in price.note}
-        prices |= (width := exactly(stage, {name: narrow.jobs.again(note) for name, note in notes.items()}, "width"))
-        options = [width_option(note, width[name].error) for name, note in notes.items()]
-    fitted_errors = {name: cost.error for name, cost in costs.items()}
-    result = Candidates(
-        candidates=tuple(
-            Candidate(*run, probe_errors[run], starts.get(run), fitted_errors.get(run_name(run))) for run in runs
-        ),
-        steps=settings.steps,
-        seconds=time.perf_counter() - began,
-        width=tuple(options),
-        criterion=narrow.criterion,
-        criterion_forwards=narrow.forwards,
-        vectors={name: price.vector.float().numpy() for name, price in prices.items()},
-    )
-    group.on_main(lambda: _write(stage, out, result, narrow, list(starts)))
+    result = replace(_scored(stage, held_out, runs, narrow, log), seconds=time.perf_counter() - began)
+    group.on_main(lambda: _write(stage, out, result, narrow))
     course.store.close()
     group.on_main(lambda: remove(folder))
     return result
@@ -266,6 +240,40 @@ def narrow_modules(stage: Fit, example: dict[str, Any], single: dict[str, Any]) 
     jobs = WidthJobs(source, stage.analysis, stage.forms, settings, sites, texts, findings, meter)
     places = source.order if sites or texts else ()
     return Narrow(jobs, findings, places, *scored)
+
+
+def _scored(
+    stage: Fit, held_out: States, runs: Sequence[RunKey], narrow: Narrow, log: Callable[[dict[str, Any]], None] | None
+) -> Candidates:
+    """Price everything, fit the promising runs, and carry exactly what is to be carried."""
+    analysis, settings = stage.analysis, stage.settings
+    prices = priced(stage, runs, narrow)
+    if settings.exact != "none":
+        prices |= exactly(stage, {run_name(run): stage.linear(run) for run in runs}, "runs")
+    probe_errors = {run: prices[run_name(run)].error for run in runs}
+    options = [width_option(price.note, price.error) for price in prices.values() if "group" in price.note]
+    always = [(stack.name, *interval) for stack in analysis.stacks for interval in stack.intervals]
+    likely = shortlist(analysis.model, probe_errors, options, always, settings.max_candidates)
+    starts = fitted(stage, held_out, likely, log)
+    jobs = {run_name(run): Job(run, partial(_read_fitted, stage, run)) for run in starts}
+    costs = exactly(stage, jobs, "fitted")
+    prices |= costs  # what will stand in a run's place is the fitted block
+    if settings.exact == "all":
+        notes = {name: price.note for name, price in prices.items() if "group" in price.note}
+        prices |= (width := exactly(stage, {name: narrow.jobs.again(note) for name, note in notes.items()}, "width"))
+        options = [width_option(note, width[name].error) for name, note in notes.items()]
+    fitted_errors = {name: cost.error for name, cost in costs.items()}
+    return Candidates(
+        candidates=tuple(
+            Candidate(*run, probe_errors[run], starts.get(run), fitted_errors.get(run_name(run))) for run in runs
+        ),
+        steps=settings.steps,
+        seconds=0.0,
+        width=tuple(options),
+        criterion=narrow.criterion,
+        criterion_forwards=narrow.forwards,
+        vectors={name: price.vector.float().numpy() for name, price in prices.items()},
+    )
 
 
 def priced(stage: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Price]:
@@ -371,12 +379,12 @@ def _read_fitted(stage: Fit, run: RunKey, _: nn.Module) -> nn.Module:
     return block
 
 
-def _write(stage: Fit, out: Path, result: Candidates, narrow: Narrow, runs: Sequence[RunKey]) -> None:
+def _write(stage: Fit, out: Path, result: Candidates, narrow: Narrow) -> None:
     """Write everything, a tensor at a time."""
     blocks: dict[str, Unread] = {}
-    for run in runs:
-        stored = StoredTensors(stage.file(run))
-        blocks |= {f"{run_name(run)}/{name}": stored.unread(name) for name in stored}
+    for fitted_run in (run for run in result.candidates if run.fitted_error is not None):
+        stored = StoredTensors(stage.file((fitted_run.stack, fitted_run.first, fitted_run.last)))
+        blocks |= {f"{fitted_run.name}/{name}": stored.unread(name) for name in stored}
     write_one_by_one(out / "candidates.safetensors", blocks)
     forms: dict[str, Unread] = {}
     for place in narrow.places:

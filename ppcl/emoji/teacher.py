@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppcl.common.files import atomic_path, lock_folder
+from ppcl.common.files import append_row, atomic_path, lock_folder
 from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.components import (
     assemble,
@@ -165,16 +164,14 @@ def train(
     lock = lock_folder(out)
     text_encoder, transformer = pipeline.text_encoder.to(device).train(), pipeline.transformer.to(device).train()
     text_encoder.model.visual.requires_grad_(False)
-    # The last block's text half cannot reach the output.
-    transformer.transformer_blocks[-1].txt_mlp.requires_grad_(False)
+    transformer.transformer_blocks[-1].txt_mlp.requires_grad_(False)  # its text half cannot reach the output
     batches = Batches(pipeline, load_pairs("train"), device)
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def backward(step: int) -> dict[str, float]:
-        loss = velocity_loss(
-            pipeline, batches, settings.batch_size, step_generator(settings.seed, step, Stream.EMOJI_BATCH)
-        )
+        generator = step_generator(settings.seed, step, Stream.EMOJI_BATCH)
+        loss = velocity_loss(pipeline, batches, settings.batch_size, generator)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.item()}
 
@@ -192,8 +189,7 @@ def train(
 
     def log(row: dict[str, Any]) -> None:
         if row["step"] % 20 == 0:
-            with (out / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out / "log.jsonl", row)
 
     modules = {"text_encoder": text_encoder, "transformer": transformer}
     fingerprint = f"teacher-{settings.batch_size}-{settings.seed}"

@@ -6,12 +6,11 @@ each, one training seed at a time; the same command again goes on where it was.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import digest, read_json, write_json
+from ppcl.common.files import append_row, digest, read_json, write_json
 from ppcl.config import DistillConfig
 from ppcl.config.memory import STEPS, for_tables
 from ppcl.distill.trainer import Distiller
@@ -233,10 +232,6 @@ class RowRunner:
         """What trains a row, with its student untrained."""
         base, session = row.fitted_by or self.session, self.session
 
-        def log(entry: dict[str, Any]) -> None:
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
         return Distiller(
             session.teacher.transformer,
             session.adapter,
@@ -246,7 +241,7 @@ class RowRunner:
             row.settings,
             seed,
             session.config.precision,
-            log,
+            partial(append_row, folder / "log.jsonl"),
             fitted=base.out / "candidates.safetensors",
             closed_forms=base.out / "analysis.safetensors",
         )

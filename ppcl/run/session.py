@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import digest, read_json
+from ppcl.common.files import append_row, digest, read_json
 from ppcl.config import PlanConfig, RunConfig, for_model
-from ppcl.errors import UserError
 from ppcl.run.folder import LEDGER
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
@@ -256,11 +254,5 @@ class Session:
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to ``log.jsonl`` and mirror it in wandb, if asked."""
-        path = self.out / "log.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                print(json.dumps(row), file=file, flush=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {path}: {reason}; free some space and run again") from error
+        append_row(self.out / "log.jsonl", row)
         self.tracker.log(row)
