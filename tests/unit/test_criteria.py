@@ -149,11 +149,11 @@ def test_two_of_four() -> None:
 
 # From outside
 
-README = Path(__file__).parents[2] / "README.md"
+EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
-def test_the_toy_criterion_of_the_readme_runs(tmp_path: Path) -> None:
-    source = re.search(r"```python\n(# my_criterion\.py\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_toy_criterion_of_the_docs_runs(tmp_path: Path) -> None:
+    source = re.search(r"```python\n(# my_criterion\.py\n.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)
     assert source is not None
     (tmp_path / "my_criterion.py").write_text(source[1])
     name = f"{tmp_path / 'my_criterion.py'}:Columns"

@@ -273,8 +273,8 @@ def test_a_criterion_from_outside_and_equal_scores(tmp_path: Path) -> None:
     assert masks["0/attn.to_q"].int().tolist() == [[1] * 24 + [0] * 8] * 32  # of equals the first stay
 
 
-def test_the_toy_criterion_of_the_readme_runs(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_toy_criterion_of_the_docs_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
     source = re.search(r"```python\n(# my_weights\.py\n.*?)```", text, re.DOTALL)
     assert source is not None
     (tmp_path / "my_weights.py").write_text(source[1])

@@ -91,5 +91,5 @@ def fixed_tail(transformer: nn.Module, stack: str) -> list[nn.Module]:
 def _unsupported(transformer_class: type, reason: str) -> ModelError:
     return ModelError(
         f"{transformer_class.__name__} is not supported yet: {reason}; ppcl families lists what is, "
-        "and README says how to add a family"
+        "and docs/extending.md says how to add a family"
     )

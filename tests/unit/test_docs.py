@@ -1,0 +1,70 @@
+"""README and docs: short enough, no link leads nowhere, no command names what does not exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from ppcl.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+COMMANDS = typer.main.get_command(app).commands
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a page's headings make."""
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def links(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+def test_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{link} does not exist"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{link} has no such heading"
+
+
+def test_every_page_can_be_reached() -> None:
+    reached, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page not in reached:
+            reached.add(page)
+            targets = [(page.parent / link.partition("#")[0]).resolve() for link in links(page)]
+            ahead += [target for target in targets if target.suffix == ".md"]
+    assert set(PAGES) - reached == set()
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The calls of ppcl in a page's shell blocks and in its tables, word by word."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(ppcl [a-z]+ [^`]+)`", text)
+    calls = [re.sub(r"^.*?\bppcl ", "", line) for line in lines if re.search(r"(^|[ /])ppcl [a-z]", line)]
+    return [shlex.split(call, comments=True) for call in calls]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_have_the_options_that_pages_name(page: Path) -> None:
+    for name, *words in commands(page):
+        assert name in COMMANDS, f"there is no ppcl {name}"
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        given = {option for word in words for option in re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", word.split("=")[0])}
+        assert given <= known, f"ppcl {name} has no {sorted(given - known)}"
