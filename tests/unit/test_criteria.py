@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,20 +147,6 @@ def test_two_of_four() -> None:
 
 
 # From outside
-
-EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
-
-
-def test_the_toy_criterion_of_the_docs_runs(tmp_path: Path) -> None:
-    source = re.search(r"```python\n(# my_criterion\.py\n.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)
-    assert source is not None
-    (tmp_path / "my_criterion.py").write_text(source[1])
-    name = f"{tmp_path / 'my_criterion.py'}:Columns"
-    transformer, adapter, sites, call = setting()
-    assert load_config([], [f"fit.criterion={name}"]).fit.criterion == name
-    found = unit_scores(name, transformer, adapter, sites, [call], 0)
-    wanted = sites[1].module(transformer, adapter).net[2].weight.norm(dim=0)
-    torch.testing.assert_close(found[1].float(), wanted)
 
 
 def outside(folder: Path, body: str) -> str:
