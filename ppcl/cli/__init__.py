@@ -322,6 +322,18 @@ def inspect(
 
 
 @app.command()
+def settings(table: Table = None) -> None:
+    """List all settings of config files and ``--set``: defaults, values, meaning."""
+    from ppcl.common.files import write_text
+    from ppcl.config.reference import settings_reference
+
+    text = settings_reference()
+    if table:
+        write_text(table, f"# Settings\n\n{text}\n\nCommand: `ppcl settings --table {table}`\n")
+    typer.echo(text)
+
+
+@app.command()
 def families(table: Table = None) -> None:
     """List the transformer classes of the installed diffusers: supported, inferred, refused (why)."""
     quiet_libraries()

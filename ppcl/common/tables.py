@@ -17,14 +17,15 @@ from ppcl import __version__
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table; the first column is text, the others are numbers.
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """Lay out a table; the first column is text.
 
     Args:
         header: Column names.
         rows: One text a column each.
+        numbers: Whether the other columns are numbers.
     """
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    lines = [list(header), ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *map(list, rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from ppcl.cli import app
+from ppcl.config.reference import settings_reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -68,3 +69,10 @@ def test_commands_have_the_options_that_pages_name(page: Path) -> None:
         known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
         given = {option for word in words for option in re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", word.split("=")[0])}
         assert given <= known, f"ppcl {name} has no {sorted(given - known)}"
+
+
+def test_the_reference_has_all_settings_as_they_are() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert settings_reference() in page
+    for key in ("`seed`", "`capture.num_prompts`", "`distill.sparsity.share`", "`distill.one_at_a_time`"):
+        assert page.count(f"| {key} |") == 1
