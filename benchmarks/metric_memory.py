@@ -29,7 +29,7 @@ from ppcl.common.files import write_text
 from ppcl.common.tables import markdown_table, number, provenance
 from ppcl.eval.features import FeatureExtractor, load_extractor
 from ppcl.eval.fidelity import psnr, ssim
-from ppcl.eval.pictures import compare_pairs, describe, picture_files
+from ppcl.eval.pictures import compare_pairs, describe, reference_files
 from ppcl.eval.scoring import caption_measures, drop, measure, paired, reference_of
 
 WARM = 128  # pictures of the uncounted turn
@@ -57,7 +57,7 @@ def draw_files(folder: Path, count: int, side: int, seed: int) -> list[Path]:
         top, bottom = rng.integers(0, 256, (2, 3))
         pixels = (top * ramp + bottom * (1 - ramp)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:05d}.bmp")
-    return picture_files(folder)
+    return reference_files(folder)
 
 
 def peak_mb() -> float:

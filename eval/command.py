@@ -17,7 +17,7 @@ from ppcl.eval.features import FeatureExtractor
 from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, judge_all
 from ppcl.eval.markdown import cost_rows, score_rows
 from ppcl.eval.models import ModelSource, evaluation_prompts, is_embedded, keeping, load, settings_for, sources
-from ppcl.eval.pictures import describe, load_statistics, picture_files
+from ppcl.eval.pictures import describe, load_statistics, reference_files
 from ppcl.eval.report import write_report
 from ppcl.eval.results import Evaluation, flat_numbers, save_evaluation
 from ppcl.eval.scoring import Reference, reference_of
@@ -102,7 +102,7 @@ def _reference(
         )
         return (load_statistics(given, probe.shape[1]), given.name), [note]
     if given is not None:
-        features = describe(picture_files(given), extractor, cache / "reference.safetensors", "reference pictures")
+        features = describe(reference_files(given), extractor, cache / "reference.safetensors", "reference pictures")
         return (reference_of(features), given.resolve().name), []
     return real_reference("emoji" if embedded else "other", extractor), []
 

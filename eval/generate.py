@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from ppcl.common.files import atomic_path, read_json, write_json
+from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, UserError
@@ -133,9 +134,8 @@ def quiet(pipeline: Any) -> Iterator[None]:
 
 def _is_readable(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError):  # Pillow reports a broken PNG as any of these
+        open_picture(path)
+    except BadPicture:
         return False
     return True
 
@@ -217,27 +217,13 @@ def generate(
     return paths
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette and 16-bit pictures as RGB; what is transparent shows white."""
-    if image.mode.startswith("I"):  # 16 bits (Pillow 10 opens them as 32), which Pillow would clip, not scale
-        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
 def read_picture(path: Path) -> np.ndarray:
-    """Read one picture as (H, W, 3) uint8; grey becomes RGB, what is transparent shows white.
+    """Read one picture as (H, W, 3) uint8; see :mod:`ppcl.common.pictures`.
 
     Raises:
         ArtifactError: The file is missing or damaged.
     """
     try:
-        with Image.open(path) as image:
-            return np.array(_to_rgb(image))
-    except FileNotFoundError:
-        raise ArtifactError(f"picture {path} does not exist; draw it again") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ArtifactError(f"picture {path} is damaged ({error}); replace or delete it") from None
+        return np.array(open_picture(path))
+    except BadPicture as bad:
+        raise ArtifactError(f"picture {path} cannot be used ({bad}); replace or delete it") from None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.files import digest, read_tensors, write_tensors
+from ppcl.common.pictures import SUFFIXES, picture_files
 from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval.features import CHUNK, FeatureExtractor
@@ -28,12 +29,11 @@ from ppcl.eval.scoring import Reference
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 CHUNK_PIXELS = 2**24  # read at once, at most (but one picture at least): 64 of 512 px, 16 of 1024 px
 SAVE_EVERY = 32  # chunks between writes of the cache, so that an interrupted run loses little
 
 
-def picture_files(folder: Path) -> list[Path]:
+def reference_files(folder: Path) -> list[Path]:
     """All pictures in a folder and the folders in it, in a fixed order.
 
     Files of one name in several folders are several pictures.
@@ -43,10 +43,10 @@ def picture_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"reference folder {folder} does not exist; give a folder of pictures or a .npz of statistics")
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    pictures = picture_files(folder)
     if not pictures:
         raise UserError(
-            f"reference folder {folder} holds no pictures ({', '.join(EXTENSIONS)}); give a folder that does, "
+            f"reference folder {folder} holds no pictures ({', '.join(SUFFIXES)}); give a folder that does, "
             "or leave --reference out"
         )
     return pictures

@@ -11,7 +11,7 @@ import numpy as np
 
 from ppcl.eval.metrics import PSNR_CAP_DB
 from ppcl.eval.report_html import number, paragraph, text
-from ppcl.eval.report_pictures import PICTURE_BUDGET, Pair, open_picture, thumbnails
+from ppcl.eval.report_pictures import PICTURE_BUDGET, Pair, small_picture, thumbnails
 
 NUM_OPEN = 20  # cards shown before a reader unfolds the rest
 NUM_TRIPLES = 6  # pairs that are shown again beside the teacher's other seed
@@ -37,7 +37,7 @@ class Card:
 
 def pair_psnr(first: Path, second: Path) -> float | None:
     """PSNR of two picture files in dB, at most 100; None where one is unreadable or their sizes differ."""
-    left, right = open_picture(first, WHOLE), open_picture(second, WHOLE)
+    left, right = small_picture(first, WHOLE), small_picture(second, WHOLE)
     if left is None or right is None or left.size != right.size:
         return None
     error = float(np.mean(((np.asarray(left, np.float64) - np.asarray(right, np.float64)) / 255) ** 2))

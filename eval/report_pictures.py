@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ppcl.common.files import atomic_path, read_json
+from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -84,20 +85,17 @@ def find_pairs(run: Path, limit: int = MAX_PAIRS) -> list[Pair]:
     return spread(pairs, limit)
 
 
-def open_picture(path: Path, side: int) -> Image.Image | None:
-    """Read a picture as RGB on white, its longest side at most ``side`` pixels; None if unreadable."""
+def small_picture(path: Path, side: int) -> Image.Image | None:
+    """Read a picture, its longest side at most ``side`` pixels; None if it cannot be read."""
     from PIL import Image
 
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-        logger.warning("the report leaves out %s: %s", path, error)
+        picture = open_picture(path)
+    except BadPicture as bad:
+        logger.warning("the report leaves out %s: %s", path, bad)
         return None
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture.getchannel("A"))
-    flat.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return flat
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
 
 
 def _encode(picture: Image.Image, side: int) -> bytes:
@@ -117,7 +115,8 @@ def thumbnails(paths: Sequence[Path], budget: int = PICTURE_BUDGET) -> dict[Path
         paths: Picture files.
         budget: Bytes that all of them may take before base64.
     """
-    pictures = {path: picture for path in dict.fromkeys(paths) if (picture := open_picture(path, SIDES[0])) is not None}
+    opened = {path: small_picture(path, SIDES[0]) for path in dict.fromkeys(paths)}
+    pictures = {path: picture for path, picture in opened.items() if picture is not None}
     encoded: dict[Path, bytes] = {}
     for side in SIDES:
         encoded = {path: _encode(picture, side) for path, picture in pictures.items()}
@@ -143,7 +142,7 @@ def readme_picture(run: Path, out: Path, columns: int = 8) -> None:
 
     cell, gap, side, line = 144, 8, 92, 19  # pixels
     pairs = find_pairs(Path(run), columns)
-    opened = [(p.prompt, open_picture(p.teacher, cell), open_picture(p.student, cell)) for p in pairs]
+    opened = [(p.prompt, small_picture(p.teacher, cell), small_picture(p.student, cell)) for p in pairs]
     rows = [(prompt, teacher, student) for prompt, teacher, student in opened if teacher and student]
     if not rows:
         raise ArtifactError(f"{run} holds no pictures of teacher and student; run its evaluate stage first")

@@ -236,11 +236,11 @@ def test_pictures_are_read_on_white(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    with pytest.raises(ArtifactError, match=r"bad\.png does not exist"):
+    with pytest.raises(ArtifactError, match=r"bad\.png cannot be used \(missing picture\)"):
         read_picture(bad)
     Image.fromarray(noise).save(bad)
     whole = bad.read_bytes()
     for kept in (2000, 20, 0):
         bad.write_bytes(whole[:kept])
-        with pytest.raises(ArtifactError, match=r"bad\.png is damaged"):
+        with pytest.raises(ArtifactError, match=r"bad\.png cannot be used \(corrupt picture"):
             read_picture(bad)

@@ -19,7 +19,7 @@ from ppcl.eval import pictures
 from ppcl.eval.features import load_extractor, resize
 from ppcl.eval.fid import FeatureStatistics, fid
 from ppcl.eval.fidelity import lpips, lpips_weights, psnr
-from ppcl.eval.pictures import compare_pairs, describe, load_statistics, picture_files
+from ppcl.eval.pictures import compare_pairs, describe, load_statistics, reference_files
 from ppcl.eval.scoring import measure, reference_of
 
 
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_any_size_and_mode_and_equal_names(folder: Path) -> None:
-    files = picture_files(folder)
+    files = reference_files(folder)
     assert len(files) == 7
     found = describe(files, Means())
     assert found.shape == (7, 48)
@@ -76,19 +76,19 @@ def test_any_size_and_mode_and_equal_names(folder: Path) -> None:
 
 def test_features_are_cached_by_content(folder: Path, tmp_path: Path) -> None:
     cache, network = tmp_path / "cache.safetensors", Means()
-    files = picture_files(folder)
+    files = reference_files(folder)
     first = describe(files, network, cache)
     assert torch.equal(describe(files, network, cache), first)
     assert network.seen == 7
     shutil.move(folder / "a.png", folder / "renamed.png")  # other names, the same contents
-    again = describe(picture_files(folder), network, cache)
+    again = describe(reference_files(folder), network, cache)
     assert network.seen == 7
     assert torch.equal(again.sort(0).values, first.sort(0).values)
     Image.fromarray(noise(16, 16, 9)).save(folder / "b.PNG")  # the same name, other content
-    describe(picture_files(folder), network, cache)
+    describe(reference_files(folder), network, cache)
     assert network.seen > 7
     network.name = "other"  # another network must not get these
-    describe(files := picture_files(folder), network, cache)
+    describe(files := reference_files(folder), network, cache)
     assert network.seen >= 14 + len(files)
     cache.write_bytes(b"damaged")
     assert torch.equal(describe(files, network, cache), describe(files, Means()))
@@ -97,11 +97,11 @@ def test_features_are_cached_by_content(folder: Path, tmp_path: Path) -> None:
 def test_an_interrupted_look_ends_up_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "CHUNK", 2)
     monkeypatch.setattr(pictures, "SAVE_EVERY", 1)
-    files, cache = picture_files(folder), tmp_path / "cache.safetensors"
+    files, cache = reference_files(folder), tmp_path / "cache.safetensors"
     whole = describe(files, Means())
     files[5].write_bytes(files[5].read_bytes()[:100])
     kept = files[5].read_bytes()
-    with pytest.raises(ArtifactError, match=f"{files[5].name} is damaged"):
+    with pytest.raises(ArtifactError, match=f"{files[5].name} cannot be used"):
         describe(files, Means(), cache)
     assert kept == files[5].read_bytes()  # a user's picture is never touched
     late = Means()
@@ -112,14 +112,14 @@ def test_an_interrupted_look_ends_up_the_same(folder: Path, tmp_path: Path, monk
 
 def test_bad_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        picture_files(tmp_path / "nowhere")
+        reference_files(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="holds no pictures") as caught:
-        picture_files(tmp_path)
+        reference_files(tmp_path)
     assert "\n" not in str(caught.value)
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(ArtifactError, match=r"cut\.png is damaged"):
-        describe(picture_files(tmp_path), Means())
+    with pytest.raises(ArtifactError, match=r"cut\.png cannot be used"):
+        describe(reference_files(tmp_path), Means())
 
 
 def test_statistics_of_other_tools_are_read(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_folder(tmp_path: Path, monkeypatch: pytes
     for index in range(150):
         Image.fromarray(noise(64, 64, index)).save(tmp_path / f"{index}.bmp")
     network = Means()
-    assert describe(picture_files(tmp_path), network).shape == (150, 48)
+    assert describe(reference_files(tmp_path), network).shape == (150, 48)
     assert network.most_pixels <= 64 * 64 * 4
     assert network.seen == 150
 

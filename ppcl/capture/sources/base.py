@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ppcl.common.files import write_text
+from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.common.streams import Stream, step_generator
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class BadSample(Exception):
@@ -107,38 +103,13 @@ def text_of(value: Any) -> str:
     return value.strip()
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decode a picture: upright, RGB, what is transparent becomes white.
+def decode(content: Path | bytes) -> Image.Image:
+    """Read a picture; see :mod:`ppcl.common.pictures`.
 
     Raises:
-        BadSample: It is damaged, truncated, or no picture.
+        BadSample: It is missing, damaged, too large, or no picture.
     """
     try:
-        with Image.open(io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except UnidentifiedImageError:  # whose text names an address in memory
-        raise BadSample("corrupt picture", "it is in no format that Pillow knows") from None
-    # the exceptions that Pillow's decoders let through on damaged files
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error) as e:
-        raise BadSample("corrupt picture", str(e) or type(e).__name__) from None
-    except Image.DecompressionBombError as e:
-        raise BadSample("too large picture", str(e)) from None
-
-
-def read_file(path: Path) -> bytes:
-    """Read a picture's file.
-
-    Raises:
-        BadSample: It is not there, or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise BadSample("missing picture") from None
-    except OSError as error:
-        raise BadSample("unreadable picture", str(error.strerror or error)) from None
+        return open_picture(content)
+    except BadPicture as bad:
+        raise BadSample(bad.reason, bad.detail) from None

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from ppcl.capture.sources.base import SUFFIXES, BadSample, Entry, Skipped, Source, decode, read_file, shuffled, text_of
+from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.common.pictures import picture_files
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
@@ -37,7 +36,7 @@ class Folder(Source):
         for index in shuffled(len(found), seed):
             name, text = found[index]
             caption = partial(text_of, text) if text is not None else partial(_beside, self.path / name)
-            yield Entry(name, caption, partial(_picture, self.path / name))
+            yield Entry(name, caption, partial(decode, self.path / name))
 
     def _listed(self, listing: Path, skipped: Skipped) -> list[tuple[str, str | None]]:
         """File names and captions of the good lines."""
@@ -64,12 +63,7 @@ class Folder(Source):
 
     def _paired(self) -> list[tuple[str, str | None]]:
         """All pictures below the folder."""
-        files = (file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        return [(name, None) for name in sorted(str(file.relative_to(self.path)) for file in files)]
-
-
-def _picture(path: Path) -> Image.Image:
-    return decode(read_file(path))
+        return [(str(file.relative_to(self.path)), None) for file in picture_files(self.path)]
 
 
 def _beside(picture: Path) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ppcl.capture.sources.base import SUFFIXES, BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.common.pictures import SUFFIXES
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, read_file, shuffled, text_of
+from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
 from ppcl.capture.sources.shards import expand
 from ppcl.common.optional import optional_module
+from ppcl.common.pictures import as_seen
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError, nearest
 
@@ -103,14 +104,12 @@ def _row(table: Any, index: int) -> dict[str, Any]:
 def _picture(value: Any) -> Image.Image:
     """The picture of a row: bytes, a path, both in a mapping, or a decoded picture."""
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return as_seen(value)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        value = read_file(Path(value))
-    if not isinstance(value, bytes):
+    if not isinstance(value, str | bytes):
         raise BadSample("missing picture", f"got {type(value).__name__}")
-    return decode(value)
+    return decode(Path(value) if isinstance(value, str) else value)
 
 
 def _first_line(error: Exception) -> str:
