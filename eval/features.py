@@ -118,6 +118,17 @@ class ClipExtractor:
         return _in_chunks(lambda part: self.model.encode_text(self.tokenizer(part).to(self.device)), list(texts))
 
 
+def cut_texts(extractor: FeatureExtractor, texts: Sequence[str]) -> tuple[list[str], int]:
+    """The texts whose ends an extractor does not read, and how many tokens it reads; none where it reads no text."""
+    tokenizer = getattr(extractor, "tokenizer", None)
+    if tokenizer is None or not texts:
+        return [], 0
+    empty, whole, shorter = (tokenizer(part) for part in ([""], list(texts), [text[:-1] for text in texts]))
+    # of a text that is read to its end the last character counts, or there is padding behind it
+    is_cut = (whole == shorter).all(1) & (whole[:, -1] != empty[0, -1])
+    return [text for text, cut in zip(texts, is_cut.tolist(), strict=True) if cut], whole.shape[1]
+
+
 class InceptionExtractor:
     """The 2048 pooled features of the Inception network behind the usual FID.
 

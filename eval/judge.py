@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppcl.capture.prompts import cut_note, of_beginnings
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import record_calls
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import RunConfig
 from ppcl.eval.costs import Call, Costs, costs, denoiser_of, transformer_call
-from ppcl.eval.features import FeatureExtractor
+from ppcl.eval.features import FeatureExtractor, cut_texts
 from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.fidelity import pair_measures
 from ppcl.eval.generate import accepted_kwargs, generate, read_picture
@@ -144,6 +145,10 @@ class Judge:
                 f"features {extractor.name} know no text: CLIP score, retrieval and CMMD are left out; "
                 "evaluate once more with evaluate.features=ViT-B-32/openai for them"
             )
+        cut, limit = cut_texts(extractor, self.prompts)
+        if cut:
+            note = of_beginnings(cut, len(self.prompts), limit, extractor.name)
+            self.note(f"{note} to CLIP score, retrieval and CMMD")
         if len(self.prompts) < MIN_PROMPTS:
             self.note(f"{len(self.prompts)} prompts are few: intervals of fewer than {MIN_PROMPTS} are too narrow")
         self.reference: Reference | None = None
@@ -192,6 +197,7 @@ class Judge:
         its noise, have a distance to it.
         """
         pipeline = entrant.load()
+        self.note(cut_note(pipeline, self.prompts))
         kwargs = accepted_kwargs(pipeline, call_arguments(pipeline, self.config.capture))
         seeds = [self.config.seed + offset for offset in range(num_seeds)]
         paths, features = zip(*(self.draw(entrant, pipeline, kwargs, seed) for seed in seeds), strict=True)

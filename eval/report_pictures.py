@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_PAIRS = 64
+SHOWN = 300  # characters of a prompt, which stands on the page several times for each picture
 PICTURE_BUDGET = 3_000_000  # bytes of all encoded pictures; base64 adds a third, the page stays under 5 MB
 SIDES = (256, 192, 144, 112, 80, 56)  # longest side of a thumbnail in pixels, tried in turn
 LOSSLESS_SIDE = 96  # pictures up to this size are small enough to keep every pixel
@@ -47,14 +48,19 @@ def seed_folders(folder: Path) -> list[Path]:
 
 
 def prompts_of(folder: Path) -> list[str]:
-    """The prompts of a folder of drawn pictures; empty if they are not recorded."""
+    """The prompts of a folder of drawn pictures, their beginnings if they are long; empty if they are not recorded."""
     try:
         data = read_json(folder / "prompts.json")
     except ArtifactError as error:
         logger.warning("the report shows pictures without their prompts: %s", error)
         return []
     prompts = data.get("prompts") if isinstance(data, dict) else None
-    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+    return [shorten(str(prompt), SHOWN) for prompt in prompts] if isinstance(prompts, list) else []
+
+
+def shorten(text: str, size: int) -> str:
+    """A text of at most so many characters; what is cut off ends in an ellipsis."""
+    return text if len(text) <= size else text[: size - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:

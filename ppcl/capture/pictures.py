@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ppcl.capture.prompts import cut_note
 from ppcl.capture.sources import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import (
@@ -187,6 +188,8 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         logger.warning(
             "capture.data: %d samples are used; left out: %s; listed in %s", len(samples), skipped, folder / SKIPPED
         )
+    if note := cut_note(pipeline, captions):
+        logger.warning("%s", note)
     _forget_others(folder, samples)
     jobs = _jobs(pipeline, samples, captions, folder, settings, seed)
     with Progress("capture", total=len(jobs)) as progress:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ppcl.errors import UserError
 
+UNBOUNDED = 1_000_000  # tokens; tokenizers without a limit say 10^30
 BUILT_IN = Path(__file__).resolve().parents[1] / "assets" / "prompts.txt"
 
 
@@ -69,3 +73,32 @@ def prompts_for(model: str, path: Path | None, count: int) -> tuple[list[str], l
         calibration, evaluation = ([pair.caption for pair in load_pairs(split)] for split in ("train", "new pair"))
         return calibration, evaluation[:count]
     return split_evaluation(read_prompts(BUILT_IN), count)
+
+
+def reach(pipeline: Any) -> tuple[Any, int] | None:
+    """The tokenizer of a pipeline that reads most of a text, and how many tokens that is; None if nothing says it."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    asked = parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+    reaches = []
+    for name, part in getattr(pipeline, "components", {}).items():
+        if name.startswith("tokenizer") and callable(part):
+            limits = [limit for limit in (asked, getattr(part, "model_max_length", None)) if limit]
+            reaches.append((part, min(limits, default=UNBOUNDED)))
+    tokenizer, limit = max(reaches, key=lambda pair: pair[1], default=(None, UNBOUNDED))
+    return (tokenizer, limit) if limit < UNBOUNDED else None
+
+
+def cut_note(pipeline: Any, texts: Sequence[str]) -> str | None:
+    """What to say where texts are longer than a pipeline reads: their beginnings count, wherever they enter."""
+    found = reach(pipeline)
+    if found is None:
+        return None
+    tokenizer, limit = found
+    # no tokenizer makes more tokens of a text than it has bytes
+    long = [text for text in texts if len(text.encode()) > limit and len(tokenizer(text).input_ids) > limit]
+    return of_beginnings(long, len(texts), limit, type(pipeline).__name__) if long else None
+
+
+def of_beginnings(long: Sequence[str], count: int, limit: int, reader: str) -> str:
+    """The sentence of :func:`cut_note`, for any reader of texts."""
+    return f"longer than the {limit} tokens that {reader} reads: {len(long)} of {count} texts; their ends do nothing"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.capture.prompts import cut_note
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
 from ppcl.common.files import write_tensors
@@ -139,6 +140,8 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
         getattr(pipeline, "transformer_2", None), nn.Module
     ):  # Wan 2.2: one expert for much noise, one for little
         logger.warning("%s has two transformers; only 'transformer' is compressed", type(pipeline).__name__)
+    if note := cut_note(pipeline, prompts):
+        logger.warning("%s", note)
     jobs = []
     for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
         # Prompts of like length share a batch, so that few shapes of text embeddings arise.
