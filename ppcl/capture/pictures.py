@@ -178,7 +178,7 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
     skipped.save(folder / SKIPPED)
     captions = list(dict.fromkeys(sample.caption for sample in samples))
     if len(captions) < 2:
-        left_out = f"; left out: {skipped} ({folder / SKIPPED})" if skipped.rows else ""
+        left_out = f"; left out: {skipped} ({folder / SKIPPED}{skipped.example})" if skipped.rows else ""
         raise UserError(
             f"capture.data = {settings.data}: {len(samples)} usable samples with {len(captions)} different captions, "
             f"at least 2 are needed{left_out}"

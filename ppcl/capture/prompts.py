@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import inspect
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ppcl.common.rows import SUFFIXES, WORDS, Row, column, columns, json_lines, read_rows, read_text
 from ppcl.errors import UserError
 
+logger = logging.getLogger(__name__)
+PROMPTS = ("prompt", "prompts", *WORDS)  # columns, the first that is there counts
 UNBOUNDED = 1_000_000  # tokens; tokenizers without a limit say 10^30
 BUILT_IN = Path(__file__).resolve().parents[1] / "assets" / "prompts.txt"
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line (blank lines are skipped), or a JSON list of texts from a ``.json`` file.
+    """Read prompts: a text file of one a line, or JSON lines, JSON, CSV or TSV with a column of them.
 
-    Only a line feed ends a line, so prompts may hold any other character; in JSON that one too.
+    In a text file only a line feed ends a line, so prompts may hold any other character; in the others that one too. Of
+    a folder each ``.txt`` is a prompt.
 
     Raises:
-        UserError: The file cannot be read or holds fewer than four different prompts.
+        UserError: The file cannot be read, has no column of prompts, or holds fewer than four different ones.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = [line.strip() for line in (_from_json(path, text) if path.suffix == ".json" else text.split("\n"))]
-    except FileNotFoundError:
-        raise UserError(f"prompts file {path} does not exist; give a text file with one prompt a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts file {path} cannot be read as UTF-8 text ({error})") from None
-    prompts = list(dict.fromkeys(line for line in lines if line))
+    if not path.exists():
+        raise UserError(f"prompts file {path} does not exist; give a text file with one prompt a line")
+    rows = _rows(path)
+    if rows and not any(isinstance(row.content, str) or column(row.content, PROMPTS) for row in rows):
+        names = ", ".join(columns(rows)[:20])
+        what = f"no column of prompts (it has {names})" if names else f"no prompts ({rows[0].error or 'no texts'})"
+        raise UserError(f"prompts file {path} has {what}; call one column prompt, or give a text, one prompt a line")
+    texts = [_text(row) for row in rows]
+    if bad := [row for row, text in zip(rows, texts, strict=True) if not text]:
+        why = bad[0].error or "no prompt"
+        logger.warning("prompts file %s: %d rows are left out, the first is %d: %s", path, len(bad), bad[0].number, why)
+    prompts = list(dict.fromkeys(text for text in texts if text))
     if len(prompts) < 4:
         raise UserError(
             f"prompts file {path} holds {len(prompts)} different prompts, at least 4 are needed; one a line"
@@ -37,14 +45,31 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _from_json(path: Path, text: str) -> list[str]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompts file {path} is not JSON ({error}); give a list of texts") from None
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        raise UserError(f"prompts file {path} must hold a JSON list of texts, got something else; mend it")
-    return found
+def _rows(path: Path) -> list[Row]:
+    """What may be prompts, in the order of the file."""
+    if path.is_dir():
+        return [Row(number, read_text(file)) for number, file in enumerate(sorted(path.glob("*.txt")), start=1)]
+    if path.suffix.lower() in SUFFIXES:
+        return read_rows(path)
+    if path.suffix.lower() in (".yaml", ".yml", ".parquet", ".xlsx", ".xml"):
+        raise UserError(f"prompts file {path} is no text of one prompt a line, nor one of {', '.join(SUFFIXES)}")
+    text = read_text(path)
+    lines = [Row(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and all(line.content.lstrip().startswith("{") for line in lines):
+        rows = json_lines(text.encode())
+        return rows if all(isinstance(row.content, dict) for row in rows) else lines
+    if remarks := [line.number for line in lines if line.content.startswith("# ")]:
+        logger.warning("prompts file %s: lines with # are prompts as others are (line %s)", path, remarks[0])
+    return lines
+
+
+def _text(row: Row) -> str:
+    """The prompt of a row, empty where it has none; of several the first."""
+    name = column(row.content, PROMPTS)
+    value = row.content if name is None else row.content[name]
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value.strip() if isinstance(value, str) else ""
 
 
 def split_evaluation(prompts: list[str], count: int) -> tuple[list[str], list[str]]:

@@ -43,7 +43,9 @@ class Settings:
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a key, e.g. distill.local_steps=500")
     ] = None
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="text file, one prompt a line")] = None
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="one prompt a line; or .jsonl, .json, .csv, .tsv")
+    ] = None
 
     @property
     def is_empty(self) -> bool:

@@ -20,6 +20,7 @@ MOVED = {  # old module -> where its names are now, looked for in this order
     "ppcl.criteria.base": ("ppcl.pruning.criteria.base",),
     "ppcl.criteria.gradients": ("ppcl.pruning.criteria.gradients",),
     "ppcl.planning.allocations": ("ppcl.pruning.allocations",),
+    "ppcl.prompts": ("ppcl.capture.prompts",),
     "ppcl.searches": ("ppcl.pruning.searches",),
     "ppcl.searches.base": ("ppcl.pruning.searches.base",),
     "ppcl.trees": ("ppcl.teacher.call_arguments",),

@@ -30,8 +30,11 @@ class PicturesConfig(Section):
         "folder, shards like data-{000..012}.tar, *.parquet, hub:owner/name (docs/data.md); num_prompts counts them",
     )
     image_column: str = Field("image", description="of a Hugging Face data set")
-    caption_column: str = Field("text", description="of a data set, of metadata.jsonl and of a shard's .json")
-    data_split: str = Field("train", description="of a Hugging Face data set")
+    caption_column: str = Field(
+        "text",
+        description="of a data set, a table or a .json beside a picture; text: or caption, prompt ...",
+    )
+    data_split: str = Field("train", description="of a Hugging Face data set, or the folder of that name")
     aspect_ratios: tuple[str, ...] = Field(
         ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"),
         description="width:height that pictures are cut to, the nearest one, all of about the area of height x width",

@@ -223,7 +223,7 @@ def test_odd_prompts_are_read_and_described(tmp_path: Path) -> None:
     assert features.shape[0] == len(ODD)
     assert bool(features.isfinite().all())
     path.write_text('{"a": 1}')
-    with pytest.raises(UserError, match="JSON list of texts"):
+    with pytest.raises(UserError, match="has no prompts"):
         read_prompts(path)
     path.write_text("[")
     with pytest.raises(UserError, match="is not JSON"):

@@ -51,7 +51,7 @@ def test_a_listed_folder_with_everything_that_can_be_wrong(tmp_path: Path) -> No
         '{"file_name": "half.png", "te',
         json.dumps(["good.png", "a list"]),
         json.dumps({"text": "no name"}),
-        json.dumps({"file_name": "good.png", "text": 7}),
+        json.dumps({"file_name": 7, "text": "no name"}),
         json.dumps({"file_name": "blank.png", "text": "  "}),
         json.dumps({"file_name": "bare.png"}),
         json.dumps({"file_name": "gone.png", "text": "a gone cat"}),
@@ -69,7 +69,7 @@ def test_a_listed_folder_with_everything_that_can_be_wrong(tmp_path: Path) -> No
     assert {sample.entry.name: sample.size for sample in samples} == {"good.png": (24, 40), "wide.jpg": (24, 40)}
     assert reasons == {
         **{f"metadata.jsonl:{number}": "bad caption line" for number in (2, 3, 4, 5)},
-        **{"blank.png": "empty caption", "bare.png": "empty caption", "gone.png": "missing picture"},
+        **{"blank.png": "empty caption", "bare.png": "no caption", "gone.png": "missing picture"},
         **{"cut.png": "corrupt picture", "junk.png": "corrupt picture", "test.png": "evaluation prompt"},
     }
 
@@ -126,7 +126,7 @@ def test_shards(tmp_path: Path) -> None:
         "data-001.tar": "missing shard", "data-002.tar": "damaged shard", "data-003.tar": "damaged shard",
         "data-000.tar/x/2": "no caption", "data-000.tar/x/3": "missing picture",
         "data-000.tar/x/4": "corrupt picture", "data-000.tar/x/5": "empty caption",
-        "data-000.tar/x/6": "unreadable caption", "data-000.tar/x/7": "unreadable caption",
+        "data-000.tar/x/6": "unreadable caption", "data-000.tar/x/7": "no caption",
         "data-002.tar/a": "no caption",
     }  # fmt: skip
     assert use(tmp_path)[0] == used == use(tmp_path / "*.tar")[0]

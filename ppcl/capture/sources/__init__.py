@@ -15,6 +15,7 @@ from ppcl.capture.sources.choose import Sample, bucket_sizes, choose_samples, fi
 from ppcl.capture.sources.folder import Folder
 from ppcl.capture.sources.shards import Shards
 from ppcl.capture.sources.tables import Hub, Parquet, Saved
+from ppcl.common import rows
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
@@ -51,19 +52,21 @@ def open_source(settings: CaptureConfig) -> Source:
     path = Path(data).expanduser()
     if path.is_dir():
         return _open_folder(path, settings)
+    if path.is_file() and path.suffix.lower() in rows.SUFFIXES:
+        return Folder(path, settings)
     if data.endswith(".tar"):
         return Shards(data, settings)
     if data.endswith(".parquet"):
         return Parquet(data, settings)
     raise UserError(
-        f"capture.data = {data!r} is not there; give prompts, a folder of captioned pictures, shards like "
-        "data-{000..012}.tar, *.parquet, or hub:owner/name"
+        f"capture.data = {data!r} is not there; give prompts, a folder of captioned pictures, a table of them, shards "
+        "like data-{000..012}.tar, *.parquet, or hub:owner/name"
     )
 
 
 def _open_folder(path: Path, settings: CaptureConfig) -> Source:
     """A folder holds pictures, shards, parquet files, or what ``datasets`` saved."""
-    if (path / "metadata.jsonl").is_file():
+    if any((path / f"metadata{suffix}").is_file() for suffix in rows.SUFFIXES):
         return Folder(path, settings)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return Saved(path, settings)

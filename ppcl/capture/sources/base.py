@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from PIL import Image
 
 from ppcl.common.files import write_text
 from ppcl.common.pictures import BadPicture, open_picture
+from ppcl.common.rows import WORDS, column
 from ppcl.common.streams import Stream, step_generator
+
+CAPTIONS = (".txt", ".caption", ".json")  # beside a picture; the first that is there counts
 
 
 class BadSample(Exception):
@@ -60,6 +63,12 @@ class Skipped:
         counts = Counter(row["reason"] for row in self.rows)
         return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
 
+    @property
+    def example(self) -> str:
+        """The first detail, for a message that ends a run."""
+        row = next((row for row in self.rows if row["detail"]), None)
+        return f"; {row['name']}: {row['detail']}" if row else ""
+
     def save(self, path: Path) -> None:
         """Write one JSON line for each.
 
@@ -91,16 +100,40 @@ def shuffled(count: int, seed: int) -> list[int]:
 
 
 def text_of(value: Any) -> str:
-    """A caption without the white space around it.
+    """A caption without the white space around it; of several the first.
 
     Raises:
         BadSample: It is empty, or no text.
     """
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
     if not isinstance(value, str):
         raise BadSample("no caption", f"got {type(value).__name__}")
     if not value.strip():
         raise BadSample("empty caption")
     return value.strip()
+
+
+def caption_column(row: Any, wanted: str) -> str | None:
+    """Which column of a row is its caption: the wanted one; without a wish (``text``) one of the usual names."""
+    return column(row, [wanted, *(WORDS if wanted == WORDS[0] else ())])
+
+
+def caption_of(row: Any, wanted: str) -> str:
+    """The caption of a row.
+
+    Args:
+        row: A mapping.
+        wanted: ``capture.caption_column``.
+
+    Raises:
+        BadSample: It has none.
+    """
+    name = caption_column(row, wanted)
+    if name is None:
+        there = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise BadSample("no caption", f"there is no {wanted} (but {there}); set capture.caption_column")
+    return text_of(row[name])
 
 
 def decode(content: Path | bytes) -> Image.Image:

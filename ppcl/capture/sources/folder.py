@@ -1,77 +1,136 @@
-"""A folder of pictures: captions in ``metadata.jsonl``, or ``name.txt`` beside ``name.png``."""
+"""A folder of pictures: captions in a table, or in a file of the picture's name beside it.
+
+Tables are those of Hugging Face's imagefolder (``metadata.jsonl``, ``metadata.csv``) and of the common trainers: any
+JSON lines, JSON, CSV or TSV file with a column that names pictures. One stands for its folder and all below it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.capture.sources.base import (
+    CAPTIONS,
+    BadSample,
+    Entry,
+    Skipped,
+    Source,
+    caption_of,
+    decode,
+    shuffled,
+    text_of,
+)
 from ppcl.common.pictures import picture_files
+from ppcl.common.rows import SUFFIXES, Row, column, columns, read_rows, read_text
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
-LISTING = "metadata.jsonl"
+# what imagefolder and trainers call the column of file names
+FILES = (
+    *("file_name", "filename", "file", "file_path", "filepath", "image_path", "image_file", "image_name", "image"),
+    *("img_path", "img", "media_path", "path"),
+)
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+Found = tuple[str, Path, Callable[[], str]]  # name, picture, caption
 
 
 class Folder(Source):
     """Pictures as files.
 
-    With ``metadata.jsonl`` (the form of Hugging Face's imagefolder) its lines are the samples:
-    ``{"file_name": "0001.png", "text": "a red cat"}``. Without one, all pictures below the folder are.
+    With a table (``{"file_name": "0001.png", "text": "a red cat"}``) its rows are the samples, without one all pictures
+    below the folder are.
 
     Args:
-        path: The folder.
-        settings: ``caption_column`` names the caption in ``metadata.jsonl``.
+        path: The folder, or the table itself.
+        settings: ``caption_column`` names the caption in tables; ``data_split`` the folder to take where there are
+            several of such names.
     """
 
     def __init__(self, path: Path, settings: CaptureConfig) -> None:
-        self.path, self.column = path, settings.caption_column
+        self.table = path if path.is_file() else None
+        self.path, self.column = path.parent if self.table else path, settings.caption_column
+        if not self.table and not _tables(self.path):
+            folders = {entry.name for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."}
+            if settings.data_split in folders <= SPLITS:
+                self.path = path / settings.data_split
 
     def entries(self, seed: int, skipped: Skipped) -> Iterator[Entry]:
         """See :meth:`Source.entries`."""
-        listing = self.path / LISTING
-        found = self._listed(listing, skipped) if listing.is_file() else self._paired()
+        found = self._found(skipped)
         for index in shuffled(len(found), seed):
-            name, text = found[index]
-            caption = partial(text_of, text) if text is not None else partial(_beside, self.path / name)
-            yield Entry(name, caption, partial(decode, self.path / name))
+            name, picture, caption = found[index]
+            yield Entry(name, caption, partial(decode, picture))
 
-    def _listed(self, listing: Path, skipped: Skipped) -> list[tuple[str, str | None]]:
-        """File names and captions of the good lines."""
-        try:
-            lines = listing.read_bytes().split(b"\n")
-        except OSError as error:
-            raise UserError(f"{listing} cannot be read: {error.strerror or error}; check its permissions") from None
-        found: list[tuple[str, str | None]] = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    def _found(self, skipped: Skipped) -> list[Found]:
+        """All samples, those of tables first."""
+        files = [] if self.table else picture_files(self.path)
+        found: list[Found] = []
+        listed: list[Path] = []  # folders that a table stands for
+        for folder in [self.path] if self.table else self._folders():
+            if not any(folder.is_relative_to(other) for other in listed):
+                samples = self._listed([self.table] if self.table else _tables(folder), skipped)
+                listed += [folder] if samples is not None else []
+                found += samples or []
+        alone = [file for file in files if not any(file.is_relative_to(folder) for folder in listed)]
+        named = sorted((str(file.relative_to(self.path)), file) for file in alone)
+        return [*found, *((name, file, partial(self._beside, file)) for name, file in named)]
+
+    def _folders(self) -> list[Path]:
+        """The folder and all below it that are not hidden, those above before those in them."""
+        below = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_dir())
+        seen = sorted(path for path in below if not any(part.startswith(".") for part in path.parts))
+        return [self.path, *(self.path / path for path in seen)]
+
+    def _listed(self, tables: list[Path], skipped: Skipped) -> list[Found] | None:
+        """The samples of the first table that names pictures; None where there is none."""
+        samples: list[Found] | None = None
+        for table in tables:
+            name, place = str(table.relative_to(self.path)), table.parent
             try:
-                row = json.loads(line.decode("utf-8-sig"))
-                name, text = row["file_name"], row.get(self.column)
-                if not isinstance(name, str) or not isinstance(text, str | None):
-                    raise TypeError(f"file_name and {self.column} must be texts")
-            except KeyError:
-                skipped.add(f"{LISTING}:{number}", BadSample("bad caption line", "it has no file_name"))
-            except (ValueError, TypeError, AttributeError) as error:
-                skipped.add(f"{LISTING}:{number}", BadSample("bad caption line", str(error)))
+                rows = read_rows(table)
+            except UserError as error:
+                if len(tables) == 1 or table == self.table:
+                    raise
+                skipped.add(name, BadSample("unreadable table", str(error)))
+                continue
+            if not any(column(row.content, FILES) for row in rows):
+                detail = f"no column names pictures ({', '.join(columns(rows)[:20]) or 'it has none'})"
+                skipped.add(name, BadSample("unknown table", f"{detail}; call it file_name"))
+            elif samples is not None:
+                skipped.add(name, BadSample("second table", "another one of this folder is used"))
             else:
-                found.append((name, text or ""))  # no caption is an empty one: there is no file beside to look for
-        return found
+                samples = [sample for row in rows for sample in self._sample(row, name, place, skipped)]
+        return samples
 
-    def _paired(self) -> list[tuple[str, str | None]]:
-        """All pictures below the folder."""
-        return [(str(file.relative_to(self.path)), None) for file in picture_files(self.path)]
+    def _sample(self, row: Row, table: str, place: Path, skipped: Skipped) -> Iterator[Found]:
+        """The sample of a row; none of a bad one."""
+        name = column(row.content, FILES)
+        file = row.content[name] if name is not None else None
+        if isinstance(file, str) and file.strip():
+            picture = place / file
+            shown = str(picture.relative_to(self.path)) if picture.is_relative_to(self.path) else file
+            yield shown, picture, partial(caption_of, row.content, self.column)
+        else:
+            why = row.error or (f"it has no {FILES[0]}" if name is None else f"{name} must be a text")
+            skipped.add(f"{table}:{row.number}", BadSample("bad caption line", why))
+
+    def _beside(self, picture: Path) -> str:
+        """The caption in the file of the picture's name."""
+        path = next((file for suffix in CAPTIONS if (file := picture.with_suffix(suffix)).is_file()), None)
+        if path is None:
+            raise BadSample("no caption", f"there is no {picture.stem}{', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}")
+        try:
+            text = read_text(path)
+            return caption_of(json.loads(text), self.column) if path.suffix == ".json" else text_of(text)
+        except (UserError, ValueError, RecursionError) as error:
+            raise BadSample("unreadable caption", str(error)) from None
 
 
-def _beside(picture: Path) -> str:
-    """The caption in the text file of the picture's name."""
-    path = picture.with_suffix(".txt")
-    try:
-        return text_of(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise BadSample("no caption", f"there is no {path.name}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadSample("unreadable caption", str(error)) from None
+def _tables(folder: Path) -> list[Path]:
+    """Files of a folder that may list pictures, ``metadata`` first; what stands beside a picture is its caption."""
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    stems = {file.stem for file in files if file.suffix.lower() not in (*SUFFIXES, *CAPTIONS)}
+    tables = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file() and file.stem not in stems]
+    return sorted(tables, key=lambda file: (file.stem != "metadata", SUFFIXES.index(file.suffix.lower()), file.name))

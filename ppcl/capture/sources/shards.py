@@ -17,12 +17,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.capture.sources.base import (
+    CAPTIONS,
+    BadSample,
+    Entry,
+    Skipped,
+    Source,
+    caption_of,
+    decode,
+    shuffled,
+    text_of,
+)
 from ppcl.common.pictures import SUFFIXES
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
-CAPTIONS = (".txt", ".caption", ".json")  # the first one that a sample has
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -119,8 +128,8 @@ class Shards(Source):
                 continue
             try:
                 text = place.read().decode("utf-8-sig")
-                return text_of(json.loads(text).get(self.column) if suffix == ".json" else text)
-            except (ValueError, AttributeError) as error:
+                return caption_of(json.loads(text), self.column) if suffix == ".json" else text_of(text)
+            except (ValueError, RecursionError) as error:
                 raise BadSample("unreadable caption", str(error)) from None
         raise BadSample("no caption", f"the sample has none of {', '.join(CAPTIONS)}")
 

@@ -10,7 +10,16 @@ from typing import Any
 
 from PIL import Image
 
-from ppcl.capture.sources.base import BadSample, Entry, Skipped, Source, decode, shuffled, text_of
+from ppcl.capture.sources.base import (
+    BadSample,
+    Entry,
+    Skipped,
+    Source,
+    caption_column,
+    caption_of,
+    decode,
+    shuffled,
+)
 from ppcl.capture.sources.shards import expand
 from ppcl.common.optional import optional_module
 from ppcl.common.pictures import as_seen
@@ -79,7 +88,8 @@ class Table(Source):
         names = table.column_names
         for key in ("image_column", "caption_column"):
             wanted = getattr(self.settings, key)
-            if names is not None and wanted not in names:
+            is_there = names is None or wanted in names
+            if not is_there and not (key == "caption_column" and caption_column(dict.fromkeys(names), wanted)):
                 hint = nearest(wanted, names)
                 raise UserError(
                     f"data set {self.name} has no column {wanted!r}{hint}; set capture.{key} to one of {names}"
@@ -91,7 +101,7 @@ class Table(Source):
 
     def _entry(self, name: str, row: Callable[[], dict[str, Any]]) -> Entry:
         image, text = self.settings.image_column, self.settings.caption_column
-        return Entry(name, lambda: text_of(row().get(text)), lambda: _picture(row().get(image)))
+        return Entry(name, lambda: caption_of(row(), text), lambda: _picture(row().get(image)))
 
 
 def _row(table: Any, index: int) -> dict[str, Any]:
