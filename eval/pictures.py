@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.files import digest, read_tensors, write_tensors
-from ppcl.common.pictures import SUFFIXES, picture_files
+from ppcl.common.outside import open_regular
+from ppcl.common.pictures import MAX_BYTES, SUFFIXES, picture_files
 from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval.features import CHUNK, FeatureExtractor
@@ -43,7 +44,7 @@ def reference_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"reference folder {folder} does not exist; give a folder of pictures or a .npz of statistics")
-    pictures = picture_files(folder)
+    pictures = [path for path in picture_files(folder) if path.is_file()]
     if not pictures:
         raise UserError(
             f"reference folder {folder} holds no pictures ({', '.join(SUFFIXES)}); give a folder that does, "
@@ -97,18 +98,10 @@ class FeatureCache:
 
 def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
+        with open_regular(path, MAX_BYTES) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(f"picture {path} cannot be read: {error.strerror or error}; check it") from None
-
-
-def _sha(file: Any) -> str:
-    """SHA-256 of an open file, for Python 3.10."""
-    sha = hashlib.sha256()
-    while part := file.read(1 << 20):
-        sha.update(part)
-    return sha.hexdigest()
 
 
 def _describe_chunk(paths: Sequence[Path], extractor: FeatureExtractor) -> Tensor:

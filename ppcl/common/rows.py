@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ppcl.common.outside import read_regular
 from ppcl.errors import UserError
 
+MAX_BYTES = 2**29  # of a file
+MAX_LINE = 2**20  # bytes of a line of JSON
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 # what data sets and benchmarks call the words; the first that a row has counts
 WORDS = ("text", "caption", "captions", "prompt", "prompts", "description", "sentences")
@@ -36,14 +39,14 @@ class Row:
     error: str = ""
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, limit: int) -> bytes:
     """The content of a text file as UTF-8, without a mark at its start, which UTF-16 must have.
 
     Raises:
-        UserError: It is not there, or not readable.
+        UserError: It is not there, not readable, no regular file, or larger than so many bytes.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, limit)
         is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16").encode() if is_wide else content.removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
@@ -52,14 +55,14 @@ def _content(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); check it") from None
 
 
-def read_text(path: Path) -> str:
-    """Read a text file: UTF-8, with a mark at its start or without, or UTF-16 with one.
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """Read a text file of so many bytes at most: UTF-8, with a mark at its start or without, or UTF-16 with one.
 
     Raises:
         UserError: It is not there, not readable, or holds something else.
     """
     try:
-        return _content(path).decode()
+        return _content(path, limit).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as such") from None
 
@@ -76,7 +79,7 @@ def read_rows(path: Path) -> list[Row]:
     if kind in (".csv", ".tsv"):
         text = read_text(path)
         return _table(path, text, "\t" if kind == ".tsv" else _delimiter(text))
-    return json_lines(_content(path))
+    return json_lines(_content(path, MAX_BYTES))
 
 
 def json_lines(content: bytes) -> list[Row]:
@@ -86,6 +89,8 @@ def json_lines(content: bytes) -> list[Row]:
         if not line.strip():
             continue
         try:
+            if len(line) > MAX_LINE:
+                raise ValueError(f"it has more than {MAX_LINE:,} bytes")
             rows.append(Row(number, json.loads(line)))
         except (ValueError, RecursionError) as error:
             rows.append(Row(number, None, str(error) or type(error).__name__))

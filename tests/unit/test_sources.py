@@ -148,9 +148,9 @@ def test_nothing_there_is_one_line(data: str, tmp_path: Path, monkeypatch: pytes
 class FakeTable:
     """As much of a ``datasets.Dataset`` as is used, and of a stream where ``length`` is None."""
 
-    def __init__(self, rows, fails_at=None) -> None:
+    def __init__(self, rows, fails_at=None, columns=("image", "caption")) -> None:
         self.rows, self.fails_at = rows, fails_at
-        self.column_names, self.features = ["image", "caption"], {"image": FakeImage()}
+        self.column_names, self.features = list(columns), {"image": FakeImage()}
 
     def cast_column(self, name, feature):
         assert (name, feature.decode) == ("image", False)

@@ -16,6 +16,7 @@ from ppcl.capture.sources.folder import Folder
 from ppcl.capture.sources.shards import Shards
 from ppcl.capture.sources.tables import Hub, Parquet, Saved
 from ppcl.common import rows
+from ppcl.common.outside import printable
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
@@ -46,9 +47,18 @@ def open_source(settings: CaptureConfig) -> Source:
     Raises:
         UserError: There is no such folder, shard or file, or the ``datasets`` package is needed and missing.
     """
-    data = settings.data
-    if data.startswith("hub:"):
-        return Hub(data.removeprefix("hub:"), settings)
+    if settings.data.startswith("hub:"):
+        return Hub(settings.data.removeprefix("hub:"), settings)
+    try:
+        return _open_here(settings.data, settings)
+    except (OSError, RuntimeError) as error:  # a name longer than any, a folder that is closed, the home of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        name = printable(settings.data)[:200]
+        raise UserError(f"capture.data = {name!r} cannot be read: {reason}; check it") from None
+
+
+def _open_here(data: str, settings: CaptureConfig) -> Source:
+    """A source on this machine."""
     path = Path(data).expanduser()
     if path.is_dir():
         return _open_folder(path, settings)
@@ -59,8 +69,8 @@ def open_source(settings: CaptureConfig) -> Source:
     if data.endswith(".parquet"):
         return Parquet(data, settings)
     raise UserError(
-        f"capture.data = {data!r} is not there; give prompts, a folder of captioned pictures, a table of them, shards "
-        "like data-{000..012}.tar, *.parquet, or hub:owner/name"
+        f"capture.data = {printable(data)!r} is not there; give prompts, a folder of captioned pictures, a table of "
+        "them, shards like data-{000..012}.tar, *.parquet, or hub:owner/name"
     )
 
 

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 
 from ppcl.common.files import write_text
+from ppcl.common.outside import is_text, printable
 from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.common.rows import WORDS, column
 from ppcl.common.streams import Stream, step_generator
 
+MAX_CAPTION = 2**16  # characters
+MAX_CAPTION_BYTES = 2**20  # of a file that holds one, with whatever stands beside it
 CAPTIONS = (".txt", ".caption", ".json")  # beside a picture; the first that is there counts
 
 
@@ -57,7 +60,8 @@ class Skipped:
 
     def add(self, name: str, bad: BadSample) -> None:
         """Count a sample, a shard or a line of a file."""
-        self.rows.append({"name": name, "reason": bad.reason, "detail": bad.detail})
+        row = {"name": name, "reason": bad.reason, "detail": bad.detail}
+        self.rows.append({key: printable(text) for key, text in row.items()})
 
     def __str__(self) -> str:
         counts = Counter(row["reason"] for row in self.rows)
@@ -103,7 +107,7 @@ def text_of(value: Any) -> str:
     """A caption without the white space around it; of several the first.
 
     Raises:
-        BadSample: It is empty, or no text.
+        BadSample: It is empty, no text, or none that can be tokenized.
     """
     if isinstance(value, list | tuple) and value:
         value = value[0]
@@ -111,6 +115,10 @@ def text_of(value: Any) -> str:
         raise BadSample("no caption", f"got {type(value).__name__}")
     if not value.strip():
         raise BadSample("empty caption")
+    if len(value) > MAX_CAPTION:
+        raise BadSample("too long caption", f"{len(value):,} characters")
+    if not is_text(value):
+        raise BadSample("unusable caption", "it has a NUL or half of a surrogate pair")
     return value.strip()
 
 

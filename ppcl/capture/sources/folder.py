@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ppcl.capture.sources.base import (
     CAPTIONS,
+    MAX_CAPTION_BYTES,
     BadSample,
     Entry,
     Skipped,
@@ -22,6 +23,7 @@ from ppcl.capture.sources.base import (
     shuffled,
     text_of,
 )
+from ppcl.common.outside import is_text
 from ppcl.common.pictures import picture_files
 from ppcl.common.rows import SUFFIXES, Row, column, columns, read_rows, read_text
 from ppcl.config import CaptureConfig
@@ -65,7 +67,11 @@ class Folder(Source):
 
     def _found(self, skipped: Skipped) -> list[Found]:
         """All samples, those of tables first."""
-        files = [] if self.table else picture_files(self.path)
+
+        def unreadable(error: OSError) -> None:
+            skipped.add(str(error.filename), BadSample("unreadable folder", error.strerror or str(error)))
+
+        files = [] if self.table else picture_files(self.path, unreadable)
         found: list[Found] = []
         listed: list[Path] = []  # folders that a table stands for
         for folder in [self.path] if self.table else self._folders():
@@ -108,12 +114,12 @@ class Folder(Source):
         """The sample of a row; none of a bad one."""
         name = column(row.content, FILES)
         file = row.content[name] if name is not None else None
-        if isinstance(file, str) and file.strip():
+        if isinstance(file, str) and file.strip() and is_text(file):
             picture = place / file
             shown = str(picture.relative_to(self.path)) if picture.is_relative_to(self.path) else file
             yield shown, picture, partial(caption_of, row.content, self.column)
         else:
-            why = row.error or (f"it has no {FILES[0]}" if name is None else f"{name} must be a text")
+            why = row.error or (f"it has no {FILES[0]}" if name is None else f"{name} must be a text, without a NUL")
             skipped.add(f"{table}:{row.number}", BadSample("bad caption line", why))
 
     def _beside(self, picture: Path) -> str:
@@ -122,7 +128,7 @@ class Folder(Source):
         if path is None:
             raise BadSample("no caption", f"there is no {picture.stem}{', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}")
         try:
-            text = read_text(path)
+            text = read_text(path, MAX_CAPTION_BYTES)
             return caption_of(json.loads(text), self.column) if path.suffix == ".json" else text_of(text)
         except (UserError, ValueError, RecursionError) as error:
             raise BadSample("unreadable caption", str(error)) from None

@@ -7,6 +7,7 @@ whole. Shards are uncompressed, as webdataset writes them.
 from __future__ import annotations
 
 import glob
+import io
 import json
 import re
 import tarfile
@@ -19,6 +20,7 @@ from PIL import Image
 
 from ppcl.capture.sources.base import (
     CAPTIONS,
+    MAX_CAPTION_BYTES,
     BadSample,
     Entry,
     Skipped,
@@ -28,10 +30,13 @@ from ppcl.capture.sources.base import (
     shuffled,
     text_of,
 )
-from ppcl.common.pictures import SUFFIXES
+from ppcl.common.outside import printable
+from ppcl.common.pictures import MAX_BYTES, SUFFIXES
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
+MAX_SHARDS = 1_000_000
+MAX_HEADER = 2**20  # bytes: the longest names and their attributes
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -46,6 +51,9 @@ def expand(pattern: str) -> list[str]:
     for match in _RANGE.finditer(pattern):
         first, last = match.groups()
         width = len(first) if first.startswith("0") else 0
+        if len(first) > 9 or len(last) > 9 or len(names) * (int(last) - int(first) + 1) > MAX_SHARDS:
+            name = printable(pattern)
+            raise UserError(f"capture.data = {name!r} stands for more than {MAX_SHARDS:,} files; check it")
         numbers = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
         before = pattern[position : match.start()]
         names = [name + before + number for name in names for number in numbers]
@@ -64,7 +72,9 @@ class _Place:
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read(self, limit: int) -> bytes:
+        if self.size > limit:
+            raise BadSample("too large member", f"{self.size:,} bytes, more than {limit:,}")
         try:
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
@@ -74,6 +84,18 @@ class _Place:
         if len(content) < self.size:
             raise BadSample("damaged shard", "it ends inside of this sample")
         return content
+
+
+class _Headers(io.FileIO):
+    """A shard as tarfile reads it: headers, never more.
+
+    A header whose size is negative, or larger than any header, would be read as all that is left of the file.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Shards(Source):
@@ -108,17 +130,21 @@ class Shards(Source):
         """Names and members of a shard's samples; of a damaged shard those before the damage."""
         members: dict[str, list[_Place]] = {}
         try:
-            with tarfile.open(shard, "r:") as archive:
+            with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
+                    if member.size < 0:  # the next header would be looked for before this one, without end
+                        raise tarfile.ReadError(f"a member of {member.size} bytes")
                     folder, _, base = member.name.rpartition("/")
                     key, dot, suffix = base.partition(".")  # as webdataset: what follows the first dot is the suffix
                     if member.isfile() and dot:
                         place = _Place(shard, f".{suffix.lower()}", member.offset_data, member.size)
                         members.setdefault(f"{folder}/{key}".lstrip("/"), []).append(place)
-            if any(_tail(shard)):  # tarfile takes a header that is cut off for the end
-                raise EOFError("it ends without an end mark")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            skipped.add(shard.name, BadSample("damaged shard", str(error)))
+                file.seek(archive.offset)
+                end = file.read(tarfile.BLOCKSIZE)  # tarfile takes any header that it cannot read for the end
+                if len(end) < tarfile.BLOCKSIZE or any(end):
+                    raise EOFError("it ends without an end mark")
+        except Exception as error:  # tarfile lets all kinds of errors through on damaged headers
+            skipped.add(shard.name, BadSample("damaged shard", str(error) or type(error).__name__))
         return [(f"{shard.name}/{key}", places) for key, places in members.items()]
 
     def _caption(self, members: list[_Place]) -> str:
@@ -127,22 +153,15 @@ class Shards(Source):
             if place is None:
                 continue
             try:
-                text = place.read().decode("utf-8-sig")
+                text = place.read(MAX_CAPTION_BYTES).decode("utf-8-sig")
                 return caption_of(json.loads(text), self.column) if suffix == ".json" else text_of(text)
             except (ValueError, RecursionError) as error:
                 raise BadSample("unreadable caption", str(error)) from None
         raise BadSample("no caption", f"the sample has none of {', '.join(CAPTIONS)}")
 
 
-def _tail(shard: Path, size: int = 1024) -> bytes:
-    """The last bytes of a shard: two blocks of zeros where it is whole."""
-    with shard.open("rb") as file:
-        file.seek(-min(size, shard.stat().st_size), 2)
-        return file.read()
-
-
 def _picture(members: list[_Place]) -> Image.Image:
     for place in members:
         if place.suffix in SUFFIXES:
-            return decode(place.read())
+            return decode(place.read(MAX_BYTES))
     raise BadSample("missing picture", f"the sample has none of {', '.join(SUFFIXES)}")

@@ -46,6 +46,8 @@ class Table(Source):
         UserError: The ``datasets`` package is missing.
     """
 
+    is_here = True  # whether its rows may name files of this machine
+
     def __init__(self, name: str, settings: CaptureConfig, load: Callable[[Any], Any]) -> None:
         self.name, self.settings, self.library, self._load = name, settings, _library(), load
 
@@ -101,7 +103,7 @@ class Table(Source):
 
     def _entry(self, name: str, row: Callable[[], dict[str, Any]]) -> Entry:
         image, text = self.settings.image_column, self.settings.caption_column
-        return Entry(name, lambda: caption_of(row(), text), lambda: _picture(row().get(image)))
+        return Entry(name, lambda: caption_of(row(), text), lambda: _picture(row().get(image), self.is_here))
 
 
 def _row(table: Any, index: int) -> dict[str, Any]:
@@ -111,15 +113,17 @@ def _row(table: Any, index: int) -> dict[str, Any]:
         raise BadSample("unreadable row", _first_line(error)) from None
 
 
-def _picture(value: Any) -> Image.Image:
-    """The picture of a row: bytes, a path, both in a mapping, or a decoded picture."""
+def _picture(value: Any, is_here: bool = True) -> Image.Image:
+    """The picture of a row: bytes, a path, both in a mapping, or a decoded picture; a path where files are here."""
     if isinstance(value, Image.Image):
         return as_seen(value)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if not isinstance(value, str | bytes):
+    if isinstance(value, str) and is_here:
+        value = Path(value)
+    if not isinstance(value, bytes | Path):
         raise BadSample("missing picture", f"got {type(value).__name__}")
-    return decode(Path(value) if isinstance(value, str) else value)
+    return decode(value)
 
 
 def _first_line(error: Exception) -> str:
@@ -133,6 +137,8 @@ class Hub(Table):
         name: ``owner/name``.
         settings: Names of the columns and of the split.
     """
+
+    is_here = False
 
     def __init__(self, name: str, settings: CaptureConfig) -> None:
         super().__init__(
