@@ -26,6 +26,7 @@ from ppcl.teacher.families import ADAPTERS
 from ppcl.teacher.loading import (
     EMBEDDED,
     check_model,
+    check_names,
     fetch_files,
     model_path,
     open_pipeline,
@@ -127,11 +128,12 @@ def _check(one: ModelSource) -> None:
     if not index.is_file():
         raise ModelError(f"{folder} is not a diffusers pipeline: model_index.json is missing; give its top folder")
     try:
-        is_mapping = isinstance(json.loads(index.read_text(encoding="utf-8")), dict)
+        components = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
-    if not is_mapping:
+    if not isinstance(components, dict):
         raise ModelError(f"{index} is damaged (not a mapping); fetch the pipeline again")
+    check_names(index, components)
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
 

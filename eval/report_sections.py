@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from ppcl.common.files import weights_variant
+from ppcl.common.outside import inside
 from ppcl.common.tables import zeros_meaning
 from ppcl.config.names import STAGES
 from ppcl.eval import figures
@@ -144,7 +145,8 @@ def _labels(run: RunData) -> list[str]:
 
 def _drawn(run: RunData, labels: list[str]) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
     """Pictures of each model by file name, all of one seed; and the first model's of its next seed."""
-    folders = {label: {path.name: path for path in seed_folders(run.pictures / label)} for label in labels}
+    places = {label: inside(run.pictures, label, "metrics.json") for label in labels}
+    folders = {label: {path.name: path for path in seed_folders(place)} for label, place in places.items()}
     shared = [seed for seed in folders[labels[0]] if all(seed in seeds for seeds in folders.values())]
     if not shared:
         return {label: {} for label in labels}, {}

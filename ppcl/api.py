@@ -34,6 +34,7 @@ def compress(
     """
     from ppcl.export.card import PLACEHOLDER
     from ppcl.export.hub import check_repo_id, push
+    from ppcl.teacher.loading import stored_folder
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
@@ -42,5 +43,5 @@ def compress(
     for stage in STAGES:
         run.run(stage)
     if push_to_hub is not None:
-        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER)
+        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER, stored_folder(model))
     return run.out / "pipeline"

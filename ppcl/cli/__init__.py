@@ -26,6 +26,7 @@ from ppcl.cli.options import (
     resolve,
     skip_peft,
 )
+from ppcl.common.files import read_json
 from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds
 from ppcl.errors import ConfigError
 from ppcl.run.stages import STAGES
@@ -66,7 +67,7 @@ def compress(
             print_prediction(run.out)
     if run.group.is_main:
         print_summary(run.out)
-        push.upload(run.out / "pipeline")
+        push.upload(run.out / "pipeline", model)
     run.group.close()
 
 
@@ -104,11 +105,11 @@ def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, 
         if settings.prompts is not None or budget.mode is not None:
             raise ConfigError("--prompts and --mode are the run's own; leave them out to export another size")
         _export_size(Path(model), out, budget, load_config(settings.config or [], settings.overrides or []))
-        push.upload(out)
+        push.upload(out, str(read_json(Path(model) / "stages.json")["model"]))
         return
     run = open_run(model, out, settings, budget)
     _run_stage(run, "export")
-    push.upload(run.out / "pipeline")
+    push.upload(run.out / "pipeline", model)
 
 
 def _export_size(folder: Path, out: Path, budget: Budget, config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ppcl.errors import ArtifactError
@@ -48,25 +48,27 @@ def inside(folder: Path, name: object, said_by: str) -> Path:
     return folder.joinpath(*parts)
 
 
-def check_links(folder: Path, entries: Iterable[Path]) -> None:
-    """Refuse links that lead out of a model's folder: what lies behind them would be copied, and published.
+def real_places(folder: Path) -> list[Path]:
+    """Where the files of a model's folder really are: in it; those of a snapshot in the hub's cache among its blobs."""
+    real = folder.resolve()
+    return [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+
+
+def check_links(entries: Iterable[Path], places: Sequence[Path]) -> None:
+    """Refuse links that lead elsewhere: what lies behind them would be copied, and published.
 
     Args:
-        folder: Of a pipeline. A snapshot in the hub's cache has its files among the blobs beside it.
-        entries: Files and folders in it that will be copied.
+        entries: Files and folders that will be copied.
+        places: Where links may lead, see :func:`real_places`.
 
     Raises:
-        ArtifactError: There is such a link.
+        ArtifactError: There is a link that leads elsewhere.
     """
-    real_folder = folder.resolve()
-    roots = [real_folder]
-    if real_folder.parent.name == "snapshots":
-        roots.append(real_folder.parent.parent / "blobs")
     for path in (path for entry in entries for path in [entry, *sorted(entry.rglob("*"))]):
-        if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(root) for root in roots):
+        if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(place) for place in places):
             raise ArtifactError(
-                f"{path} is a link that leads out of {folder}; put what is meant in its place (cp -rL copies a folder "
-                "without links), or remove it"
+                f"{path} is a link that leads out of its model's folder; put what is meant in its place (cp -rL copies "
+                "a folder without links), or remove it"
             )
 
 

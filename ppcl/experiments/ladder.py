@@ -15,7 +15,7 @@ from ppcl.eval.report import write_report
 from ppcl.experiments.noise import READING, is_alike, without_items
 from ppcl.experiments.runner import MEASURES, RowRunner
 from ppcl.experiments.tables import finish, measured_with, row_cells, table, teacher_cells
-from ppcl.export.pipeline import export
+from ppcl.export.pipeline import check_source, export
 from ppcl.pruning.selection import select_bundle
 from ppcl.run import Session
 from ppcl.run.summary import describe_plan
@@ -52,6 +52,7 @@ def export_size(
     if out.exists():
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
     model = str(read_json(folder / "stages.json")["model"])
+    check_source(model)
     pipeline = load_pipeline(model, resolve_device(device))
     adapter = adapter_for(pipeline.transformer)
     sized = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)

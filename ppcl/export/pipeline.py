@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,12 +13,13 @@ import torch
 
 from ppcl import __version__
 from ppcl.common.files import atomic_path, link_file, read_json, write_json, write_text
+from ppcl.common.outside import check_links, real_places
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.card import Facts, model_card
 from ppcl.modules.remote_code import MODULE, write_code
 from ppcl.student.plan import CompressionPlan, plan_digest
-from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.teacher.loading import check_names, loading_arguments, source_name, stored_dtype, stored_folder
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +166,13 @@ def write_components(pipeline: Any, folder: Path | None, target: Path, link: boo
     """
     if folder is None:
         pipeline.save_config(target)
-        names = set(pipeline.components)
+        names = sorted({*pipeline.components} - {"transformer"})
     else:
-        shutil.copyfile(folder / INDEX, target / INDEX)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
-        for file in (found for pattern in TOP_LEVEL for found in sorted(folder.glob(pattern))):
+        names, files = taken_along(folder)
+        for file in files:
             shutil.copyfile(file, target / file.name)
     copied: list[Path] = []
-    for name in sorted(names - {"transformer"}):
+    for name in names:
         component: Any = getattr(pipeline, name, None)
         if folder is not None and (folder / name).is_dir():
             copied += _take_along(folder / name, target / name, link)
@@ -183,6 +181,37 @@ def write_components(pipeline: Any, folder: Path | None, target: Path, link: boo
             copied += [target / name] if link else []
     if copied:
         logger.warning("export.components=link: %s (%d in all) had to be written anew", copied[0], len(copied))
+
+
+def check_source(model: str) -> None:
+    """Find what keeps a teacher's files from being exported, hours before they are.
+
+    Raises:
+        UserError: See :func:`taken_along`.
+    """
+    folder = stored_folder(model)
+    if folder is not None:
+        taken_along(folder)
+
+
+def taken_along(folder: Path) -> tuple[list[str], list[Path]]:
+    """What of a teacher's folder goes into an exported pipeline.
+
+    Returns:
+        The names of its components but the transformer; files beside them.
+
+    Raises:
+        ModelError: A component's name is no name.
+        ArtifactError: A link leads out of the folder.
+    """
+    index = read_json(folder / INDEX)
+    check_names(folder / INDEX, index)
+    of_parts = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
+    names = sorted(of_parts - {"transformer"})
+    beside = (file for pattern in TOP_LEVEL for file in sorted(folder.glob(pattern)) if file.is_file())
+    files = [folder / INDEX, *beside]
+    check_links([*files, *(folder / name for name in names)], real_places(folder))
+    return names, files
 
 
 def _take_along(folder: Path, target: Path, link: bool) -> list[Path]:

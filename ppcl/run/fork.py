@@ -6,10 +6,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import digest, link_file, read_json, remove, write_json
+from ppcl.common.outside import inside
 from ppcl.config import FitConfig
 from ppcl.pruning.artifacts import WidthOption
 from ppcl.run.folder import LEDGER
@@ -34,17 +36,17 @@ def fork(session: Session, criterion: str, settings: Mapping[str, Any]) -> Sessi
     folder = session.out / "fits" / re.sub(r"[^A-Za-z0-9]+", "-", criterion)
     ledger = read_json(session.out / LEDGER)
     shared = {stage: ledger[stage] for stage in SHARED}
+    files = shared_files(session.out, shared)
     path = folder / LEDGER
     if path.is_file() and {name: read_json(path).get(name) for name in SHARED} != shared:
         remove(folder)
     if not path.is_file():
         remove(folder)
-        for stage, record in shared.items():
-            for source in (session.out / name for name in (*STAGES[stage].products, *record["files"])):
-                place = folder / source.relative_to(session.out)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_file() and not link_file(source, place):
-                    shutil.copyfile(source, place)
+        for source in files:
+            place = folder / source.relative_to(session.out)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_file() and not link_file(source, place):
+                shutil.copyfile(source, place)
         rest = {name: value for name, value in ledger.items() if not isinstance(value, dict) and "." not in name}
         write_json(path, {**rest, **shared})
     fit = FitConfig.model_validate({**session.config.fit.model_dump(), **settings, "criterion": criterion})
@@ -55,6 +57,16 @@ def fork(session: Session, criterion: str, settings: Mapping[str, Any]) -> Sessi
     run.run("fit")
     _share_times(session, run)
     return run
+
+
+def shared_files(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """What stages wrote, by their records in a run's ledger.
+
+    Raises:
+        ArtifactError: The ledger names something outside of the run.
+    """
+    names = (name for stage, record in records.items() for name in (*STAGES[stage].products, *record["files"]))
+    return [inside(folder, name, str(folder / LEDGER)) for name in names]
 
 
 def _share_times(session: Session, run: Session) -> None:

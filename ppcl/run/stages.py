@@ -26,7 +26,14 @@ def _check_capture(session: Session) -> None:
 
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
+    _check_source(session)
     check_data(session.teacher, session.config.capture)
+
+
+def _check_source(session: Session) -> None:
+    from ppcl.export.pipeline import check_source
+
+    check_source(session.model)
 
 
 def _capture(session: Session, _: None) -> None:
@@ -294,7 +301,7 @@ _ALL = (
         on_the_way=(CHECKPOINTS, "samples"),
         is_shared=True,
     ),
-    Stage("export", "Write the pipeline.", (PIPELINE,), _export, inputs={BUNDLE: None}),
+    Stage("export", "Write the pipeline.", (PIPELINE,), _export, _check_source, inputs={BUNDLE: None}),
     Stage(
         "evaluate",
         "Pictures and numbers.",

@@ -30,6 +30,7 @@ from ppcl.common.files import (
     write_one_by_one,
     write_tensors,
 )
+from ppcl.common.outside import inside
 from ppcl.errors import ArtifactError
 from ppcl.student.assembly import (
     RunKey,
@@ -151,10 +152,11 @@ def check_bundle(folder: Path) -> None:
     if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
         raise ArtifactError(f"{folder / 'bundle.json'} is not of a bundle; delete {folder} and run again")
     for name, expected in about["files"].items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing; delete {folder} and run again")
-        if file_digest(folder / name) != expected:
-            raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
+        file = inside(folder, name, str(folder / "bundle.json"))
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing; delete {folder} and run again")
+        if file_digest(file) != expected:
+            raise ArtifactError(f"{file} is damaged or of another bundle; delete {folder} and run again")
 
 
 def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from ppcl.common.devices import weights_dtype
 from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
+from ppcl.common.outside import inside, printable
 from ppcl.errors import ModelError
 from ppcl.modules.compressed import PREFIX, register
 from ppcl.modules.remote_code import MODULE
@@ -86,23 +87,34 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
     if not isinstance(components, dict):
         raise ModelError(f"{index} is damaged (a {type(components).__name__}, not a mapping); fetch the pipeline again")
+    check_names(index, components)
     if "transformer" not in components:
         raise ModelError(
             f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
             "ppcl compresses diffusion transformers, not U-Nets"
         )
     _check_family(components["transformer"])
-    for name in (WEIGHTS_NAME, "model"):
-        for listing in sorted(folder.glob(f"*/{name}.safetensors.index.json")):
-            _check_shards(listing)
+    for listing in sorted(folder.glob("*/*.index*.json")):
+        _check_shards(listing)
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
+
+
+def check_names(index: Path, components: Mapping[str, Any]) -> None:
+    """Refuse a pipeline's index whose components could not be arguments of a pipeline: each is the name of a folder.
+
+    Raises:
+        ModelError: There is such a component.
+    """
+    wrong = [name for name in components if not name.isidentifier()]
+    if wrong:
+        raise ModelError(f"{index} names a component {printable(repr(wrong[0]))}; fetch the pipeline again")
 
 
 def _check_shards(listing: Path) -> None:
     """Refuse an index of sharded weights that is damaged or names a file that is not there."""
     shards = set(_weight_map(listing).values())
-    missing = sorted(name for name in shards if not (listing.parent / name).is_file())
+    missing = sorted(name for name in shards if not inside(listing.parent, name, str(listing)).is_file())
     if missing:
         raise ModelError(
             f"{listing.parent / missing[0]} is missing ({len(missing)} of the {len(shards)} files that {listing.name} "

@@ -230,6 +230,7 @@ def test_options_without_effect_are_refused(tmp_path, command, options, says):
 
 def test_the_size_of_a_bundle_is_exported_as_asked_and_pushed(tmp_path, monkeypatch):
     (tmp_path / "run" / "bundle").mkdir(parents=True)
+    (tmp_path / "run" / "stages.json").write_text('{"model": "emoji"}')
     made, pushed = [], []
 
     def export_size(*arguments):

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 
 from ppcl import api, cli
 from ppcl.cli.options import Budget, Push, Settings
-from ppcl.errors import HubError
+from ppcl.errors import ArtifactError, HubError
 from ppcl.export.hub import check_repo_id, push
 from ppcl.training.distributed import SINGLE
 
@@ -61,10 +61,28 @@ def pipeline(tmp_path: Path) -> Path:
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text("{}")
     (folder / "transformer" / "weights.safetensors").write_text("ours")
-    (tmp_path / "teacher.safetensors").write_text("the teacher's")
-    (folder / "vae" / "weights.safetensors").symlink_to("../../../teacher.safetensors")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "vae.safetensors").write_text("the teacher's")
+    (folder / "vae" / "weights.safetensors").symlink_to("../../../teacher/vae.safetensors")
     (folder / "README.md").write_text(CARD)
     return folder
+
+
+def teacher_of(pipeline: Path) -> Path:
+    """The folder that the pipeline's links lead to."""
+    return pipeline.parent.parent / "teacher"
+
+
+def test_links_that_lead_elsewhere_go_nowhere(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = use(monkeypatch, Hub())
+    for source in (None, tmp_path / "run"):
+        with pytest.raises(ArtifactError, match=r"vae/weights\.safetensors is a link that leads out"):
+            push(pipeline, "user/name", source=source)
+    (tmp_path / "secret").write_text("mine")
+    (pipeline / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtifactError, match="LICENSE is a link that leads out"):
+        push(pipeline, "user/name", source=teacher_of(pipeline))
+    assert not hub.calls and not hub.files
 
 
 def refused(status: int, text: str) -> HfHubHTTPError:
@@ -79,7 +97,9 @@ def use(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
 
 def test_everything_goes_up_and_links_as_files(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, Hub())
-    assert push(pipeline, "user/name", placeholder="HERE") == "https://hub.invalid/user/name"
+    assert (
+        push(pipeline, "user/name", placeholder="HERE", source=teacher_of(pipeline)) == "https://hub.invalid/user/name"
+    )
     assert set(hub.files) == {
         *("transformer/config.json", "transformer/weights.safetensors"),
         *("vae/config.json", "vae/weights.safetensors", "README.md"),
@@ -94,11 +114,11 @@ def test_everything_goes_up_and_links_as_files(pipeline: Path, monkeypatch: pyte
 
 def test_private(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, Hub())
-    push(pipeline, "user/name", private=True)
+    push(pipeline, "user/name", True, source=teacher_of(pipeline))
     assert dict(hub.calls)["create_repo"]["private"] is True
     hub = use(monkeypatch, Hub(public=True))
     with pytest.raises(HubError, match="user/name exists and is public; make it private in its settings"):
-        push(pipeline, "user/name", private=True)
+        push(pipeline, "user/name", True, source=teacher_of(pipeline))
     assert not hub.files
 
 
@@ -123,13 +143,13 @@ def test_failures_are_one_line_and_lose_nothing(
 ) -> None:
     use(monkeypatch, Hub(error, where))
     with pytest.raises(HubError) as raised:
-        push(pipeline, "user/name")
+        push(pipeline, "user/name", source=teacher_of(pipeline))
     text = str(raised.value)
     assert remedy in text
     assert "the same command again only pushes" in text
     assert "\n" not in text
     hub = use(monkeypatch, Hub())
-    push(pipeline, "user/name")
+    push(pipeline, "user/name", source=teacher_of(pipeline))
     assert len(hub.files) == 5
 
 
@@ -171,7 +191,16 @@ def test_the_command_pushes_and_fails_with_code_2(
     monkeypatch.setattr("ppcl.run.summary.print_summary", lambda _: None)
     monkeypatch.setattr("ppcl.run.summary.print_prediction", lambda _: None)
     monkeypatch.setattr("ppcl.export.hub.has_token", lambda: False)
-    arguments = ["ppcl", command, "emoji", "--out", str(pipeline.parent), "--push-to-hub", "user/name", "--private"]
+    arguments = [
+        "ppcl",
+        command,
+        str(teacher_of(pipeline)),
+        "--out",
+        str(pipeline.parent),
+        "--push-to-hub",
+        "user/name",
+        "--private",
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     use(monkeypatch, Hub(refused(401, "Invalid username or password")))
     with pytest.raises(SystemExit) as stop:
