@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ppcl.common.devices import resolve_device
-from ppcl.common.files import digest, lock_folder, remove_leftovers
+from ppcl.common.files import digest, write_json
+from ppcl.common.folders import check_apart, check_claim, lock_folder, remove_leftovers
 from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.eval.feature_choice import extractor_with_note, real_reference
@@ -19,8 +20,9 @@ from ppcl.eval.markdown import cost_rows, score_rows
 from ppcl.eval.models import ModelSource, evaluation_prompts, is_embedded, keeping, load, settings_for, sources
 from ppcl.eval.pictures import describe, load_statistics, reference_files
 from ppcl.eval.report import write_report
-from ppcl.eval.results import Evaluation, flat_numbers, save_evaluation
+from ppcl.eval.results import MARKER, Evaluation, flat_numbers, is_evaluation, save_evaluation
 from ppcl.eval.scoring import Reference, reference_of
+from ppcl.teacher.loading import model_path
 from ppcl.teacher.streaming import STREAMED
 from ppcl.training.tracking import Tracker
 
@@ -48,11 +50,13 @@ def evaluate_models(
         UserError: A model, the reference or the folder cannot be used.
     """
     to_judge = sources(models)
-    if (out / "stages.json").is_file():
-        raise UserError(f"{out} is a run; choose another --out for the evaluation of several models")
+    check_out(out)
+    given = [Path(model_path(source.model)) for source in to_judge if not source.is_bundle]
+    check_apart(out, filter(Path.is_dir, [*given, *([reference] if reference else [])]))
     descriptor = lock_folder(out)
     remove_leftovers(out)
     try:
+        write_json(out / MARKER, {"schema_version": 1, "models": [source.shown for source in to_judge]})
         result = _evaluate(to_judge, out, config, prompts, reference, embedded)
     finally:
         if descriptor is not None:
@@ -61,6 +65,18 @@ def evaluate_models(
     write_report(out)
     _mirror(out, config, prompts, result)
     return result
+
+
+def check_out(out: Path) -> None:
+    """Refuse to write an evaluation into a folder that is somebody else's.
+
+    Raises:
+        UserError: It is a run, or holds something else.
+    """
+    if (out / "stages.json").is_file():
+        raise UserError(f"{out} is a run; choose another --out for the evaluation of several models")
+    if not is_evaluation(out):
+        check_claim(out, MARKER, "an evaluation")
 
 
 def _evaluate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl.common.files import write_text
+from ppcl.common.files import read_json, write_text
 from ppcl.errors import ArtifactError
 from ppcl.eval.markdown import report as markdown_report
 from ppcl.eval.report_blocks import redundancy
@@ -101,7 +101,8 @@ def rewrite(folder: Path) -> Path:
     Raises:
         ArtifactError: The folder is neither, or its ``metrics.json`` is damaged or of another version.
     """
-    if (folder / "stages.json").is_file():
+    ledger = read_json(folder / "stages.json") if (folder / "stages.json").is_file() else None
+    if isinstance(ledger, dict) and "identity" in ledger:
         return write_report(folder)
     if not (folder / "metrics.json").is_file():
         raise ArtifactError(

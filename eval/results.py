@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ppcl.eval.scoring import Measured
 
 SCHEMA_VERSION = 2
+MARKER = "evaluation.json"  # in a folder of ``ppcl evaluate``, from the start
 DIALECT = "https://json-schema.org/draft/2020-12/schema"  # what pydantic writes
 
 
@@ -209,6 +210,14 @@ def load_evaluation(path: Path) -> Evaluation:
             f"{path} is of no evaluation of ppcl, or of another version ({count} entries do not fit); "
             "run ppcl evaluate again, it keeps the pictures"
         ) from None
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a folder is marked as one of ``ppcl evaluate``, or has the numbers of one that older versions wrote."""
+    try:
+        return (folder / MARKER).is_file() or bool(load_evaluation(folder / "metrics.json"))
+    except ArtifactError:
+        return False
 
 
 def flat_numbers(result: Evaluation) -> dict[str, float | None]:

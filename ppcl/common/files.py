@@ -7,6 +7,7 @@ the new one, never half of one. A folder is published the same way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -37,18 +38,20 @@ _SAFETENSORS_NAMES = {
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
 
-    Works for a file and for a folder that the block creates. A folder replaces an older one. All files follow the
-    user's umask.
+    Works for a file and for a folder that the block creates. A folder replaces an older one, a file never does. All
+    files follow the user's umask.
 
     Raises:
-        UserError: The place cannot be written (full disk, read-only folder).
+        UserError: The place cannot be written (full disk, read-only folder), or a file is to go where a folder is.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _give_usual_modes(temporary)
+        if path.is_dir() and not temporary.is_dir():
+            raise OSError(errno.EISDIR, "a folder is there")
         if path.is_dir():
             _swap_folder(temporary, path)
         else:
@@ -82,70 +85,35 @@ def _give_usual_modes(written: Path) -> None:
             path.chmod(usual)
 
 
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside a path, which nobody else gives to what is his."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}.ppcl")
+
+
 def _swap_folder(new: Path, old: Path) -> None:
     """Replace folder ``old`` by ``new``; a crash in between leaves one of them in place."""
-    retired = old.with_name(f".{old.name}.old-{os.getpid()}")
+    retired = _beside(old, "old")
     old.rename(retired)
     new.rename(old)
-    shutil.rmtree(retired)
+    remove(retired)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-# ours (see atomic_path), and the one that safetensors uses inside of save_file
-_LEFTOVER = re.compile(r"\..+\.(tmp|old)-\d+|\.tmp[A-Za-z0-9]{6}")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders of attempts that were killed; the caller holds the lock."""
-    for path in sorted(folder.rglob(".*")):
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Keep other processes out of a folder until the returned descriptor is closed or the process ends.
-
-    Returns:
-        A file descriptor, or None where the system has no POSIX locks.
+    """Remove a file or a folder, if it is there; of a link the link, never what it leads to.
 
     Raises:
-        UserError: Another process holds the lock, or the folder cannot be written.
+        UserError: It cannot be removed.
     """
     try:
-        import fcntl
-    except ImportError:
-        return None
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-    except (BlockingIOError, PermissionError):
-        owner = os.read(descriptor, 20).decode(errors="replace")
-        os.close(descriptor)
-        raise UserError(
-            f"{folder} is in use by process {owner}; wait until it is done, or choose another --out"
-        ) from None
-    except OSError:  # a file system without locks: go on unprotected rather than not at all
-        pass
-    return descriptor
+        raise UserError(f"cannot remove {path}: {error.strerror or error}; choose another --out") from error
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(tmp|old)-\d+\.ppcl")  # see atomic_path
 
 
 def write_text(path: str | Path, text: str) -> None:

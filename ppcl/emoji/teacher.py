@@ -29,7 +29,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppcl.common.files import append_row, atomic_path, lock_folder
+from ppcl.common.files import append_row, atomic_path
+from ppcl.common.folders import lock_folder
 from ppcl.common.streams import Stream, step_generator
 from ppcl.emoji.components import (
     assemble,

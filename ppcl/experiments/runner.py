@@ -18,7 +18,7 @@ import numpy as np
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import append_row, digest, read_json, write_json
+from ppcl.common.files import append_row, digest, read_json, remove, write_json
 from ppcl.config import DistillConfig
 from ppcl.config.memory import STEPS, for_tables
 from ppcl.distill.trainer import Distiller
@@ -87,10 +87,7 @@ def claim(folder: Path, depends: Mapping[str, str], products: Mapping[str, Seque
     for kind, now in depends.items():
         has_changed = has_changed or recorded.get(kind) != now
         for name in products[kind] if has_changed else ():
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+            remove(folder / name)
     write_json(path, dict(depends))
 
 

@@ -28,11 +28,15 @@ NOT_UNDISTILLED = (
 )
 
 
-def evaluate_session(session: Session) -> Evaluation:
-    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``."""
+def evaluate_session(session: Session, student: Any) -> Evaluation:
+    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``.
+
+    Args:
+        session: Of a run whose export stage is done.
+        student: That pipeline, see :func:`load_student`.
+    """
     teacher, folder, settings = session.teacher, session.out / "pipeline", session.config.evaluate
     is_streamed = session.blocks == STREAMED
-    student = _student(session, folder)
     held_out = States(session.calibration, "held-out")
     count = settings.velocity_states
     extractor = session.extractor
@@ -59,7 +63,7 @@ def evaluate_session(session: Session) -> Evaluation:
     return result
 
 
-def _student(session: Session, folder: Path) -> Any:
+def load_student(session: Session, folder: Path) -> Any:
     """The exported pipeline; a streamed one has the teacher's text encoders and VAE, whose files are its own."""
     dtype, variant = session.teacher.transformer.dtype, weights_variant(folder)
     if session.blocks == STREAMED:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl.common.files import lock_folder, read_json, remove, remove_leftovers, write_json
+from ppcl.common.files import read_json, remove, write_json
+from ppcl.common.folders import LEDGER, check_claim, lock_folder, remove_leftovers
 from ppcl.errors import ArtifactError
 from ppcl.run.stage import Stage
 
 logger = logging.getLogger(__name__)
-LEDGER, CHECKPOINTS = "stages.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
@@ -43,14 +44,7 @@ class RunFolder:
         """Read what is done, or refuse a directory that is another's; nothing is written yet."""
         if (self.path / LEDGER).is_file():
             return self._own_ledger()
-        try:
-            is_empty = not self.path.is_dir() or all(entry.name.startswith(".") for entry in self.path.iterdir())
-        except OSError as error:
-            raise ArtifactError(
-                f"{self.path} cannot be read: {error.strerror or error}; choose another --out"
-            ) from error
-        if not is_empty:
-            raise ArtifactError(f"{self.path} is not empty and not a run of ppcl; choose another --out")
+        check_claim(self.path, LEDGER, "a run")
         return {"schema_version": 1, "model": self.model, "identity": self.identity}
 
     def _own_ledger(self) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.files import digest, link_file, read_json, remove, write_json
+from ppcl.common.folders import LEDGER
 from ppcl.common.outside import inside
 from ppcl.config import FitConfig
 from ppcl.pruning.artifacts import WidthOption
-from ppcl.run.folder import LEDGER
 from ppcl.run.run import Run
 from ppcl.run.session import Session
 from ppcl.run.stages import STAGES

@@ -27,7 +27,7 @@ class Run(Session):
 
     Raises:
         ModelError: There is no such model.
-        ArtifactError: The directory belongs to another model or another prompts file.
+        ArtifactError: The directory is somebody else's, or lies in the model's.
     """
 
     def __init__(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import append_row, digest, read_json
+from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config import PlanConfig, RunConfig, for_model
-from ppcl.run.folder import LEDGER
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
@@ -32,6 +32,7 @@ class Session:
 
     Raises:
         ModelError: There is no such model.
+        ArtifactError: The run directory lies in the model's.
         UserError: The prompts cannot be used, or other processes do not answer.
     """
 
@@ -41,11 +42,12 @@ class Session:
         self.model, self.out, self.prompts, self.command = model, out, prompts, command
         self.config = for_model(model, config)
         from ppcl.common.devices import resolve_device
-        from ppcl.teacher.loading import check_model, weights_digest
+        from ppcl.teacher.loading import check_model, model_path, weights_digest
         from ppcl.training.distributed import connect
 
         self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
         check_model(model)
+        check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
         self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
         self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
 

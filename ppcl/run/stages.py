@@ -6,12 +6,14 @@ A stage is a function of artifacts and settings in the room where it belongs; he
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.common.files import StoredTensors, read_json, write_text
+from ppcl.common.folders import LEDGER, check_apart
 from ppcl.pruning.artifacts import Candidates
-from ppcl.run.folder import CHECKPOINTS, LEDGER
+from ppcl.run.folder import CHECKPOINTS
 from ppcl.run.session import Session
 from ppcl.run.stage import ORDER, Stage
 from ppcl.student.plan import CompressionPlan
@@ -22,18 +24,17 @@ STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "p
 def _check_capture(session: Session) -> None:
     from ppcl.capture.pictures import check_data
     from ppcl.config.names import BUDGETS
+    from ppcl.config.sections import PROMPTS
+    from ppcl.export.pipeline import check_source
     from ppcl.run.outlook import check_budget
 
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
-    _check_source(session)
-    check_data(session.teacher, session.config.capture)
-
-
-def _check_source(session: Session) -> None:
-    from ppcl.export.pipeline import check_source
-
     check_source(session.model)
+    data = Path(session.config.capture.data)
+    if session.config.capture.data != PROMPTS and data.is_dir() and not (data / "metadata.jsonl").is_file():
+        check_apart(session.out, [data])  # or the run's own pictures would be samples
+    check_data(session.teacher, session.config.capture)
 
 
 def _capture(session: Session, _: None) -> None:
@@ -132,9 +133,12 @@ def _plan(session: Session, plan: CompressionPlan) -> None:
 def _check_distill(session: Session) -> None:
     from ppcl.distill.trainer import check_plan
     from ppcl.pruning.criteria.weights import weight_criterion_named
+    from ppcl.student.bundle import check_fits
 
-    model = session.read(Analysis, "analysis.json").model
-    check_plan(session.read(CompressionPlan, "plan.json"), model.config_digest, session.out / "plan.json")
+    model, path = session.read(Analysis, "analysis.json").model, session.out / "plan.json"
+    plan = session.read(CompressionPlan, "plan.json")
+    check_plan(plan, model.config_digest, path)
+    check_fits(plan, session.model, path)
     if session.config.distill.sparsity.zeros:
         weight_criterion_named(session.config.distill.sparsity.criterion)
 
@@ -221,33 +225,49 @@ def _card(session: Session, folder: Path) -> str:
     return model_card(load_artifact(CompressionPlan, session.out / BUNDLE / "plan.json"), facts)
 
 
-def _export(session: Session, _: None) -> None:
-    from ppcl.export.pipeline import export
-    from ppcl.export.streamed import export_streamed
-    from ppcl.student.bundle import build_student, load_bundle
+def _build(session: Session) -> Any:
+    """What is exported: plan and student; None where the student is never in memory."""
+    from ppcl.export.pipeline import check_source
+    from ppcl.student.bundle import build_student, check_bundle, check_fits, load_bundle
     from ppcl.teacher.streaming import STREAMED
 
-    out, bundle, settings = session.out / PIPELINE, session.out / BUNDLE, session.config.export
+    bundle = session.out / BUNDLE
+    check_source(session.model)
+    check_bundle(bundle)
+    check_fits(load_artifact(CompressionPlan, bundle / "plan.json"), session.model, bundle / "plan.json")
+    if session.blocks == STREAMED:
+        return None
+    loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
+    return loaded.plan, build_student(session.teacher.transformer, session.adapter, loaded)
+
+
+def _export(session: Session, built: Any) -> None:
+    from ppcl.export.pipeline import export
+    from ppcl.export.streamed import export_streamed
+
+    out, settings = session.out / PIPELINE, session.config.export
 
     def card(folder: Path) -> str:
         return _card(session, folder)
 
-    if session.blocks == STREAMED:
-        export_streamed(session.open_blocks(), bundle, session.model, out, settings, card)
+    if built is None:
+        export_streamed(session.open_blocks(), session.out / BUNDLE, session.model, out, settings, card)
         return
-    loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
-    student = build_student(session.teacher.transformer, session.adapter, loaded)
-    export(session.teacher, student, loaded.plan, session.model, out, settings, card)
+    plan, student = built
+    export(session.teacher, student, plan, session.model, out, settings, card)
 
 
-def _load_features(session: Session) -> None:
+def _load_student(session: Session) -> Any:
+    from ppcl.run.evaluation import load_student
+
     _ = session.extractor
+    return load_student(session, session.out / PIPELINE)
 
 
-def _evaluate(session: Session, _: None) -> None:
+def _evaluate(session: Session, student: Any) -> None:
     from ppcl.run.evaluation import evaluate_session
 
-    evaluate_session(session)
+    evaluate_session(session, student)
     write_text(session.out / PIPELINE / "README.md", _card(session, session.out / PIPELINE))
 
 
@@ -301,13 +321,13 @@ _ALL = (
         on_the_way=(CHECKPOINTS, "samples"),
         is_shared=True,
     ),
-    Stage("export", "Write the pipeline.", (PIPELINE,), _export, _check_source, inputs={BUNDLE: None}),
+    Stage("export", "Write the pipeline.", (PIPELINE,), _export, _build, inputs={BUNDLE: None}),
     Stage(
         "evaluate",
         "Pictures and numbers.",
         (PICTURES,),
         _evaluate,
-        _load_features,
+        _load_student,
         inputs={STATES: None, "plan.json": CompressionPlan, PIPELINE: None},
     ),
     Stage("report", "The report, as a page and as Markdown.", ("report.html", "report.md"), _report),

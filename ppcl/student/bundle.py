@@ -31,7 +31,7 @@ from ppcl.common.files import (
     write_tensors,
 )
 from ppcl.common.outside import inside
-from ppcl.errors import ArtifactError
+from ppcl.errors import ArtifactError, ModelError
 from ppcl.student.assembly import (
     RunKey,
     assemble_student,
@@ -44,8 +44,9 @@ from ppcl.student.assembly import (
 )
 from ppcl.student.masks import Masks, pack_masks, unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
-from ppcl.teacher.blocks import main_dtype
-from ppcl.teacher.families import Adapter
+from ppcl.teacher.blocks import main_dtype, without_weights
+from ppcl.teacher.families import Adapter, adapter_class
+from ppcl.teacher.loading import stored_folder
 
 SUBSTITUTES = "substitutes.safetensors"
 
@@ -157,6 +158,38 @@ def check_bundle(folder: Path) -> None:
             raise ArtifactError(f"{file} is missing; delete {folder} and run again")
         if file_digest(file) != expected:
             raise ArtifactError(f"{file} is damaged or of another bundle; delete {folder} and run again")
+
+
+def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
+    """Put a plan's student together without weights, before anything of an older one is removed.
+
+    Args:
+        plan: The plan.
+        model: The teacher; one whose files are not here, or are quantised, is not looked at.
+        path: Where the plan is, for the message.
+
+    Raises:
+        ArtifactError: It names what the teacher has not.
+    """
+    folder = stored_folder(model)
+    if folder is None:
+        return
+    try:
+        teacher = without_weights(folder, torch.float32)
+    except ModelError:
+        return
+    try:
+        adapter = adapter_class(type(teacher))
+        substitutes = {
+            (spec.name, segment.first, segment.last): substitute_block(adapter.blocks(teacher, spec), segment)
+            for spec in adapter.stacks
+            for segment in plan.stacks[spec.name]
+            if segment.is_substitute
+        }
+        assemble_student(teacher, adapter, plan, substitutes)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ArtifactError(f"{path} does not fit the model ({reason}); delete it and run again") from None
 
 
 def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:

@@ -199,7 +199,7 @@ def test_run_in_use(refuses, common, run_copy):
 
     fcntl = pytest.importorskip("fcntl")
     code = (
-        "import sys; from pathlib import Path; from ppcl.common.files import lock_folder\n"
+        "import sys; from pathlib import Path; from ppcl.common.folders import lock_folder\n"
         "lock_folder(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

@@ -42,9 +42,59 @@ def test_changed_bundle(refuses, common, run_copy, name):
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    line = refuses("export", *common, "--set", "export.dtype=bfloat16", "--out", run_copy)
+    options = ("--set", "export.dtype=bfloat16", "--out", run_copy)
+    line = refuses("export", *common, *options, watch=run_copy, without=(".lock",))
     assert str(run_copy / "bundle") in line
     assert "delete" in line
+
+
+def with_part(path, part):
+    def change(plan):
+        (segments,) = plan["stacks"].values()
+        segments[-1]["width"] = {path: part}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.update(stacks={"other": next(iter(plan["stacks"].values()))}),
+        lambda plan: plan.update(stacks={}),
+        with_part("img_mlp.nothing", {"kind": "low_rank", "size": 2}),
+        with_part("img_mod.1", {"kind": "magic", "size": 2}),
+        with_part("img_mod.1", {"kind": "low_rank"}),
+        with_part("img_mod.1", {"kind": "low_rank", "size": "many"}),
+        with_part("attn", {"kind": "heads", "size": 10**6}),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_the_bundle_goes(refuses, common, run_copy, change):
+    path = run_copy / "plan.json"
+    plan = json.loads(path.read_text())
+    change(plan)
+    path.write_text(json.dumps(plan))
+    options = ("--set", "distill.local_steps=2", "--out", run_copy)
+    refuses("distill", *common, *options, says=("plan.json",), watch=run_copy, without=(".lock",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pipeline/transformer/config.json", "{"),
+        ("pipeline/transformer/config.json", '{"num_layers": 3}'),
+        ("pipeline/model_index.json", "[]"),
+        ("pipeline/vae/config.json", None),
+    ],
+)
+def test_a_pipeline_that_cannot_be_loaded_is_refused_before_the_evaluation_goes(
+    refuses, common, run_copy, name, content
+):
+    if content is None:
+        (run_copy / name).unlink()
+    else:
+        (run_copy / name).write_text(content)
+    options = ("--set", "evaluate.batch_size=3", "--out", run_copy)
+    refuses("evaluate", *common, *options, watch=run_copy, without=(".lock",))
 
 
 def test_json_of_another_shape(refuses, common, run_copy):

@@ -14,7 +14,7 @@ from ppcl import cli
 from ppcl.analysis.artifacts import Analysis
 from ppcl.cli.options import Budget, Settings, resolve
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import lock_folder, remove_leftovers
+from ppcl.common.folders import lock_folder, remove_leftovers
 from ppcl.config import PlanConfig, load_config, parse_size
 from ppcl.errors import BudgetError, ConfigError, UserError
 from ppcl.pruning.artifacts import Candidates
@@ -174,13 +174,19 @@ def test_the_nearest_feasible_budget_is_feasible(finished_run, budget, mode):
 
 def test_leftovers_of_dead_attempts(tmp_path):
     (tmp_path / "eval").mkdir()
-    for name in (".plan.json.tmp-12", "eval/.0001.png.tmp-7", ".tmpXGBOxV", "eval/.keep", ".lock", "plan.json"):
-        (tmp_path / name).touch()
-    (tmp_path / ".bundle.old-3").mkdir()
-    (tmp_path / ".bundle.old-3" / "x").touch()
-    remove_leftovers(tmp_path)
-    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
-    assert left == [".lock", "eval", "eval/.keep", "plan.json"]
+    gone = (".plan.json.tmp-12.ppcl", "eval/.0001.png.tmp-7.ppcl", ".tmpXGBOxV")
+    kept = ("eval/.keep", ".lock", "plan.json", ".ssh.old-99/id_rsa", ".git/.x.tmp-1.ppcl", ".notes.tmp-1", "a.old-1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".x.tmp-1.ppcl").touch()
+    run = tmp_path / "run"
+    for name in (*gone, ".bundle.old-3.ppcl/x", *kept):
+        (run / name).parent.mkdir(exist_ok=True, parents=True)
+        (run / name).touch()
+    (run / "link").symlink_to(tmp_path / "elsewhere")
+    remove_leftovers(run)
+    assert {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} == set(kept)
+    assert not (run / ".bundle.old-3.ppcl").exists()
+    assert list((run / "link").iterdir())
 
 
 def test_one_process_a_folder(tmp_path):
@@ -188,7 +194,7 @@ def test_one_process_a_folder(tmp_path):
     if descriptor is None:
         pytest.skip("no POSIX locks here")
     code = (
-        "import sys; from pathlib import Path; from ppcl.common.files import lock_folder; "
+        "import sys; from pathlib import Path; from ppcl.common.folders import lock_folder; "
         "lock_folder(Path(sys.argv[1]))"
     )
     refused = python(code, str(tmp_path / "run"))
