@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.common.tables import markdown_table, number
+from ppcl.common.tables import markdown_table, number, plain
 from ppcl.eval.metrics import COSTS, METRICS
 from ppcl.eval.results import Evaluation, Speed
 
@@ -43,7 +43,7 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
     """Times of several models at several step counts and batch sizes; empty if there are none.
 
     Args:
-        labels: The models.
+        labels: The models, as Markdown.
         rows: The times of each, in one order.
     """
     if not rows or not all(rows) or len({len(times) for times in rows}) > 1:
@@ -63,8 +63,8 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
     header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
     counted = sorted({f"{time.runs} runs after {time.warmup_runs}" for times in rows for time in times})
     guide = (
-        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. x: times as fast as {labels[0]}, "
-        "timed in turn with it, whatever else the machine did."
+        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. "
+        f"x: times as fast as {labels[0]}, timed in turn with it, whatever else the machine did."
     )
     return f"{markdown_table(header, lines)}\n\n{guide}"
 
@@ -82,7 +82,7 @@ def _timesteps(result: Evaluation) -> list[str]:
             for step in row.velocity_error_by_timestep
         ]
         if lines:
-            title = f"Velocity error of {row.label} by timestep, on states of {row.against}:"
+            title = f"Velocity error of {plain(row.label)} by timestep, on states of {plain(row.against)}:"
             parts += [title, markdown_table(["timestep", "states", "error"], lines)]
     return parts
 
@@ -111,11 +111,11 @@ def measured_table(result: Evaluation) -> str:
     counted = f" ({result.reference_count:,})" if result.reference_count else ""
     lines = [
         f"{result.prompts} prompts that were not used for calibration, one picture each, "
-        f"{result.num_inference_steps} steps; features: {result.features}. In brackets {result.level:.0%} intervals; "
-        "after ± the standard deviation over seeds of pictures.",
-        f"FID and KID compare with {result.reference}{counted}." if result.reference else "",
+        f"{result.num_inference_steps} steps; features: {plain(result.features)}. "
+        f"In brackets {result.level:.0%} intervals; after ± the standard deviation over seeds of pictures.",
+        f"FID and KID compare with {plain(result.reference)}{counted}." if result.reference else "",
     ]
-    table = markdown_table(["", *(model.label for model in result.models)], rows)
+    table = markdown_table(["", *(plain(model.label) for model in result.models)], rows)
     return f"{table}\n\n{' '.join(line for line in lines if line)}"
 
 
@@ -128,18 +128,19 @@ def report(result: Evaluation, plan: str = "", analysis: Analysis | None = None)
         analysis: Which intervals were found, and how stable they are.
     """
     intervals = intervals_table(analysis) if analysis else ""
-    labels = [model.label for model in result.models]
-    against = f"{result.reference} ({result.reference_count or 'unknown number of'} pictures)"
+    labels = [plain(model.label) for model in result.models]
+    against = f"{plain(result.reference or '')} ({result.reference_count or 'unknown number of'} pictures)"
     seeds = max((len(spread.values) for spread in result.models[0].spread.values()), default=1)
     speed = speed_table(labels, [model.speed for model in result.models])
     parts = [
         f"# {' against '.join([', '.join(labels[1:]), labels[0]]) if labels[1:] else labels[0]}",
-        *(f"**{row.verdict}.**" for row in result.comparisons if row.verdict),
+        *(f"**{plain(row.verdict)}.**" for row in result.comparisons if row.verdict),
         f"{result.prompts} prompts, {result.num_inference_steps} steps, seed {result.seed}. "
-        f"Features: {result.features}. FID and the like compare with: {against if result.reference else 'nothing'}. "
+        f"Features: {plain(result.features)}. "
+        f"FID and the like compare with: {against if result.reference else 'nothing'}. "
         f"In brackets: {result.level:.0%} bootstrap intervals ({result.resamples:,} resamples, paired by prompt where "
         f"models are compared); after ±: standard deviation over {seeds} seeds of pictures.",
-        *(f"> {note}" for note in result.notes),
+        *(f"> {plain(note)}" for note in result.notes),
         markdown_table(["", *labels], [*score_rows(result), *cost_rows(result)]),
         *(["## Speed and memory", speed] if speed else []),
         *_timesteps(result),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ppcl.common.files import digest, read_json, read_tensor_header, weights_var
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
+from ppcl.eval.features import LOCAL_PREFIX
 from ppcl.eval.results import Block
 from ppcl.modules.compressed import PREFIX
 from ppcl.teacher.blocks import loaded_bytes
@@ -36,6 +38,8 @@ from ppcl.teacher.loading import (
 )
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
+logger = logging.getLogger(__name__)
+OF_PICTURES = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")  # of ``capture``
 FOLDERS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -229,20 +233,38 @@ def latents_of(pipeline: Any) -> dict[str, Any]:
 
 
 def settings_for(arguments: Sequence[str], files: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
-    """The settings of an evaluation: those of the first run among the arguments, then files, then overrides.
+    """The settings of an evaluation: how the first run among the arguments was evaluated, then files, then overrides.
+
+    A run may be from elsewhere. It says how its pictures are drawn and scored; what is done here, and whom it is sent
+    to (``wandb``, ``device``, folders), is for who types the command to say.
 
     Raises:
         ConfigError: A key or value cannot be used.
     """
-    defaults: dict[str, Any] = {}
     record = next((Path(a) / "config.yaml" for a in arguments if is_run(a)), None)
+    held: Any = None
     if record is not None and record.is_file():
         try:
             held = yaml.safe_load(record.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{record} cannot be read ({' '.join(str(error).split())}); run the run again") from None
-        defaults = held.get("config") or {} if isinstance(held, dict) else {}
+    config = held.get("config") if isinstance(held, dict) else None
+    defaults = _of_pictures(config) if isinstance(config, dict) else {}
     return for_model("emoji" if is_embedded(arguments) else "", load_config(list(files), list(overrides), defaults))
+
+
+def _of_pictures(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's settings says how pictures are drawn and scored."""
+    capture, evaluate = (config.get(name) for name in ("capture", "evaluate"))
+    settings: dict[str, Any] = {"seed": config["seed"]} if "seed" in config else {}
+    if isinstance(capture, dict):
+        settings["capture"] = {name: capture[name] for name in OF_PICTURES if name in capture}
+    if isinstance(evaluate, dict):
+        is_here = str(evaluate.get("features", "")).startswith(LOCAL_PREFIX)
+        settings["evaluate"] = {key: value for key, value in evaluate.items() if not (is_here and key == "features")}
+        if is_here:
+            logger.warning("the run was scored by a model in a folder; set evaluate.features to have such a one here")
+    return settings
 
 
 def is_embedded(arguments: Sequence[str]) -> bool:

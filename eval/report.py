@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.common.files import read_json, write_text
+from ppcl.common.tables import fenced
 from ppcl.errors import ArtifactError
 from ppcl.eval.markdown import report as markdown_report
 from ppcl.eval.report_blocks import redundancy
@@ -88,7 +89,7 @@ def _write_markdown(data: RunData) -> None:
     if data.evaluation is None:
         path.unlink(missing_ok=True)  # of an evaluation that is gone
         return
-    plan = f"```\n{draw_plan(data.plan)}\n```" if data.plan else ""
+    plan = fenced(draw_plan(data.plan)) if data.plan else ""
     write_text(path, markdown_report(data.evaluation, plan, data.analysis))
 
 

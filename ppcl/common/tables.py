@@ -25,8 +25,24 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers
         rows: One text a column each.
         numbers: Whether the other columns are numbers.
     """
-    lines = [list(header), ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [header, ["---", *["---:" if numbers else "---"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """A text that ends neither its cell nor its row, and is no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def plain(text: str) -> str:
+    """A text of somebody else's as Markdown that shows it and does nothing else: no HTML, link, code, or new line."""
+    return re.sub(r"([\\`\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code in Markdown, with a fence that the text does not hold."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -103,7 +103,7 @@ def say_streamed_memory(
 
 def _say(lines: Iterable[str]) -> None:
     text = "\n".join(f"  memory: {line}" for line in lines)
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
 
 
 def _say_and_check(

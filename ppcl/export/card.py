@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from ppcl.common.files import read_json
-from ppcl.common.tables import device_name, versions, zeros_meaning
+from ppcl.common.tables import device_name, fenced, plain, versions, zeros_meaning
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
@@ -89,15 +90,26 @@ def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, devi
     )
 
 
+# where a value begins: at the start of a word, after what joins it to an option or a list, after -c
+_BEGIN = r"""(?:^|(?<=[=,:\s\[{("'])|(?<=^-\w))"""
+_ROOT = r"(?:file:/+|~[^/\\]*[/\\]|(?:\.{1,2}[/\\])+|[A-Za-z]:[/\\]+|(?<!:)[/\\]+|/(?!/))"
+_FOLDERS = re.compile(_BEGIN + _ROOT + r"""(?:[^=,"'\]/\\]*[/\\])*""")
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line with the folders of its paths left out; those below the working folder stay."""
+    return _FOLDERS.sub("", word)
+
+
 def shown_command(command: str) -> str:
-    """A command line with the folders of absolute paths left out: a card is read by others."""
+    """A command line without the folders of this machine: a card is read by others."""
     try:
         words = shlex.split(command)
     except ValueError:
-        return command
+        return " ".join(map(without_folders, command.split()))
     if len(words) < 2:  # a call from Python
-        return command
-    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
+        return without_folders(command)
+    return shlex.join(map(without_folders, words))
 
 
 def source_licence(source: str) -> dict[str, str]:
@@ -183,7 +195,7 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
 def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
     """The card's paragraphs, in order; empty ones do not apply."""
     p, ((kind, value),) = plan.predicted, plan.budget.items()
-    name = source_name(facts.source)
+    name = plain(source_name(facts.source))
     needs = "nothing but diffusers is needed"
     first = ""
     if plan.has_width:
@@ -199,14 +211,17 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
     return [
         f"# {name.rpartition('/')[2]}, compressed by ppcl",
         f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of `{name}`. It is a "
-        f"`{facts.pipeline_class}` {stock}: {needs}.{stored}",
-        f"```python\n{first}from diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})\n```',
+        f"`{plain(facts.pipeline_class)}` {stock}: {needs}.{stored}",
+        fenced(
+            f"{first}from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})',
+            "python",
+        ),
         REMOTE_LIMITS if trusting else "",
         "## Blocks",
         "Block numbers are the teacher's; those in brackets were replaced by one block, distilled against the "
-        f"teacher's activations. Plan: {plan.mode}, {kind} {value:g}.",
-        f"```\n{draw_plan(plan)}\n```",
+        f"teacher's activations. Plan: {plain(without_folders(plan.mode))}, {kind} {value:g}.",
+        fenced(draw_plan(plan)),
         *_sparse(plan),
         "## Measured",
         facts.measured or "Nothing yet: `ppcl evaluate` writes the numbers here.",
@@ -222,9 +237,8 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
 def _made(making: Making | None) -> list[str]:
     if making is None:
         return []
-    commands = "\n".join(making.commands)
     text = f"Seed {making.seed}, {making.device}. Versions: {making.versions}."
-    return ["## How it was made", f"```bash\n{commands}\n```", text]
+    return ["## How it was made", fenced("\n".join(making.commands), "bash"), text]
 
 
 def _sparse(plan: CompressionPlan) -> list[str]:
@@ -233,7 +247,8 @@ def _sparse(plan: CompressionPlan) -> list[str]:
     p = plan.sparsity
     text = (
         f"{p['zeros']:.1%} of all weights are zero: {p['zeros_in_layers']:.1%} of the masked linear layers inside the "
-        f"blocks, pattern {p['pattern']}, criterion {p['criterion']}, allocation {p['allocation']}. "
+        f"blocks, pattern {p['pattern']}, criterion {plain(without_folders(str(p['criterion'])))}, "
+        f"allocation {p['allocation']}. "
     )
     return ["## Sparsity", text + zeros_meaning(p["pattern"])]
 
@@ -244,4 +259,4 @@ def _licence(licence: Mapping[str, str], name: str) -> str:
         return ""
     text = licence.get("license_name") or licence.get("license", "")
     link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    return f"## Licence\n\nThe card of `{name}` states {text}{link}; it holds for this compressed model too."
+    return f"## Licence\n\nThe card of `{name}` states {plain(text + link)}; it holds for this compressed model too."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,8 +118,38 @@ def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callab
         else:
             text = card(temporary)
         write_text(temporary / "README.md", text)
+        hide_folders(temporary, source_name(parts.source))
         parts.check(temporary)
     return out
+
+
+def hide_folders(pipeline: Path, name: str) -> None:
+    """Leave the folders of this machine out of a pipeline's configs: they are published with it.
+
+    Args:
+        pipeline: The written folder; configs in it are no links.
+        name: Of the source, in the place of the folder that a component was loaded from.
+    """
+    for path in sorted({*pipeline.glob("**/*config*.json"), *pipeline.glob("**/*_index.json")}):
+        config = read_json(path)
+        shown = _shown(config, name)
+        if shown != config:
+            write_text(path, json.dumps(shown, indent=2, ensure_ascii=False) + "\n")
+
+
+def _shown(value: Any, name: str, key: str = "") -> Any:
+    """A value of a config as others may see it."""
+    if isinstance(value, dict):
+        return {inner: _shown(entry, name, inner) for inner, entry in value.items()}
+    if isinstance(value, list):
+        return [_shown(entry, name) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if key.endswith("name_or_path"):
+        is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not Path(value).exists()
+        return value if is_hub_id else name
+    is_path = re.search(r"(path|file|dir|folder)$", key) is not None
+    return Path(value).name if is_path and (Path(value).is_absolute() or value.startswith("~")) else value
 
 
 def dtype_of(source: str, settings: ExportConfig) -> torch.dtype | None:

@@ -54,7 +54,7 @@ def print_prediction(out: Path) -> None:
     plan = load_artifact(CompressionPlan, out / "plan.json")
     p = plan.predicted
     error = f", velocity error about {p.error:.3f} before distillation" if p.error is not None else ""
-    Console(stderr=True, highlight=False).print(
+    Console(stderr=True, highlight=False, markup=False).print(
         f"  plan: {describe_plan(plan)}\n"
         f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}), {p.speedup:.2f}x as fast{error}"
     )
@@ -66,9 +66,9 @@ def print_summary(out: Path) -> None:
     from ppcl.teacher.loading import loading_call
 
     print_evaluation(load_evaluation(out / "eval" / "metrics.json"))
-    console = Console(highlight=False)
-    console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True, markup=False)
-    console.print(f"report:  {out / 'report.html'}", soft_wrap=True, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(f"use it:  {loading_call(out / 'pipeline')}", soft_wrap=True)
+    console.print(f"report:  {out / 'report.html'}", soft_wrap=True)
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -81,9 +81,9 @@ def print_evaluation(result: Evaluation) -> None:
         table.add_column(model.label, justify="right")
     for row in [*score_rows(result), *cost_rows(result)]:
         table.add_row(*row)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     for note in result.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
     for comparison in result.comparisons:
-        console.print(comparison.verdict, soft_wrap=True, markup=False)
+        console.print(comparison.verdict, soft_wrap=True)
