@@ -30,7 +30,7 @@ from ppcl.common.files import read_json
 from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds
 from ppcl.errors import ConfigError
 from ppcl.run.stages import STAGES
-from ppcl.training.launch import guarded, refuse_several
+from ppcl.training.launch import check_launcher, guarded, refuse_several
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(
@@ -361,6 +361,7 @@ def root(
     """Halve a diffusion transformer and get back a pipeline that drops into diffusers."""
     if context.invoked_subcommand not in ("compress", *(stage for stage in STAGES if stage != "export")):
         refuse_several(context.invoked_subcommand)
+    check_launcher()
 
 
 def main() -> None:

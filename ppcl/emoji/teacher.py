@@ -246,7 +246,7 @@ def main() -> None:
     else:
         pipeline = new_pipeline(AutoencoderKLQwenImage.from_pretrained(given.vae))
     settings = loop_settings(given.steps, given.batch_size, given.learning_rate)
-    with contextlib.suppress(stopping.Stopped), stopping.on_sigterm():
+    with contextlib.suppress(stopping.Stopped), stopping.on_signals():
         done = train(pipeline, given.out, settings, given.minutes, given.device)
         print("all steps are done" if done else "time is up; run the same command again to go on")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ConfigError, UserError
-from ppcl.training.launch import world
+from ppcl.training.launch import check_launcher, world
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -199,9 +199,10 @@ def connect(cpu: bool, asked: int | None = None) -> Group:
         asked: The number of processes that the user wants; None takes what there is.
 
     Raises:
-        ConfigError: Another number of processes runs.
+        ConfigError: Another number of processes runs, or the launcher did not say all that they need.
     """
     group = SINGLE
+    check_launcher()
     if world() > 1:
         from accelerate import PartialState
 

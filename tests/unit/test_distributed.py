@@ -17,7 +17,7 @@ from ppcl.common.files import read_tensors
 from ppcl.errors import ConfigError
 from ppcl.training.distributed import SINGLE, Group, Share, add_up, connect
 from ppcl.training.launch import guarded
-from ppcl.training.stopping import Stopped, on_sigterm
+from ppcl.training.stopping import Stopped, on_signals
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -146,7 +146,7 @@ def test_sigterm_to_one_of_two_stops_both_saved_with_exit_code_0(tmp_path: Path)
 
 def test_sigterm_in_one_process_saves(tmp_path: Path) -> None:
     write_all_states(tmp_path)
-    with pytest.raises(Stopped), on_sigterm():
+    with pytest.raises(Stopped), on_signals():
         worker("stop", tmp_path)
     assert [p.name for p in (tmp_path / "all" / "checkpoints" / "distill-output").iterdir()] == ["step-2"]
 
