@@ -14,6 +14,7 @@ from typing import Any
 
 from ppcl import __version__
 
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what would begin one in HTML
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
 
 
@@ -31,12 +32,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers
 
 def _cell(text: str) -> str:
     """A text that ends neither its cell nor its row, and is no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return _TAG.sub("&lt;", " ".join(text.split())).replace("|", "\\|")
 
 
 def plain(text: str) -> str:
     """A text of somebody else's as Markdown that shows it and does nothing else: no HTML, link, code, or new line."""
-    return re.sub(r"([\\`\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
+    return _TAG.sub("&lt;", re.sub(r"([\\`\[\]])", r"\\\1", " ".join(text.split())))
 
 
 def fenced(text: str, language: str = "") -> str:

@@ -37,7 +37,7 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
     sections = _sections(model)
     for name, field in model.model_fields.items():
         if name not in sections:
-            means = (field.description or "").replace("|", "\\|")
+            means = field.description or ""
             yield [
                 f"`{prefix}{name}`",
                 f"`{_written(field.get_default(call_default_factory=True))}`",
