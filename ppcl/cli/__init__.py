@@ -14,6 +14,7 @@ from ppcl.cli.options import (
     Budget,
     Keep,
     Model,
+    OtherFormat,
     Out,
     Processes,
     Push,
@@ -95,11 +96,17 @@ def _run_stage(run: Any, stage: str) -> None:
     run.group.close()
 
 
-def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, push: Push) -> None:
+def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, push: Push, other: OtherFormat) -> None:
     """Stage: Write the pipeline, and push it to the hub if asked.
 
     With a finished run in the model's place: ppcl export RUN --keep 0.7 --out DIR writes another size of its bundle.
+    Of a run or a pipeline folder: ppcl export RUN --format gguf --out FILE writes the transformer for other programs.
     """
+    if other.is_given():
+        if not (settings.is_empty and budget.is_empty and push == Push()):
+            raise ConfigError("--format converts what is written already; leave out all options but --out, --gguf-type")
+        _export_format(model, out, other)
+        return
     push.check()
     if (Path(model) / "bundle").is_dir():
         if settings.prompts is not None or budget.mode is not None:
@@ -110,6 +117,20 @@ def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, 
     run = open_run(model, out, settings, budget)
     _run_stage(run, "export")
     push.upload(run.out / "pipeline", model)
+
+
+def _export_format(model: str, out: Path, other: OtherFormat) -> None:
+    quiet_libraries()
+    from ppcl.export.formats import export_as
+
+    written = export_as(model, out, str(other.format), other.gguf_type or "F16")
+    typer.echo(f"{written.parameters / 1e6:.2f}M parameters in {out}")
+    if written.multiplied_out:
+        typer.echo(
+            f"{written.multiplied_out} smaller modules are multiplied out to stock shapes: this saves the depth alone"
+        )
+    if written.load:
+        typer.echo(f"load: {written.load}")
 
 
 def _export_size(folder: Path, out: Path, budget: Budget, config: RunConfig) -> None:
@@ -335,15 +356,20 @@ def settings(table: Table = None) -> None:
 
 
 @app.command()
-def families(table: Table = None) -> None:
+def families(
+    table: Table = None,
+    formats: Annotated[bool, typer.Option("--formats", help="which files `export --format` writes of each")] = False,
+) -> None:
     """List the transformer classes of the installed diffusers: supported, inferred, refused (why)."""
     quiet_libraries()
     from ppcl.common.files import write_text
+    from ppcl.export.support import format_table
     from ppcl.teacher.families.listing import family_table
 
-    text = family_table()
+    title, text = ("Formats", format_table()) if formats else ("Supported transformers", family_table())
     if table:
-        write_text(table, f"# Supported transformers\n\n{text}\n\nCommand: `ppcl families --table {table}`\n")
+        command = f"ppcl families{' --formats' * formats} --table {table}"
+        write_text(table, f"# {title}\n\n{text}\n\nCommand: `{command}`\n")
     typer.echo(text)
 
 

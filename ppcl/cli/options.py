@@ -115,6 +115,28 @@ class Push:
         typer.echo(f"pushed:  {url}")
 
 
+@dataclass(frozen=True)
+class OtherFormat:
+    """What a finished pipeline is written as for other programs."""
+
+    format: Annotated[
+        str | None, typer.Option("--format", help="of a finished one: diffusers, single-file, comfyui or gguf")
+    ] = None
+    gguf_type: Annotated[
+        str | None, typer.Option("--gguf-type", help="of the blocks' matrices: F16 (default), BF16, Q8_0, Q4_0 ...")
+    ] = None
+
+    def is_given(self) -> bool:
+        """Whether a format was given.
+
+        Raises:
+            ConfigError: An option of one format was given without it.
+        """
+        if self.gguf_type is not None and self.format != "gguf":
+            raise ConfigError("--gguf-type has no effect without --format gguf; give both or none")
+        return self.format is not None
+
+
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn a command's dataclasses of options into single options, as typer reads them off a signature."""
     hints = typing.get_type_hints(command, include_extras=True)

@@ -111,7 +111,7 @@ def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callab
             write_code(student, temporary / "transformer")
         elif settings.remote_code:
             logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
-        _name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
+        name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
         if card is None:
             kind = str(read_json(temporary / INDEX)["_class_name"])
             text = model_card(parts.plan, Facts(parts.source, kind, arguments=loading_arguments(temporary)))
@@ -266,7 +266,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _name_class(index: Path, library: str, name: str) -> None:
+def name_class(index: Path, library: str, name: str) -> None:
     """Let the pipeline's index name the transformer's class; one with smaller modules is not the teacher's."""
     components = read_json(index)
     if components["transformer"] != [library, name]:
