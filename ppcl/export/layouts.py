@@ -233,6 +233,10 @@ _Z_IMAGE_TOP: dict[str, Sources] = {
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
 }
+_IDEOGRAM4: dict[str, Sources] = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.o": "attention.to_out.0",
+}
 _NEXT_DIT_SAME = ("layers.", "noise_refiner.", "context_refiner.")
 
 LAYOUTS: dict[str, Layout] = {
@@ -246,6 +250,7 @@ LAYOUTS: dict[str, Layout] = {
     "SD3Transformer2DModel": Layout(
         (Piece("joint_blocks.#.", "transformer_blocks.#.", _SD3_BLOCK), Piece("", "", _SD3))
     ),
+    "Ideogram4Transformer2DModel": Layout((Piece("layers.#.", "layers.#.", _IDEOGRAM4),), same=("",)),
     "WanTransformer3DModel": Layout((Piece("blocks.#.", "blocks.#.", _WAN_BLOCK), Piece("", "", _WAN))),
     "Lumina2Transformer2DModel": Layout(
         (*_next_dit("attn", _LUMINA2, _LUMINA2_REFINER), Piece("", "", _LUMINA2_TOP)),

@@ -31,7 +31,6 @@ GGUF_ARCHITECTURES = {
 # Families without a layout of ours whose blocks ComfyUI counts under diffusers' names, or converts itself
 _COMFYUI_OWN = (
     "AuraFlowTransformer2DModel",
-    "Ideogram4Transformer2DModel",
     "JoyImageEditTransformer3DModel",
     "Kandinsky5Transformer3DModel",
     "PixArtTransformer2DModel",
@@ -45,7 +44,7 @@ def _of_width(config: Mapping[str, Any]) -> int:
 
 # Numbers of blocks that ComfyUI takes for granted: what they are, count field -> the number
 _COMFYUI_DEPTH: dict[str, tuple[str, dict[str, int | Callable[[Mapping[str, Any]], int]]]] = {
-    "SD3Transformer2DModel": ("its width / 64", {"num_layers": _of_width}),
+    "SD3Transformer2DModel": ("the width / 64", {"num_layers": _of_width}),
     "MochiTransformer3DModel": ("48", {"num_layers": 48}),
     "ErnieImageTransformer2DModel": ("36", {"num_layers": 36}),
     "HiDreamImageTransformer2DModel": ("16 and 32", {"num_layers": 16, "num_single_layers": 32}),
@@ -53,8 +52,14 @@ _COMFYUI_DEPTH: dict[str, tuple[str, dict[str, int | Callable[[Mapping[str, Any]
 }
 _COMFYUI_NAMED = {*LAYOUTS, *_COMFYUI_OWN, "ErnieImageTransformer2DModel"}
 _NOTES = {
-    ("gguf", "SD3Transformer2DModel"): "diffusers and stable-diffusion.cpp; ComfyUI-GGUF at the teacher's depth alone",
-    ("gguf", "WanTransformer3DModel"): "diffusers and ComfyUI-GGUF; stable-diffusion.cpp at 30 or 40 blocks alone",
+    (
+        "gguf",
+        "SD3Transformer2DModel",
+    ): "in diffusers and stable-diffusion.cpp; in ComfyUI-GGUF at the teacher's depth alone",
+    (
+        "gguf",
+        "WanTransformer3DModel",
+    ): "in diffusers and ComfyUI-GGUF; in stable-diffusion.cpp at 30 or 40 blocks alone",
 }
 
 
@@ -77,7 +82,7 @@ def refusal(kind: str, name: str, config: Mapping[str, Any] | None = None) -> st
     expected = {key: n if isinstance(n, int) else config and n(config) for key, n in depths.items()}
     if depths and (config is None or any(config.get(key) != n for key, n in expected.items())):
         got = f", and this one has {' and '.join(str(config.get(key)) for key in depths)}" if config else ""
-        return f"ComfyUI takes {words} blocks for granted{got}; diffusers loads it: --format single-file or diffusers"
+        return f"ComfyUI takes {words} for its number of blocks{got}; in diffusers it loads: --format single-file"
     if name not in _COMFYUI_NAMED:
         return f"ComfyUI does not know it by names that ppcl can write; {_ALWAYS}"
     return ""
@@ -86,26 +91,33 @@ def refusal(kind: str, name: str, config: Mapping[str, Any] | None = None) -> st
 def format_table() -> str:
     """Formats and families as Markdown: what loads, what is refused and why."""
     kinds = [kind for kind in SUFFIXES if kind != "diffusers"]
+    reasons: list[str] = []
     rows = []
     for name in sorted(ADAPTERS):
-        cells = []
-        for kind in kinds:
-            why = refusal(kind, name)
-            note = _NOTES.get((kind, name), "")
-            cells.append(f"refused: {why.partition(';')[0]}" if why else f"loads{f': {note}' if note else ''}")
+        cells = [_cell(kind, name, reasons) for kind in kinds]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"Of every family `--format diffusers` writes a folder of stock classes. diffusers "
-            f"{metadata.version('diffusers')} was asked itself; the sources of ComfyUI, ComfyUI-GGUF and "
-            "stable-diffusion.cpp were read (August 2026, December 2025, August 2026). The columns are about pruned "
-            "models.",
+            f"`ppcl export --format` of pruned models; of every family `diffusers` writes a folder of stock classes. "
+            f"diffusers {metadata.version('diffusers')} was asked itself; the sources of ComfyUI, ComfyUI-GGUF and "
+            "stable-diffusion.cpp were read (August 2026, December 2025, August 2026).",
             "",
             f"| class | {' | '.join(kinds)} |",
             f"| --- |{' --- |' * len(kinds)}",
             *rows,
+            "",
+            *(f"{number}. {reason}." for number, reason in enumerate(reasons, 1)),
         ]
     )
+
+
+def _cell(kind: str, name: str, reasons: list[str]) -> str:
+    """A cell of the table; a reason or note that is new is added to those below the table."""
+    why = refusal(kind, name)
+    text = why.partition(";")[0] if why else _NOTES.get((kind, name), "")
+    if text and text not in reasons:
+        reasons.append(text)
+    return ("refused" if why else "loads") + (f" ({reasons.index(text) + 1})" if text else "")
 
 
 def single_file_classes() -> Mapping[str, Mapping[str, Any]]:
