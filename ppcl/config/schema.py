@@ -77,6 +77,12 @@ class FitConfig(Section):
     width_shares: tuple[float, ...] = Field(
         (0.25, 0.5, 0.75), description="shares of a network's neurons and of an attention's heads that may stay"
     )
+    width_multiple: int = Field(
+        64,
+        ge=1,
+        description="neurons that stay are a multiple of it, a smaller one where there are few of them unless it is "
+        "above 64; 256 for the K-quants of GGUF",
+    )
     width_states: int = Field(256, ge=1, description="training states behind the criterion and the closed forms")
     width_ridge: float = Field(1e-4, gt=0, description="of the least squares that make up for what is cut")
 
@@ -96,8 +102,10 @@ class FitConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """With the content of a criterion's file: another criterion under the same name is another result."""
-        source = source_of(self.criterion)
-        return {**self.model_dump(), **({"criterion_source": source} if source is not None else {})}
+        source, known = source_of(self.criterion), self.model_dump()
+        if self.width_multiple == type(self).model_fields["width_multiple"].default:
+            del known["width_multiple"]  # what was fitted before there was a choice stays as it is
+        return {**known, **({"criterion_source": source} if source is not None else {})}
 
 
 class PlanConfig(SearchConfig, Section):

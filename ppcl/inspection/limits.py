@@ -136,7 +136,7 @@ class _Thin:
     def _networks(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
         parts: dict[str, Part] = {}
         for group, path, units in units_of(spec, block, self.groups):
-            sizes = sizes_of(units, self.settings.width_shares)
+            sizes = sizes_of(units, self.settings.width_shares, self.settings.width_multiple)
             choices: list[Part] = [units.part(range(sizes[0]))] if sizes else []
             if group.startswith("ffn"):
                 choices.append({"kind": "linear", "size": 0})
@@ -194,4 +194,6 @@ def remedies(config: RunConfig) -> str:
         held.append(f"fit.width and plan.width without {', '.join(missing)}")
     if groups_of(config) and {"ffn", "attention"} & set(groups_of(config)):
         held.append(f"fit.width_shares={list(fit.width_shares)}")
+    if fit.width_multiple > 64 and "ffn" in groups_of(config):
+        held.append(f"fit.width_multiple={fit.width_multiple}")
     return "; ".join(held)

@@ -122,11 +122,13 @@ def cuts_cleanly(adapter: Adapter, spec: StackSpec, block: nn.Module, path: str,
     return True
 
 
-def sizes_of(units: Units, shares: Sequence[float]) -> list[int]:
-    """How many units the options keep: shares of them, neurons in multiples of 64 (fewer where they are few)."""
+def sizes_of(units: Units, shares: Sequence[float], multiple: int = 64) -> list[int]:
+    """How many units the options keep: shares of them, neurons in multiples (``fit.width_multiple``)."""
     step = 1
     while units.kind == "narrow" and step < 64 and step * 16 <= units.count:
         step *= 2
+    if units.kind == "narrow":
+        step = multiple if multiple > 64 else min(step, multiple)
     sizes = {max(step, round(share * units.count / step) * step) for share in shares}
     return sorted(size for size in sizes if size < units.count)
 
@@ -300,7 +302,7 @@ class UnitSums:
         else:
             score = self.scores[site]
         order = torch.argsort(score, descending=True, stable=True).tolist()  # of equals the first stays
-        sizes = sizes_of(site.units, self.settings.width_shares)
+        sizes = sizes_of(site.units, self.settings.width_shares, self.settings.width_multiple)
         parts = [site.units.part(sorted(order[:size])) for size in sizes]
         tensors: Tensors = {}
         for name, (layer, moments) in layers.items():

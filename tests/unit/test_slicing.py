@@ -36,6 +36,7 @@ from ppcl.modules.replacements import apply_width
 from ppcl.modules.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA, Site
+from ppcl.pruning.fewer_units import sizes_of
 from ppcl.pruning.knapsack import choices_of
 from ppcl.pruning.options import saved_time
 from ppcl.pruning.planner import plan
@@ -313,3 +314,27 @@ def test_the_time_of_a_smaller_network_is_measured() -> None:
     student = with_blocks(transformer, {DUAL: [smaller]})
     assert 0.2 < saved_time(transformer, student, arguments) < 0.95  # the network has two thirds of the FLOPs
     assert saved_time(transformer, transformer, arguments) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("count", "multiple", "sizes"),
+    [
+        (12288, 64, [3072, 6144, 9216]),
+        (13824, 64, [3456, 6912, 10368]),
+        (13824, 256, [3584, 6912, 10240]),  # columns that K-quants take
+        (10240, 256, [2560, 5120, 7680]),
+        (128, 64, [32, 64, 96]),  # few neurons: finer steps
+        (128, 256, []),  # never finer than was asked for
+        (12288, 32, [3072, 6144, 9216]),
+        (13824, 96, [3456, 6912, 10368]),
+    ],
+)
+def test_neurons_stay_in_multiples(count, multiple, sizes):
+    assert sizes_of(Units("narrow", count, (), ()), (0.25, 0.5, 0.75), multiple) == sizes
+    assert all(size % multiple == 0 for size in sizes) or multiple == 64
+
+
+def test_a_multiple_of_neurons_is_another_result_and_the_default_none():
+    plain, wide = load_config([], []).fit, load_config([], ["fit.width_multiple=256"]).fit
+    assert "width_multiple" not in plain.identity()
+    assert wide.identity()["width_multiple"] == 256
