@@ -209,6 +209,14 @@ for _name in STAGES:
     app.command(name=_name)(expanded(_SPECIAL.get(_name) or _stage_command(_name)))
 
 
+def _run_for_table(model: str, out: Path, settings: Settings, keep: float | None, stage: str = "fit") -> Any:
+    """The run that a table starts from, done up to a stage; the directory is this process's until it ends."""
+    run = open_run(model, out, settings, Budget(keep=keep))
+    run.through(stage)
+    run.hold()
+    return run
+
+
 @_command
 def compare(
     model: Model,
@@ -229,18 +237,16 @@ def compare(
         raise ConfigError("--budgets needs --methods; without it all plans have one budget, e.g. --keep 0.6")
     if methods is not None and keep is not None:
         raise ConfigError(f"--keep has no effect with --methods; write --budgets keep={keep:g}")
-    run = open_run(model, out, settings, Budget(keep=keep))
     if methods is not None:
         from ppcl.experiments.methods import BUDGETS, budgets_named, compare_methods, methods_named
 
         named, wanted = methods_named(methods), budgets_named(budgets or BUDGETS)  # before hours of work
-        run.through("fit")
+        run = _run_for_table(model, out, settings, keep)
         typer.echo(compare_methods(run, named, wanted, training_seeds, table))
         return
     from ppcl.experiments.compare import compare_plans
 
-    run.through("fit")
-    typer.echo(compare_plans(run, table, training_seeds))
+    typer.echo(compare_plans(_run_for_table(model, out, settings, keep), table, training_seeds))
 
 
 @_command
@@ -249,8 +255,7 @@ def ablate(
 ) -> None:
     """Add the paper's ingredients one by one, with the same training steps; one table."""
     training_seeds = parse_seeds(seeds)
-    run = open_run(model, out, settings, Budget(keep=keep))
-    run.through("fit")
+    run = _run_for_table(model, out, settings, keep)
     from ppcl.experiments.ablation import ablate as run_ablation
 
     typer.echo(run_ablation(run, table, training_seeds))
@@ -272,8 +277,7 @@ def ladder(
         shares = []
     if not shares or not all(0 < share <= 1 for share in shares):
         raise ConfigError(f"--keeps {keeps!r} is not a list of shares between 0 and 1; write it like 0.8,0.6")
-    run = open_run(model, out, settings, Budget(keep=keep))
-    run.through("distill")
+    run = _run_for_table(model, out, settings, keep, "distill")
     from ppcl.experiments.ladder import measure_ladder
 
     typer.echo(measure_ladder(run, shares, table))
@@ -291,8 +295,7 @@ def study(
 ) -> None:
     """Test the paper's observations on this teacher: contiguity, non-sequential training, predictions."""
     training_seeds = parse_seeds(seeds)
-    run = open_run(model, out, settings, Budget(keep=keep))
-    run.through("fit")
+    run = _run_for_table(model, out, settings, keep)
     from ppcl.experiments.study import study as run_study
 
     typer.echo(run_study(run, table, draws, training_seeds))

@@ -46,6 +46,14 @@ class Run(Session):
         for stage in ORDER[: ORDER.index(name) + 1]:
             self.run(stage)
 
+    def hold(self) -> None:
+        """Take the directory for what comes after the stages, which takes it only where one must run.
+
+        Raises:
+            UserError: Another process works here.
+        """
+        self.group.on_main(self.folder.lock)
+
     def run(self, name: str) -> bool:
         """Run a stage unless it is done; returns whether it ran.
 

@@ -210,6 +210,8 @@ def test_run_in_use(refuses, common, run_copy):
         assert other.stdout.readline() == "locked\n"
         says = (f"is in use by process {other.pid}", "choose another --out")
         refuses("plan", *common, "--keep", "0.9", "--out", run_copy, says=says, watch=run_copy)
+        for table in ("compare", "ablate", "ladder", "study"):  # no stage must run for them
+            refuses(table, *common, "--out", run_copy, says=says, watch=run_copy)
         other.stdin.close()
 
 
