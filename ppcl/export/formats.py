@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ppcl.export.stock import StockTransformer, open_stock, stock_class_name
 from ppcl.export.streamed import write_weights
 from ppcl.export.support import GGUF_ARCHITECTURES, SUFFIXES, refusal, single_file_classes
 from ppcl.teacher.loading import loading_arguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ def export_as(source: str | Path, out: Path, kind: str, gguf_type: str = "F16") 
     if why:
         raise ModelError(f"{name} as {kind}: {why}")
     stock = open_stock(folder)
+    others = [key for key in read_json(folder / INDEX) if key.startswith("transformer_")]
+    if others and kind != "diffusers":
+        logger.warning("%s has a %s too, which is a model of its own and not in this file", folder, others[0])
     load = ""
     if kind == "diffusers":
         _write_pipeline(stock, folder, out)

@@ -284,6 +284,17 @@ def test_what_is_no_pipeline_is_told_so(ppcl: Call, tmp_path: Path) -> None:
         assert (code, message in err) == (2, True), err
 
 
+def test_a_second_transformer_is_not_forgotten_without_a_word(
+    qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(qwen, tmp_path / "two")
+    index = read_json(tmp_path / "two" / "model_index.json")
+    write_json(tmp_path / "two" / "model_index.json", {**index, "transformer_2": index["transformer"]})
+    with caplog.at_level("WARNING"):
+        export_as(tmp_path / "two", tmp_path / "x.safetensors", "comfyui")
+    assert "has a transformer_2 too" in caplog.text
+
+
 def test_gguf_without_its_package_says_what_to_install(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
