@@ -133,6 +133,35 @@ _FLUX_SINGLE: dict[str, Sources] = {
     "norm.query_norm.scale": "attn.norm_q.weight",
     "norm.key_norm.scale": "attn.norm_k.weight",
 }
+_FLUX2 = {
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    **{name: _EMBEDDERS[name] for name in ("txt_in", "img_in", "final_layer.linear", "final_layer.adaLN_modulation.1")},
+}
+_FLUX2_DUAL: dict[str, Sources] = {
+    **{name: sources for name, sources in _FLUX_DUAL.items() if "attn" in name},
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_FLUX2_SINGLE: dict[str, Sources] = {
+    **{name: sources for name, sources in _FLUX_SINGLE.items() if "norm" in name},
+    "linear1": "attn.to_qkv_mlp_proj",
+    "linear2": "attn.to_out",
+}
+_LTX = {
+    "patchify_proj": "proj_in",
+    "adaln_single.emb.timestep_embedder.linear_1": "time_embed.emb.timestep_embedder.linear_1",
+    "adaln_single.emb.timestep_embedder.linear_2": "time_embed.emb.timestep_embedder.linear_2",
+    "adaln_single.linear": "time_embed.linear",
+}
+_LTX_BLOCK = {f"attn{i}.{letter}_norm": f"attn{i}.norm_{letter}" for i in (1, 2) for letter in "qk"}
 _SD3: dict[str, Sources] = {
     "pos_embed": "pos_embed.pos_embed",
     "x_embedder.proj": "pos_embed.proj",
@@ -246,6 +275,16 @@ LAYOUTS: dict[str, Layout] = {
             Piece("single_blocks.#.", "single_transformer_blocks.#.", _FLUX_SINGLE),
             Piece("", "", _EMBEDDERS),
         )
+    ),
+    "Flux2Transformer2DModel": Layout(
+        (
+            Piece("double_blocks.#.", "transformer_blocks.#.", _FLUX2_DUAL),
+            Piece("single_blocks.#.", "single_transformer_blocks.#.", _FLUX2_SINGLE),
+            Piece("", "", _FLUX2),
+        )
+    ),
+    "LTXVideoTransformer3DModel": Layout(
+        (Piece("transformer_blocks.#.", "transformer_blocks.#.", _LTX_BLOCK), Piece("", "", _LTX)), same=("",)
     ),
     "SD3Transformer2DModel": Layout(
         (Piece("joint_blocks.#.", "transformer_blocks.#.", _SD3_BLOCK), Piece("", "", _SD3))

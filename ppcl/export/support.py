@@ -22,6 +22,8 @@ SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "comfyui": ".safeten
 _ALWAYS = "--format diffusers always does"
 GGUF_ARCHITECTURES = {
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux",
+    "LTXVideoTransformer3DModel": "ltxv",
     "SD3Transformer2DModel": "sd3",
     "QwenImageTransformer2DModel": "qwen_image",
     "WanTransformer3DModel": "wan",
