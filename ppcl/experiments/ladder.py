@@ -9,6 +9,7 @@ from typing import Any
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import resolve_device
 from ppcl.common.files import digest, file_digest, read_json
+from ppcl.common.folders import check_apart
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
@@ -22,7 +23,7 @@ from ppcl.run.summary import describe_plan
 from ppcl.student.bundle import Bundle, build_student, load_bundle
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
-from ppcl.teacher.loading import load_pipeline
+from ppcl.teacher.loading import load_pipeline, model_path
 
 COLUMNS = ("params", "share", "speedup", "predicted", "velocity_error", *MEASURES)
 
@@ -44,7 +45,7 @@ def export_size(
         The plan and the substitutes that were put in.
 
     Raises:
-        ArtifactError: The folder is no run with a bundle, or ``out`` is there already.
+        ArtifactError: The folder is no run with a bundle, or ``out`` is there already, or lies in what is read.
         BudgetError: The bundle does not reach the budget.
     """
     if not (folder / "bundle" / "bundle.json").is_file():
@@ -52,6 +53,7 @@ def export_size(
     if out.exists():
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
     model = str(read_json(folder / "stages.json")["model"])
+    check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
     check_source(model)
     pipeline = load_pipeline(model, resolve_device(device))
     adapter = adapter_for(pipeline.transformer)

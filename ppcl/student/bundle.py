@@ -30,7 +30,7 @@ from ppcl.common.files import (
     write_one_by_one,
     write_tensors,
 )
-from ppcl.common.outside import inside
+from ppcl.common.outside import inside, printable
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.student.assembly import (
     RunKey,
@@ -180,6 +180,8 @@ def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
         return
     try:
         adapter = adapter_class(type(teacher))
+        if plan.stacks.keys() != {spec.name for spec in adapter.stacks}:
+            raise ValueError(f"stacks {', '.join(map(repr, plan.stacks))}")
         substitutes = {
             (spec.name, segment.first, segment.last): substitute_block(adapter.blocks(teacher, spec), segment)
             for spec in adapter.stacks
@@ -188,7 +190,7 @@ def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
         }
         assemble_student(teacher, adapter, plan, substitutes)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = printable(str(error))[:200] or type(error).__name__
         raise ArtifactError(f"{path} does not fit the model ({reason}); delete it and run again") from None
 
 

@@ -61,6 +61,7 @@ def with_part(path, part):
     [
         lambda plan: plan.update(stacks={"other": next(iter(plan["stacks"].values()))}),
         lambda plan: plan.update(stacks={}),
+        lambda plan: plan["stacks"].update({"../../x": next(iter(plan["stacks"].values()))}),
         with_part("img_mlp.nothing", {"kind": "low_rank", "size": 2}),
         with_part("img_mod.1", {"kind": "magic", "size": 2}),
         with_part("img_mod.1", {"kind": "low_rank"}),

@@ -19,6 +19,7 @@ from ppcl.config import load_config
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.eval.command import check_out, evaluate_models
 from ppcl.eval.report import rewrite
+from ppcl.experiments.ladder import export_size
 from ppcl.run.folder import RunFolder
 from ppcl.run.stages import STAGES
 
@@ -141,6 +142,18 @@ def test_compress_writes_not_into_the_model(ppcl: Callable[..., tuple[object, st
     code, _, err = ppcl("compress", tiny, "--out", tiny / "run", "--keep", "0.5")
     assert code == 2
     assert "tiny/run lies in" in err.splitlines()[-1]
+    assert tree(tmp_path) == before
+
+
+def test_another_size_is_written_neither_into_the_model_nor_into_the_run_s_own_folders(tmp_path: Path) -> None:
+    tiny, run = model_folder(tmp_path / "tiny"), tmp_path / "run"
+    (run / "bundle").mkdir(parents=True)
+    (run / "bundle" / "bundle.json").touch()
+    write_json(run / LEDGER, {"model": str(tiny)})
+    before = tree(tmp_path)
+    for out in (tiny / "out", run / "bundle" / "out", run / "pipeline"):
+        with pytest.raises(ArtifactError, match="choose another --out"):
+            export_size(run, out, "keep", 0.7)
     assert tree(tmp_path) == before
 
 
