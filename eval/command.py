@@ -159,5 +159,5 @@ def evaluate_command(
 ) -> Evaluation:
     """The command: settings and prompts as :mod:`ppcl.eval.models` finds them, then :func:`evaluate_models`."""
     config = settings_for(models, files, overrides)
-    texts = evaluation_prompts(models, prompts, config.evaluate.num_prompts)
+    texts = evaluation_prompts(models, prompts, config)
     return evaluate_models(models, out, config, texts, reference, is_embedded(models))

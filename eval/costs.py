@@ -18,6 +18,7 @@ from ppcl.eval.generate import draw, picture_generator, quiet
 from ppcl.eval.results import Speed
 from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
 from ppcl.teacher.flops import count_flops
+from ppcl.teacher.pipeline_call import PicturedPrompt
 
 PICTURE_RUNS = 3  # a picture takes long next to one transformer call, and varies less
 WARMUP = 1
@@ -101,9 +102,10 @@ def peak_memory(pipeline: Any, call: Call, modules: Sequence[nn.Module] | None =
     return (weights + memory.growth_bytes if memory.growth_bytes is not None else None), memory.measure
 
 
-def batch_sizes(settings: EvaluateConfig, num_prompts: int) -> list[int]:
+def batch_sizes(settings: EvaluateConfig, prompts: Sequence[str]) -> list[int]:
     """Batch sizes to time: those asked for, but none larger than what drawing uses, or than there are prompts."""
-    return sorted({min(size, settings.batch_size, num_prompts) for size in settings.speed_batch_sizes})
+    most = 1 if isinstance(prompts[0], PicturedPrompt) else min(settings.batch_size, len(prompts))
+    return sorted({min(size, most) for size in settings.speed_batch_sizes})
 
 
 def step_counts(settings: EvaluateConfig) -> list[int]:
@@ -157,7 +159,7 @@ def sweep(
         The rows of the first and of the second model, in the same order.
     """
     rows: list[tuple[Speed, Speed]] = []
-    for size in batch_sizes(settings, len(prompts)):
+    for size in batch_sizes(settings, prompts):
         some = list(prompts[:size])
         one, two = (transformer_call(p, some, extra, seed) for p, extra in zip(pipelines, kwargs, strict=True))
         if one is not None and two is not None:

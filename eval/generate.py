@@ -28,6 +28,7 @@ from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, UserError
+from ppcl.teacher.pipeline_call import PicturedPrompt, call_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def draw(
     Args:
         pipeline: A diffusers text-to-image or text-to-video pipeline.
         prompts: The batch.
-        generators: One for each prompt.
+        generators: One for each prompt; prompts that bring pictures are drawn one by one.
         num_inference_steps: Denoising steps.
         call_kwargs: Further arguments, all of which the pipeline takes.
 
@@ -71,19 +72,19 @@ def draw(
         One PIL picture for each prompt; of a video, its middle frame.
 
     Raises:
-        UserError: The pipeline ran out of memory, or returned something else.
+        UserError: The pipeline failed, ran out of memory, or returned something else.
     """
-    kwargs = dict(call_kwargs)
-    if isinstance(kwargs.get("negative_prompt"), str):
-        # pipelines encode a string as a batch of one, which does not fit a batch of prompts
-        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    if len(prompts) > 1 and isinstance(prompts[0], PicturedPrompt):  # most pipelines take one picture at a time
+        pairs = zip(prompts, generators, strict=True)
+        return [draw(pipeline, [text], [noise], num_inference_steps, call_kwargs)[0] for text, noise in pairs]
     try:
-        output = pipeline(
-            prompt=list(prompts),
+        output = call_pipeline(
+            pipeline,
+            prompts,
             generator=generators,
             num_inference_steps=num_inference_steps,
             output_type="pil",
-            **kwargs,
+            **call_kwargs,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -200,6 +201,8 @@ def generate(
         "num_inference_steps": num_inference_steps,
         "kwargs": {key: value for key, value in call_kwargs.items() if value is not None},
     }
+    if isinstance(prompts[0], PicturedPrompt):
+        settings["pictures"] = [getattr(prompt, "name", None) for prompt in prompts]
     _claim(folder, json.loads(json.dumps(settings)))
     paths = [folder / f"{index:04d}.png" for index in range(len(prompts))]
     kwargs = accepted_kwargs(pipeline, call_kwargs)

@@ -48,6 +48,7 @@ from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.pruning.sparsity import zeros_of
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.flops import count_params
+from ppcl.teacher.pipeline_call import PicturedPrompt, check_call
 
 logger = logging.getLogger(__name__)
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
@@ -197,6 +198,7 @@ class Judge:
         its noise, have a distance to it.
         """
         pipeline = entrant.load()
+        check_call(pipeline, isinstance(self.prompts[0], PicturedPrompt))
         self.note(cut_note(pipeline, self.prompts))
         kwargs = accepted_kwargs(pipeline, call_arguments(pipeline, self.config.capture))
         seeds = [self.config.seed + offset for offset in range(num_seeds)]

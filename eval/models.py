@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import yaml
 
-from ppcl.capture.prompts import prompts_for, read_prompts
-from ppcl.capture.trajectories import guidance_arguments
+from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
 from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
+from ppcl.config.sections import PROMPTS
 from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
 from ppcl.eval.features import LOCAL_PREFIX
@@ -32,10 +32,12 @@ from ppcl.teacher.loading import (
     fetch_files,
     model_path,
     open_pipeline,
+    pipeline_class,
     source_name,
     stored_folder,
     weights_digest,
 )
+from ppcl.teacher.pipeline_call import guidance_arguments, picture_arguments
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
 logger = logging.getLogger(__name__)
@@ -274,12 +276,17 @@ def is_embedded(arguments: Sequence[str]) -> bool:
     )
 
 
-def evaluation_prompts(arguments: Sequence[str], file: Path | None, count: int) -> list[str]:
+def evaluation_prompts(arguments: Sequence[str], file: Path | None, config: RunConfig) -> Sequence[str]:
     """What to draw: all of a file, or what the first run among the arguments was evaluated with, or the built-in set.
 
+    A model that starts from pictures draws those of ``capture.data``, where there are any, by their captions.
+
     Raises:
-        UserError: The file cannot be read or holds too few prompts.
+        UserError: The file or the pictures cannot be read, or are too few.
     """
+    count, kind = config.evaluate.num_prompts, pipeline_class(sources(arguments)[0].model)
+    if config.capture.data != PROMPTS and kind is not None and picture_arguments(kind):
+        return pictured_prompts(config.capture, count, config.seed)[1]
     if file is not None:
         return read_prompts(file)
     for argument in filter(is_run, arguments):

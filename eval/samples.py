@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ppcl.capture.trajectories import guidance_arguments
 from ppcl.common.devices import autocast
 from ppcl.common.files import atomic_path, read_json, write_json
 from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
+from ppcl.teacher.pipeline_call import guidance_arguments
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.tracking import PICTURE
 
@@ -44,7 +44,7 @@ class SampleSheet:
         prompts: One picture each.
         out: The run directory.
         num_inference_steps: Denoising steps of a picture.
-        call_kwargs: Size and guidance; see :func:`ppcl.capture.trajectories.guidance_arguments`.
+        call_kwargs: Size and guidance; see :func:`ppcl.teacher.pipeline_call.guidance_arguments`.
         seed: Of the noise; that of the evaluation's first pictures, where it is the run's.
         precision: Autocast of the transformer, as in training.
         group: The processes that draw together, where the student is split over them: if one fails, all end the

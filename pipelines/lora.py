@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.errors import ModelError, UserError
+from ppcl.errors import ModelError, UserError, nearest
 from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
@@ -40,6 +40,11 @@ _BLOCK_LIKE = re.compile(r"(?:^|[._])(?P<stack>[a-z_]*(?:blocks|layers))[._](?P<
 _OTHER_COMPONENT = re.compile(r"(?:text_encoder(?:_\d)?|lora_te\d?_?)")
 _WEIGHT = re.compile(r"\.(?:lora_[A-Za-z_]+|lora\.(?:up|down)|lokr_\w+|alpha|dora_scale)(?:\..+)?$")
 _LOAD_OPTIONS = ("adapter_name", "hotswap", "low_cpu_mem_usage")
+_SOURCE_OPTIONS = (  # where diffusers reads a LoRA from
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    *("use_safetensors", "weight_name"),
+)
+_SECOND = "load_into_transformer_2"
 
 
 def remap_lora(
@@ -132,13 +137,15 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         path_or_dict: A file, a folder, a hub id, or tensors by name.
         **kwargs: ``runs`` as in :func:`remap_lora`; ``low_rank`` is ``widen`` (layers of low rank grow by the LoRA's
             rank, exact) or ``fold`` (they stay, and take what they can express), see
-            :mod:`ppcl.pipelines.lora_low_rank`; all else as for ``pipe.load_lora_weights``.
+            :mod:`ppcl.pipelines.lora_low_rank`; all else as for ``pipe.load_lora_weights``. With
+            ``load_into_transformer_2`` the LoRA goes to the second expert (Wan 2.2's, for little noise) as it is.
 
     Returns:
         What became of each tensor.
 
     Raises:
-        UserError: See :func:`remap_lora`; also a LoRA that was converted already or does not fit the transformer.
+        UserError: See :func:`remap_lora`; also a LoRA that was converted already or does not fit the transformer, and
+            an option that is unknown.
         ModelError: The pipeline was not compressed by ppcl, or its class cannot load LoRA.
     """
     from safetensors.torch import save_file
@@ -146,7 +153,12 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     runs, how = kwargs.pop("runs", "drop"), kwargs.pop("low_rank", "widen")
     if how not in HOW:
         raise UserError(f"low_rank is {how!r}; expected one of {', '.join(HOW)}")
+    known = ("runs", "low_rank", _SECOND, *_LOAD_OPTIONS, *_SOURCE_OPTIONS)
+    if unknown := [name for name in kwargs if name not in known]:  # diffusers would take no notice of them
+        raise UserError(f"load_lora takes no {unknown[0]}{nearest(unknown[0], known)}; it takes {', '.join(known)}")
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
+    if kwargs.pop(_SECOND, False):
+        return _load_into_second(pipe, path_or_dict, kwargs, options)
     if isinstance(path_or_dict, Mapping):
         strength = scaling_note(path_or_dict, ())
     else:
@@ -162,6 +174,29 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         save_file(_storable(tensors), file, {"format": "pt", METADATA_KEY: json.dumps(adapter)})
         pipe.load_lora_weights(str(file), **options)
     return report
+
+
+def _load_into_second(
+    pipe: Any, source: str | Path | Mapping[str, Tensor], reading: Mapping[str, Any], options: Mapping[str, Any]
+) -> MappingReport:
+    """Load a LoRA into a pipeline's second transformer, which is the teacher's."""
+    name, second = type(pipe).__name__, getattr(pipe, "transformer_2", None)
+    if second is None:
+        raise UserError(f"{name} has no transformer_2; leave {_SECOND} out")
+    if second.config.get("_ppcl"):
+        raise UserError(
+            f"the transformer_2 of {name} was compressed; the bridge knows the blocks of its transformer alone"
+        )
+    given = dict(source) if isinstance(source, Mapping) else str(source)
+    try:
+        keys = tuple(pipe.lora_state_dict(given, **reading))
+        pipe.load_lora_weights(given, **{_SECOND: True}, **reading, **options)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"this LoRA does not go into transformer_2 ({reason}); check that it was made for {name}"
+        ) from error
+    return MappingReport({}, (), keys, (), ())
 
 
 def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, runs: str = "drop") -> MappingReport:

@@ -21,15 +21,7 @@ from PIL import Image
 from ppcl.capture.prompts import cut_note
 from ppcl.capture.sources import BadSample, Sample, Skipped, bucket_sizes, choose_samples, open_source
 from ppcl.capture.spread import choose_rows
-from ppcl.capture.trajectories import (
-    call_pipeline,
-    guidance_arguments,
-    prompt_length,
-    recording,
-    split_prompts,
-    write_calls,
-)
-from ppcl.common.files import digest, read_json, write_json
+from ppcl.capture.trajectories import forget_others, prompt_length, recording, split_prompts, write_calls
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
@@ -37,6 +29,7 @@ from ppcl.config.sections import PROMPTS
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call
+from ppcl.teacher.pipeline_call import call_pipeline, guidance_arguments, picture_arguments
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
@@ -94,7 +87,7 @@ def record_noised(
         settings: Steps and guidance.
 
     Raises:
-        UserError: The pipeline refuses pictures of this size.
+        ModelError: The pipeline refuses pictures of this size, or its sampler noises none.
     """
     width, height = pictures[0].size
 
@@ -103,24 +96,20 @@ def record_noised(
         return {}
 
     with recording(sibling.transformer) as calls:
-        try:
-            call_pipeline(
-                sibling,
-                prompts,
-                image=list(pictures),
-                # the first step is int(steps - steps * strength); half a step more than that cannot be rounded off
-                strength=1 - (step + 0.5) / settings.num_inference_steps,
-                generator=list(generators),
-                num_inference_steps=settings.num_inference_steps,
-                output_type="latent",
-                callback_on_step_end=interrupt,
-                **{**guidance_arguments(sibling, settings), "height": height, "width": width},
-            )
-        except ValueError as error:  # SD3 has positions for so many rows and columns, for one
-            raise UserError(
-                f"{type(sibling).__name__} refuses pictures of {width}x{height} ({str(error).splitlines()[0][:200]}); "
-                "set capture.aspect_ratios, or capture.height and capture.width"
-            ) from error
+        call_pipeline(  # SD3 has positions for so many rows and columns, and some samplers cannot noise a picture
+            sibling,
+            prompts,
+            f"set capture.aspect_ratios, or capture.height and capture.width (here {width}x{height}), or "
+            "capture.data=prompts",
+            image=list(pictures),
+            # the first step is int(steps - steps * strength); half a step more than that cannot be rounded off
+            strength=1 - (step + 0.5) / settings.num_inference_steps,
+            generator=list(generators),
+            num_inference_steps=settings.num_inference_steps,
+            output_type="latent",
+            callback_on_step_end=interrupt,
+            **{**guidance_arguments(sibling, settings), "height": height, "width": width},
+        )
     return calls
 
 
@@ -137,15 +126,25 @@ def branches_of(calls: Sequence[Call], count: int) -> list[tuple[Call, int]]:
     return [(call, at) for call in calls for at in range(0, trees.batch_size(call.arguments), count)]
 
 
-def check_data(pipeline: Any, settings: CaptureConfig) -> None:
+def check_data(pipeline: Any, settings: CaptureConfig, noised: bool) -> None:
     """Find out what can be wrong with ``capture.data`` before anything is done.
+
+    Args:
+        pipeline: The teacher.
+        settings: See :class:`CaptureConfig`.
+        noised: Whether pictures are noised, now or while substitutes are trained.
 
     Raises:
         UserError: See :func:`image_to_image` and :func:`ppcl.capture.sources.open_source`.
     """
-    if settings.data != PROMPTS:
+    if noised:
         image_to_image(pipeline)
+    if settings.data != PROMPTS:
         open_source(settings)
+    if settings.source_column and not picture_arguments(pipeline):
+        raise UserError(
+            f"{type(pipeline).__name__} starts from no picture, so capture.source_column has no use; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         )
     if note := cut_note(pipeline, captions):
         logger.warning("%s", note)
-    _forget_others(folder, samples)
+    forget_others(folder, [[sample.entry.name, sample.caption, sample.size] for sample in samples])
     jobs = _jobs(pipeline, samples, captions, folder, settings, seed)
     with Progress("capture", total=len(jobs)) as progress:
         for job in jobs:
@@ -201,16 +200,6 @@ def capture_pictures(pipeline: Any, folder: Path, settings: CaptureConfig, seed:
         skipped.save(folder / SKIPPED)
     if any(not list(folder.glob(f"{split}-*.safetensors")) for split in ("train", "held-out")):
         raise UserError(f"capture.data = {settings.data}: its pictures went away while they were used; run again")
-
-
-def _forget_others(folder: Path, samples: Sequence[Sample]) -> None:
-    """Remove the files of an attempt that found other samples: its split and its batches were other ones."""
-    chosen = digest([[sample.entry.name, sample.caption, sample.size] for sample in samples])
-    marker = folder / "samples.json"
-    if marker.is_file() and read_json(marker) != {"digest": chosen, "samples": len(samples)}:
-        for path in folder.glob("*.safetensors"):
-            path.unlink()
-    write_json(marker, {"digest": chosen, "samples": len(samples)})
 
 
 def _jobs(

@@ -5,11 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppcl.common.rows import SUFFIXES, WORDS, Row, column, columns, json_lines, read_rows, read_text
 from ppcl.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ppcl.config import CaptureConfig
 
 logger = logging.getLogger(__name__)
 PROMPTS = ("prompt", "prompts", *WORDS)  # columns, the first that is there counts
@@ -79,6 +85,45 @@ def split_evaluation(prompts: list[str], count: int) -> tuple[list[str], list[st
     chosen = {int(i * stride) for i in range(count)}
     calibration = [text for i, text in enumerate(prompts) if i not in chosen]
     return calibration, [prompts[i] for i in sorted(chosen)]
+
+
+def pictured_prompts(settings: CaptureConfig, count: int, seed: int) -> tuple[Sequence[str], Sequence[str]]:
+    """Return (calibration, evaluation) prompts that bring pictures, of a teacher that starts from pictures.
+
+    Args:
+        settings: ``data`` and its columns; ``num_prompts`` pictures calibrate at most.
+        count: Evaluation prompts wanted; a third of the captions at most, each with one picture.
+        seed: Of the order.
+
+    Raises:
+        UserError: There is no such data, or fewer than four usable captions.
+    """
+    from ppcl.capture.sources import Skipped, choose_samples, open_source
+    from ppcl.teacher.pipeline_call import PicturedPrompt
+
+    skipped = Skipped()
+    samples = choose_samples(open_source(settings), settings.num_prompts + count, [(1, 1)], (), skipped, seed)
+    prompts = [PicturedPrompt(s.caption, s.entry.name, partial(_read_picture, s.entry)) for s in samples]
+    first = {str(prompt): prompt for prompt in reversed(prompts)}
+    texts = list(dict.fromkeys(map(str, prompts)))
+    if len(texts) < 4:
+        left_out = f"; left out: {skipped}" if skipped.rows else ""
+        raise UserError(
+            f"capture.data = {settings.data}: {len(prompts)} usable pictures with {len(texts)} different captions, "
+            f"at least 4 are needed{left_out}"
+        )
+    evaluation = split_evaluation(texts, count)[1]
+    return [prompt for prompt in prompts if prompt not in set(evaluation)], [first[text] for text in evaluation]
+
+
+def _read_picture(entry: Any) -> Image.Image:
+    from ppcl.capture.sources import BadSample
+
+    try:
+        picture: Image.Image = entry.picture()
+    except BadSample as bad:
+        raise UserError(f"picture {entry.name} went away while it was used ({bad.reason}); run again") from None
+    return picture
 
 
 def prompts_for(model: str, path: Path | None, count: int) -> tuple[list[str], list[str]]:

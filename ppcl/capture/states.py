@@ -31,8 +31,20 @@ def guidance_branches(calls: Sequence[dict[str, Any]]) -> list[int]:
     branches: list[int] = []
     for number, arguments in enumerate(calls):
         times = [set(trees.timesteps(other)) for other in (arguments, *calls[max(0, number - 1) : number])]
-        branches.append(branches[-1] + 1 if number and times[0] == times[1] else 0)
+        same = number > 0 and times[0] == times[1] and not _moved_on(calls[number - 1], arguments)
+        branches.append(branches[-1] + 1 if same else 0)
     return branches
+
+
+def _moved_on(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether latents, which a transformer takes first, differ: a sampler of two calls a step (Heun) went on."""
+    stored: tuple[dict[str, Any], ...] = ({}, {})
+    for arguments, tensors in zip((before, after), stored, strict=True):
+        name = next(iter(arguments))
+        trees.flatten({name: arguments[name]}, "", tensors)
+    one, two = stored
+    same_shapes = {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
+    return same_shapes and not all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

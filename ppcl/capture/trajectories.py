@@ -22,42 +22,26 @@ from torch import Tensor, nn
 from ppcl.capture.prompts import cut_note
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
-from ppcl.common.files import write_tensors
+from ppcl.common.files import digest, read_json, write_json, write_tensors
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
-from ppcl.errors import UserError
+from ppcl.errors import ModelError, UserError
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call, _velocity_of
+from ppcl.teacher.pipeline_call import (
+    OFF,
+    PicturedPrompt,
+    call_pipeline,
+    check_call,
+    check_guidance,
+    guidance_arguments,
+    other_transformers,
+    picture_arguments,
+)
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "held-out")
-
-
-def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
-    """Name the guidance and size arguments as this pipeline wants them (frames too, if it draws videos).
-
-    Guidance-distilled transformers (``guidance_embeds``) take ``guidance_scale`` as an input;
-    Qwen-like pipelines take ``true_cfg_scale`` with a negative prompt; the rest take
-    ``guidance_scale`` with a negative prompt.
-    """
-    accepted = inspect.signature(pipeline.__call__).parameters
-    distilled = bool(pipeline.transformer.config.get("guidance_embeds"))
-    arguments: dict[str, Any] = {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
-    if distilled or "true_cfg_scale" not in accepted:
-        arguments["guidance_scale"] = settings.guidance_scale
-    else:
-        arguments["true_cfg_scale"] = settings.guidance_scale
-    if not distilled and settings.guidance_scale > 1:
-        arguments["negative_prompt"] = settings.negative_prompt
-    return {name: value for name, value in arguments.items() if value is not None and name in accepted}
-
-
-def call_pipeline(pipeline: Any, prompts: Sequence[str], **arguments: Any) -> Any:
-    """Call a pipeline on a batch of prompts, repeating the negative prompt for each."""
-    if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-    return pipeline(prompt=list(prompts), **arguments)
 
 
 @contextlib.contextmanager
@@ -77,17 +61,35 @@ def recording(transformer: nn.Module) -> Iterator[list[Call]]:
 
 
 def record_calls(
-    pipeline: Any, prompts: Sequence[str], noise: Sequence[torch.Generator], settings: CaptureConfig
+    pipeline: Any, prompts: Sequence[str], noise: Sequence[torch.Generator] | int, settings: CaptureConfig
 ) -> list[Call]:
-    """Denoise a batch of prompts, each from its own noise; return every transformer call."""
+    """Denoise a batch of prompts, each from its own noise; return every transformer call.
+
+    Args:
+        pipeline: The teacher.
+        prompts: Of those that bring a picture, each is denoised alone.
+        noise: A generator each, or a seed.
+        settings: Size, steps and guidance.
+
+    Raises:
+        ModelError: The pipeline fails, or never calls its transformer.
+    """
+    noise = captured_noise(noise, 0, len(prompts)) if isinstance(noise, int) else noise
+    batch = 1 if isinstance(prompts[0], PicturedPrompt) else len(prompts)
     with recording(pipeline.transformer) as calls:
-        call_pipeline(
-            pipeline,
-            prompts,
-            generator=list(noise),
-            num_inference_steps=settings.num_inference_steps,
-            output_type="latent",
-            **guidance_arguments(pipeline, settings),
+        for start in range(0, len(prompts), batch):
+            call_pipeline(
+                pipeline,
+                prompts[start : start + batch],
+                generator=list(noise[start : start + batch]),
+                num_inference_steps=settings.num_inference_steps,
+                output_type="latent",
+                **guidance_arguments(pipeline, settings),
+            )
+    if not calls:
+        raise ModelError(
+            f"{type(pipeline).__name__} draws in {settings.num_inference_steps} steps without its transformer; raise "
+            "capture.num_inference_steps, or give a pipeline that uses it"
         )
     return calls
 
@@ -112,6 +114,20 @@ def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
     write_tensors(path, tensors, {"calls": nodes, "alias": alias, **layout, **about})
 
 
+def forget_others(folder: Path, samples: Sequence[Sequence[Any]]) -> None:
+    """Remove the files of an attempt that found other samples: its split and its batches were other ones.
+
+    Args:
+        folder: Of states.
+        samples: What tells each from the others.
+    """
+    marker, chosen = folder / "samples.json", {"digest": digest(samples), "samples": len(samples)}
+    if marker.is_file() and read_json(marker) != chosen:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    write_json(marker, chosen)
+
+
 def split_prompts(prompts: Sequence[str], share: float, seed: int) -> dict[str, list[str]]:
     """Shuffle prompts by seed and split them into train and held-out, neither of them empty."""
     order = torch.randperm(len(prompts), generator=step_generator(seed, 0, Stream.PROMPT_SPLIT)).tolist()
@@ -133,26 +149,30 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
     Raises:
         UserError: There are fewer than two prompts.
     """
-    prompts = list(dict.fromkeys(prompts))[: settings.num_prompts]
-    if len(prompts) < 2:
-        raise UserError(f"calibration needs at least 2 different prompts, got {len(prompts)}; add lines to --prompts")
-    if isinstance(
-        getattr(pipeline, "transformer_2", None), nn.Module
-    ):  # Wan 2.2: one expert for much noise, one for little
-        logger.warning("%s has two transformers; only 'transformer' is compressed", type(pipeline).__name__)
-    if note := cut_note(pipeline, prompts):
+    texts = list(dict.fromkeys(prompts))
+    pictured = isinstance(texts[0], PicturedPrompt) if texts else False
+    prompts = list(prompts if pictured else texts)[: settings.num_prompts]  # a text may go with several pictures
+    if len(texts) < 2:
+        raise UserError(f"calibration needs at least 2 different prompts, got {len(texts)}; add lines to --prompts")
+    if note := cut_note(pipeline, texts):
         logger.warning("%s", note)
+    if pictured:
+        forget_others(folder, [[prompt.name, prompt] for prompt in prompts if isinstance(prompt, PicturedPrompt)])
+    size = 1 if pictured else settings.batch_size
     jobs = []
-    for split, chosen in split_prompts(prompts, settings.held_out_share, seed).items():
+    for split, chosen in split_prompts(list(dict.fromkeys(prompts)), settings.held_out_share, seed).items():
         # Prompts of like length share a batch, so that few shapes of text embeddings arise.
-        chosen = sorted(chosen, key=lambda text: (prompt_length(pipeline, text), text))
-        for start in range(0, len(chosen), settings.batch_size):
-            jobs.append((split, start // settings.batch_size, chosen[start : start + settings.batch_size]))
+        own = [prompt for prompt in prompts if prompt in set(chosen)]
+        own.sort(key=lambda text: (prompt_length(pipeline, text), text))
+        for start in range(0, len(own), size):
+            jobs.append((split, start // size, own[start : start + size]))
     with Progress("capture", total=len(jobs)) as progress:
         for number, (split, index, batch) in enumerate(jobs):
             path = folder / f"{split}-{index:04d}.safetensors"
             if not path.is_file():
                 calls = record_calls(pipeline, batch, captured_noise(seed, number, len(batch)), settings)
+                if number == 0:
+                    _check_guided(pipeline, calls, len(batch), settings)
                 sizes = [trees.batch_size(call.arguments) for call in calls]
                 drawn = step_generator(seed, number, Stream.CAPTURED_STEPS)
                 picked = choose_rows(len(calls), settings.states_per_prompt, min(sizes), drawn)
@@ -162,7 +182,42 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
             progress.advance()
 
 
+def check_teacher(pipeline: Any, settings: CaptureConfig, pictured: bool) -> None:
+    """Refuse a teacher that wants what it will not get, and say what of it stays as it is, or is left out.
+
+    Args:
+        pipeline: The teacher.
+        settings: See :class:`CaptureConfig`.
+        pictured: Whether its prompts bring pictures.
+
+    Raises:
+        ModelError: See :func:`ppcl.teacher.pipeline_call.check_call`.
+    """
+    check_call(pipeline, pictured)
+    check_guidance(pipeline, settings)
+    name = type(pipeline).__name__
+    if others := other_transformers(pipeline):
+        logger.warning("%s has another transformer, %s; only 'transformer' is compressed", name, ", ".join(others))
+    if not pictured and (pictures := picture_arguments(pipeline)):
+        logger.warning(
+            "%s also takes pictures (%s), and none of its calibration will have one: what it does with them is not "
+            "looked after; set capture.data to captioned pictures (docs/data.md)",
+            *(name, ", ".join(pictures)),
+        )
+
+
+def _check_guided(pipeline: Any, calls: Sequence[Call], count: int, settings: CaptureConfig) -> None:
+    """Say so where the transformer's first calls are not what the guidance scale asks for."""
+    double = trees.batch_size(calls[0].arguments) > count or max(guidance_branches([c.arguments for c in calls])) > 0
+    asked = settings.guidance_scale
+    if asked is not None and double != (asked > OFF) and not pipeline.transformer.config.get("guidance_embeds"):
+        logger.warning(
+            "%s asks its transformer %s a step at capture.guidance_scale=%g",
+            *(type(pipeline).__name__, "twice" if double else "once", asked),
+        )
+
+
 def prompt_length(pipeline: Any, text: str) -> int:
     """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
     tokenizer = getattr(pipeline, "tokenizer", None)
-    return len(tokenizer(text).input_ids) if callable(tokenizer) else len(text)
+    return len(tokenizer(str(text)).input_ids) if callable(tokenizer) else len(text)

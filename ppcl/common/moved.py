@@ -28,6 +28,7 @@ MOVED = {  # old module -> where its names are now, looked for in this order
 MOVED_WITHIN = {  # modules that became packages
     "ppcl.capture": ("ppcl.teacher.calls", "ppcl.capture.states", "ppcl.capture.trajectories"),
     "ppcl.student": ("ppcl.student.assembly",),
+    "ppcl.teacher": ("ppcl.teacher.loading", "ppcl.teacher.calls"),
 }
 
 

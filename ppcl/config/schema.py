@@ -28,7 +28,9 @@ class CaptureConfig(PicturesConfig):
     height: int | None = Field(None, description="pixels; the pipeline's default if empty")
     width: int | None = None
     num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
-    guidance_scale: float = Field(4.0, ge=1, description="1 turns classifier-free guidance off")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="as the pipeline counts it, 1 or less for none; the pipeline's default if empty"
+    )
     negative_prompt: str = " "
 
 

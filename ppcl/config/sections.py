@@ -30,6 +30,11 @@ class PicturesConfig(Section):
         "folder, shards like data-{000..012}.tar, *.parquet, hub:owner/name (docs/data.md); num_prompts counts them",
     )
     image_column: str = Field("image", description="of a Hugging Face data set")
+    source_column: str = Field(
+        "",
+        description="of what starts from a picture (editing, image to video): the picture to start from, in a data "
+        "set, a table, or a shard's NAME.<column>.png; the captioned picture itself if empty",
+    )
     caption_column: str = Field(
         "text",
         description="of a data set, a table or a .json beside a picture; text: or caption, prompt ...",
@@ -50,5 +55,6 @@ class PicturesConfig(Section):
         return ratios
 
     def identity(self) -> dict[str, Any]:
-        """Without what prompts alone do not read."""
-        return self.model_dump(exclude=set(PicturesConfig.model_fields) if self.data == PROMPTS else set())
+        """Without what prompts alone do not read, and what is not given."""
+        unread = set() if self.source_column else {"source_column"}
+        return self.model_dump(exclude=set(PicturesConfig.model_fields) if self.data == PROMPTS else unread)

@@ -135,10 +135,10 @@ def source_licence(source: str) -> dict[str, str]:
 
 def pipeline_tag(pipeline_class: str, transformer_class: str) -> str:
     """The hub's name for what a pipeline does."""
-    if any(word in pipeline_class for word in ("Edit", "Img2Img", "Kontext", "Inpaint")):
+    if any(word in pipeline_class for word in ("Edit", "Img2Img", "Kontext", "Inpaint", "Fill", "Control", "I2I")):
         return "image-to-image"
     if "3D" in transformer_class:
-        return "image-to-video" if "ImageToVideo" in pipeline_class else "text-to-video"
+        return "image-to-video" if re.search("ImageToVideo|I2V", pipeline_class) else "text-to-video"
     return "text-to-image"
 
 

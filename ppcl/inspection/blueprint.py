@@ -58,6 +58,7 @@ def read_config(model: str) -> tuple[dict[str, Any], int]:
         check_model(model)
         config_path = _fetch(model, CONFIG_FILE)
         vae_path = _fetch(model, VAE_FILE, required=False)
+        _fetch(model, "model_index.json", required=False)  # for what asks which class of pipeline it is
     if config_path is None:
         raise AssertionError("a required file is there or an error")
     config = _read_json(config_path)

@@ -141,9 +141,10 @@ class Costs:
 
     @property
     def branches(self) -> int:
-        """Transformer passes of a denoising step: two with classifier-free guidance."""
+        """Transformer passes of a denoising step: two with classifier-free guidance, a pipeline's usual default."""
         distilled = bool(self.blueprint.transformer.config.get("guidance_embeds"))
-        return 2 if self.config.capture.guidance_scale > 1 and not distilled else 1
+        scale = self.config.capture.guidance_scale
+        return 2 if (scale is None or scale > 1) and not distilled else 1
 
     @property
     def block_flops(self) -> float:

@@ -28,7 +28,9 @@ from ppcl.student.prediction import predict
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter, StackSpec, adapter_for
 from ppcl.teacher.flops import count_params
+from ppcl.teacher.loading import pipeline_class
 from ppcl.teacher.model_info import ModelInfo, Stack
+from ppcl.teacher.pipeline_call import needs_of
 
 STEPS = tuple(round(0.05 * step, 2) for step in range(11))  # shares of the blocks removed
 DEFAULT_PIXELS = 1024
@@ -81,6 +83,7 @@ class Inspection:
         budget: The budget asked for, by kind.
         choices: The largest depth-only size within it, then other splits of about that size.
         wider: An example of a size within it by smaller modules alone, of an assumed rank.
+        needs: What the pipeline wants beside prompts, and where it can be had; empty if nothing, or if it is not known.
     """
 
     source: str
@@ -93,6 +96,7 @@ class Inspection:
     budget: dict[str, float] | None = None
     choices: tuple[Rung, ...] = ()
     wider: Wider | None = None
+    needs: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -146,6 +150,7 @@ def inspect_model(
         budget=dict([settings.budget]) if asked else None,
         choices=largest_within(info, settings, max_run) if asked else (),
         wider=widest_within(transformer, adapter, settings.keep, rank, arguments) if settings.keep and rank else None,
+        needs=needs_of(kind) if (kind := pipeline_class(model)) is not None else "",
     )
 
 
@@ -291,6 +296,7 @@ def report(inspection: Inspection) -> str:
     for part, count in inspection.parts.items():
         if count:
             lines.append(f"  {part:<{width}} {count:>16,} {count / model.params:6.1%}  {inspection.means[part]}")
+    lines += ["", inspection.needs] if inspection.needs else []
     return "\n".join([*lines, "", *_sizes(inspection), *_wider(inspection)])
 
 

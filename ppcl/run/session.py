@@ -7,11 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.capture.prompts import prompts_for
+from ppcl.capture.prompts import pictured_prompts, prompts_for
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import append_row, digest, read_json
 from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config import PlanConfig, RunConfig, for_model
+from ppcl.config.sections import PROMPTS
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
@@ -48,8 +49,8 @@ class Session:
         self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
         check_model(model)
         check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
-        self.calibration_prompts, self.evaluation_prompts = prompts_for(model, prompts, config.evaluate.num_prompts)
-        self.identity = digest(weights_digest(model), self.calibration_prompts, self.evaluation_prompts, config.seed)
+        self._texts = prompts_for(model, prompts, config.evaluate.num_prompts)
+        self.identity = digest(weights_digest(model), *self._texts, config.seed)
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on: its settings, the seed, the model, the stages before it."""
@@ -60,6 +61,32 @@ class Session:
         position = ORDER.index(stage)
         upstream = self.depends(ORDER[position - 1]) if position else ""
         return digest(stage, section.identity() if section else None, shared, upstream)
+
+    @cached_property
+    def is_pictured(self) -> bool:
+        """Whether the teacher's prompts bring pictures: it starts from some, and ``capture.data`` has them."""
+        from ppcl.teacher.loading import pipeline_class
+        from ppcl.teacher.pipeline_call import picture_arguments
+
+        if self.config.capture.data == PROMPTS:
+            return False
+        return bool(picture_arguments(pipeline_class(self.model) or type(self.teacher)))
+
+    @cached_property
+    def _prompts(self) -> Any:
+        if not self.is_pictured:
+            return self._texts
+        return pictured_prompts(self.config.capture, self.config.evaluate.num_prompts, self.config.seed)
+
+    @property
+    def calibration_prompts(self) -> list[str]:
+        """What the teacher's states are recorded from."""
+        return list(self._prompts[0])
+
+    @property
+    def evaluation_prompts(self) -> list[str]:
+        """What is drawn to judge by; none of them calibrates."""
+        return list(self._prompts[1])
 
     @property
     def calibration(self) -> Path:

@@ -12,6 +12,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.common.files import StoredTensors, read_json, write_text
 from ppcl.common.folders import LEDGER, check_apart
+from ppcl.config.sections import PROMPTS
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run.folder import CHECKPOINTS
 from ppcl.run.session import Session
@@ -23,28 +24,30 @@ STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "p
 
 def _check_capture(session: Session) -> None:
     from ppcl.capture.pictures import check_data
+    from ppcl.capture.trajectories import check_teacher
     from ppcl.config.names import BUDGETS
-    from ppcl.config.sections import PROMPTS
     from ppcl.export.pipeline import check_source
     from ppcl.run.outlook import check_budget
 
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
     check_source(session.model)
-    data = Path(session.config.capture.data)
-    if session.config.capture.data != PROMPTS and data.is_dir() and not (data / "metadata.jsonl").is_file():
+    settings = session.config.capture
+    data = Path(settings.data)
+    if settings.data != PROMPTS and data.is_dir() and not (data / "metadata.jsonl").is_file():
         check_apart(session.out, [data])  # or the run's own pictures would be samples
-    check_data(session.teacher, session.config.capture)
+    noised = not session.is_pictured and settings.data != PROMPTS
+    check_data(session.teacher, settings, noised or bool(session.config.distill.fresh))
+    check_teacher(session.teacher, settings, session.is_pictured)
 
 
 def _capture(session: Session, _: None) -> None:
     from ppcl.capture.padding import check_padding
     from ppcl.capture.pictures import capture_pictures
     from ppcl.capture.trajectories import capture
-    from ppcl.config.sections import PROMPTS
 
     settings, seed = session.config.capture, session.config.seed
-    if settings.data == PROMPTS:
+    if settings.data == PROMPTS or session.is_pictured:
         capture(session.teacher, session.calibration_prompts, session.calibration, settings, seed)
     else:
         capture_pictures(session.teacher, session.calibration, settings, seed, session.evaluation_prompts)

@@ -49,6 +49,16 @@ def stored_folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def pipeline_class(model: str) -> Any | None:
+    """The class of a pipeline whose files are here, as its index names it; None where that is not known."""
+    import diffusers
+
+    folder = stored_folder(model)
+    path = folder / "model_index.json" if folder is not None else None
+    index = read_json(path) if path is not None and path.is_file() else {}
+    return getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, dict) else None
+
+
 def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
     """The dtype that most bytes of a pipeline's stored transformer have, in the files of a variant if there are any.
 

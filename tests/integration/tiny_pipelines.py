@@ -74,20 +74,84 @@ def _modulated(transformer: Any) -> Any:
     return transformer
 
 
-def flux() -> Any:
+def flux(kind: str = "FluxPipeline", **config: Any) -> Any:
     """FLUX dev: guidance is an input, and there are two block lists."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    import diffusers
 
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=4, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    config = {"in_channels": 16, "guidance_embeds": True, **config}
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, num_layers=4, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6), **config,
     )  # fmt: skip
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     decoder = vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611)
-    return FluxPipeline(
-        flow_scheduler(use_dynamic_shifting=True), decoder, clip(tokenizer, False), tokenizer, t5(tokenizer_2),
-        tokenizer_2, _modulated(transformer),
+    return getattr(diffusers, kind)(
+        scheduler=flow_scheduler(use_dynamic_shifting=True), vae=decoder, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder=clip(tokenizer, False), text_encoder_2=t5(tokenizer_2), transformer=_modulated(transformer),
     )  # fmt: skip
+
+
+def schnell() -> Any:
+    """FLUX schnell: made for few steps without guidance, which is no input."""
+    return flux(guidance_embeds=False)
+
+
+def flux_kontext() -> Any:
+    """FLUX Kontext: edits a picture, and draws without one, too."""
+    return flux("FluxKontextPipeline")
+
+
+def flux_fill() -> Any:
+    """FLUX Fill: a picture and a mask, beside the latents in channels."""
+    return flux("FluxFillPipeline", in_channels=16 + 16 + 4 * 4, out_channels=16)
+
+
+def flux_control() -> Any:
+    """FLUX Control (depth, canny): a picture beside the latents in channels."""
+    return flux("FluxControlPipeline", in_channels=32, out_channels=16)
+
+
+def qwen_edit(kind: str = "QwenImageEditPipeline") -> Any:
+    """Qwen-Image-Edit; of a megapixel where :func:`small_sources` is not called."""
+    import diffusers
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    from ppcl.emoji.components import new_text_encoder, new_tokenizer
+
+    tokenizer = new_tokenizer(["a red cat", "an old house"])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]}
+    )
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    sides = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(**sides), tokenizer, Qwen2VLVideoProcessor(), chat_template="x")
+    text_encoder = new_text_encoder(tokenizer)
+    text_encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=128, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    decoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, False],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return getattr(diffusers, kind)(
+        scheduler=flow_scheduler(), vae=decoder, text_encoder=text_encoder, tokenizer=tokenizer,
+        processor=processor, transformer=_modulated(transformer),
+    )  # fmt: skip
+
+
+def small_sources(monkeypatch: Any) -> None:
+    """Qwen-Image-Edit brings every source to a megapixel; here to 32 x 32 pixels."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (32, 32, None))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio: (32, 32))
+
+
+def qwen_edit_plus() -> Any:
+    """Qwen-Image-Edit-Plus: several pictures beside one prompt."""
+    return qwen_edit("QwenImageEditPlusPipeline")
 
 
 def sd3(with_t5: bool = True) -> Any:
@@ -151,22 +215,65 @@ def z_image() -> Any:
     )
 
 
-def wan() -> Any:
-    """Wan: a video model; guidance calls the transformer twice a step."""
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+def _wan_transformer(in_channels: int = 4) -> Any:
+    from diffusers import WanTransformer3DModel
 
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-        text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=6, rope_max_seq_len=32,
+    return _modulated(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=4,
+            text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=6, rope_max_seq_len=32,
+        )
     )  # fmt: skip
+
+
+def wan(kind: str = "WanPipeline", in_channels: int = 4, **parts: Any) -> Any:
+    """Wan: a video model; guidance calls the transformer twice a step."""
+    import diffusers
+    from diffusers import AutoencoderKLWan
+
     decoder = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     tokenizer = t5_tokenizer()
-    return WanPipeline(
-        tokenizer, t5(tokenizer, multilingual=True), decoder, flow_scheduler(shift=3.0), _modulated(transformer)
-    )
+    return getattr(diffusers, kind)(
+        tokenizer=tokenizer, text_encoder=t5(tokenizer, multilingual=True), vae=decoder,
+        scheduler=flow_scheduler(shift=3.0), transformer=_wan_transformer(in_channels), **parts,
+    )  # fmt: skip
 
 
+def wan_two_experts() -> Any:
+    """Wan 2.2: one transformer for much noise, one for little."""
+    return wan(transformer_2=_wan_transformer(), boundary_ratio=0.7)
+
+
+def wan_image_to_video() -> Any:
+    """Wan image to video: the first frame and a mask of frames beside the latents in channels."""
+    return wan("WanImageToVideoPipeline", in_channels=12)
+
+
+def ltx_image_to_video() -> Any:
+    """LTX image to video: the first frame's tokens have a timestep of their own."""
+    from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXVideoTransformer3DModel
+
+    decoder = AutoencoderKLLTXVideo(
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+        decoder_block_out_channels=(8,) * 4, decoder_layers_per_block=(1,) * 5, decoder_inject_noise=(False,) * 5,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1,
+        patch_size_t=1, encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    decoder.use_framewise_encoding = decoder.use_framewise_decoding = False
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=6, caption_channels=WIDTH,
+    )  # fmt: skip
+    tokenizer = t5_tokenizer()
+    return LTXImageToVideoPipeline(flow_scheduler(), decoder, t5(tokenizer), tokenizer, _modulated(transformer))
+
+
+PICTURED = {
+    f.__name__: f
+    for f in (flux_kontext, flux_fill, flux_control, qwen_edit, qwen_edit_plus, wan_image_to_video, ltx_image_to_video)
+}
 PIPELINES = {f.__name__: f for f in (flux, sd3, sd3_without_t5, pixart, z_image, wan)}

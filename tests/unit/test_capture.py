@@ -16,7 +16,6 @@ from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import States
 from ppcl.capture.trajectories import (
     capture,
-    guidance_arguments,
     record_calls,
     split_prompts,
     write_calls,
@@ -24,10 +23,11 @@ from ppcl.capture.trajectories import (
 from ppcl.common.files import read_tensors, write_tensors
 from ppcl.common.streams import seeds
 from ppcl.config import CaptureConfig
-from ppcl.errors import ArtifactError, UserError
+from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.eval.velocity import state_errors
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.pipeline_call import guidance_arguments
 
 SETTINGS = CaptureConfig(**CAPTURE)
 LONG = "a very old blue house by the sea"
@@ -69,7 +69,7 @@ def test_record_calls_cleans_up_after_an_error() -> None:
         raise RuntimeError("broken")
 
     handle = pipeline.transformer.proj_out.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ModelError, match="RuntimeError: broken"):
         record_calls(pipeline, PROMPTS[:2], list(seeds(0, 2)), SETTINGS)
     handle.remove()
     assert not pipeline.transformer._forward_hooks

@@ -227,7 +227,7 @@ def test_arguments_are_found_out(finished_run: Path, models: tuple[Path, Path], 
     assert settings_for([run], [], []).evaluate.num_inference_steps == 2  # the run's own settings
     assert settings_for([run], [], ["evaluate.num_inference_steps=3"]).evaluate.num_inference_steps == 3
     held = json.loads((finished_run / "eval" / "student" / "seed-0" / "prompts.json").read_text())["prompts"]
-    assert evaluation_prompts([run], None, 128) == held
+    assert evaluation_prompts([run], None, settings_for([run], [], [])) == held
     with pytest.raises(UserError, match="given twice"):
         sources([str(models[0]), str(models[0])])
     with pytest.raises(ModelError, match=r"model_index\.json is missing"):

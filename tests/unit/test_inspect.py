@@ -284,7 +284,7 @@ def test_hub_files_are_fetched_without_weights(tmp_path, monkeypatch, ppcl):
     code, out, err = ppcl("inspect", "Qwen/Qwen-Image", "--json", "--height", "512", "--width", "768")
     assert code == 0, err
     assert json.loads(out)["call"]["image_tokens"] == 32 * 48
-    assert asked == [("Qwen/Qwen-Image", "transformer/config.json"), ("Qwen/Qwen-Image", "vae/config.json")]
+    assert asked == [("Qwen/Qwen-Image", f"{n}.json") for n in ("transformer/config", "vae/config", "model_index")]
 
 
 def test_embedded_model(ppcl):

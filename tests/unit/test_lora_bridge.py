@@ -355,3 +355,37 @@ def test_other_errors(lora: dict[str, Tensor], tmp_path: Path) -> None:
             call()
     with pytest.raises(ModelError, match="cannot load LoRA"):
         load_lora(SimpleNamespace(transformer=qwen_pipe().transformer), lora)
+
+
+def test_an_unknown_option_is_refused() -> None:
+    pipe = qwen_pipe()
+    with pytest.raises(UserError, match=r"load_lora takes no adapter_nam \(did you mean 'adapter_name'\?\)"):
+        load_lora(pipe, lora_for(tiny_qwen(6), ("to_q",)), adapter_nam="style")
+    with pytest.raises(UserError, match="QwenImagePipeline has no transformer_2; leave load_into_transformer_2 out"):
+        load_lora(pipe, lora_for(tiny_qwen(6), ("to_q",)), load_into_transformer_2=True)
+    assert not getattr(pipe.transformer, "peft_config", {})
+
+
+def test_a_lora_of_the_second_expert_goes_there() -> None:
+    """Wan 2.2: LoRAs come in pairs, and the second transformer has all its blocks."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    def transformer() -> Any:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=16, ffn_dim=32, num_layers=6, rope_max_seq_len=32,
+        )  # fmt: skip
+
+    teacher = transformer()
+    first = student_of(teacher, [("blocks", 1, 3)])
+    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), first, transformer(), boundary_ratio=0.7)
+    tensors = lora_for(teacher, ("attn1.to_q",))
+    report = load_lora(pipe, tensors, adapter_name="low", load_into_transformer_2=True)
+    assert list(pipe.transformer_2.peft_config) == ["low"]
+    assert not getattr(first, "peft_config", {})
+    assert (len(report.other), report.dropped) == (len(tensors), ())
+    load_lora(pipe, tensors, adapter_name="high")
+    assert list(first.peft_config) == ["high"] and list(pipe.transformer_2.peft_config) == ["low"]
+    pipe.transformer_2.register_to_config(_ppcl={"kept_blocks": {}})
+    with pytest.raises(UserError, match="the transformer_2 of WanPipeline was compressed"):
+        load_lora(pipe, tensors, adapter_name="other", load_into_transformer_2=True)

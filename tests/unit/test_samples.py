@@ -92,7 +92,8 @@ def test_what_fails_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert rows == []
     assert len(caplog.messages) == 2 and not any("\n" in text for text in caplog.messages)
     assert "samples of step 2 could not be drawn" in caplog.messages[0]
-    assert "samples of step 6 could not be drawn (no kernel)" in caplog.messages[1]
+    assert "samples of step 6 could not be drawn" in caplog.messages[1]
+    assert "RuntimeError: no kernel" in caplog.messages[1]
 
 
 class Others(Group):

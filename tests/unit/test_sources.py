@@ -132,6 +132,23 @@ def test_shards(tmp_path: Path) -> None:
     assert use(tmp_path)[0] == used == use(tmp_path / "*.tar")[0]
 
 
+def test_the_picture_to_start_from_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    red, blue = picture((255, 0, 0)), picture((0, 0, 255))
+    write_shard(
+        tmp_path / "a.tar", {"0.png": red, "0.source.png": blue, "0.txt": b"to red", "1.png": red, "1.txt": b"x"}
+    )
+    rows = [{"image": red, "before": blue, "text": "to red"}, {"image": red, "before": None, "text": "x"}]
+    table = FakeTable(rows)
+    table.column_names = ["image", "before", "text"]
+    install(monkeypatch, load_dataset=lambda *_, **__: table)
+    for data, column in ((tmp_path / "a.tar", "source"), ("hub:owner/pairs", "before")):
+        used, reasons, (sample,) = use(data, source_column=column)
+        assert (list(used.values()), list(reasons.values())) == (["to red"], ["missing picture"])
+        assert sample.picture().getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(UserError, match=r"no column 'befor' \(did you mean 'before'\?\); set capture.source_column"):
+        use("hub:owner/pairs", source_column="befor")
+
+
 def test_number_ranges_are_written_out() -> None:
     assert expand("d-{008..010}.tar") == ["d-008.tar", "d-009.tar", "d-010.tar"]
     assert expand("{1..2}/d-{9..10}.tar") == ["1/d-10.tar", "1/d-9.tar", "2/d-10.tar", "2/d-9.tar"]
@@ -297,6 +314,8 @@ def test_settings_of_pictures_do_not_count_where_prompts_are_the_data() -> None:
     assert CaptureConfig().identity() == CaptureConfig(caption_column="other").identity()
     assert CaptureConfig(data="a").identity() != CaptureConfig(data="a", caption_column="other").identity()
     assert CaptureConfig(data="a").identity() != CaptureConfig(data="b").identity()
+    assert "source_column" not in CaptureConfig(data="a").identity()  # runs from before it was there go on
+    assert CaptureConfig(data="a", source_column="b").identity()["source_column"] == "b"
 
 
 def test_a_folder_whose_name_looks_like_a_wildcard(tmp_path: Path) -> None:

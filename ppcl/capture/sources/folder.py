@@ -53,6 +53,7 @@ class Folder(Source):
     def __init__(self, path: Path, settings: CaptureConfig) -> None:
         self.table = path if path.is_file() else None
         self.path, self.column = path.parent if self.table else path, settings.caption_column
+        self.columns = (settings.source_column,) if settings.source_column else FILES
         if not self.table and not _tables(self.path):
             folders = {entry.name for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."}
             if settings.data_split in folders <= SPLITS:
@@ -71,7 +72,7 @@ class Folder(Source):
         def unreadable(error: OSError) -> None:
             skipped.add(str(error.filename), BadSample("unreadable folder", error.strerror or str(error)))
 
-        files = [] if self.table else picture_files(self.path, unreadable)
+        files = [] if self.table or self.columns != FILES else picture_files(self.path, unreadable)
         found: list[Found] = []
         listed: list[Path] = []  # folders that a table stands for
         for folder in [self.path] if self.table else self._folders():
@@ -101,9 +102,9 @@ class Folder(Source):
                     raise
                 skipped.add(name, BadSample("unreadable table", str(error)))
                 continue
-            if not any(column(row.content, FILES) for row in rows):
+            if not any(column(row.content, self.columns) for row in rows):
                 detail = f"no column names pictures ({', '.join(columns(rows)[:20]) or 'it has none'})"
-                skipped.add(name, BadSample("unknown table", f"{detail}; call it file_name"))
+                skipped.add(name, BadSample("unknown table", f"{detail}; call it {self.columns[0]}"))
             elif samples is not None:
                 skipped.add(name, BadSample("second table", "another one of this folder is used"))
             else:
@@ -112,14 +113,15 @@ class Folder(Source):
 
     def _sample(self, row: Row, table: str, place: Path, skipped: Skipped) -> Iterator[Found]:
         """The sample of a row; none of a bad one."""
-        name = column(row.content, FILES)
+        name = column(row.content, self.columns)
         file = row.content[name] if name is not None else None
         if isinstance(file, str) and file.strip() and is_text(file):
             picture = place / file
             shown = str(picture.relative_to(self.path)) if picture.is_relative_to(self.path) else file
             yield shown, picture, partial(caption_of, row.content, self.column)
         else:
-            why = row.error or (f"it has no {FILES[0]}" if name is None else f"{name} must be a text, without a NUL")
+            lacks = f"it has no {self.columns[0]}"
+            why = row.error or (lacks if name is None else f"{name} must be a text, without a NUL")
             skipped.add(f"{table}:{row.number}", BadSample("bad caption line", why))
 
     def _beside(self, picture: Path) -> str:

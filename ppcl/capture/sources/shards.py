@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,8 @@ class Shards(Source):
 
     def __init__(self, pattern: str, settings: CaptureConfig) -> None:
         self.column = settings.caption_column
+        self.suffixes = [f".{settings.source_column}{end}".replace("..", ".") for end in ("", *SUFFIXES)]
+        self.suffixes = self.suffixes if settings.source_column else list(SUFFIXES)
         names = [Path(name).expanduser() for name in expand(str(Path(pattern).expanduser()))]
         self.missing = [path for path in names if not path.is_file()]
         self.shards = [path for path in names if path.is_file()]
@@ -124,7 +126,7 @@ class Shards(Source):
         found = [sample for path in self.shards for sample in self._samples(path, skipped)]
         for index in shuffled(len(found), seed):
             name, members = found[index]
-            yield Entry(name, partial(self._caption, members), partial(_picture, members))
+            yield Entry(name, partial(self._caption, members), partial(_picture, members, self.suffixes))
 
     def _samples(self, shard: Path, skipped: Skipped) -> list[tuple[str, list[_Place]]]:
         """Names and members of a shard's samples; of a damaged shard those before the damage."""
@@ -160,8 +162,8 @@ class Shards(Source):
         raise BadSample("no caption", f"the sample has none of {', '.join(CAPTIONS)}")
 
 
-def _picture(members: list[_Place]) -> Image.Image:
+def _picture(members: list[_Place], suffixes: Sequence[str]) -> Image.Image:
     for place in members:
-        if place.suffix in SUFFIXES:
+        if place.suffix in suffixes:
             return decode(place.read(MAX_BYTES))
-    raise BadSample("missing picture", f"the sample has none of {', '.join(SUFFIXES)}")
+    raise BadSample("missing picture", f"the sample has none of {', '.join(suffixes)}")

@@ -88,7 +88,7 @@ class Table(Source):
                 )
             table = table[split]
         names = table.column_names
-        for key in ("image_column", "caption_column"):
+        for key in ("source_column" if self.settings.source_column else "image_column", "caption_column"):
             wanted = getattr(self.settings, key)
             is_there = names is None or wanted in names
             if not is_there and not (key == "caption_column" and caption_column(dict.fromkeys(names), wanted)):
@@ -96,13 +96,13 @@ class Table(Source):
                 raise UserError(
                     f"data set {self.name} has no column {wanted!r}{hint}; set capture.{key} to one of {names}"
                 )
-        column = self.settings.image_column
+        column = self.settings.source_column or self.settings.image_column
         if isinstance((table.features or {}).get(column), self.library.Image):
             table = table.cast_column(column, self.library.Image(decode=False))
         return table
 
     def _entry(self, name: str, row: Callable[[], dict[str, Any]]) -> Entry:
-        image, text = self.settings.image_column, self.settings.caption_column
+        image, text = self.settings.source_column or self.settings.image_column, self.settings.caption_column
         return Entry(name, lambda: caption_of(row(), text), lambda: _picture(row().get(image), self.is_here))
 
 
