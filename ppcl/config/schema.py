@@ -152,6 +152,11 @@ class DistillConfig(MemorySettings, Section):
         description="after stage 1, of each substitute in turn: on the student's own states with the teacher's as "
         "targets, one block in memory (docs/training.md)",
     )
+    correct: bool = Field(
+        False,
+        description="before carried steps, of each substitute in turn: its last linear layers in closed form, on the "
+        "student's own states with the teacher's as targets, one block in memory (docs/training.md)",
+    )
     alternating_steps: int = Field(
         0, ge=0, description="stage 2: hybrids of teacher and substitutes, a coin for each, on states and velocity"
     )
@@ -212,18 +217,23 @@ class DistillConfig(MemorySettings, Section):
         alone = "one_at_a_time" if self.one_at_a_time else "release_gradients" if released else ""
         if alone and self.sparsity.zeros:
             raise ValueError(f"sparsity holds all gradients together; leave out distill.{alone}")
-        if self.carried_steps:
+        if self.walks:
             asked = {"shard_teacher": self.shard_teacher, "fresh": self.fresh, "sparsity": self.sparsity.zeros}
             if names := [name for name, there in asked.items() if there]:
                 raise ValueError(
-                    f"distill.carried_steps trains one substitute after the other on recorded states, with whole "
-                    f"blocks and no zeros to hold; leave it out, or {names[0]}"
+                    f"distill.{'carried_steps' if self.carried_steps else 'correct'} takes one substitute after the "
+                    f"other on recorded states, with whole blocks and no zeros to hold; leave it out, or {names[0]}"
                 )
         if self.fresh and self.one_at_a_time:
             raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
         if released and self.spike_factor:
             raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
         return self
+
+    @property
+    def walks(self) -> bool:
+        """Whether substitutes are corrected or trained on the student's own states."""
+        return bool(self.carried_steps or self.correct)
 
     @property
     def releases_gradients(self) -> bool:
@@ -244,7 +254,8 @@ class DistillConfig(MemorySettings, Section):
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": sparsity} if (sparsity := self.sparsity.identity()) else {}
-        unread = {*HOW_NOT_WHAT, "sparsity", *(name for name in ("fresh", "carried_steps") if not getattr(self, name))}
+        off = {name for name in ("fresh", "carried_steps", "correct") if not getattr(self, name)}
+        unread = {*HOW_NOT_WHAT, "sparsity", *off}
         return {**self.model_dump(exclude=unread), **zeros}
 
 

@@ -4,8 +4,9 @@
     student  h_0 -> [T_1] -> h_1 -> [     S    ] -> s_3 -> [T_4] ...     S learns |S(s) - h|, then carries s on
 
 Both walk together: a block that the student keeps runs on the states of both. When the block at a run's end leaves, its
-substitute is trained from the states that the student so far hands on, and then it hands them on itself, so that later
-substitutes make up for the errors of earlier ones. Nothing is differentiated beyond one substitute: memory holds one
+substitute is corrected in closed form (:mod:`ppcl.distill.correction`) or trained, or both, from the states that the
+student so far hands on, and then it hands them on itself, so that later substitutes make up for the errors of earlier
+ones. Nothing is differentiated beyond one substitute: memory holds one
 block (two where they are streamed), and one substitute with its optimizer.
 
 The student's states lie beside the teacher's in one store, so a killed stage goes on at the block for both of them.
@@ -14,6 +15,7 @@ Inside a run they are those that enter it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -26,15 +28,20 @@ from ppcl.capture.states import States as Recorded
 from ppcl.capture.store import StateStore
 from ppcl.common.devices import autocast
 from ppcl.common.files import read_tensors, remove
+from ppcl.common.progress import announce
+from ppcl.distill.correction import correct
 from ppcl.distill.in_sweep import Ends, in_precision_of
 from ppcl.distill.recipe import Recipe
 from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
+from ppcl.errors import ArtifactError
 from ppcl.student.assembly import RunKey, run_name
 from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.calls import Call
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.trace import BlockCall
 from ppcl.training.distributed import Share
+
+logger = logging.getLogger(__name__)
 
 
 class CarriedRecovery(RunByRun):
@@ -44,8 +51,11 @@ class CarriedRecovery(RunByRun):
         recipe: How a substitute is trained; several processes share each batch.
         source: The teacher's blocks.
         load: The substitute of a run as the stage before left it, on the device.
-        held_out: See :class:`RunByRun`.
+        held_out: See :class:`RunByRun`; ``distill.correct`` needs them.
         finished: Called in the first process for a run whose weights are on disk.
+
+    Raises:
+        ArtifactError: There are no held-out states for a correction.
     """
 
     def __init__(
@@ -57,6 +67,10 @@ class CarriedRecovery(RunByRun):
         finished: Callable[[RunKey], None] = lambda _: None,
     ) -> None:
         super().__init__(recipe, source, "carried", held_out)
+        if recipe.settings.correct and held_out is None:
+            raise ArtifactError(
+                "distill.correct needs held-out states, and the calibration has none; run capture again"
+            )
         self.load, self.finished = load, finished
 
     def run(self, runs: Sequence[RunKey]) -> None:
@@ -70,19 +84,34 @@ class CarriedRecovery(RunByRun):
 
     def _trained(self, run: RunKey, ends: Ends) -> nn.Module:
         """A run's substitute at the end of its training, on the device; it is on disk, too."""
-        block, recipe = self.load(run), self.recipe
+        recipe = self.recipe
         if not self.is_finished(run):
-            block = self._train(run, block, ends)
+            block = self._train(run, ends) if recipe.settings.carried_steps else self._start(run, ends)
             recipe.group.on_main(lambda: self.write(run, block))
             recipe.group.on_main(lambda: remove(self.checkpoints(run)))
             recipe.group.on_main(lambda: self.finished(run))
         else:
+            block = self.load(run)
             block.load_state_dict(read_tensors(self.path(run))[0])
         return block.to(recipe.device)
 
-    def _train(self, run: RunKey, block: nn.Module, ends: Ends) -> nn.Module:
-        recipe, settings, name = self.recipe, self.recipe.settings, run_name(run)
-        before = self.held_out_loss(block, ends)
+    def _start(self, run: RunKey, ends: Ends) -> nn.Module:
+        """A run's substitute before its training, corrected if that is asked for."""
+        block, group = self.load(run), self.recipe.group
+        if self.recipe.settings.correct:
+            losses = correct(block, ends, lambda: self.held_out_loss(block, ends), group)
+            if group.is_main and losses:
+                logger.info("distill: correction of %s: state loss %.4f -> %.4f", run_name(run), *losses)
+            elif group.is_main:
+                announce(
+                    f"distill: {run_name(run)} is not corrected: its streams do not end in a linear layer it trains"
+                )
+        return block
+
+    def _train(self, run: RunKey, ends: Ends) -> nn.Module:
+        block, recipe, settings, name = self._start(run, ends), self.recipe, self.recipe.settings, run_name(run)
+        before, judged = self.held_out_loss(block, ends), settings.keep_start and self.held_out is not None
+        start = {n: t.to("cpu", copy=True) for n, t in block.state_dict().items()} if judged else {}
 
         def part(call: Call, share: Share) -> dict[str, float]:
             loss = ends.loss(block, call, share, settings.loss)
@@ -96,9 +125,9 @@ class CarriedRecovery(RunByRun):
         with torch.enable_grad():
             recipe.train("carried", {name: block}, backward, steps, settings.local_learning_rate, where)
         after = self.held_out_loss(block, ends)
-        if recipe.group.any(after > before):
+        if judged and recipe.group.any(after > before):
             say_start_is_kept(run, before, after)
-            return self.load(run)
+            block.load_state_dict(start)
         return block
 
 

@@ -200,6 +200,13 @@ def _spec(adapter: Adapter, name: str) -> StackSpec:
     return next(spec for spec in adapter.stacks if spec.name == name)
 
 
+def correction_bytes(block: nn.Module, spec: StackSpec) -> int:
+    """What :mod:`ppcl.distill.correction` holds at most: sums of a layer a stream, and what solving one takes."""
+    sizes = [(m.in_features + 1, m.out_features) for m in block.modules() if isinstance(m, nn.Linear)]
+    largest = max((size * (size + outputs) for size, outputs in sizes), default=0)
+    return 2 * FLOAT * (len(spec.outputs) + 2) * largest
+
+
 def _local(
     substitutes: Mapping[RunKey, nn.Module],
     teacher: int,
@@ -264,10 +271,14 @@ def estimate_distill(
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
         found["local"] = _local(substitutes, resident, peaks, settings, masks)
-    if substitutes and settings.carried_steps:
+    if substitutes and settings.walks:
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
         estimate = _local(substitutes, resident, peaks, settings.model_copy(update={"one_at_a_time": True}), masks)
+        if settings.correct:
+            sums = max(correction_bytes(block, _spec(adapter, run[0])) for run, block in substitutes.items())
+            corrected = replace(estimate, optimizer=0, average=0, step=estimate.step + sums)
+            estimate = max(corrected, *([estimate] if settings.carried_steps else []), key=lambda e: e.total)
         trained = sum(map(weight_bytes, substitutes.values())) + masks
         found["carried"] = estimate if settings.one_at_a_time else replace(estimate, trained=trained)
     resident = sum(map(weight_bytes, substitutes.values()))

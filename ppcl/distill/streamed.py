@@ -82,12 +82,12 @@ def distill_streamed(
         stages = ", ".join(f"{stage} stage ({count} steps)" for stage, count in skipped.items())
         announce(f"distill: left out, since it needs the whole student in memory and blocks are streamed: {stages}")
     states = States(calibration, "train")
-    has_held_out = settings.keep_start and any(calibration.glob("held-out-*"))
+    has_held_out = (settings.keep_start or settings.correct) and any(calibration.glob("held-out-*"))
     recipe = Recipe(plan, settings, seed, states, out / "checkpoints", source.device, precision, log, group)
     held_out = States(calibration, "held-out") if has_held_out else None
     starts, runs = Starts(source, plan, out, settings), [run for run, _ in members(plan)]
     stage: RunByRun = (local := OneAtATime(recipe, source, starts, held_out))
-    if not (runs and settings.carried_steps):
+    if not (runs and settings.walks):
         local.run(runs)
     else:
 

@@ -132,7 +132,7 @@ class Distiller:
             before = self._held_out_error()
             if self.substitutes and self.settings.local_steps:
                 self._one_at_a_time() if self.settings.one_at_a_time else self._local()
-            if self.substitutes and self.settings.carried_steps:
+            if self.substitutes and self.settings.walks:
                 self._carried()
             if self.settings.alternating_steps or self.settings.output_steps:
                 teacher.close()
@@ -251,7 +251,8 @@ class Distiller:
         """Between stage 1 and 2: substitutes on the student's own states, one block after the other."""
         homes = {run: next(block.parameters()).device for run, block in self.substitutes.items()}
         source = ResidentBlocks(self.transformer, self.device)
-        stage = CarriedRecovery(self.recipe, source, lambda run: self.substitutes[run].to(self.device))
+        held_out = self.held_out if self.settings.correct else None
+        stage = CarriedRecovery(self.recipe, source, lambda run: self.substitutes[run].to(self.device), held_out)
         stage.run([run for run, _ in members(self.plan)])
         self._read(stage)
         for run, block in self.substitutes.items():

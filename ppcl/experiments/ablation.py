@@ -22,7 +22,7 @@ from ppcl.analysis.cka import linear_cka
 from ppcl.capture.states import States
 from ppcl.common.tables import number
 from ppcl.config import DistillConfig, PlanConfig
-from ppcl.config.memory import changed
+from ppcl.config.memory import UNTRAINED, changed
 from ppcl.errors import UserError
 from ppcl.experiments.baselines import nearest_rung, plan_from_runs, removed_blocks, run_keys, with_starts
 from ppcl.experiments.noise import READING, difference
@@ -208,8 +208,8 @@ def _stages(settings: DistillConfig) -> dict[str, DistillConfig]:
     def split(local: int, alternating: int, output: int, **more: Any) -> DistillConfig:
         steps = {"local_steps": local, "alternating_steps": alternating, "output_steps": output}
         # rows differ in one thing, and the sequential ones can do neither
-        alike = {"from_fit": False, "carried_steps": 0, "one_at_a_time": False, "release_gradients": "auto"}
-        return changed(settings, **{**alike, **steps, **more})
+        alike = {"from_fit": False, "one_at_a_time": False, "release_gradients": "auto"}
+        return changed(settings, **{**UNTRAINED, **alike, **steps, **more})
 
     return {
         "sequential": split(total, 0, 0, sequence="sequential"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.tables import number
 from ppcl.config import DistillConfig
-from ppcl.config.memory import STEPS
+from ppcl.config.memory import UNTRAINED
 from ppcl.experiments.baselines import BASELINES, OURS, plans_of_equal_size, removed_outright, with_starts, with_width
 from ppcl.experiments.noise import READING, is_alike
 from ppcl.experiments.runner import MEASURES, Results, Row, RowRunner
@@ -45,7 +45,7 @@ def _rows_of_ours(
     session: Session, analysis: Analysis, candidates: Candidates, depth: CompressionPlan, settings: DistillConfig
 ) -> list[Row]:
     """What the method offers: with smaller modules, where any were measured, and of depth alone."""
-    none = settings.model_copy(update=dict.fromkeys(STEPS, 0))
+    none = settings.model_copy(update=UNTRAINED)
     fast = with_width(analysis, candidates, session.config.plan, "speedup", depth)
     small = with_width(analysis, candidates, session.config.plan, "keep", depth)
     if fast is None or small is None:
@@ -67,7 +67,7 @@ def _rows_of_ours(
 def _removal_rows(plans: Mapping[str, CompressionPlan], settings: DistillConfig) -> list[Row]:
     """Blocks removed as most of the literature does it: nothing stands for them, and all steps tune what is left."""
     steps = settings.local_steps + settings.alternating_steps + settings.output_steps
-    tuned = settings.model_copy(update={**dict.fromkeys(STEPS, 0), "output_steps": steps})
+    tuned = settings.model_copy(update={**UNTRAINED, "output_steps": steps})
     note = f"the rows without substitutes have all their {steps} steps in the output stage"
     return [
         Row(f"{mode}-removed", f"{BASELINES[mode]}, no substitutes", removed_outright(plans[mode]), tuned, note)

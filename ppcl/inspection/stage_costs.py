@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from ppcl.analysis.prices import BRANCHES
 from ppcl.analysis.sweep import ARGUMENTS
 from ppcl.config.memory import STEPS
+from ppcl.distill.correction import RIDGES, ROWS_PER_FEATURE
 from ppcl.distill.memory import FLOAT, optimizer_bytes
 from ppcl.inspection.costs import Costs, StageCost, Work
 from ppcl.inspection.shapes import Part
@@ -205,6 +206,8 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
     work.device = here * (FLOAT + (FLOAT if settings.ema_decay else 0)) + optimizer_bytes(here, settings.optimizer)
     work.device += shapes.step_bytes(part) + (0 if alone or settings.releases_gradients else FLOAT * numbers)
     on_the_way = 0.0
+    if settings.correct:
+        _correction(costs, work)
     for name in ("local", "carried"):
         samples = asked[name] * settings.batch_size
         work.flops += samples * (
@@ -212,7 +215,7 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
         )
         work.moved += (MOVED + 2 * FLOAT) * asked[name] * numbers
         training = levels = 0.0
-        if asked[name] and (alone or name == "carried"):
+        if (asked[name] and alone) or (name == "carried" and settings.walks):
             walkers = 2 if name == "carried" else 1
             _sweep(costs, work, walkers * states)
             swept = states * shapes.state_bytes
@@ -233,6 +236,16 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
     work.files += 3 * work.kept
     notes = (f"{' and '.join(left_out)} stage left out: blocks are streamed",) if left_out else ()
     return costs.cost("distill", work, costs.teacher(alone=True), before, shared=True, notes=notes)
+
+
+def _correction(costs: Costs, work: Work) -> None:
+    """Count the least squares of each substitute's last layers, feed-forward networks of four times the width."""
+    shapes, count = costs.shapes, costs.num_substitutes
+    work.flops += costs.train * count * costs.block_flops
+    for d in max((part.streams for part in shapes.parts), key=sum):
+        rows = min(costs.train * shapes.tokens, ROWS_PER_FEATURE * 4 * d)
+        work.float32 += count * rows * 2 * (4 * d) ** 2
+        work.float64 += count * len(RIDGES) * (4 * d) ** 3 / 3
 
 
 def _whole_student(costs: Costs, numbers: int, batch: int) -> float:

@@ -80,10 +80,11 @@ def resident(folder: Path, teacher: Any, plan: CompressionPlan, name: str, log: 
     return folder / name / "bundle"
 
 
+@pytest.mark.parametrize("steps", [{"carried_steps": 2}, {"correct": True}, {"carried_steps": 2, "correct": True}])
 @pytest.mark.parametrize("new", [qwen, flux])
-def test_streamed_is_resident_to_the_last_bit(new: Any, tmp_path: Path) -> None:
+def test_streamed_is_resident_to_the_last_bit(new: Any, steps: dict[str, Any], tmp_path: Path) -> None:
     teacher, plan = new(tmp_path)
-    steps = {"local_steps": 1, "carried_steps": 2}
+    steps = {"local_steps": 1, **steps}
     found = read_tensors(streamed(tmp_path, plan, "streamed", **steps) / NAME)[0]
     single = read_tensors(resident(tmp_path, teacher, plan, "single", one_at_a_time=True, **steps) / NAME)[0]
     assert all(torch.equal(found[name], single[name]) for name in single)
@@ -97,9 +98,10 @@ def runs_of(tensors: dict[str, torch.Tensor]) -> set[str]:
     return {"/".join(name.split("/")[:2]) for name in tensors}
 
 
-def test_a_killed_stage_goes_on_at_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("correct", [False, True])
+def test_a_killed_stage_goes_on_at_its_block(correct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan = qwen(tmp_path)
-    steps = {"local_steps": 0, "carried_steps": 3}
+    steps = {"local_steps": 0, "carried_steps": 3, "correct": correct}
     whole = (streamed(tmp_path, plan, "whole", **steps) / NAME).read_bytes()
     from ppcl.training.distributed import SINGLE as ALONE
 
@@ -160,7 +162,11 @@ def test_the_student_ends_nearer_to_the_teacher_than_by_local_steps_alone(tmp_pa
 
 def test_settings_that_it_does_not_go_with_are_refused() -> None:
     for other in ("distill.shard_teacher=true", "sparsity.share=0.5"):
-        with pytest.raises(ConfigError, match=r"distill\.carried_steps trains one substitute after the other"):
+        with pytest.raises(ConfigError, match=r"distill\.carried_steps takes one substitute after the other"):
             load_config([], ["distill.carried_steps=3", other])
+        with pytest.raises(ConfigError, match=r"distill\.correct takes one substitute after the other"):
+            load_config([], ["distill.correct=true", other])
     assert "carried_steps" not in DistillConfig().identity()
     assert DistillConfig(carried_steps=3).identity() != DistillConfig().identity()
+    assert "correct" not in DistillConfig().identity()
+    assert DistillConfig(correct=True).identity() != DistillConfig().identity()

@@ -36,6 +36,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "local": {"local_steps": 2, "output_steps": 0},
     "single": {"local_steps": 2, "output_steps": 0, "one_at_a_time": True},
     "carried": {"local_steps": 1, "carried_steps": 2, "output_steps": 0},
+    "corrected": {"local_steps": 1, "correct": True, "output_steps": 0},
     "sequential": {"local_steps": 2, "output_steps": 0, "sequence": "sequential"},
     "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
     "output": {"local_steps": 0, "output_steps": 2, "train": "substitutes"},
@@ -145,7 +146,11 @@ def train_beside_split_teacher(folder: Path, group: Group) -> dict[str, torch.Te
     write_all_states(folder)
     call, result = qwen_call(batch=1, seed=11), {}
     cases: list[tuple[str, str, dict[str, Any]]] = [
-        *((name, name, {"sample_every": 1}) for name in STAGES if name not in ("all", "single", "carried")),
+        *(
+            (name, name, {"sample_every": 1})
+            for name in STAGES
+            if name not in ("all", "single", "carried", "corrected")
+        ),
         ("all", "all", {"sample_every": 1, "shard": True, "accumulate": 2}),
         ("all", "whole", {"sample_every": 1, "checkpointing": True}),
     ]
