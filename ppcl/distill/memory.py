@@ -278,7 +278,8 @@ def estimate_distill(
         if settings.correct:
             sums = max(correction_bytes(block, _spec(adapter, run[0])) for run, block in substitutes.items())
             corrected = replace(estimate, optimizer=0, average=0, step=estimate.step + sums)
-            estimate = max(corrected, *([estimate] if settings.carried_steps else []), key=lambda e: e.total)
+            if corrected.total > estimate.total or not settings.carried_steps:
+                estimate = corrected
         trained = sum(map(weight_bytes, substitutes.values())) + masks
         found["carried"] = estimate if settings.one_at_a_time else replace(estimate, trained=trained)
     resident = sum(map(weight_bytes, substitutes.values()))

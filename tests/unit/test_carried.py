@@ -88,9 +88,12 @@ def test_streamed_is_resident_to_the_last_bit(new: Any, steps: dict[str, Any], t
     found = read_tensors(streamed(tmp_path, plan, "streamed", **steps) / NAME)[0]
     single = read_tensors(resident(tmp_path, teacher, plan, "single", one_at_a_time=True, **steps) / NAME)[0]
     assert all(torch.equal(found[name], single[name]) for name in single)
-    assert_close(read_tensors(resident(tmp_path, teacher, plan, "joint", **steps) / NAME)[0], single)
+    joint = read_tensors(resident(tmp_path, teacher, plan, "joint", **steps) / NAME)[0]
+    # least squares over a few states make more of another rounding
+    assert_close(joint, single, 1e-4 if "correct" in steps else 1e-5)
     local = read_tensors(streamed(tmp_path, plan, "local", local_steps=1) / NAME)[0]
-    assert all(any(not torch.equal(found[n], local[n]) for n in local if n.startswith(run)) for run in runs_of(local))
+    changed = [any(not torch.equal(found[n], local[n]) for n in local if n.startswith(run)) for run in runs_of(local)]
+    assert all(changed) if "carried_steps" in steps else any(changed)  # no correction where none helps
     assert not list(tmp_path.rglob("states-*"))
 
 

@@ -33,9 +33,9 @@ def start(command: list[str], task: str, folder: Path, **environment: str) -> su
     )  # fmt: skip
 
 
-def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert first.keys() == second.keys()
-    same = {k: torch.allclose(first[k], second[k], 1e-5, 1e-5) for k in first}
+    same = {k: torch.allclose(first[k], second[k], tolerance, tolerance) for k in first}
     far = {k: float((first[k] - second[k]).abs().max()) for k in first if not same[k]}
     assert far == {}
 

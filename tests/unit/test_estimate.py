@@ -116,6 +116,15 @@ def test_more_states_take_more_disk_and_what_goes_on_the_way_is_gone(tmp_path):
     assert left == sorted(left)
 
 
+def test_a_correction_walks_as_carried_recovery_does(tmp_path):
+    with_it, without, carried = (
+        by_stage(estimate(tmp_path, QWEN_IMAGE, "distill.local_steps=0", *more))["distill"]
+        for more in (["distill.correct=true"], [], ["distill.carried_steps=1"])
+    )
+    assert with_it.seconds > without.seconds
+    assert without.ram < with_it.ram <= carried.ram  # states of two walks
+
+
 def test_the_output_stage_is_named_where_it_is_left_out(tmp_path):
     (note,) = by_stage(estimate(tmp_path, QWEN_IMAGE))["distill"].notes
     assert "output stage left out" in note

@@ -24,8 +24,14 @@ from tiny_models import (
 )
 from torch import nn
 
+from ppcl.analysis.sweep import forward_sweep
+from ppcl.capture.states import States
 from ppcl.config import DistillConfig
+from ppcl.config.memory import changed
+from ppcl.distill.carried import StudentWalk
+from ppcl.distill.correction import correct
 from ppcl.distill.fake import LiveBytes, lasting_tensors
+from ppcl.distill.in_sweep import Ends, training_course
 from ppcl.distill.local import local_backward
 from ppcl.distill.memory import check_memory, estimate_distill, optimizer_bytes, output_student, weight_bytes
 from ppcl.distill.trainer import Distiller
@@ -34,8 +40,10 @@ from ppcl.inspection.blueprint import build_on_meta
 from ppcl.modules.slicing import heads_of, neurons_of
 from ppcl.student.assembly import RunKey, substitute_block
 from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
+from ppcl.training.distributed import SINGLE as ALONE
 from ppcl.training.losses import velocity_loss
 
 CASES: dict[str, Any] = {
@@ -222,6 +230,31 @@ def test_one_at_a_time_holds_one_substitute_and_streaming_one_block() -> None:
     assert joint.teacher - estimate(offload="cpu").teacher == 5 * block
     assert small.optimizer < 0.27 * joint.optimizer
     assert optimizer_bytes(256, "adamw8bit") == 2 * 256 + 2 * 4
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_correction_is_predicted(case: Any, tmp_path: Path) -> None:
+    new, call, runs = case
+    transformer, arguments = new(), call()
+    adapter, plan = adapter_for(transformer), plan_for(transformer, runs)
+    settings = DistillConfig(local_steps=0, output_steps=0, correct=True)
+    (estimate,) = estimate_distill(transformer, adapter, plan, arguments, settings).values()
+    assert (estimate.optimizer, estimate.average, estimate.gradients) == (0, 0, 0)
+    write_states(tmp_path, "train", [arguments], transformer)
+    states, peaks = States(tmp_path, "train"), []
+    course = training_course(ResidentBlocks(transformer), {"train": states}, 8, tmp_path / "store", "x")
+    blocks = random_substitutes(transformer, adapter, runs)
+
+    def measure(run: RunKey, ends: Ends) -> nn.Module:
+        peaks.append(allocated(lambda: correct(blocks[run], ends, lambda: 0.0, ALONE)))
+        return blocks[run]
+
+    walk = StudentWalk(course, runs, measure)
+    forward_sweep(course, [walk], walk.last)
+    course.store.close()
+    assert 0.5 * estimate.step < max(peaks) < 1.1 * estimate.step
+    trained = estimate_distill(transformer, adapter, plan, arguments, changed(settings, carried_steps=1))["carried"]
+    assert trained.total >= estimate.total
 
 
 def test_checkpointing_and_depth_show_in_the_output_stage() -> None:

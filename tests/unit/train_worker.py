@@ -36,7 +36,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "local": {"local_steps": 2, "output_steps": 0},
     "single": {"local_steps": 2, "output_steps": 0, "one_at_a_time": True},
     "carried": {"local_steps": 1, "carried_steps": 2, "output_steps": 0},
-    "corrected": {"local_steps": 1, "correct": True, "output_steps": 0},
+    "corrected": {"local_steps": 0, "correct": True, "output_steps": 0},
     "sequential": {"local_steps": 2, "output_steps": 0, "sequence": "sequential"},
     "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
     "output": {"local_steps": 0, "output_steps": 2, "train": "substitutes"},
