@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Protocol
 
@@ -114,14 +115,14 @@ def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) ->
 
         routes = [route for route, _ in best_routes(model, edges, by_flops, CLASSES if options else DEPTH_CLASSES)]
         layouts = [laid_out(route) for route in routes]
-        start = plan_of(model, layouts, settings, by_error=True)
-        enough = [n for n, layout in enumerate(layouts) if meets(predict(model, layout[0]), *settings.budget)]
+        enough = _within_budget(model, layouts, settings.budget, partial(infeasible, settings))
         wanted = min(sum(edges[n].saved for n in routes[number]) for number in enough)
-        best = joint.improved(min((routes[n] for n in enough), key=joint.of), wanted)
+        start = _least_error(enough)
+        best = joint.improved(routes[start], wanted)
         try:
             return plan_of(model, [laid_out(best)], settings)
         except BudgetError:  # what edges save is rounded otherwise than what a plan is predicted to
-            return start
+            return plan_of(model, [layouts[start]], settings)
 
     try:
         return cheapest([run for run in runs if run.fitted_error is not None])
@@ -190,37 +191,38 @@ def from_ladder(
     return plan_of(model, [layout_of_runs(model, runs, costs, start) for runs in ladder], settings)
 
 
-def plan_of(
-    model: ModelInfo, layouts: Sequence[tuple[Layout, float | None]], settings: PlanConfig, by_error: bool = False
-) -> CompressionPlan:
-    """Of layouts and their errors take the largest that meets the budget; or that of least error.
+def plan_of(model: ModelInfo, layouts: Sequence[tuple[Layout, float | None]], settings: PlanConfig) -> CompressionPlan:
+    """Of layouts and their errors take the largest that meets the budget.
 
     Raises:
         BudgetError: None meets it; the message names the nearest feasible budget.
     """
-
-    def refuse(nearest: str) -> str:
-        return infeasible(settings, nearest)
-
-    return _within_budget(model, layouts, settings.mode, settings.budget, by_error, refuse)
+    enough = _within_budget(model, layouts, settings.budget, partial(infeasible, settings))
+    best = min(enough, key=lambda number: -enough[number].params)
+    return CompressionPlan(model, settings.mode, dict([settings.budget]), layouts[best][0], enough[best])
 
 
 def _within_budget(
     model: ModelInfo,
     layouts: Sequence[tuple[Layout, float | None]],
-    mode: str,
     budget: tuple[str, float],
-    by_error: bool,
     refuse: Callable[[str], str],
-) -> CompressionPlan:
+) -> dict[int, Prediction]:
+    """What is predicted of the layouts that meet a budget, by their numbers.
+
+    Raises:
+        BudgetError: None meets it.
+    """
     predictions = [predict(model, layout, error) for layout, error in layouts]
-    fitting = [
-        ((p.error or 0.0) if by_error else 0.0, -p.params, i) for i, p in enumerate(predictions) if meets(p, *budget)
-    ]
-    if not fitting:
+    enough = {number: found for number, found in enumerate(predictions) if meets(found, *budget)}
+    if not enough:
         raise BudgetError(refuse(nearest_budget(predictions, budget[0])))
-    best = min(fitting)[-1]
-    return CompressionPlan(model, mode, dict([budget]), layouts[best][0], predictions[best])
+    return enough
+
+
+def _least_error(predictions: Mapping[int, Prediction]) -> int:
+    """The one of least error, of equals the largest."""
+    return min(predictions, key=lambda number: (predictions[number].error or 0.0, -predictions[number].params))
 
 
 def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
@@ -240,7 +242,9 @@ def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
         return f"the substitutes of this bundle do not give {value:g} {UNITS[kind]}; all of them put in it is {nearest}"
 
     layouts = best_layouts(model, edges_of_plan(model, plan.stacks, by_flops), by_flops)
-    return _within_budget(model, layouts, plan.mode, (kind, value), True, refuse)
+    enough = _within_budget(model, layouts, (kind, value), refuse)
+    best = _least_error(enough)
+    return CompressionPlan(model, plan.mode, {kind: value}, layouts[best][0], enough[best])
 
 
 def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
