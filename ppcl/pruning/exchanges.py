@@ -10,6 +10,7 @@ large errors add up to less than their sum. No torch here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,20 @@ LEAST = 1e-9  # of a squared error, that an exchange must bring
 
 Vectors = Mapping[str, NDArray[Any]]
 Numbers = NDArray[np.float64]
+
+
+def own_and_vectors(cost: float, options: Sequence[str], vectors: Vectors) -> tuple[float, Numbers]:
+    """What options of a squared error add to that of a plan by themselves, and to the sum of vectors."""
+    size = max((vector.size for vector in vectors.values()), default=1)
+    known = [SHARE**0.5 * vectors[name].astype(float).ravel() for name in options if name in vectors]
+    return cost - sum(float(vector @ vector) for vector in known), sum(known, np.zeros(size))
+
+
+def joint_error(costs: Mapping[str, float], vectors: Vectors) -> float:
+    """The error of options together, from the squared error of each by its name."""
+    parts = [own_and_vectors(cost, [name], vectors) for name, cost in costs.items()]
+    together = sum((vector for _, vector in parts), np.zeros(1))
+    return math.sqrt(max(0.0, sum(own for own, _ in parts) + float(together @ together)))
 
 
 class _Moves(NamedTuple):
@@ -62,9 +77,7 @@ class JointErrors:
         size = max((vector.size for vector in vectors.values()), default=1)
         self.vectors, self.own = np.zeros((len(edges), size)), np.zeros(len(edges))
         for number, edge in enumerate(edges):
-            known = [SHARE**0.5 * vectors[name].astype(float).ravel() for name in edge.options if name in vectors]
-            self.vectors[number] = sum(known, np.zeros(size))
-            self.own[number] = edge.cost - sum(vector @ vector for vector in known)
+            self.own[number], self.vectors[number] = own_and_vectors(edge.cost, edge.options, vectors)
 
     def of(self, route: Route) -> float:
         """The squared error of a path."""

@@ -20,7 +20,7 @@ from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning import allocations
 from ppcl.pruning.allocations import allotted_layouts
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
-from ppcl.pruning.exchanges import JointErrors
+from ppcl.pruning.exchanges import JointErrors, joint_error
 from ppcl.pruning.knapsack import (
     CLASSES,
     DEPTH_CLASSES,
@@ -133,20 +133,20 @@ def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) ->
 @Planned
 def paper(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """The intervals of eqs. 4-5, in order of least damage a removed block."""
-    costs = costs_of(candidates)
-    return from_ladder(analysis.model, paper_ladder(analysis, costs, settings), costs, settings)
+    ladder = paper_ladder(analysis, costs_of(candidates), settings)
+    return from_ladder(analysis.model, ladder, candidates, settings)
 
 
 @Planned
 def uniform(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Runs of equal length, evenly spread: a baseline with the same kind of substitute."""
-    return from_ladder(analysis.model, uniform_ladder(analysis.model, settings), costs_of(candidates), settings)
+    return from_ladder(analysis.model, uniform_ladder(analysis.model, settings), candidates, settings)
 
 
 @Planned
 def influence(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Blocks of least influence go first: a baseline with the same kind of substitute."""
-    return from_ladder(analysis.model, influence_ladder(analysis, settings), costs_of(candidates), settings)
+    return from_ladder(analysis.model, influence_ladder(analysis, settings), candidates, settings)
 
 
 @Planned
@@ -174,21 +174,21 @@ def costs_of(candidates: Candidates) -> dict[RunKey, Candidate]:
 
 
 def from_ladder(
-    model: ModelInfo, ladder: Sequence[Runs], costs: Costs, settings: PlanConfig, start: str | None = None
+    model: ModelInfo, ladder: Sequence[Runs], candidates: Candidates, settings: PlanConfig, start: str | None = None
 ) -> CompressionPlan:
     """Of sets of runs take the first that meets the budget.
 
     Args:
         model: The teacher.
         ladder: Sets of runs, from none removed to many.
-        costs: What is known of runs; one that is not there has no known error.
+        candidates: What is known of runs; one that is not there has no known error.
         settings: Mode and budget.
         start: What all substitutes start from; None is the best known start of each.
 
     Raises:
         BudgetError: None of them meets it; the message names the nearest feasible budget.
     """
-    return plan_of(model, [layout_of_runs(model, runs, costs, start) for runs in ladder], settings)
+    return plan_of(model, [layout_of_runs(model, runs, candidates, start) for runs in ladder], settings)
 
 
 def plan_of(model: ModelInfo, layouts: Sequence[tuple[Layout, float | None]], settings: PlanConfig) -> CompressionPlan:
@@ -360,10 +360,13 @@ def segments(stack: Stack, runs: Sequence[RunKey], costs: Costs, start: str | No
     return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
 
 
-def layout_of_runs(model: ModelInfo, runs: Runs, costs: Costs, start: str | None = None) -> tuple[Layout, float | None]:
+def layout_of_runs(
+    model: ModelInfo, runs: Runs, candidates: Candidates, start: str | None = None
+) -> tuple[Layout, float | None]:
     """Segments of a set of runs, whose substitutes have the given or the best known start, and their error if known."""
-    squares = [cost_of(costs.get(run)) for run in runs]
-    error = math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else None
+    costs = costs_of(candidates)
+    known = {costs[run].name: costs[run].cost for run in runs if math.isfinite(cost_of(costs.get(run)))}
+    error = joint_error(known, candidates.vectors) if len(known) == len(runs) else None
     return {s.name: segments(s, [r for r in runs if r[0] == s.name], costs, start) for s in model.stacks}, error
 
 

@@ -18,7 +18,7 @@ from ppcl.errors import ArtifactError
 from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates, load_candidates
 from ppcl.pruning.exchanges import SHARE, JointErrors
 from ppcl.pruning.knapsack import Edge, Route
-from ppcl.pruning.planner import plan
+from ppcl.pruning.planner import layout_of_runs, plan
 from ppcl.student.plan import Segment
 from ppcl.teacher.model_info import ModelInfo, Stack
 
@@ -105,6 +105,18 @@ def test_a_plan_avoids_options_whose_errors_add_up(parallel: bool) -> None:
         plan(analysis, replace(candidates_of(parallel), vectors={}), settings).runs
         == plan(analysis, candidates_of(False), settings).runs
     )  # without vectors squares are summed
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_baselines_are_predicted_as_the_optimal_plan_is(parallel: bool) -> None:
+    analysis, candidates = Analysis(MODEL, (), 1, {}, 0.0), candidates_of(parallel)
+    settings = PlanConfig(mode="uniform", keep=3 / 7, protect_first=0, protect_last=0)
+    runs = [("a", 0, 1), ("a", 2, 3)]
+    _, error = layout_of_runs(MODEL, tuple(runs), candidates)
+    assert error == pytest.approx((0.02 + (2 * SHARE * 0.01 if parallel else 0)) ** 0.5)
+    chosen = plan(analysis, candidates, settings)
+    known = {f"{stack}/{s.first}-{s.last}" for stack, s in chosen.runs} <= {c.name for c in candidates.candidates}
+    assert (chosen.predicted.error is not None) is known
 
 
 def test_vectors_are_read_with_the_candidates_and_their_absence_is_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ppcl.common.artifacts import load_artifact
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning import planner, searches
+from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.searches import SEARCHES, Context, choose
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.prediction import predict
@@ -69,7 +70,9 @@ def test_orders_remove_as_few_as_the_budget_asks(budget: dict[str, float]) -> No
         assert planner.meets(plan.predicted, kind, value)
         fewer = [block for block in gone(plan) if block != last]
         runs = planner.removal_ladder(fewer)[-1]
-        assert not planner.meets(predict(MODEL, *planner.layout_of_runs(MODEL, runs, {})), kind, value)
+        assert not planner.meets(
+            predict(MODEL, *planner.layout_of_runs(MODEL, runs, Candidates((), 0, 0.0))), kind, value
+        )
 
 
 def test_random_depends_on_the_seed_alone() -> None:

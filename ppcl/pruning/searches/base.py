@@ -11,7 +11,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.errors import ConfigError
 from ppcl.pruning.artifacts import Candidates
-from ppcl.pruning.planner import Runs, costs_of, from_ladder, removal_ladder
+from ppcl.pruning.planner import Runs, from_ladder, removal_ladder
 from ppcl.student.plan import CompressionPlan, free_blocks
 from ppcl.teacher.model_info import ModelInfo
 
@@ -92,7 +92,7 @@ class Context:
         Raises:
             BudgetError: None does; the message names the nearest feasible budget.
         """
-        return from_ladder(self.model, ladder, costs_of(self.candidates), self.settings, start)
+        return from_ladder(self.model, ladder, self.candidates, self.settings, start)
 
     def remove_in_order(self, order: Sequence[tuple[str, int]], start: str | None = None) -> CompressionPlan:
         """The plan that removes blocks in this order, as few as the budget asks; each joins the kept block before it.
