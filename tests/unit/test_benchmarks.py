@@ -3,8 +3,12 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from ppcl.pruning.knapsack import Edge
+from ppcl.student.plan import Segment
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -105,3 +109,20 @@ def test_prices_of_a_family(monkeypatch, tmp_path):
     assert int(number) > 40
     assert float(rank) > 0.95
     assert 0.8 < float(median) < 1.2
+
+
+def test_random_plans_hold_what_was_asked_for_and_nothing_twice(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    predictions = importlib.import_module("predictions")
+    runs = [Edge(i, j, 1.0, 0.0, "a", Segment(i, j)) for i in range(12) for j in range(i + 1, min(i + 4, 12))]
+    blocks = [Edge(i, i, 1.0, 0.0, "a", Segment(i, i, width={"ffn": {}})) for i in range(12) for _ in range(3)]
+    edges, generator = [*runs, *blocks], np.random.default_rng(0)
+    for sizes in ((4, 0), (0, 9), (3, 2)):
+        for _ in range(20):
+            chosen = [edges[n] for n in predictions.random_route(edges, *sizes, generator)]
+            places = [place for edge in chosen for place in range(edge.first, edge.last + 1)]
+            assert places == sorted(set(places))
+            found = sum(edge.segment.is_run for edge in chosen)
+            assert (found, len(chosen) - found) == sizes
+    with pytest.raises(AssertionError, match="no room"):
+        predictions.random_route(runs[:1], 2, 0, generator)
