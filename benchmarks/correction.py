@@ -1,6 +1,6 @@
 """What each way of recovery brings: velocity errors of plans of depth alone after corrections, local and other steps.
 
-    python benchmarks/recovery.py RUN docs/recovery.md
+    python benchmarks/correction.py RUN docs/correction.md
 
 RUN is a run of `ppcl fit emoji --out RUN`. Substitutes start as the fit stage left them; nothing in RUN is changed.
 """
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         table = markdown_table(header, rows_of(recovery, chosen, seeds))
         parts.append(f"## keep {keep:g}: {gone} blocks removed in {len(chosen.runs)} runs\n\n{table}\n")
     text = (
-        f"# Ways of recovery, plans of depth alone\n\nWritten by `python benchmarks/recovery.py RUN {given.out} "
+        f"# Ways of recovery, plans of depth alone\n\nWritten by `python benchmarks/correction.py RUN {given.out} "
         f"--keeps {given.keeps} --seeds {given.seeds} --states {given.states}`: relative velocity errors on "
         f"{len(recovery.judged)} held-out states, one thread. Local steps: 40, carried: 20 a substitute, output: 40 "
         "(the whole student), batches of 24; starts are the fit stage's.\n\n" + "\n".join(parts)
