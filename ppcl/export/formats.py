@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.files import Unread, atomic_path, read_json, weights_variant, write_one_by_one, write_text
+from ppcl.common.folders import check_apart
+from ppcl.common.outside import check_links, real_places
+from ppcl.common.tables import plain
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError, ConfigError, ModelError, nearest
 from ppcl.export.card import PLACEHOLDER, source_licence
 from ppcl.export.gguf_file import check_type, package, write_gguf
 from ppcl.export.layouts import LAYOUTS
-from ppcl.export.pipeline import INDEX, name_class, write_components
+from ppcl.export.pipeline import INDEX, hide_folders, name_class, write_components
 from ppcl.export.stock import StockTransformer, open_stock, stock_class_name
 from ppcl.export.streamed import write_weights
 from ppcl.export.support import GGUF_ARCHITECTURES, SUFFIXES, refusal, single_file_classes
@@ -71,6 +74,7 @@ def export_as(source: str | Path, out: Path, kind: str, gguf_type: str = "F16") 
     folder = _pipeline_of(Path(source))
     if out.exists() or out.is_symlink():
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
+    check_apart(out, [folder])
     name = stock_class_name(folder)
     why = refusal(kind, name, read_json(folder / "transformer" / "config.json"))
     if why:
@@ -197,9 +201,11 @@ def _write_pipeline(stock: StockTransformer, folder: Path, out: Path) -> None:
         name_class(temporary / INDEX, "diffusers", stock.name)
         card = folder / "README.md"
         if not stock.multiplied_out and card.is_file():
+            check_links([card], real_places(folder))
             shutil.copyfile(card, temporary / "README.md")
         else:
             write_text(temporary / "README.md", _card(stock, folder, loading_arguments(temporary)))
+        hide_folders(temporary, str(stock.provenance.get("source_model") or folder.resolve().name))
 
 
 def _card(stock: StockTransformer, folder: Path, arguments: str) -> str:
@@ -208,7 +214,7 @@ def _card(stock: StockTransformer, folder: Path, arguments: str) -> str:
 
     licence: dict[str, Any] = source_licence(str(folder))
     data = ModelCardData(library_name="diffusers", tags=["diffusers", "ppcl", "compressed"], **licence)
-    source = stock.provenance.get("source_model", "its teacher")
+    source = plain(str(stock.provenance.get("source_model", "its teacher")))
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in stock.tensors.values())
     loading = f'DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{arguments})'
     return (

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from evaluation_file import model, write_evaluation
@@ -14,6 +15,7 @@ from ppcl.common.outside import inside
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.eval.models import sources
 from ppcl.eval.report import rewrite
+from ppcl.export import formats
 from ppcl.export.pipeline import check_source, taken_along, write_components
 from ppcl.run.fork import shared_files
 from ppcl.student.bundle import check_bundle
@@ -187,3 +189,21 @@ def test_a_label_of_results_is_no_path(label: str, tmp_path: Path) -> None:
     write_evaluation(folder, [model(label, {})], [])
     with pytest.raises(ArtifactError, match="nothing in its folder"):
         rewrite(folder)
+
+
+def test_a_pipeline_for_other_programs_takes_no_more_along(
+    tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock: Any = SimpleNamespace(name="X", model=None, tensors={}, multiplied_out={}, provenance={})
+    for name in ("write_weights", "name_class"):
+        monkeypatch.setattr(formats, name, lambda *_: None)
+    folder = model_folder(tmp_path / "tiny", _name_or_path=str(tmp_path))
+    (folder / "README.md").symlink_to(secret / "id_rsa")
+    with pytest.raises(ArtifactError, match=r"README\.md is a link that leads out"):
+        formats._write_pipeline(stock, folder, tmp_path / "out")
+    (folder / "README.md").unlink()
+    (folder / "README.md").write_text("a card")
+    formats._write_pipeline(stock, folder, tmp_path / "out")
+    assert str(tmp_path) not in (tmp_path / "out" / "model_index.json").read_text()
+    with pytest.raises(ArtifactError, match="which is read"):
+        formats.export_as(folder, folder / "out", "diffusers")
