@@ -34,6 +34,7 @@ def evaluate_models(
     prompts: Sequence[str],
     reference: Path | None = None,
     embedded: bool = False,
+    teacher: str | None = None,
 ) -> Evaluation:
     """Evaluate models and write ``metrics.json``, its schema, ``report.md`` and ``report.html``.
 
@@ -45,11 +46,12 @@ def evaluate_models(
         prompts: What all draw.
         reference: A folder of real pictures, or a ``.npz`` of their statistics.
         embedded: Whether the embedded model is judged: its own evaluator and pictures are the default then.
+        teacher: Where the teacher of a moved run is.
 
     Raises:
         UserError: A model, the reference or the folder cannot be used.
     """
-    to_judge = sources(models)
+    to_judge = sources(models, teacher)
     check_out(out)
     given = [Path(model_path(source.model)) for source in to_judge if not source.is_bundle]
     check_apart(out, filter(Path.is_dir, [*given, *([reference] if reference else [])]))
@@ -156,8 +158,9 @@ def evaluate_command(
     overrides: Sequence[str],
     prompts: Path | None,
     reference: Path | None,
+    teacher: str | None = None,
 ) -> Evaluation:
     """The command: settings and prompts as :mod:`ppcl.eval.models` finds them, then :func:`evaluate_models`."""
     config = settings_for(models, files, overrides)
     texts = evaluation_prompts(models, prompts, config)
-    return evaluate_models(models, out, config, texts, reference, is_embedded(models))
+    return evaluate_models(models, out, config, texts, reference, is_embedded(models), teacher)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
-from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
+from ppcl.common.files import digest, read_json, weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ConfigError, ModelError, UserError
@@ -31,13 +31,14 @@ from ppcl.teacher.loading import (
     check_names,
     fetch_files,
     model_path,
+    on_device,
     open_pipeline,
     pipeline_class,
     source_name,
-    stored_folder,
-    weights_digest,
 )
+from ppcl.teacher.origin import teacher_of, weights_digest
 from ppcl.teacher.pipeline_call import guidance_arguments, picture_arguments
+from ppcl.teacher.stored import check_stored, not_a_pipeline
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
 logger = logging.getLogger(__name__)
@@ -54,22 +55,21 @@ class ModelSource:
         model: ``emoji``, a pipeline folder, a hub id, or a run whose bundle is to be plugged in.
         shown: The same without the folders of this machine.
         is_bundle: Whether it is a run's bundle, plugged into its teacher.
+        teacher: Of a bundle: where its teacher is, if not where the run was made with it.
     """
 
     label: str
     model: str
     shown: str
     is_bundle: bool = False
+    teacher: str | None = None
 
     @property
     def identity(self) -> str:
         """Identifies the weights; texts beside them (a model card) do not count."""
-        folder = Path(model_path(self.model))
         if self.is_bundle:
-            return digest("bundle", weights_digest(str(folder / "bundle")))
-        if not folder.is_dir():
-            return weights_digest(self.model)
-        return digest([(part.name, weights_digest(str(part))) for part in sorted(folder.iterdir()) if part.is_dir()])
+            return digest("bundle", weights_digest(str(Path(self.model) / "bundle")))
+        return weights_digest(self.model)
 
 
 def is_run(argument: str) -> bool:
@@ -77,11 +77,15 @@ def is_run(argument: str) -> bool:
     return argument not in EMBEDDED and (Path(argument) / "stages.json").is_file()
 
 
-def sources(arguments: Sequence[str]) -> list[ModelSource]:
+def sources(arguments: Sequence[str], teacher: str | None = None) -> list[ModelSource]:
     """Find out what the arguments are.
 
     A run stands for its compressed pipeline; alone, for its teacher and its compressed pipeline. A folder
     with ``bundle.json`` stands for that bundle with all its substitutes.
+
+    Args:
+        arguments: What the user gave.
+        teacher: Where the teacher of a run or bundle among them is, if it or they were moved.
 
     Raises:
         UserError: An argument is none of these, or the same model is given twice.
@@ -91,8 +95,8 @@ def sources(arguments: Sequence[str]) -> list[ModelSource]:
         path = Path(argument)
         if is_run(argument):
             if len(arguments) == 1:
-                teacher = str(read_json(path / "stages.json").get("model"))
-                found.append(ModelSource("teacher", teacher, source_name(teacher)))
+                model = teacher_of(path, teacher)
+                found.append(ModelSource("teacher", model, source_name(model)))
             if not (path / "pipeline" / "model_index.json").is_file():
                 raise UserError(f"{path} is a run without a pipeline; run ppcl export (or compress) first")
             name = path.resolve().name
@@ -100,7 +104,9 @@ def sources(arguments: Sequence[str]) -> list[ModelSource]:
             found.append(ModelSource(label, str(path / "pipeline"), f"{name}/pipeline"))
         elif (path / "bundle.json").is_file():
             run = path.resolve().parent
-            found.append(ModelSource(f"{run.name}-bundle", str(run), f"{run.name}/bundle", is_bundle=True))
+            found.append(
+                ModelSource(f"{run.name}-bundle", str(run), f"{run.name}/bundle", is_bundle=True, teacher=teacher)
+            )
         else:
             name = source_name(argument)
             found.append(ModelSource(name.rpartition("/")[2], argument, name))
@@ -119,7 +125,7 @@ def _with_own_labels(found: list[ModelSource]) -> list[ModelSource]:
         while label.lower() in (known.lower() for known in labels):
             label = f"{stem}-{sum(known.lower().startswith(stem.lower()) for known in labels) + 1}"
         labels.append(label)
-    return [ModelSource(label, one.model, one.shown, one.is_bundle) for label, one in zip(labels, found, strict=True)]
+    return [replace(one, label=label) for label, one in zip(labels, found, strict=True)]
 
 
 def _check(one: ModelSource) -> None:
@@ -132,7 +138,7 @@ def _check(one: ModelSource) -> None:
         return
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(f"{folder} is not a diffusers pipeline: model_index.json is missing; give its top folder")
+        raise ModelError(not_a_pipeline(folder))
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -140,8 +146,7 @@ def _check(one: ModelSource) -> None:
     if not isinstance(components, dict):
         raise ModelError(f"{index} is damaged (not a mapping); fetch the pipeline again")
     check_names(index, components)
-    for weights in sorted(folder.glob("*/*.safetensors")):
-        read_tensor_header(weights)
+    check_stored(folder)
 
 
 def keeping(sources: Sequence[ModelSource], setting: str, device: torch.device) -> str:
@@ -176,25 +181,22 @@ def load(source: ModelSource, device: torch.device, blocks: str = RESIDENT) -> A
     if source.is_bundle:
         from ppcl.pipelines.bundle import load_bundle
 
-        return load_bundle(source.model, device=str(device))
-    folder = Path(model_path(source.model))
-    variant = weights_variant(folder) if folder.is_dir() else None
+        return load_bundle(source.model, device=str(device), teacher=source.teacher)
+    variant = weights_variant(fetch_files(source.model))
     if blocks == STREAMED and _can_stream(source):
         return load_streamed(source.model, device, streamed_dtype(source.model, device, variant=variant), variant)
     pipeline = open_pipeline(source.model, device, None, variant)
     if denoiser_of(pipeline) is None:
         name = type(pipeline).__name__
         raise ModelError(f"{name} has neither a transformer nor a U-Net; evaluate a diffusion pipeline")
-    return pipeline.to(device)
+    return on_device(source.model, pipeline, device)
 
 
 def _can_stream(source: ModelSource) -> bool:
     """Whether a model draws with a transformer of a known family, whose blocks can be read one by one."""
     if source.is_bundle:
         return False
-    fetch_files(source.model)
-    folder = stored_folder(source.model)
-    entry = read_json(folder / "model_index.json").get("transformer") if folder is not None else None
+    entry = read_json(fetch_files(source.model) / "model_index.json").get("transformer")
     return isinstance(entry, list) and str(entry[-1]).removeprefix(PREFIX) in ADAPTERS
 
 

@@ -118,6 +118,7 @@ def load_bundle(
     fit_gb: float | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    teacher: str | None = None,
 ) -> Any:
     """Load the teacher's pipeline with a run's substitutes plugged in.
 
@@ -132,6 +133,7 @@ def load_bundle(
         fit_gb: See there.
         dtype: Of the weights; float32 on a CPU and bfloat16 elsewhere if None.
         device: Where the pipeline goes.
+        teacher: Where the teacher is, if it or the run was moved; it must be the one that the run was made from.
 
     Returns:
         The pipeline; ``pipe.transformer.select`` is :meth:`Plugboard.select` and
@@ -140,20 +142,21 @@ def load_bundle(
     Raises:
         ArtifactError: There is no bundle, or its kept blocks were tuned together with all substitutes.
         BudgetError: The bundle does not reach the budget.
+        ModelError: The teacher is not there, or another one is.
     """
     from ppcl.common.devices import resolve_device
-    from ppcl.common.files import read_json
     from ppcl.modules.compressed import compress_class
     from ppcl.pruning.selection import check_pluggable
     from ppcl.student.bundle import load_bundle as read_bundle
     from ppcl.teacher.families import adapter_for
     from ppcl.teacher.loading import load_pipeline
+    from ppcl.teacher.origin import teacher_of
 
     folder = Path(run)
     if not (folder / "bundle" / "bundle.json").is_file():
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
     place = resolve_device(device)
-    pipeline = load_pipeline(str(read_json(folder / "stages.json")["model"]), place, dtype)
+    pipeline = load_pipeline(teacher_of(folder, teacher), place, dtype)
     transformer = pipeline.transformer
     adapter = adapter_for(transformer)
     bundle = read_bundle(folder / "bundle", transformer, adapter)

@@ -21,6 +21,7 @@ from ppcl.cli.options import (
     Seeds,
     Settings,
     Table,
+    Teacher,
     expanded,
     open_run,
     quiet_libraries,
@@ -96,7 +97,15 @@ def _run_stage(run: Any, stage: str) -> None:
     run.group.close()
 
 
-def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, push: Push, other: OtherFormat) -> None:
+def _export_command(
+    model: Model,
+    out: Out,
+    settings: Settings,
+    budget: Budget,
+    push: Push,
+    other: OtherFormat,
+    teacher: Teacher = None,
+) -> None:
     """Stage: Write the pipeline, and push it to the hub if asked.
 
     With a finished run in the model's place: ppcl export RUN --keep 0.7 --out DIR writes another size of its bundle.
@@ -111,9 +120,12 @@ def _export_command(model: Model, out: Out, settings: Settings, budget: Budget, 
     if (Path(model) / "bundle").is_dir():
         if settings.prompts is not None or budget.mode is not None:
             raise ConfigError("--prompts and --mode are the run's own; leave them out to export another size")
-        _export_size(Path(model), out, budget, load_config(settings.config or [], settings.overrides or []))
+        config = load_config(settings.config or [], settings.overrides or [])
+        _export_size(Path(model), out, budget, config, teacher)
         push.upload(out, str(read_json(Path(model) / "stages.json")["model"]))
         return
+    if teacher is not None:
+        logger.warning("--teacher has no effect without a run in the model's place")
     run = open_run(model, out, settings, budget)
     _run_stage(run, "export")
     push.upload(run.out / "pipeline", model)
@@ -133,7 +145,7 @@ def _export_format(model: str, out: Path, other: OtherFormat) -> None:
         typer.echo(f"load: {written.load}")
 
 
-def _export_size(folder: Path, out: Path, budget: Budget, config: RunConfig) -> None:
+def _export_size(folder: Path, out: Path, budget: Budget, config: RunConfig, teacher: str | None) -> None:
     """Write another size of a finished run's bundle; of the config ``export`` counts, and the device."""
     budgets = budget.given()
     if len(budgets) != 1:
@@ -146,7 +158,7 @@ def _export_size(folder: Path, out: Path, budget: Budget, config: RunConfig) -> 
     if config.model_copy(update={"export": ExportConfig(), "device": "auto"}) != RunConfig():  # type: ignore[call-arg]
         raise ConfigError("the bundle is there: of the settings export.* and device count alone; leave out the others")
     device = "cpu" if config.device == "auto" else config.device
-    bundle = export_size(folder, out, kind, value, device, config.export)
+    bundle = export_size(folder, out, kind, value, device, config.export, teacher)
     p = bundle.plan.predicted
     typer.echo(f"plan: {describe_plan(bundle.plan)}\n{p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}) in {out}")
 
@@ -157,6 +169,7 @@ def _evaluate_command(
     settings: Settings,
     budget: Budget,
     reference: Annotated[Path | None, typer.Option("--reference", help="real pictures, or their .npz")] = None,
+    teacher: Teacher = None,
 ) -> None:
     """Stage: Pictures and numbers. Or judge models: ppcl evaluate A [B ...] --out DIR compares each B with A.
 
@@ -172,7 +185,7 @@ def _evaluate_command(
     from ppcl.run.summary import print_evaluation
 
     files, overrides = settings.config or [], settings.overrides or []
-    print_evaluation(evaluate_command(models, out, files, overrides, settings.prompts, reference))
+    print_evaluation(evaluate_command(models, out, files, overrides, settings.prompts, reference, teacher))
     typer.echo(f"report:  {out / 'report.html'}")
 
 

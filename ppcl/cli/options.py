@@ -32,6 +32,7 @@ Out = Annotated[Path, typer.Option("--out", help="the run directory; run again t
 Table = Annotated[Path | None, typer.Option("--table", help="also write it here, e.g. docs/NAME.md")]
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="where a moved run finds its teacher now")]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 
 

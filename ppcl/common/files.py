@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,12 +330,29 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
+_WEIGHTS_NAME = re.compile(r"[\w-]+?(-\d+-of-\d+)?(?:\.(?P<variant>[\w-]+?))?(-\d+-of-\d+)?\.safetensors")
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in a weight file's name: ``fp16`` of ``model.fp16-00001-of-00002.safetensors``; or None."""
+    match = _WEIGHTS_NAME.fullmatch(name)
+    return match["variant"] if match else None
+
+
 def weights_variant(pipeline: str | Path) -> str | None:
-    """The ``variant`` that loading a pipeline folder needs: None where its transformer has plain file names."""
-    names = [file.name.split(".") for file in (Path(pipeline) / "transformer").glob("*.safetensors")]
-    if not names or any(len(parts) < 3 for parts in names):
-        return None
-    return names[0][1].partition("-")[0]  # name.variant.safetensors or name.variant-00001-of-00002.safetensors
+    """The ``variant`` that loading a pipeline folder needs: None where all components have files without one."""
+    return needed_variant(str(file.relative_to(pipeline)) for file in Path(pipeline).glob("*/*.safetensors"))
+
+
+def needed_variant(names: Iterable[str]) -> str | None:
+    """The same by names of files, ``vae/diffusion_pytorch_model.fp16.safetensors``: what most that need one have."""
+    variants: dict[str, set[str | None]] = {}
+    for name in names:
+        place, _, file = name.rpartition("/")
+        if place and "/" not in place and file.endswith(".safetensors"):
+            variants.setdefault(place, set()).add(variant_of(file))
+    needed = sorted(kind for kinds in variants.values() if None not in kinds for kind in kinds if kind)
+    return max(needed, key=needed.count, default=None)
 
 
 def digest(*parts: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import resolve_device
-from ppcl.common.files import digest, file_digest, read_json
+from ppcl.common.files import digest, file_digest
 from ppcl.common.folders import check_apart
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
@@ -24,12 +24,19 @@ from ppcl.student.bundle import Bundle, build_student, load_bundle
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.loading import load_pipeline, model_path
+from ppcl.teacher.origin import teacher_of
 
 COLUMNS = ("params", "share", "speedup", "predicted", "velocity_error", *MEASURES)
 
 
 def export_size(
-    folder: Path, out: Path, kind: str, value: float, device: str = "cpu", settings: ExportConfig | None = None
+    folder: Path,
+    out: Path,
+    kind: str,
+    value: float,
+    device: str = "cpu",
+    settings: ExportConfig | None = None,
+    teacher: str | None = None,
 ) -> Bundle:
     """Write a pipeline of another size from a finished run's bundle.
 
@@ -40,6 +47,7 @@ def export_size(
         value: The budget.
         device: Where the models are put together.
         settings: How it is written; the defaults if None.
+        teacher: Where the teacher is, if it or the run was moved.
 
     Returns:
         The plan and the substitutes that were put in.
@@ -52,7 +60,7 @@ def export_size(
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
     if out.exists():
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
-    model = str(read_json(folder / "stages.json")["model"])
+    model = teacher_of(folder, teacher)
     check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
     check_source(model)
     pipeline = load_pipeline(model, resolve_device(device))

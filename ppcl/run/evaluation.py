@@ -20,7 +20,8 @@ from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
-from ppcl.teacher.loading import load_pipeline, source_name, weights_digest
+from ppcl.teacher.loading import load_pipeline, source_name
+from ppcl.teacher.origin import weights_digest
 from ppcl.teacher.streaming import STREAMED, load_streamed
 
 NOT_UNDISTILLED = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ppcl.common.files import read_json, remove, write_json
 from ppcl.common.folders import LEDGER, check_claim, lock_folder, remove_leftovers
 from ppcl.errors import ArtifactError
 from ppcl.run.stage import Stage
+from ppcl.teacher.stored import differences
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -30,13 +31,14 @@ class RunFolder:
         path: The directory; it need not exist.
         model: What the run compresses, for people who read the ledger.
         identity: Digest of the weights, prompts and seed.
+        made_of: The same part by part, to say what differs: ``files`` of the model, ``prompts``, ``seed``.
 
     Raises:
         ArtifactError: The directory is another run's, holds something else, or cannot be read.
     """
 
-    def __init__(self, path: Path, model: str, identity: str) -> None:
-        self.path, self.model, self.identity = path, model, identity
+    def __init__(self, path: Path, model: str, identity: str, made_of: Mapping[str, Any] | None = None) -> None:
+        self.path, self.model, self.identity, self.made_of = path, model, identity, dict(made_of or {})
         self._is_locked = False
         self.ledger: dict[str, Any] = self._read_ledger()
 
@@ -45,7 +47,12 @@ class RunFolder:
         if (self.path / LEDGER).is_file():
             return self._own_ledger()
         check_claim(self.path, LEDGER, "a run")
-        return {"schema_version": 1, "model": self.model, "identity": self.identity}
+        return {"schema_version": 1, "identity": self.identity, "made_of": self.made_of, **self._where()}
+
+    def _where(self) -> dict[str, str]:
+        """The teacher's place: by itself, and as seen from the run, should both be moved together."""
+        here = os.path.relpath(self.model, self.path) if Path(self.model).is_absolute() else None
+        return {"model": self.model, **({"teacher_from_here": here} if here else {})}
 
     def _own_ledger(self) -> dict[str, Any]:
         try:
@@ -54,12 +61,21 @@ class RunFolder:
             reason = str(error).partition("; ")[0]
             raise ArtifactError(f"{reason}; choose another --out or delete {self.path}") from None
         if isinstance(ledger, dict) and ledger.get("identity") == self.identity:
-            return ledger
-        owner = ledger.get("model", "another model") if isinstance(ledger, dict) else "another model"
+            return {**ledger, **self._where()}  # it may have been moved since
+        held = ledger if isinstance(ledger, dict) else {}
         raise ArtifactError(
-            f"{self.path} holds a run of {owner} with other weights, prompts, evaluate.num_prompts or seed; "
-            "choose another --out or delete it"
+            f"{self.path} holds a run of {held.get('model', 'another model')} with other "
+            f"{self._what_differs(held.get('made_of'))}; choose another --out or delete it"
         )
+
+    def _what_differs(self, held: Any) -> str:
+        """In words, which part of the identity is another one."""
+        if not isinstance(held, dict) or not isinstance(held.get("files"), dict):
+            return "weights, prompts, evaluate.num_prompts or seed"
+        files = differences(held["files"], self.made_of.get("files", {}))
+        words = [f"weights ({files})"] if files else []
+        words += [name for name in ("prompts", "seed") if held.get(name) != self.made_of.get(name)]
+        return " and ".join(words) or "evaluate.num_prompts"
 
     def lock(self) -> None:
         """Take the directory for as long as this object lives, and clear up after attempts that were killed.

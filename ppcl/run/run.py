@@ -34,7 +34,9 @@ class Run(Session):
         self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
     ) -> None:
         super().__init__(model, out, config, prompts, command)
-        self.folder = RunFolder(out, model, self.identity)
+        from ppcl.teacher.origin import lasting_name
+
+        self.folder = RunFolder(out, lasting_name(model), self.identity, self.made_of)
         self.group.barrier()  # all have looked at the directory before the first one writes into it
 
     def is_done(self, name: str) -> bool:

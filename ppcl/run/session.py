@@ -43,14 +43,18 @@ class Session:
         self.model, self.out, self.prompts, self.command = model, out, prompts, command
         self.config = for_model(model, config)
         from ppcl.common.devices import resolve_device
-        from ppcl.teacher.loading import check_model, model_path, weights_digest
+        from ppcl.teacher.loading import check_folder, check_model, fetch_files, model_path
+        from ppcl.teacher.origin import model_files
         from ppcl.training.distributed import connect
 
         self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
         check_model(model)
         check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
         self._texts = prompts_for(model, prompts, config.evaluate.num_prompts)
-        self.identity = digest(weights_digest(model), *self._texts, config.seed)
+        check_folder(fetch_files(model))  # of a hub model, before its files are what the run is made of
+        every = sorted(text for texts in self._texts for text in texts)
+        self.made_of = {"files": model_files(model), "prompts": digest(every), "seed": config.seed}
+        self.identity = digest(self.made_of, *self._texts)
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on: its settings, the seed, the model, the stages before it."""

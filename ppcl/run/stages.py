@@ -220,7 +220,7 @@ def _card(session: Session, folder: Path) -> str:
     from ppcl.export.card import facts_of, model_card
 
     ledger = read_json(session.out / LEDGER)
-    done = [record.get("command", "") for record in ledger.values() if isinstance(record, dict)]
+    done = [record["command"] for record in ledger.values() if isinstance(record, dict) and "command" in record]
     metrics = session.out / PICTURES / "metrics.json"
     measured = measured_table(load_evaluation(metrics)) if metrics.is_file() else ""
     commands, seed, device = [*done, session.command], session.config.seed, str(session.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -14,14 +13,24 @@ import torch
 from torch import nn
 
 from ppcl.common.devices import weights_dtype
-from ppcl.common.files import digest, read_json, read_tensor_header, weights_variant
-from ppcl.common.outside import inside, printable
-from ppcl.errors import ModelError
+from ppcl.common.files import needed_variant, read_json, read_tensor_header, weights_variant
+from ppcl.common.outside import printable
+from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import PREFIX, register
 from ppcl.modules.remote_code import MODULE
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
+from ppcl.teacher.stored import (
+    check_shards,
+    check_stored,
+    check_trainable,
+    loaded_weights,
+    not_a_pipeline,
+    weight_map,
+)
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+# what diffusers and transformers raise for files and packages that do not fit
+LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
 EMBEDDED = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "teacher"}
 
 
@@ -63,20 +72,19 @@ def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
     """The dtype that most bytes of a pipeline's stored transformer have, in the files of a variant if there are any.
 
     Returns:
-        float32, bfloat16 or float16; None where the files are not here or hold something else (quantised weights).
+        float32, bfloat16 or float16, and bfloat16 for float8, which nothing calculates in; None where the files are not
+        here or hold something else (quantised weights).
     """
     folder = stored_folder(model)
     if folder is None:
         return None
-    files = sorted((folder / "transformer").glob("*.safetensors"))
-    of_variant = [file for file in files if variant and f".{variant}" in file.stem]
-    plain = [file for file in files if "." not in file.stem]  # others are variants beside them
     sizes: Counter[str] = Counter()
-    for file in of_variant or plain or files:
+    for file in loaded_weights(folder / "transformer", variant):
         for entry in read_tensor_header(file).values():
             begin, end = entry["data_offsets"]
             sizes[entry["dtype"]] += end - begin
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    kinds = {"F32": torch.float32, "F16": torch.float16}
+    kinds |= dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2"), torch.bfloat16)
     return kinds.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
 
 
@@ -88,9 +96,7 @@ def check_folder(folder: Path) -> None:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError(
-            f"{folder} is not a diffusers pipeline: model_index.json is missing; give the pipeline's top folder"
-        )
+        raise ModelError(not_a_pipeline(folder))
     try:
         components = json.loads(index.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -104,8 +110,8 @@ def check_folder(folder: Path) -> None:
             "ppcl compresses diffusion transformers, not U-Nets"
         )
     _check_family(components["transformer"])
-    for listing in sorted(folder.glob("*/*.index*.json")):
-        _check_shards(listing)
+    check_trainable(folder)
+    check_stored(folder)
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
 
@@ -119,26 +125,6 @@ def check_names(index: Path, components: Mapping[str, Any]) -> None:
     wrong = [name for name in components if not name.isidentifier()]
     if wrong:
         raise ModelError(f"{index} names a component {printable(repr(wrong[0]))}; fetch the pipeline again")
-
-
-def _check_shards(listing: Path) -> None:
-    """Refuse an index of sharded weights that is damaged or names a file that is not there."""
-    shards = set(_weight_map(listing).values())
-    missing = sorted(name for name in shards if not inside(listing.parent, name, str(listing)).is_file())
-    if missing:
-        raise ModelError(
-            f"{listing.parent / missing[0]} is missing ({len(missing)} of the {len(shards)} files that {listing.name} "
-            "names); fetch the pipeline again"
-        )
-
-
-def _weight_map(listing: Path) -> dict[str, str]:
-    """The file that holds each tensor, by the tensor's name."""
-    try:
-        content = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in content.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{listing} is damaged ({error or type(error).__name__}); fetch the pipeline again") from None
 
 
 def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -157,8 +143,8 @@ def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
         listing = place / f"{WEIGHTS_NAME}.safetensors.index{suffix}.json"
         file = place / f"{WEIGHTS_NAME}{suffix}.safetensors"
         if listing.is_file():
-            _check_shards(listing)
-            return {name: place / shard for name, shard in _weight_map(listing).items()}
+            check_shards(listing)
+            return {name: place / shard for name, shard in weight_map(listing).items()}
         if file.is_file():
             return dict.fromkeys(read_tensor_header(file), file)
     raise ModelError(f"{place} holds no {WEIGHTS_NAME}.safetensors; fetch the pipeline again")
@@ -211,6 +197,11 @@ def _check_family(entry: Any) -> None:
             adapter_class(kind)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def check_model(model: str) -> None:
     """Check a model's name, and its folder if it is one, without loading it.
 
@@ -220,7 +211,9 @@ def check_model(model: str) -> None:
     path = model_path(model)
     if Path(path).is_dir():
         check_folder(Path(path))
-    elif Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    elif Path(path).is_file():
+        raise ModelError(not_a_pipeline(Path(path)))
+    elif not is_hub_id(path):
         known = ", ".join(EMBEDDED)
         raise ModelError(
             f"model {model!r} is neither a pipeline folder, a hub id (owner/name), nor embedded ({known}); "
@@ -246,6 +239,7 @@ def load_pipeline(
         ModelError: It cannot be found or loaded, or its transformer is not supported.
     """
     check_model(model)
+    check_folder(fetch_files(model))
     pipeline = open_pipeline(model, device, dtype, variant)
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
@@ -254,27 +248,65 @@ def load_pipeline(
         )
     adapter_for(transformer)
     check_complete(model, transformer)
-    return pipeline.to(device)
+    return on_device(model, pipeline, device)
 
 
-def fetch_files(model: str) -> None:
-    """Have a hub model's files in the cache, which is what reading them block by block asks for.
-
-    Args:
-        model: Nothing is done for one whose files are here.
+def on_device(model: str, pipeline: Any, device: torch.device) -> Any:
+    """Bring a loaded pipeline to a device.
 
     Raises:
-        ModelError: They cannot be fetched.
+        ModelError: A part of it cannot go there: one that is quantised, or whose weights were not in the files.
     """
-    if stored_folder(model) is not None:
-        return
-    from diffusers import DiffusionPipeline
-
     try:
-        DiffusionPipeline.download(model)
-    except (OSError, ValueError) as error:
+        return pipeline.to(device)
+    except (ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {model!r} cannot be brought to {device}: {reason}; check its files") from None
+
+
+def fetch_files(model: str) -> Path:
+    """Have all files of a model here, those of a hub model in the hub's cache; from then on that commit is the model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: They cannot be fetched, or are not whole.
+    """
+    folder = stored_folder(model)
+    if folder is not None and (Path(model_path(model)).is_dir() or _is_whole(folder)):
+        check_stored(folder)
+        return folder
+    try:
+        folder = _download(model)
+    except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"model {model!r} cannot be fetched: {reason[:300]}; check the name and the network") from None
+    check_stored(folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_stored(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _download(model: str) -> Path:
+    """Fetch a hub model's files, of the variant that there is where there are none without one."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import list_repo_files
+
+    folder = Path(DiffusionPipeline.download(model))
+    if _is_whole(folder):
+        return folder
+    try:
+        variant = needed_variant(list_repo_files(model))
+    except (OSError, ValueError):  # no network: what is missing is said
+        return folder
+    return Path(DiffusionPipeline.download(model, variant=variant)) if variant else folder
 
 
 def open_pipeline(
@@ -304,18 +336,20 @@ def open_pipeline(
     register(ADAPTERS)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    path = model_path(model)
+    folder = fetch_files(model) if stored_folder(model) is None else stored_folder(model)
+    assert folder is not None
+    variant = variant or weights_variant(folder)
     if dtype is None:
         dtype = weights_dtype(device)
     try:
-        given: dict[str, Any] = dict.fromkeys(absent_parts(Path(path)))
+        given: dict[str, Any] = dict.fromkeys(absent_parts(folder))
         if transformer is None:
-            given |= _own_transformer(Path(path), torch_dtype=dtype, variant=variant)
+            given |= _own_transformer(folder, torch_dtype=dtype, variant=variant)
         else:
             given["transformer"] = transformer
             sys.modules.setdefault(MODULE, diffusers)  # see _own_transformer
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, **given)
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, AttributeError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, **given)
+    except (*LOADING_ERRORS, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(
@@ -389,30 +423,4 @@ def check_counts(model: str, transformer: Any, stored: Iterable[str]) -> None:
 
 def _stored_names(folder: Path) -> set[str]:
     """Names of the tensors in a transformer's folder; empty where they are not in diffusers' own files."""
-    file = folder / f"{WEIGHTS_NAME}.safetensors"
-    listing = folder / f"{file.name}.index.json"
-    if listing.is_file():
-        return set(_weight_map(listing))
-    return set(read_tensor_header(file)) if file.is_file() else set()
-
-
-def weights_digest(model: str) -> str:
-    """Identify the weights that a model name stands for: the hub id, or names, sizes and ends of a folder's files.
-
-    Reading 40 GB to name them would take minutes; other weights differ in the last 64 kB of their files too.
-    """
-    folder = Path(model_path(model))
-    if not folder.is_dir():
-        return digest(model)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return digest([(str(p.relative_to(folder)), p.stat().st_size, _tail(p)) for p in files])
-
-
-def _tail(path: Path, size: int = 65536) -> str:
-    """SHA-256 of the last bytes of a file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from None
+    return {name for file in loaded_weights(folder) for name in read_tensor_header(file)}

@@ -205,7 +205,7 @@ def test_one_process_a_folder(tmp_path):
 
 
 def test_other_weights_of_the_same_size_are_another_model(tmp_path):
-    from ppcl.teacher.loading import weights_digest
+    from ppcl.teacher.origin import weights_digest
 
     (tmp_path / "transformer").mkdir()
     weights = tmp_path / "transformer" / "model.safetensors"
@@ -251,5 +251,5 @@ def test_the_size_of_a_bundle_is_exported_as_asked_and_pushed(tmp_path, monkeypa
     options = ["--keep", "0.7", "--set", "export.dtype=float16", "--push-to-hub", "u/n", "--private"]
     CliRunner().invoke(cli.app, ["export", str(run), "--out", str(out), *options], catch_exceptions=False)
     settings = load_config([], ["export.dtype=float16"]).export
-    assert made == [(run, out, "keep", 0.7, "cpu", settings)]
+    assert made == [(run, out, "keep", 0.7, "cpu", settings, None)]
     assert [arguments[:3] for arguments in pushed] == [(out, "u/n", True)]
