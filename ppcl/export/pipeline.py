@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ppcl import __version__
-from ppcl.common.files import atomic_path, link_file, read_json, write_json, write_text
+from ppcl.common.files import atomic_path, link_file, read_json, variant_of, write_json, write_text
 from ppcl.common.outside import check_links, real_places
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
@@ -22,6 +22,7 @@ from ppcl.export.card import Facts, model_card
 from ppcl.modules.remote_code import MODULE, write_code
 from ppcl.student.plan import CompressionPlan, plan_digest
 from ppcl.teacher.loading import check_names, loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.teacher.stored import weight_map
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +248,20 @@ def taken_along(folder: Path) -> tuple[list[str], list[Path]]:
 
 
 def _take_along(folder: Path, target: Path, link: bool) -> list[Path]:
-    """Copy a component's files, or link its weights; returns the weights that could not be linked."""
+    """Copy a component's files, or link its weights; returns the weights that could not be linked.
+
+    Of weights that are there as a variant alone the names become plain, so that loading need not name it.
+    """
     copied = []
+    kinds = {variant_of(file.name) for file in folder.glob("*.safetensors")}
+    variant = f".{next(iter(kinds))}" if len(kinds) == 1 and None not in kinds else ""
     for file in _files(folder):
-        place = target / file.relative_to(folder)
+        place = (target / file.relative_to(folder)).with_name(file.name.replace(variant, "", 1))
         place.parent.mkdir(parents=True, exist_ok=True)
+        if variant and f".index{variant}." in file.name:
+            shards = {name: shard.replace(variant, "", 1) for name, shard in weight_map(file).items()}
+            write_json(place, {**read_json(file), "weight_map": shards})
+            continue
         wanted = link and file.suffix in WEIGHTS
         if not (wanted and link_file(file, place)):
             shutil.copyfile(file, place)
