@@ -59,6 +59,9 @@ def check_stored(folder: Path) -> None:
     Raises:
         ModelError: A component or a file is missing or damaged, or a file holds a LoRA apart, or scales.
     """
+    for listing in sorted(folder.glob("*/*.index*.json")):  # those that are not loaded, too
+        for shard in weight_map(listing).values():
+            inside(listing.parent, shard, str(listing))
     variant = weights_variant(folder)
     for name, kind in components(folder).items():
         place = folder / name
@@ -90,17 +93,14 @@ def check_trainable(folder: Path) -> None:
 
 
 def _check_shards_of(place: Path, variant: str | None) -> None:
-    """Check the listing of shards that goes with the files that are loaded; others must lead nowhere else."""
+    """Check the listing of shards that goes with the files that are loaded."""
     kinds = {variant_of(file.name) for file in place.glob("*.safetensors")} or {None, variant}
     kind = next((kind for kind in (variant, None) if kind in kinds), None)
     listings = sorted(place.glob("*.index*.json"))
     own = [file for file in listings if file.name.endswith(f".safetensors.index{f'.{kind}' if kind else ''}.json")]
     is_pickled = not own and not any(place.glob("*.safetensors"))
-    for listing in listings:
-        if listing in own or is_pickled:
-            check_shards(listing)
-        for name in weight_map(listing).values():
-            inside(place, name, str(listing))
+    for listing in listings if is_pickled else own:
+        check_shards(listing)
 
 
 def _check_names(file: Path, names: Iterable[str]) -> None:
