@@ -45,6 +45,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "local alone": ("", ALONE),
     "local, more steps": ("local_steps", ALONE),
     "carried": ("carried_steps", ALONE),
+    "correction": ("", {**ALONE, "correct": True}),
+    "correction, carried": ("carried_steps", {**ALONE, "correct": True}),
     "alternating": ("alternating_steps", {}),
     "output, substitutes": ("output_steps", {"train": "substitutes"}),
     "output, all blocks": ("output_steps", {"train": "all"}),
