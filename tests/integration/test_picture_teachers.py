@@ -13,6 +13,7 @@ from tiny_pipelines import PICTURED, small_sources
 
 from ppcl import cli
 from ppcl.capture.states import States
+from ppcl.config import CaptureConfig
 from ppcl.eval.results import load_evaluation
 
 OPTIONS = (
@@ -74,13 +75,14 @@ def test_calibration_and_evaluation_have_pictures_of_their_own(compressed):
 def test_what_was_written_loads_and_starts_from_a_picture(compressed, monkeypatch):
     from diffusers import DiffusionPipeline
 
-    from ppcl.teacher.pipeline_call import PicturedPrompt, call_pipeline
+    from ppcl.teacher.pipeline_call import PicturedPrompt, call_pipeline, guidance_arguments
 
     small_sources(monkeypatch)
     student = DiffusionPipeline.from_pretrained(compressed.run / "pipeline")
     assert type(student) is compressed.kind
     student.set_progress_bar_config(disable=True)
     prompt = PicturedPrompt("make it 3 cats", "x", lambda: Image.open(compressed.data / "before-3.png"))
-    call_pipeline(student, [prompt], height=32, width=32, num_inference_steps=2, output_type="pil")
+    small = guidance_arguments(student, CaptureConfig(height=32, width=32, num_frames=5))
+    call_pipeline(student, [prompt], num_inference_steps=2, output_type="pil", **small)
     card = (compressed.run / "pipeline" / "README.md").read_text()
     assert ("image-to-video" if "Wan" in compressed.kind.__name__ else "image-to-image") in card
