@@ -36,7 +36,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "local": {"local_steps": 2, "output_steps": 0},
     "single": {"local_steps": 2, "output_steps": 0, "one_at_a_time": True},
     "carried": {"local_steps": 1, "carried_steps": 2, "output_steps": 0},
-    "corrected": {"local_steps": 0, "correct": True, "output_steps": 0},
+    "corrected": {"local_steps": 0, "correct": True, "output_steps": 0, "keep_start": False},
     "sequential": {"local_steps": 2, "output_steps": 0, "sequence": "sequential"},
     "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
     "output": {"local_steps": 0, "output_steps": 2, "train": "substitutes"},
@@ -49,9 +49,12 @@ def new_distiller(folder: Path, name: str, group: Group, log: Any = None, **chan
     teacher = tiny_qwen(5)
     settings = DistillConfig(**{"batch_size": BATCH, "checkpoint_every": 1, **RATES, **STAGES[name], **changes})
     plan = plan_for(teacher, RUNS)
-    return Distiller(
+    distiller = Distiller(
         teacher, adapter_for(teacher), plan, folder / "states", folder / name, settings, 0, "fp32", log, group=group
     )
+    if settings.correct:  # which is judged on held-out states
+        distiller.held_out = distiller.states
+    return distiller
 
 
 def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
