@@ -17,12 +17,12 @@ import yaml
 from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
 from ppcl.common.files import digest, read_json, weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
+from ppcl.config.names import PREFIX
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
 from ppcl.eval.features import LOCAL_PREFIX
 from ppcl.eval.results import Block
-from ppcl.modules.compressed import PREFIX
 from ppcl.teacher.blocks import loaded_bytes
 from ppcl.teacher.families import ADAPTERS
 from ppcl.teacher.loading import (
@@ -202,7 +202,7 @@ def _can_stream(source: ModelSource) -> bool:
 
 def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
     """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
-    from ppcl.pipelines.blocks import block_maps
+    from ppcl.teacher.block_map import block_maps
 
     config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
     record = config.get("_ppcl")

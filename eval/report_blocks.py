@@ -29,7 +29,7 @@ def redundancy(run: RunData) -> str:
     if run.plan:
         parts.append(paragraph(text(_summary(run, run.plan))))
         parts += [_strip(run, run.plan, name) for name in run.plan.stacks]
-        parts += [_run_table(run, run.plan), _width_table(run, run.plan)]
+        parts += [_first_teacher(run.plan), _run_table(run, run.plan), _width_table(run, run.plan)]
     else:
         parts.append(missing(run.missing("plan.json")))
     stacks = [stack for stack in (run.analysis.stacks if run.analysis else ()) if stack.cka]
@@ -65,6 +65,18 @@ def _summary(run: RunData, plan: CompressionPlan) -> str:
         names = ", ".join(f"{kind} in {number} blocks" for kind, number in sorted(narrow.items()))
         words.append(f"Narrower inside: {names}.")
     return " ".join(words)
+
+
+def _first_teacher(plan: CompressionPlan) -> str:
+    """Where the teacher was compressed before: the student by the blocks of the first teacher."""
+    if not any(stack.spans for stack in plan.model.stacks):
+        return ""
+    from ppcl.export.card import draw_plan  # torch comes with it
+
+    words = (
+        "The teacher of this run was compressed before. Of the first teacher's blocks, which LoRA and ControlNet name:"
+    )
+    return paragraph(text(words)) + f"<pre><code>{text(draw_plan(plan))}</code></pre>"
 
 
 def _mean(values: list[float]) -> float:

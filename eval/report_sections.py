@@ -94,11 +94,9 @@ def _tiles(run: RunData) -> str:
 
 def load_lines(run: RunData) -> str:
     """The Python that loads the result; importing ppcl.pipelines is needed only where widths changed."""
-    stacks = run.plan.stacks if run.plan else {}
-    narrow = any(s.width for segments in stacks.values() for s in segments)
     lines = ["from diffusers import DiffusionPipeline"]
     remote = (run.folder / "pipeline" / "transformer" / "transformer_ppcl.py").is_file()
-    if narrow and not remote:
+    if run.plan and run.plan.own_class and not remote:
         lines.append("import ppcl.pipelines  # registers the classes with narrower blocks")
     path = json.dumps((run.folder / "pipeline").as_posix(), ensure_ascii=False)
     variant = weights_variant(run.folder / "pipeline")

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 from ppcl.modules.compressed import register
-from ppcl.pipelines.blocks import pipeline_record
 from ppcl.pipelines.bundle import load_bundle
 from ppcl.pipelines.controlnet import attach_controlnet, detach_controlnet
 from ppcl.pipelines.lora import convert_lora, load_lora, remap_lora
 from ppcl.pipelines.lora_report import MappingReport
 from ppcl.pipelines.semi_structured import to_semi_structured
+from ppcl.teacher.block_map import pipeline_record
 from ppcl.teacher.families import ADAPTERS
 
 __all__ = [

@@ -26,6 +26,7 @@ class Plugboard:
 
     def __init__(self, transformer: Any, adapter: Adapter, bundle: Bundle) -> None:
         self.transformer, self.adapter, self.bundle = transformer, adapter, bundle
+        self.config = dict(transformer.config)  # the teacher's
         self.teacher = {spec.name: list(adapter.blocks(transformer, spec)) for spec in adapter.stacks}
         self.tails = {spec.name: list(adapter.all_blocks(transformer, spec)) for spec in adapter.stacks}
         self.tails = {name: blocks[len(self.teacher[name]) :] for name, blocks in self.tails.items()}
@@ -63,7 +64,8 @@ class Plugboard:
         from torch import nn
 
         from ppcl.pruning.selection import select_bundle
-        from ppcl.student.assembly import register_plan, run_name
+        from ppcl.student.assembly import run_name
+        from ppcl.student.record import register_plan
 
         given = {"keep": keep, "speedup": speedup, "fit_gb": fit_gb, "active": active}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -83,8 +85,7 @@ class Plugboard:
                 key = (name, segment.first, segment.last)
                 blocks.append(self.bundle.substitutes[key] if segment.is_substitute else self.teacher[name][key[1]])
             setattr(self.transformer, name, nn.ModuleList([*blocks, *self.tails[name]]))
-        self.transformer.register_to_config(pruning={})
-        register_plan(self.transformer, self.adapter, plan)
+        register_plan(self.transformer, self.adapter, plan, self.config)
         self.active = tuple(
             run_name((n, s.first, s.last)) for n, pieces in plan.stacks.items() for s in pieces if s.is_substitute
         )
@@ -164,7 +165,7 @@ def load_bundle(
     for block in bundle.substitutes.values():
         block.to(device=place, dtype=transformer.dtype).requires_grad_(False).eval()
     board = Plugboard(transformer, adapter, bundle)
-    compress_class(transformer, {})
+    compress_class(transformer, transformer.config.get("pruning") or {})
     transformer.plugboard = board
     if keep is speedup is fit_gb is None:
         board.select(active=board.names)

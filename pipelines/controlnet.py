@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ModelError
-from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
+from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import ModelError, UserError, nearest
-from ppcl.pipelines.blocks import BlockMap, block_maps, pipeline_record
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
 from ppcl.pipelines.lora_report import MappingReport
+from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -160,7 +160,7 @@ def _matrices(source: Blocks, findings: Findings, modulations: Modulations) -> d
         here, dtype = f"{place[0]}/{place[1]}", main_dtype(source.module(place))
         for name, shape in findings.shapes("forms", place).items():
             matrices[f"{here}/{name}"] = Unread(shape, dtype, partial(_read, findings, place, name))
-        if source.stacks[place[0]].modulation:
+        if source.spec(place).modulation:
             for stream, layer in findings.numbers("modulation", place)["source"].items():
                 which = torch.tensor(numbers[tuple(layer)])
                 matrices[f"{here}/modulation.{stream}/inputs"] = Unread((), which.dtype, partial(torch.clone, which))
@@ -207,19 +207,19 @@ def _analyze_stack(
         influence=tuple(1 - form["cosines"]["sum"] / form["cosines"]["count"] for form in forms),
         ffn_linearity={stream: errors(f"ffn.{stream}") for stream in spec.ffn},
         text_linearity={"input": errors("input.text"), "output": errors("text")} if spec.text_qkv else {},
-        modulation_residual=_modulation_residual(spec, places, findings),
+        modulation_residual=_modulation_residual(source, spec, places, findings),
     )
 
 
 def _modulation_residual(
-    spec: StackSpec, places: Sequence[Place], findings: Findings
+    source: Blocks, spec: StackSpec, places: Sequence[Place], findings: Findings
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """For each stream and block, what each rank of the modulation layer misses where it was not fitted."""
-    if not spec.modulation:
-        return {}
-    missed: list[Mapping[str, Sequence[float]]] = [findings.numbers("modulation", place)["missed"] for place in places]
+    """For each stream and block, what each rank of the modulation layer misses where it was not fitted, if it may."""
+    missed: list[Mapping[str, Sequence[float]]] = [
+        findings.numbers("modulation", place)["missed"] if source.spec(place).modulation else {} for place in places
+    ]
     return {
-        stream: tuple(tuple(block[stream]) for block in missed)
+        stream: tuple(tuple(block.get(stream, ())) for block in missed)
         for stream in spec.modulation
-        if all(stream in block for block in missed)
+        if any(stream in block for block in missed)
     }

@@ -38,7 +38,8 @@ class StackAnalysis:
         influence: Block influence, 1 - mean cosine of a block's input and output (ShortGPT).
         ffn_linearity: Held-out relative error of the best linear map for each FFN, per stream (eq. 9).
         modulation_residual: Per stream and block, the share of a modulation layer's varying output that each rank
-            0, 1, 2, ... misses on held-out prompts and timesteps that it was not fitted on.
+            0, 1, 2, ... misses on held-out prompts and timesteps that it was not fitted on; empty where a block has
+            no such layer, or one whose input is not known before the blocks run.
         text_linearity: Held-out relative errors of a linear map from the preceding block's text signals
             (eq. 8): ``input`` for the text input of QKV, ``output`` for the block's text output.
         interval_draws: Draws of half of the held-out prompts that intervals were found with again; 0: none were made.

@@ -22,7 +22,7 @@ from ppcl.analysis.sweep import Batch, Seen
 from ppcl.capture.states import States
 from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
-from ppcl.modules.replacements import InputStatistics, residuals
+from ppcl.modules.replacements import InputStatistics, affine_of, residuals
 from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import Call, velocity
@@ -140,7 +140,7 @@ class Modulations:
         group: Group = SINGLE,
     ) -> None:
         self.first, self.findings, self.group = first, findings, group
-        self.spec, self.index, self.block = source.stacks[source.order[0][0]], 0, nn.Module()
+        self.spec, self.index, self.block = source.spec(source.order[0]), 0, nn.Module()
         self.sources: dict[str, Layer] = {}
         self.inputs: dict[Layer, Tensor] = {}
         self.conditions: dict[Layer, Conditioning] = {}
@@ -178,7 +178,7 @@ class Modulations:
         def judge(own: dict[str, Layer]) -> dict[str, list[float]]:
             missed = {}
             for stream, source in own.items():
-                weight = self.block.get_submodule(self.spec.modulation[stream]).get_parameter("weight")
+                weight, _ = affine_of(self.block.get_submodule(self.spec.modulation[stream]))
                 missed[stream] = self.conditions[source].missed(weight).tolist()
             return missed
 
@@ -241,7 +241,7 @@ def modulation_layers(transformer: nn.Module, adapter: Adapter) -> dict[Layer, n
         (spec.name, index, stream): block.get_submodule(path)
         for spec in adapter.stacks
         for index, block in enumerate(adapter.blocks(transformer, spec))
-        for stream, path in spec.modulation.items()
+        for stream, path in spec.of(block).modulation.items()
     }
 
 

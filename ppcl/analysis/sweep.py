@@ -277,8 +277,8 @@ class Visit:
 
     def __init__(self, course: Course, position: int, block: nn.Module, consumers: Sequence[Consumer]) -> None:
         self.course, self.position, self.block = course, position, block
-        name, self.index = course.source.order[position]
-        self.stack = course.source.stacks[name]
+        place = course.source.order[position]
+        self.stack, self.index = course.source.spec(place), place[1]
         self.wanted: list[tuple[Consumer, Sequence[str]]] = []
         for consumer in consumers:
             paths = consumer.begin(self.stack, self.index, block)

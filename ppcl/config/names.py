@@ -5,4 +5,5 @@ from typing import Literal
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")  # as they follow
 BUDGETS = ("keep", "speedup", "fit_gb")  # settings of ``plan``, of which one counts
 Width = Literal["modulation", "ffn", "attention", "text"]  # what of a block is made smaller
+PREFIX = "PPCL"  # of the names of classes with smaller modules
 Start = Literal["first", "middle", "last", "mean"]  # the block of a run, or their mean, that a substitute starts from

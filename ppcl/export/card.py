@@ -6,7 +6,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 
 from ppcl.common.files import read_json
 from ppcl.common.tables import device_name, fenced, plain, versions, zeros_meaning
-from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.student.plan import CompressionPlan
+from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
@@ -52,6 +53,8 @@ class Facts:
         pipeline_class: Of the exported pipeline.
         dtype: In which the transformer's weights are stored; empty if unknown.
         arguments: What loading needs beside the folder, see :func:`ppcl.teacher.loading.loading_arguments`.
+        first: Where the source is a compressed model itself: the first teacher, whose blocks the numbers are of.
+        round: Which round of compression it is.
         making: How it was made; None leaves that section out.
         measured: The numbers of the evaluate stage, as Markdown; empty before it.
         licence: ``license``, ``license_name`` and ``license_link`` of the source's card.
@@ -61,9 +64,31 @@ class Facts:
     pipeline_class: str
     dtype: str = ""
     arguments: str = ""
+    first: str = ""
+    round: int = 1
     making: Making | None = None
     measured: str = ""
     licence: Mapping[str, str] = field(default_factory=dict)
+
+
+def written_facts(source: str, folder: Path) -> Facts:
+    """What a pipeline folder tells by itself, under its final or a temporary name.
+
+    Args:
+        source: The teacher.
+        folder: The pipeline.
+    """
+    dtype = stored_dtype(str(folder))
+    record = read_json(folder / "transformer" / "config.json").get(RECORD) or {}
+    rounds = record.get("rounds") or ()
+    return Facts(
+        source=source,
+        pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
+        dtype=str(dtype).removeprefix("torch.") if dtype else "",
+        arguments=loading_arguments(folder),
+        first=str(record.get("source_model", "")) if rounds else "",
+        round=1 + len(rounds),
+    )
 
 
 def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, device: str, measured: str) -> Facts:
@@ -77,13 +102,9 @@ def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, devi
         device: On which it was trained and timed.
         measured: The numbers of the evaluate stage, as Markdown; empty before it.
     """
-    dtype = stored_dtype(str(folder))
     shown = tuple(dict.fromkeys(shown_command(text) for text in commands if text))
-    return Facts(
-        source=source,
-        pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
-        dtype=str(dtype).removeprefix("torch.") if dtype else "",
-        arguments=loading_arguments(folder),
+    return replace(
+        written_facts(source, folder),
         making=Making(shown, seed, versions(), device_name(device)),
         measured=measured,
         licence=source_licence(source),
@@ -143,15 +164,16 @@ def pipeline_tag(pipeline_class: str, transformer_class: str) -> str:
 
 
 def draw_plan(plan: CompressionPlan) -> str:
-    """Draw a plan: the teacher's block numbers in order, in brackets those that became one block."""
+    """Draw a plan: the first teacher's block numbers in order, in brackets those that became one block."""
     lines = []
     for stack in plan.model.stacks:
-        pieces = plan.stacks[stack.name]
-        runs = [f"{s.first}-{s.last}" for s in pieces if s.is_run]
+        pieces = [stack.first_teachers(s.first, s.last) for s in plan.stacks[stack.name]]
+        runs = [f"{first}-{last}" for first, last in pieces if last > first]
         became = f"; became one block each: {', '.join(runs)}" if runs else ""
-        lines.append(f"{stack.name}: {stack.num_blocks} -> {len(pieces)} blocks{became}")
+        of_first = f"{pieces[-1][1] + 1} -> " if stack.spans else ""
+        lines.append(f"{stack.name}: {of_first}{stack.num_blocks} -> {len(pieces)} blocks{became}")
         lines += textwrap.wrap(
-            " ".join(map(_drawn, pieces)),
+            " ".join(_drawn(*piece) for piece in pieces),
             width=100,
             initial_indent="  ",
             subsequent_indent="  ",
@@ -160,10 +182,10 @@ def draw_plan(plan: CompressionPlan) -> str:
     return "\n".join(lines).replace("~", " ")
 
 
-def _drawn(segment: Segment) -> str:
+def _drawn(first: int, last: int) -> str:
     """One piece of a plan; ``~`` is a space that no line ends at."""
-    numbers = "~".join(str(i) for i in range(segment.first, segment.last + 1))
-    return f"[{numbers}]" if segment.is_run else numbers
+    numbers = "~".join(str(i) for i in range(first, last + 1))
+    return f"[{numbers}]" if last > first else numbers
 
 
 def model_card(plan: CompressionPlan, facts: Facts) -> str:
@@ -180,10 +202,11 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
 
     tag = pipeline_tag(facts.pipeline_class, plan.model.transformer_class)
     licence: dict[str, Any] = dict(facts.licence)
-    on_hub = facts.source.count("/") == 1 and not Path(facts.source).exists()
+    base = facts.first or facts.source
+    on_hub = base.count("/") == 1 and not Path(base).exists()
     data = ModelCardData(
         library_name="diffusers",
-        base_model=facts.source if on_hub else None,  # the hub refuses what is not one of its ids
+        base_model=base if on_hub else None,  # the hub refuses what is not one of its ids
         pipeline_tag=tag,
         tags=["diffusers", "ppcl", "compressed", "depth-pruning", "distillation"],
         **licence,
@@ -198,7 +221,7 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
     name = plain(source_name(facts.source))
     needs = "nothing but diffusers is needed"
     first = ""
-    if plan.has_width:
+    if plan.own_class:
         needs = (
             "modules inside its blocks are smaller, and importing `ppcl.pipelines` makes its class known to diffusers"
         )
@@ -206,11 +229,16 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
     trusting = "trust_remote_code=True" in facts.arguments
     if trusting:
         needs, first = "modules inside its blocks are smaller, and the code of its class lies in `transformer/`", ""
-    stock = "with a transformer of its own class" if plan.has_width else "of stock classes"
+    stock = "with a transformer of its own class" if plan.own_class else "of stock classes"
     stored = f" Its weights are stored in {facts.dtype}." if facts.dtype else ""
+    whose, of_what = "teacher's", f"`{name}`"
+    if facts.first:
+        base = plain(facts.first)
+        whose = f"first teacher's, `{base}`"
+        of_what = f"the model that it was made of, which is `{base}` compressed (this is round {facts.round})"
     return [
-        f"# {name.rpartition('/')[2]}, compressed by ppcl",
-        f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of `{name}`. It is a "
+        f"# {(plain(facts.first) or name).rpartition('/')[2]}, compressed by ppcl",
+        f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of {of_what}. It is a "
         f"`{plain(facts.pipeline_class)}` {stock}: {needs}.{stored}",
         fenced(
             f"{first}from diffusers import DiffusionPipeline\n\n"
@@ -219,7 +247,7 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         ),
         REMOTE_LIMITS if trusting else "",
         "## Blocks",
-        "Block numbers are the teacher's; those in brackets were replaced by one block, distilled against the "
+        f"Block numbers are the {whose}; those in brackets were replaced by one block, distilled against the "
         f"teacher's activations. Plan: {plain(without_folders(plan.mode))}, {kind} {value:g}.",
         fenced(draw_plan(plan)),
         *_sparse(plan),

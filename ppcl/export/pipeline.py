@@ -18,10 +18,11 @@ from ppcl.common.files import atomic_path, link_file, read_json, variant_of, wri
 from ppcl.common.outside import check_links, real_places
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
-from ppcl.export.card import Facts, model_card
+from ppcl.export.card import model_card, written_facts
 from ppcl.modules.remote_code import MODULE, write_code
 from ppcl.student.plan import CompressionPlan, plan_digest
-from ppcl.teacher.loading import check_names, loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.teacher.block_map import RECORD
+from ppcl.teacher.loading import check_names, source_name, stored_dtype, stored_folder
 from ppcl.teacher.stored import weight_map
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,7 @@ def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callab
         elif settings.remote_code:
             logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
         name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
-        if card is None:
-            kind = str(read_json(temporary / INDEX)["_class_name"])
-            text = model_card(parts.plan, Facts(parts.source, kind, arguments=loading_arguments(temporary)))
-        else:
-            text = card(temporary)
+        text = model_card(parts.plan, written_facts(parts.source, temporary)) if card is None else card(temporary)
         write_text(temporary / "README.md", text)
         hide_folders(temporary, source_name(parts.source))
         parts.check(temporary)
@@ -178,11 +175,17 @@ def register_source(student: Any, plan: CompressionPlan, source: str) -> None:
     Args:
         student: Its config has the kept blocks under ``_ppcl``.
         plan: Its digest is kept.
-        source: What the teacher was loaded from; of a folder the name alone is kept.
+        source: What the teacher was loaded from; of a folder the name alone is kept. The first teacher, whose blocks
+            are named, is told instead where the teacher was compressed itself.
     """
-    record = dict(student.config.get("_ppcl") or {})
-    record |= {"source_model": source_name(source), "plan_sha256": plan_digest(plan), "ppcl_version": __version__}
-    student.register_to_config(_ppcl=record)
+    record = dict(student.config.get(RECORD) or {})
+    first = next((former["source_model"] for former in record.get("rounds", ()) if "source_model" in former), None)
+    record |= {
+        "source_model": first or source_name(source),
+        "plan_sha256": plan_digest(plan),
+        "ppcl_version": __version__,
+    }
+    student.register_to_config(**{RECORD: record})
 
 
 def write_components(pipeline: Any, folder: Path | None, target: Path, link: bool = False) -> None:

@@ -25,13 +25,13 @@ from ppcl.student.assembly import (
     RunKey,
     assemble_student,
     own_names,
-    register_plan,
     run_name,
     substitute_block,
 )
 from ppcl.student.bundle import check_bundle
 from ppcl.student.masks import unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.student.record import register_plan
 from ppcl.teacher.blocks import StreamedBlocks, without_weights
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.loading import WEIGHTS_NAME, stored_folder, weight_files

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
 from ppcl.errors import ModelError, UserError
-from ppcl.teacher.families import adapter_class, adapter_for
+from ppcl.modules.compressed import register
+from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 from ppcl.teacher.loading import EMBEDDED, check_folder, check_model, model_path
 
 CONFIG_FILE = "transformer/config.json"
@@ -123,6 +124,7 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     """
     import diffusers
 
+    register(ADAPTERS)
     name = config["_class_name"]
     kind = getattr(diffusers, name, None)
     if not isinstance(kind, type) or not hasattr(kind, "from_config"):

@@ -130,8 +130,8 @@ class _Thin:
         return self.known[shapes]
 
     def _modulation(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
-        paths = spec.modulation.values() if "modulation" in self.groups else ()
-        return {path: {"kind": "low_rank", "size": 1} for path in paths if _has(block, path)}
+        paths = spec.of(block).modulation.values() if "modulation" in self.groups else ()
+        return {path: {"kind": "low_rank", "size": 1} for path in paths}
 
     def _networks(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
         parts: dict[str, Part] = {}
@@ -146,9 +146,10 @@ class _Thin:
         return parts
 
     def _text(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
-        if not all(_has(block, path) for path in spec.text_parts):
+        parts = spec.of(block).text_parts
+        if not all(_has(block, path) for path in parts):
             return {}
-        return {path: {"kind": kind, "size": 0} for path, kind in spec.text_parts.items()}
+        return {path: {"kind": kind, "size": 0} for path, kind in parts.items()}
 
 
 def _count(block: nn.Module, parts: dict[str, Part]) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppcl.common.devices import autocast
+from ppcl.config.names import PREFIX
 from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
 from ppcl.distill.memory import local_step_bytes
 from ppcl.errors import ModelError
@@ -174,7 +175,8 @@ def blueprint_of(
     config, vae_scale = read_config(model)
     transformer: Any = nn.Module.to(build_on_meta(config), dtype)  # diffusers' own warns of what has no weights here
     height, width = height or 1024, width or 1024
-    drawn = frames or FRAMES.get(config["_class_name"], 1)
+    family = config["_class_name"].removeprefix(PREFIX)
+    drawn = frames or FRAMES.get(family, 1)
     grid = token_grid(height, width, vae_scale)
     arguments = example_call(transformer, grid, text_tokens, 1 + (drawn - 1) // FRAME_SCALE)
     if arguments is None:
@@ -193,11 +195,11 @@ def blueprint_of(
     shapes = Shapes(
         info,
         itemsize=dtype.itemsize,
-        decode=height * width * DECODE.get(config["_class_name"], DECODE_OTHERS),
-        text=text if here else dtype.itemsize * TEXT_NUMBERS.get(config["_class_name"], 0.0),
+        decode=height * width * DECODE.get(family, DECODE_OTHERS),
+        text=text if here else dtype.itemsize * TEXT_NUMBERS.get(family, 0.0),
         vae=others if here else dtype.itemsize * VAE_NUMBERS,
         files_here=here,
-        joined=config["_class_name"] in JOINED,
+        joined=family in JOINED,
         **_of_calls(transformer, adapter, arguments, info, dtype),
     )
     return Blueprint(transformer, adapter, arguments, shapes)
@@ -278,13 +280,14 @@ def _repeated(value: Any, count: int) -> Any:
 
 def _part(spec: StackSpec, blocks: list[nn.Module], call: BlockCall, flops: tuple[int, ...]) -> Part:
     block = blocks[0]
+    spec = spec.of(block)
     features = {stream: state.shape[-1] for stream, state in call.inputs.items()}
     streams = tuple(d for stream, d in features.items() if call.outputs.get(stream) is not None)
-    networks = {s: p for s, p in spec.ffn.items() if s in features and _has(block, p)}
+    networks = {s: p for s, p in spec.ffn.items() if s in features}
     units = {stream: neurons_of(block.get_submodule(path)) for stream, path in networks.items()}
     hidden = tuple((cut.count, features[stream]) for stream, cut in units.items() if cut)
     text = features.get("text", 0) if spec.text_qkv and _has(block, spec.text_qkv) else 0
-    layers = [block.get_submodule(path) for path in spec.modulation.values() if _has(block, path)]
+    layers = [block.get_submodule(path) for path in spec.modulation.values()]
     modulation = tuple((m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear))
     most = max(map(count_params, blocks))
     of_networks = tuple(features[stream] for stream in networks)

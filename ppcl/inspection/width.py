@@ -95,9 +95,10 @@ def plans(transformer: Any, adapter: Adapter, rank: int) -> Iterator[tuple[bool,
     parts: dict[str, Part] = {}
     for spec in adapter.stacks:
         for index, block in enumerate(adapter.blocks(transformer, spec)):
-            for path in spec.modulation.values():
-                if _has(block, path):
-                    parts[f"{spec.name}.{index}.{path}"] = {"kind": "low_rank", "size": rank}
+            for path in spec.of(block).modulation.values():
+                low = {path: {"kind": "low_rank", "size": rank}}
+                if _saved(block, low) > 0:
+                    parts[f"{spec.name}.{index}.{path}"] = low[path]
     modulated = bool(parts)
     networks: dict[str, str] = {}
     if modulated:
@@ -108,9 +109,8 @@ def plans(transformer: Any, adapter: Adapter, rank: int) -> Iterator[tuple[bool,
             networks_of_stream = {
                 f"{spec.name}.{index}.{spec.ffn[stream]}": part
                 for spec in adapter.stacks
-                if stream in spec.ffn
                 for index, block in enumerate(adapter.blocks(transformer, spec))
-                if _has(block, spec.ffn[stream]) and (part := _network(block.get_submodule(spec.ffn[stream]), share))
+                if stream in spec.of(block).ffn and (part := _network(block.get_submodule(spec.ffn[stream]), share))
             }
             if networks_of_stream:
                 parts |= networks_of_stream
@@ -124,10 +124,6 @@ def _network(module: nn.Module, share: float | None) -> Part | None:
     units = neurons_of(module)
     sizes = sizes_of(units, (share,)) if units else []
     return units.part(range(sizes[0])) if units and sizes else None
-
-
-def _has(block: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in block.named_modules())
 
 
 def _saved(transformer: nn.Module, parts: Mapping[str, Part]) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 import diffusers
 from diffusers.configuration_utils import register_to_config
 
+from ppcl.config.names import PREFIX
 from ppcl.errors import ModelError
 from ppcl.modules.replacements import apply_width
-
-PREFIX = "PPCL"
 
 
 @cache

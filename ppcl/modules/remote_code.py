@@ -14,9 +14,10 @@ from typing import Any
 
 from ppcl import __version__
 from ppcl.common.files import write_text
+from ppcl.config.names import PREFIX
 from ppcl.modules import replacements as width
 from ppcl.modules import slicing, text_stream
-from ppcl.modules.compressed import PREFIX, compressed_class
+from ppcl.modules.compressed import compressed_class
 
 MODULE = "transformer_ppcl"  # diffusers looks for MODULE.py in the component's folder
 PARTS = (slicing, text_stream, width)  # each needs those before it alone

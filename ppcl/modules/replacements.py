@@ -48,6 +48,13 @@ class LowRankLinear(nn.Module):
         return result
 
 
+def affine_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (o, d) and bias (o,) of a linear layer, or of the one that a low-rank layer stands for."""
+    if isinstance(module, LowRankLinear):
+        return module.up.weight.float() @ module.down.weight.float(), module.up.bias
+    return module.get_parameter("weight"), getattr(module, "bias", None)
+
+
 class LinearFeedForward(nn.Linear):
     """An affine map that is called as the feed-forward network it replaces."""
 
@@ -80,7 +87,7 @@ def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: The kind is unknown or does not suit the module.
     """
-    kind, linear = part["kind"], isinstance(module, nn.Linear)
+    kind, linear = part["kind"], isinstance(module, nn.Linear | LowRankLinear)
     smaller: nn.Module | None = None
     if kind == "low_rank" and linear:
         smaller = LowRankLinear(*features_of(module), int(part["size"]))

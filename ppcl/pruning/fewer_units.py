@@ -90,7 +90,7 @@ def find_sites(source: Blocks, calls: Calls, groups: Sequence[str]) -> list[CutS
 def units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units]]:
     """Group, path and units of the modules of one block."""
     if "ffn" in groups:
-        for stream, path in spec.ffn.items():
+        for stream, path in spec.of(block).ffn.items():
             units = neurons_of(block.get_submodule(path))
             if units is not None:
                 yield f"ffn.{stream}", path, units
@@ -207,9 +207,9 @@ def text_blocks(source: Blocks, probes: Collection[str]) -> dict[Place, Parts]:
     replacements: dict[Place, Parts] = {}
     for spec in source.adapter.stacks:
         for index, block in enumerate(source.adapter.blocks(source.transformer, spec) if spec.text_parts else ()):
-            known = f"{spec.name}/{index}/text/weight" in probes
-            if spec.text_qkv and known and _text_norm(spec, block) is not None:
-                replacements[spec.name, index] = {p: {"kind": kind, "size": 0} for p, kind in spec.text_parts.items()}
+            known, parts = f"{spec.name}/{index}/text/weight" in probes, spec.of(block).text_parts
+            if spec.text_qkv and known and parts and _text_norm(spec, block) is not None:
+                replacements[spec.name, index] = {path: {"kind": kind, "size": 0} for path, kind in parts.items()}
     return replacements
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import ModelError
-from ppcl.modules.slicing import SLICED
+from ppcl.modules.replacements import LowRankLinear
+from ppcl.modules.text_stream import TextInput
 from ppcl.pruning.allocations import COUNTS
 from ppcl.pruning.criteria.base import signed_output
 from ppcl.pruning.criteria.weight_masks import n_of_m_mask, row_mask
@@ -64,9 +65,10 @@ def sparse_layers(plan: CompressionPlan, adapter: Adapter, blocks: Blocks, setti
     for spec in adapter.stacks:
         for segment in plan.stacks[spec.name]:
             key = (spec.name, segment.first, segment.last)
-            closed = [path for path, part in segment.width.items() if part["kind"] not in SLICED]
+            inside = list(blocks[key].named_modules())
+            closed = [path for path, module in inside if isinstance(module, LowRankLinear | TextInput)]
             closed += [] if settings.modulation else list(spec.modulation.values())
-            for path, module in blocks[key].named_modules():
+            for path, module in inside:
                 if type(module) is not nn.Linear or any(f"{path}.".startswith(f"{p}.") for p in closed):
                     continue
                 fits = settings.n_of_m is None or module.in_features % settings.n_of_m[1] == 0

@@ -14,14 +14,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.artifacts import to_jsonable
 from ppcl.config.names import Start
 from ppcl.errors import ArtifactError
-from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import (
     InputStatistics,
     LinearFeedForward,
     LowRankLinear,
+    affine_of,
     apply_width,
     fill_linear,
     fill_low_rank,
@@ -97,16 +96,16 @@ def fill_width(
         module, old = block.get_submodule(path), original.get_submodule(path)
         here = f"{spec.name}/{index}"
         prefix = f"{here}/{names.get(path)}"
-        if isinstance(module, LowRankLinear) and isinstance(old, nn.Linear):
-            device = old.weight.device
+        if isinstance(module, LowRankLinear):
+            weight, bias = affine_of(old)
             if f"{prefix}/inputs" not in tensors:
                 raise ArtifactError(
                     f"the analysis does not say what {here}/{path} is given (another version of ppcl wrote it); "
                     "run the analyze stage again"
                 )
             number = int(tensors[f"{prefix}/inputs"])  # layers that are given the same share what is known of it
-            mean, root = (tensors[f"inputs/{number}/{name}"].to(device).double() for name in ("mean", "root"))
-            fill_low_rank(module, old.weight, old.bias, InputStatistics(mean, root))
+            mean, root = (tensors[f"inputs/{number}/{name}"].to(weight.device).double() for name in ("mean", "root"))
+            fill_low_rank(module, weight, bias, InputStatistics(mean, root))
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:
@@ -204,36 +203,6 @@ def assemble_student(
                 pieces.extend(blocks[segment.first : segment.last + 1])
         lists[spec.name] = pieces
     return with_blocks(transformer, lists)
-
-
-def register_plan(student: Any, adapter: Adapter, plan: CompressionPlan) -> None:
-    """Write counts, smaller modules and provenance into the student's config, so that diffusers loads it.
-
-    The student stays of its stock class unless the plan makes modules smaller.
-    """
-    kept: dict[str, list[Any]] = {
-        name: [[s.first, s.last] if s.is_run else s.first for s in segments] for name, segments in plan.stacks.items()
-    }
-    for spec in adapter.stacks:  # a fixed tail keeps its place behind the planned blocks
-        end = plan.stacks[spec.name][-1].last + 1
-        kept[spec.name] += range(end, end + spec.fixed_tail)
-    starts = {name: [s.start if s.is_run else None for s in segments] for name, segments in plan.stacks.items()}
-    if plan.has_width:
-        compress_class(
-            student,
-            {
-                f"{name}.{position}.{path}": part
-                for name, segments in plan.stacks.items()
-                for position, segment in enumerate(segments)
-                for path, part in segment.width.items()
-            },
-        )
-    sparsity = {"sparsity": dict(plan.sparsity)} if plan.sparsity else {}
-    # A leading underscore keeps diffusers from warning about a key its __init__ does not know.
-    student.register_to_config(
-        **adapter.depth_config(student),
-        _ppcl={"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget), **sparsity},
-    )
 
 
 class StandIn(nn.Module):

@@ -37,13 +37,13 @@ from ppcl.student.assembly import (
     assemble_student,
     in_dtypes_of,
     own_names,
-    register_plan,
     run_name,
     substitute_block,
     with_blocks,
 )
 from ppcl.student.masks import Masks, pack_masks, unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.student.record import register_plan
 from ppcl.teacher.blocks import main_dtype, without_weights
 from ppcl.teacher.families import Adapter, adapter_class
 from ppcl.teacher.loading import stored_folder

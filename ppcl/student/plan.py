@@ -14,6 +14,7 @@ from typing import Any
 
 from ppcl.common.artifacts import SCHEMA_VERSION, to_jsonable
 from ppcl.config import PlanConfig
+from ppcl.config.names import PREFIX
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 
@@ -121,8 +122,13 @@ class CompressionPlan:
 
     @property
     def has_width(self) -> bool:
-        """Whether any block has smaller modules; then the model is not of a stock class."""
+        """Whether any block has smaller modules than in the teacher."""
         return any(segment.width for segments in self.stacks.values() for segment in segments)
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the student is of no stock class: it has smaller modules, or its teacher had some before."""
+        return self.has_width or self.model.transformer_class.startswith(PREFIX)
 
 
 def identity_segments(num_blocks: int) -> tuple[Segment, ...]:

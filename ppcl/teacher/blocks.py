@@ -77,6 +77,10 @@ class Blocks(ABC):
         """Lend the transformer to be called as a whole, for what needs few calls."""
         yield self.transformer
 
+    def spec(self, place: Place) -> StackSpec:
+        """A block's stack, as far as it holds for this block, see :meth:`StackSpec.of`."""
+        return self.stacks[place[0]].of(self.module(place))
+
     def module(self, place: Place) -> nn.Module:
         """A block as it is now: with its weights, if it is lent or always there; of meta tensors else."""
         blocks: nn.ModuleList = getattr(self.transformer, place[0])

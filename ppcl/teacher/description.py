@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ppcl.common.files import digest
+from ppcl.teacher.block_map import recorded_maps
 from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
@@ -25,14 +26,20 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
     Args:
         pipeline: The teacher.
         flops: What :func:`ppcl.teacher.flops.count_flops` measured: ``total`` and per-stack lists.
+
+    Raises:
+        ModelError: It was compressed before, and its record of that is not of its blocks.
     """
     transformer = pipeline.transformer
     adapter = adapter_for(transformer)
+    maps = recorded_maps(transformer.config, {s.name: len(adapter.all_blocks(transformer, s)) for s in adapter.stacks})
     stacks = []
     for spec in adapter.stacks:
         blocks = adapter.blocks(transformer, spec)
         counted = tuple(flops["stacks"][spec.name]) if flops else ()
-        stacks.append(Stack(spec.name, spec.count_field, len(blocks), tuple(map(count_params, blocks)), counted))
+        sizes = tuple(map(count_params, blocks))
+        spans = maps[spec.name].spans[: len(blocks)] if spec.name in maps else ()
+        stacks.append(Stack(spec.name, spec.count_field, len(blocks), sizes, counted, spans))
     others = [c for n, c in pipeline.components.items() if n != "transformer" and isinstance(c, nn.Module)]
     return ModelInfo(
         transformer_class=type(transformer).__name__,

@@ -15,8 +15,9 @@ from torch import nn
 from ppcl.common.devices import weights_dtype
 from ppcl.common.files import needed_variant, read_json, read_tensor_header, weights_variant
 from ppcl.common.outside import printable
+from ppcl.config.names import PREFIX
 from ppcl.errors import ModelError, UserError
-from ppcl.modules.compressed import PREFIX, register
+from ppcl.modules.compressed import register
 from ppcl.modules.remote_code import MODULE
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 from ppcl.teacher.stored import (

@@ -15,6 +15,8 @@ class Stack:
         num_blocks: Its length in the teacher.
         block_params: Parameters of each block.
         block_flops: Forward FLOPs of each block for one sample of the calibration's shape.
+        spans: Where the teacher is a compressed model itself, the blocks (first, last) of the first teacher that each
+            block stands for; else empty.
     """
 
     name: str
@@ -22,6 +24,11 @@ class Stack:
     num_blocks: int
     block_params: tuple[int, ...]
     block_flops: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+
+    def first_teachers(self, first: int, last: int) -> tuple[int, int]:
+        """The blocks of the first teacher that blocks first..last stand for."""
+        return (self.spans[first][0], self.spans[last][1]) if self.spans else (first, last)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ppcl.errors import ModelError
 from ppcl.pipelines import attach_controlnet, detach_controlnet
-from ppcl.pipelines.blocks import block_maps
 from ppcl.pipelines.controlnet import expand_residuals
+from ppcl.teacher.block_map import block_maps
 
 EXAMPLES = Path(__file__).parents[2] / "pipelines" / "examples"
 

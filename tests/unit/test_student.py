@@ -26,10 +26,10 @@ from ppcl.student.assembly import (
     LinearRun,
     assemble_student,
     patched,
-    register_plan,
     start_block,
     with_blocks,
 )
+from ppcl.student.record import register_plan
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.trace import record_boundaries

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from ppcl.errors import ModelError
+from ppcl.modules.replacements import LinearFeedForward, LowRankLinear
+from ppcl.modules.text_stream import TextInput, TextOutput
 
 States = dict[str, Tensor]
 
@@ -62,6 +64,26 @@ class StackSpec:
     def turn(self, state: Tensor) -> Tensor:
         """Bring a block's state to (B, tokens, features), or back."""
         return state.transpose(0, 1) if self.tokens_first else state
+
+    def of(self, block: nn.Module) -> StackSpec:
+        """The spec as it holds for one block: without the parts that a former round of compression replaced.
+
+        A low-rank modulation layer is one still, and may get a lower rank; a network that is an affine map, or the
+        modulation of a text stream that is two linear maps, has nothing left to make smaller.
+        """
+        parts = dict(block.named_modules())
+        linear_text = any(isinstance(parts.get(path), TextInput) for path in self.text_parts)
+        modulation = {
+            stream: path
+            for stream, path in self.modulation.items()
+            if isinstance(parts.get(path), nn.Linear | LowRankLinear) and not (linear_text and stream == "text")
+        }
+        ffn = {
+            stream: path
+            for stream, path in self.ffn.items()
+            if path in parts and not isinstance(parts[path], LinearFeedForward | TextOutput)
+        }
+        return replace(self, modulation=modulation, ffn=ffn, text_parts={} if linear_text else self.text_parts)
 
 
 @lru_cache(maxsize=256)

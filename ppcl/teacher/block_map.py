@@ -1,7 +1,8 @@
 """Where the blocks of a compressed transformer come from, as its config records it (no torch here).
 
 A block list of n teacher blocks became a shorter one. Every entry of it is a *span*: one
-teacher block that was kept, or the run ``first..last`` that a substitute replaces.
+teacher block that was kept, or the run ``first..last`` that a substitute replaces. Where a compressed model was
+compressed again, spans are those of the first teacher.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 from ppcl.errors import ModelError
 
+RECORD = "_ppcl"  # entry of the config; diffusers does not warn of a key with a leading underscore
+Start = str | int | None
+
 
 @dataclass(frozen=True)
 class BlockMap:
@@ -19,11 +23,12 @@ class BlockMap:
 
     Attributes:
         spans: For each block of the compressed stack the teacher blocks (first, last) it stands for, inclusive.
-        starts: For each of them the start of the substitute (``first``, ``middle``, ``last``, ``mean``), or None.
+        starts: For each of them the start of the substitute (``first``, ``middle``, ``last``, ``mean``), or the number
+            of the teacher's block; None where it is not known, or no substitute.
     """
 
     spans: tuple[tuple[int, int], ...]
-    starts: tuple[str | None, ...]
+    starts: tuple[Start, ...]
 
     @property
     def num_teacher_blocks(self) -> int:
@@ -48,12 +53,31 @@ class BlockMap:
 
     def start_index(self, position: int) -> int | None:
         """Return the teacher block that the substitute at ``position`` started from, None if that is not known."""
-        first, last = self.spans[position]
-        return {"first": first, "middle": (first + last) // 2, "last": last}.get(self.starts[position] or "")
+        (first, last), start = self.spans[position], self.starts[position]
+        named = {"first": first, "middle": (first + last) // 2, "last": last}
+        return start if isinstance(start, int) else named.get(start or "")
+
+    def joined(self, first: int, last: int, start: str | None) -> tuple[tuple[int, int], Start]:
+        """Span and start of one block that another round of compression puts in the place of some of these.
+
+        Args:
+            first: Position of the first of them.
+            last: Of the last one; the same where the block stays.
+            start: What the substitute starts from, among these blocks.
+        """
+        span = (self.spans[first][0], self.spans[last][1])
+        if first == last:
+            return span, self.starts[first]
+        if not any(self.is_run(position) for position in range(first, last + 1)):
+            return span, start
+        origin = {"first": first, "middle": (first + last) // 2, "last": last}.get(start or "")
+        if origin is None:
+            return span, None
+        return span, self.start_index(origin) if self.is_run(origin) else self.spans[origin][0]
 
 
 def block_maps(
-    kept_blocks: Mapping[str, Sequence[Any]], starts: Mapping[str, Sequence[str | None]] | None = None
+    kept_blocks: Mapping[str, Sequence[Any]], starts: Mapping[str, Sequence[Start]] | None = None
 ) -> dict[str, BlockMap]:
     """Read the record of a compressed transformer.
 
@@ -69,11 +93,11 @@ def block_maps(
         ModelError: The record is empty or does not list each of the teacher's blocks once and in order.
     """
     maps = {}
-    for stack, entries in kept_blocks.items():
+    for stack, entries in (kept_blocks if isinstance(kept_blocks, Mapping) else {}).items():
         spans, expected = [], 0
-        for entry in entries:
+        for entry in entries if isinstance(entries, list | tuple) else [entries]:
             span = tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry)
-            whole = len(span) == 2 and all(isinstance(number, int) for number in span)
+            whole = len(span) == 2 and all(type(number) is int for number in span)
             if not whole or span[0] != expected or span[1] < span[0]:
                 raise ModelError(
                     f"kept_blocks of '{stack}' has {entry!r} where block {expected} or a run [{expected}, last] "
@@ -89,6 +113,31 @@ def block_maps(
     return maps
 
 
+def recorded_maps(config: Mapping[str, Any], counts: Mapping[str, int] | None = None) -> dict[str, BlockMap]:
+    """The block maps in a transformer's config; none of one that ppcl did not compress.
+
+    Args:
+        config: The transformer's.
+        counts: Blocks of each list, to compare with.
+
+    Raises:
+        ModelError: The record is damaged, or of other block lists.
+    """
+    record = config.get(RECORD)
+    if not record:
+        return {}
+    if not isinstance(record, Mapping):
+        raise ModelError(f"'{RECORD}' in the transformer's config is a {type(record).__name__}; export the model again")
+    maps = block_maps(record.get("kept_blocks") or {}, record.get("starts"))
+    for stack, count in (counts or {}).items():
+        if stack in maps and len(maps[stack].spans) != count:
+            raise ModelError(
+                f"'{RECORD}' in the transformer's config lists {len(maps[stack].spans)} blocks of '{stack}', but there "
+                f"are {count}; export the model again, or take '{RECORD}' out of the config to compress it as another"
+            )
+    return maps
+
+
 def pipeline_record(pipeline: Any) -> Mapping[str, Any]:
     """Return what ppcl recorded in the config of a pipeline's transformer.
 
@@ -96,10 +145,10 @@ def pipeline_record(pipeline: Any) -> Mapping[str, Any]:
         ModelError: The pipeline was not compressed by ppcl.
     """
     config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
-    record = config.get("_ppcl")
+    record = config.get(RECORD)
     if not record:
         raise ModelError(
-            f"this {type(pipeline).__name__} was not compressed by ppcl: its transformer has no '_ppcl' entry"
+            f"this {type(pipeline).__name__} was not compressed by ppcl: its transformer has no '{RECORD}' entry"
         )
     found: Mapping[str, Any] = record
     return found
