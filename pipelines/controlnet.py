@@ -1,9 +1,8 @@
 """ControlNet made for the teacher on a depth-compressed pipeline.
 
-A ControlNet of m residuals serves n blocks: after block i the transformer adds residual
-i // ceil(n / m) (i mod m for the ControlNets that repeat). The transformer computes n and i
-from the blocks that it has, so after pruning the residuals arrive at the wrong places and
-some are lost. A forward pre-hook mends that: it lays the m residuals out over the teacher's
+A ControlNet of m residuals serves n blocks: after block i the transformer adds one of them, which its family tells
+from i, m and n. The transformer computes n and i from the blocks that it has, so after pruning the residuals arrive at
+the wrong places and some are lost. A forward pre-hook mends that: it lays the m residuals out over the teacher's
 n sites and hands the transformer one residual a block. A substitute gets the sum of the
 residuals of the run it replaces, since each of them is added to the same stream.
 """
@@ -15,6 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ppcl.errors import ModelError
 from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
@@ -34,12 +35,18 @@ class ControlFamily:
         models: Names of the ControlNet classes that belong to it.
         arguments: For each stack the transformer argument with its residuals.
         repeats: Transformer argument that says that residuals repeat (of the first stack only), if there is one.
+        site: Number of the residual that follows the teacher's block i, of m residuals and n blocks.
+        first: The first block after which residuals are added at all; there the first one of a list.
+        numbered: Residuals come as a mapping of block numbers.
     """
 
     pipeline: str
     models: tuple[str, ...]
     arguments: Mapping[str, str]
     repeats: str | None = None
+    site: Callable[[int, int, int], int] = lambda i, m, n: i // math.ceil(n / m)
+    first: int = 0
+    numbered: bool = False
 
 
 FAMILIES: dict[str, ControlFamily] = {
@@ -57,6 +64,26 @@ FAMILIES: dict[str, ControlFamily] = {
         },
         repeats="controlnet_blocks_repeat",
     ),
+    "SD3Transformer2DModel": ControlFamily(
+        "StableDiffusion3ControlNetPipeline",
+        ("SD3ControlNetModel", "SD3MultiControlNetModel"),
+        {"transformer_blocks": "block_controlnet_hidden_states"},
+        site=lambda i, m, n: int(i / (n / m)),
+    ),
+    "SanaTransformer2DModel": ControlFamily(
+        "SanaControlNetPipeline",
+        ("SanaControlNetModel",),
+        {"transformer_blocks": "controlnet_block_samples"},
+        site=lambda i, m, n: i - 1,
+        first=1,
+    ),
+    "ZImageTransformer2DModel": ControlFamily(
+        "ZImageControlNetPipeline",
+        ("ZImageControlNetModel",),
+        {"layers": "controlnet_block_samples"},
+        site=lambda i, m, n: i,
+        numbered=True,
+    ),
 }
 
 
@@ -72,7 +99,7 @@ def attach_controlnet(pipe: Any, controlnet: Any) -> Any:
         controlnet: A ControlNet model of the family, or a list of them where the family's pipeline takes one.
 
     Returns:
-        A ``QwenImageControlNetPipeline`` or ``FluxControlNetPipeline``.
+        A ``QwenImageControlNetPipeline``, or what the family has.
 
     Raises:
         ModelError: The pipeline was not compressed by ppcl, or there is no ControlNet bridge for the
@@ -119,27 +146,33 @@ def control_family(transformer: Any) -> ControlFamily:
     )
 
 
-def expand_residuals(samples: Sequence[Tensor], blocks: BlockMap, repeats: bool = False) -> list[Tensor]:
+def expand_residuals(
+    samples: Sequence[Tensor] | Mapping[int, Tensor], blocks: BlockMap, family: ControlFamily, repeats: bool = False
+) -> list[Tensor] | dict[int, Tensor]:
     """Lay ControlNet residuals out over the blocks of a compressed stack.
 
     Args:
         samples: The m residuals, (B, image tokens, features) each.
         blocks: Where the blocks come from; n is the number of the teacher's.
-        repeats: Whether site i takes residual i mod m instead of i // ceil(n / m).
+        family: Says which residual follows which block.
+        repeats: Whether site i takes residual i mod m instead.
 
     Returns:
-        One residual for each block of the compressed stack.
+        One residual for each block of the compressed stack that the family adds one to, in the family's form.
     """
-    count = len(samples)
-    interval = math.ceil(blocks.num_teacher_blocks / count)
-    expanded = []
-    for first, last in blocks.spans:
-        sites = range(first, last + 1)
-        total, *rest = (samples[i % count if repeats else i // interval] for i in sites)
-        for sample in rest:
-            total = total + sample
-        expanded.append(total)
-    return expanded
+    known = dict(samples) if isinstance(samples, Mapping) else dict(enumerate(samples))
+    count, total = len(samples), blocks.num_teacher_blocks
+    expanded: dict[int, Tensor] = {}
+    for position, span in enumerate(blocks.spans):
+        for index in range(max(span[0], family.first), span[1] + 1):
+            number = index % count if repeats else family.site(index, count, total)
+            if number in known:
+                at = max(position, family.first)  # of a substitute for the very first blocks: one block later
+                expanded[at] = expanded[at] + known[number] if at in expanded else known[number]
+    if family.numbered:
+        return expanded
+    nothing = torch.zeros_like(next(iter(known.values())))
+    return [expanded.get(position, nothing) for position in range(family.first, len(blocks.spans))]
 
 
 def _residual_hook(
@@ -155,7 +188,7 @@ def _residual_hook(
         for stack, argument in family.arguments.items():
             samples = named.get(argument)
             if samples is not None and len(samples) and stack in maps:
-                named[argument] = expand_residuals(samples, maps[stack], repeats and stack == first)
+                named[argument] = expand_residuals(samples, maps[stack], family, repeats and stack == first)
         return (), named
 
     return expand

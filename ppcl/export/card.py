@@ -255,10 +255,11 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         facts.measured or "Nothing yet: `ppcl evaluate` writes the numbers here.",
         *_made(facts.making),
         _licence(facts.licence, name),
-        "## LoRA and ControlNet",
+        "## LoRA, ControlNet, IP-Adapter",
         "Those made for the teacher name its blocks by number, and the numbers have moved (the kept blocks are listed "
-        "in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)` and "
-        "`ppcl.pipelines.attach_controlnet(pipe, controlnet)` put them at the right blocks.",
+        "in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)`, "
+        "`attach_controlnet(pipe, controlnet)` and `load_ip_adapter(pipe, path)` put them at the right blocks; "
+        "`locate_blocks(pipe, numbers)` translates settings such as SD3.5's `skip_guidance_layers`.",
     ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppcl.errors import ModelError
 from ppcl.pipelines import attach_controlnet, detach_controlnet
-from ppcl.pipelines.controlnet import expand_residuals
+from ppcl.pipelines.controlnet import control_family, expand_residuals
 from ppcl.teacher.block_map import block_maps
 
 EXAMPLES = Path(__file__).parents[2] / "pipelines" / "examples"
@@ -127,7 +127,8 @@ def test_flux_both_stacks(repeats: bool) -> None:
 
 def test_all_residuals_are_used_once() -> None:
     samples = residuals(6)
-    expanded = expand_residuals(samples, block_maps(KEPT)[DUAL])
+    expanded = expand_residuals(samples, block_maps(KEPT)[DUAL], control_family(tiny_qwen(1)))
+    assert isinstance(expanded, list)
     torch.testing.assert_close(sum(expanded), sum(samples))
 
 
