@@ -39,6 +39,7 @@ _PREFIX = r"(?P<prefix>(?:base_model\.model\.)?(?:transformer\.)?)"
 _BLOCK_LIKE = re.compile(r"(?:^|[._])(?P<stack>[a-z_]*(?:blocks|layers))[._](?P<index>\d+)(?=[._])")
 _OTHER_COMPONENT = re.compile(r"(?:text_encoder(?:_\d)?|lora_te\d?_?)")
 _WEIGHT = re.compile(r"\.(?:lora_[A-Za-z_]+|lora\.(?:up|down)|lokr_\w+|alpha|dora_scale)(?:\..+)?$")
+FUSED = (".to_qkv", ".to_added_qkv", ".to_kv")  # of a LoKr; diffusers fuses the projections when it loads one
 _LOAD_OPTIONS = ("adapter_name", "hotswap", "low_cpu_mem_usage")
 _SOURCE_OPTIONS = (  # where diffusers reads a LoRA from
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -95,6 +96,7 @@ def remap_lora(
     other: list[str] = []
     moved: dict[tuple[str, int], tuple[str, str]] = {}
     lost: dict[tuple[str, int, str], str] = {}
+    dora = {key.split(".lora_")[0] for key in state_dict if ".lora_magnitude_vector" in key}
     for key, tensor in state_dict.items():
         found = _parse(key, maps, unpruned)
         if found is None:
@@ -104,7 +106,7 @@ def remap_lora(
         prefix, stack, index, rest = found
         position = _target(maps[stack], stack, index, runs)
         at = f"{stack}.{position}.{rest}"
-        fitted, smaller, changed = fit_replaced(tensor, at, replaced)
+        fitted, smaller, changed = fit_replaced(tensor, at, replaced, key.split(".lora_")[0] in dora)
         if position is not None and smaller in low_rank:
             at, fitted = f"{smaller}.{INNER}.{at.removeprefix(f'{smaller}.')}", tensor
         elif position is None or fitted is None:
@@ -160,6 +162,7 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     if kwargs.pop(_SECOND, False):
         return _load_into_second(pipe, path_or_dict, kwargs, options)
     if isinstance(path_or_dict, Mapping):
+        _check_kind(path_or_dict, "this LoRA")
         strength = scaling_note(path_or_dict, ())
     else:
         strength = _check_source(path_or_dict, kwargs.get("weight_name"))
@@ -350,7 +353,8 @@ def _check_fits(transformer: Any, tensors: Mapping[str, Tensor], report: Mapping
         name = _WEIGHT.sub("", key.removeprefix("transformer."))
         module = modules.get(name)
         whole_norm = "norm_" in name and ".lora_" not in key  # of FLUX control LoRA; diffusers loads them by itself
-        if module is None and not whole_norm:
+        fused = ".lokr_" in key and name.endswith(FUSED) and name.rpartition(".")[0] in modules
+        if module is None and not whole_norm and not (fused and hasattr(transformer, "fuse_qkv_projections")):
             raise UserError(
                 f"the LoRA has '{key}', but {type(transformer).__name__} has no module '{name}'; "
                 "it was made for another family, or for a model whose blocks differ"
@@ -393,7 +397,7 @@ def _check_source(source: str | Path, weight_name: str | None) -> str:
         What decides its strength, see :func:`scaling_note`; empty for a hub id.
 
     Raises:
-        UserError: :func:`convert_lora` wrote it: its numbers are the compressed model's, and would be moved twice.
+        UserError: :func:`convert_lora` wrote it, so its numbers would be moved twice; or it is a LoHa.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -412,8 +416,14 @@ def _check_source(source: str | Path, weight_name: str | None) -> str:
                 f"{file} was already converted for a compressed model; load it with pipe.load_lora_weights, "
                 "or start from the file made for the teacher"
             )
+        _check_kind(keys, str(file))
         notes.append(scaling_note(keys, header))
     return notes[0] if len(notes) == 1 else ""  # of several files diffusers picks one
+
+
+def _check_kind(keys: Collection[str], name: str) -> None:
+    if any(".hada_" in key for key in keys):
+        raise UserError(f"{name} is a LoHa, which diffusers does not read; convert it to an ordinary LoRA first")
 
 
 def _storable(tensors: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 The update of a layer is B A. A layer that makes units lost rows, and with them rows of B; one that
 reads them lost columns, and with them columns of A. What is left acts on the kept units as before.
+
+Two kinds cannot be cut. A LoKr is a Kronecker product, whose factors have no rows of single units. A DoRA gives whole
+rows of weights their length, and the length of a row that lost columns follows from columns that are gone.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ if TYPE_CHECKING:
 SLICED = ("narrow", "heads")  # kinds of replacements that keep some of a module's units
 _OUT = re.compile(r"\.(?:lora_B|lora_up|lora\.up|lora_magnitude_vector|dora_scale)(?:\.|$)")
 _IN = re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.|$)")
+_PRODUCT = re.compile(r"\.lokr_")
 
 
 def fit_replaced(
-    tensor: Tensor, name: str, replaced: Collection[str] | Mapping[str, Mapping[str, Any]]
+    tensor: Tensor, name: str, replaced: Collection[str] | Mapping[str, Mapping[str, Any]], is_dora: bool = False
 ) -> tuple[Tensor | None, str, bool]:
     """Make a tensor of a LoRA fit where modules were replaced by smaller ones.
 
@@ -27,16 +31,20 @@ def fit_replaced(
         tensor: Any tensor of a LoRA.
         name: Its key in the compressed transformer.
         replaced: Paths of the smaller modules, or the config's ``pruning``.
+        is_dora: Whether its layer has DoRA's magnitudes.
 
     Returns:
         The tensor, None if nothing is left for it to act on; the smaller module it belongs to, if any; and whether
         it was cut.
     """
-    path = next((p for p in replaced if name.startswith(f"{p}.")), "")
+    path = max((p for p in replaced if name.startswith(f"{p}.")), key=len, default="")  # the innermost
     part = replaced[path] if path and isinstance(replaced, Mapping) else {}
     if not path or part.get("kind") not in SLICED:
         return (None if path else tensor), path, False
-    cut, changed = cut_lora(tensor, name.removeprefix(f"{path}."), part)
+    inside = name.removeprefix(f"{path}.")
+    if _PRODUCT.search(inside) or (is_dora and any(inside.startswith(f"{layer}.") for layer in part["columns"])):
+        return None, path, False
+    cut, changed = cut_lora(tensor, inside, part)
     return cut, path, changed
 
 
