@@ -19,7 +19,7 @@ from ppcl.common.outside import check_links, real_places
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.card import model_card, written_facts
-from ppcl.modules.remote_code import MODULE, write_code
+from ppcl.modules.remote_code import name_class, write_code
 from ppcl.student.plan import CompressionPlan, plan_digest
 from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import check_names, source_name, stored_dtype, stored_folder
@@ -113,7 +113,7 @@ def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callab
             write_code(student, temporary / "transformer")
         elif settings.remote_code:
             logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
-        name_class(temporary / INDEX, MODULE if remote else "diffusers", type(student).__name__)
+        name_class(temporary, type(student).__name__, remote)
         text = model_card(parts.plan, written_facts(parts.source, temporary)) if card is None else card(temporary)
         write_text(temporary / "README.md", text)
         hide_folders(temporary, source_name(parts.source))
@@ -277,13 +277,6 @@ def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
-
-
-def name_class(index: Path, library: str, name: str) -> None:
-    """Let the pipeline's index name the transformer's class; one with smaller modules is not the teacher's."""
-    components = read_json(index)
-    if components["transformer"] != [library, name]:
-        write_json(index, {**components, "transformer": [library, name]})
 
 
 def _check(folder: Path, kind: Any, variant: str | None) -> None:

@@ -9,6 +9,7 @@ that they know. Plans of depth alone need none of this.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +20,8 @@ from diffusers.configuration_utils import register_to_config
 from ppcl.config.names import PREFIX
 from ppcl.errors import ModelError
 from ppcl.modules.replacements import apply_width
+
+MODULE = "transformer_ppcl"  # diffusers looks for MODULE.py in the folder of a component whose code went along
 
 
 @cache
@@ -71,11 +74,14 @@ def compress_class(transformer: Any, pruning: Mapping[str, Mapping[str, Any]]) -
 def register(names: Iterable[str]) -> None:
     """Make the compressed classes of some families known to diffusers, so that pipelines load.
 
+    Those of pipelines whose code went along are found here too, where a transformer is passed to ``from_pretrained``.
+
     Args:
         names: Of diffusers' transformer classes; those of another version of diffusers are passed over.
     """
     from diffusers.loaders import peft
 
+    sys.modules.setdefault(MODULE, diffusers)
     scales = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
     for name in names:
         base = getattr(diffusers, name, None)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ppcl import __version__
-from ppcl.common.files import write_text
+from ppcl.common.files import read_json, write_json, write_text
 from ppcl.config.names import PREFIX
 from ppcl.modules import replacements as width
 from ppcl.modules import slicing, text_stream
-from ppcl.modules.compressed import compressed_class
+from ppcl.modules.compressed import MODULE, compressed_class
 
-MODULE = "transformer_ppcl"  # diffusers looks for MODULE.py in the component's folder
 PARTS = (slicing, text_stream, width)  # each needs those before it alone
 _HEADER = '''"""{name}: {base} with smaller modules inside its blocks, by ppcl {version}.
 
@@ -30,6 +29,7 @@ ppcl/modules/text_stream.py and ppcl/modules/replacements.py, and compressed_cla
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import cache
 
 import diffusers
@@ -44,6 +44,14 @@ class ModelError(ValueError):
 
 '''
 
+_FOOTER = """
+# One class a process, however often this file is run: pickle asks diffusers for it, and whoever passes a transformer
+# to from_pretrained makes diffusers ask for the module.
+{name} = getattr(diffusers, "{name}", None) or compressed_class(diffusers.{base})
+setattr(diffusers, "{name}", {name})
+sys.modules.setdefault("{module}", diffusers)
+"""
+
 
 def source_of(transformer: Any) -> str:
     """The source code that defines a compressed transformer's class, without an import of ppcl.
@@ -57,7 +65,8 @@ def source_of(transformer: Any) -> str:
     body = "\n\n".join(inspect.getsource(part).replace("from __future__ import annotations\n", "") for part in PARTS)
     body = re.sub(rf"^from ppcl\.(?:{inlined}) import .*\n", "", body, flags=re.MULTILINE)
     head = _HEADER.format(name=name, base=base, version=__version__, prefix=PREFIX)
-    text = f"{head}{body}\n\n{inspect.getsource(compressed_class)}\n\n{name} = compressed_class(diffusers.{base})\n"
+    foot = _FOOTER.format(name=name, base=base, module=MODULE)
+    text = f"{head}{body}\n\n{inspect.getsource(compressed_class)}\n\n{foot}"
     leftover = re.search(r"^\s*(?:from|import) ppcl.*$", text, flags=re.MULTILINE)
     assert leftover is None, f"the smaller modules need '{leftover[0].strip()}', so that its code does not stand alone"
     return text
@@ -66,3 +75,20 @@ def source_of(transformer: Any) -> str:
 def write_code(transformer: Any, folder: Path) -> None:
     """Write the code file of a compressed transformer into its folder."""
     write_text(folder / f"{MODULE}.py", source_of(transformer))
+
+
+def name_class(pipeline: Path, name: str, remote: bool) -> None:
+    """Let a pipeline's files name the class of its transformer, and where ``AutoModel`` finds its code.
+
+    Args:
+        pipeline: The folder; what its files said of another transformer goes.
+        name: Of the class.
+        remote: Whether its code lies beside the weights.
+    """
+    entry = {"auto_map": {"AutoModel": f"{MODULE}.{name}"}} if remote else {}
+    index, config = pipeline / "model_index.json", pipeline / "transformer" / "config.json"
+    for path, more in ((index, {"transformer": [MODULE if remote else "diffusers", name]}), (config, {})):
+        before = read_json(path)  # AutoModel looks into the first of these where it is given a subfolder
+        after = {**{key: value for key, value in before.items() if key != "auto_map"}, **entry, **more}
+        if after != before:
+            write_json(path, after)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,8 +16,7 @@ from ppcl.common.files import needed_variant, read_json, read_tensor_header, wei
 from ppcl.common.outside import printable
 from ppcl.config.names import PREFIX
 from ppcl.errors import ModelError, UserError
-from ppcl.modules.compressed import register
-from ppcl.modules.remote_code import MODULE
+from ppcl.modules.compressed import MODULE, register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 from ppcl.teacher.stored import (
     check_shards,
@@ -348,7 +346,6 @@ def open_pipeline(
             given |= _own_transformer(folder, torch_dtype=dtype, variant=variant)
         else:
             given["transformer"] = transformer
-            sys.modules.setdefault(MODULE, diffusers)  # see _own_transformer
         pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, **given)
     except (*LOADING_ERRORS, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -371,7 +368,6 @@ def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:
         return {}
     entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["transformer"]
     kind = getattr(diffusers, entry[1], None) if entry[0] == MODULE else None
-    sys.modules.setdefault(MODULE, diffusers)  # where diffusers looks for the class of a component that it is given
     return {} if kind is None else {"transformer": kind.from_pretrained(folder, subfolder="transformer", **options)}
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ from tiny_pipeline import tiny_qwen_pipeline
 
 from ppcl.config import ExportConfig
 from ppcl.export.pipeline import export
-from ppcl.modules.remote_code import MODULE, source_of, write_code
+from ppcl.modules.compressed import MODULE
+from ppcl.modules.remote_code import source_of, write_code
 from ppcl.student.bundle import build_student
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
@@ -46,9 +48,43 @@ _, info = kind.from_pretrained(folder, subfolder="transformer", output_loading_i
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 assert not any(name.split(".")[0] == "ppcl" and module for name, module in sys.modules.items())
 pipeline.set_progress_bar_config(disable=True)
+import pickle
+from diffusers import AutoModel, ModularPipeline
+weights = pipeline.transformer.state_dict()
+again = pickle.loads(pickle.dumps(pipeline.transformer))
+assert type(again) is kind and all(torch.equal(again.state_dict()[name], weights[name]) for name in weights)
+for place, more in ((folder, {"subfolder": "transformer"}), (folder + "/transformer", {})):
+    model = AutoModel.from_pretrained(place, trust_remote_code=True, **more)
+    assert type(model) is kind and model.state_dict().keys() == weights.keys()
+other = DiffusionPipeline.from_pretrained(folder, transformer=again, trust_remote_code=True)
+assert other.transformer is again
+modular = ModularPipeline.from_pretrained(folder)
+modular.load_components(trust_remote_code=True)
+assert type(modular.transformer) is kind
 picture = pipeline("red cat", negative_prompt=" ", true_cfg_scale=2.0, height=16, width=16, num_inference_steps=2,
                    generator=torch.Generator().manual_seed(0), output_type="np").images
 numpy.save(out, picture)
+"""
+
+
+# And one who has both: no code but ppcl's own class, and what diffusers' other loaders make of it.
+BOTH = """
+import pickle, sys
+import ppcl.pipelines
+import diffusers
+from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
+remote, plain = sys.argv[1:]
+kind = diffusers.PPCLQwenImageTransformer2DModel
+for folder, trust in ((remote, {"trust_remote_code": True}), (plain, {})):
+    pipeline = DiffusionPipeline.from_pretrained(folder, **trust)
+    modular = ModularPipeline.from_pretrained(folder)
+    modular.load_components(**trust)
+    alone = AutoModel.from_pretrained(folder, subfolder="transformer", **trust)
+    again = pickle.loads(pickle.dumps(pipeline.transformer))
+    other = DiffusionPipeline.from_pretrained(folder, transformer=alone, **trust)
+    assert other.transformer is alone
+    for model in (pipeline.transformer, modular.transformer, alone, again):
+        assert type(model) is kind is diffusers.PPCLQwenImageTransformer2DModel, (folder, type(model))
 """
 
 
@@ -92,6 +128,24 @@ def test_it_loads_without_ppcl(exported: tuple[Path, Any, CompressionPlan], tmp_
     assert "import ppcl.pipelines\n" not in card
 
 
+def test_it_is_ppcls_own_class_where_ppcl_is_imported(
+    exported: tuple[Path, Any, CompressionPlan], tmp_path: Path
+) -> None:
+    folder, pipe, plan = exported
+    plain = export(pipe, pipe.transformer, plan, str(folder), tmp_path / "plain", ExportConfig())
+    for name in ("model_index.json", "transformer/config.json"):
+        assert "auto_map" in json.loads((folder / name).read_text())
+        assert "auto_map" not in json.loads((plain / name).read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH, str(folder), str(plain)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_ppcl_itself_runs_no_code_of_the_folder(exported: tuple[Path, Any, CompressionPlan], tmp_path: Path) -> None:
     """The evaluate stage loads what export wrote, by the registered class; so can a re-save be loaded."""
     folder, pipe, plan = exported
@@ -120,6 +174,7 @@ def test_the_code_builds_what_ppcl_builds(family: str, tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, MODULE, None)  # so that what is imported from this folder is forgotten again
     del sys.modules[MODULE]
+    monkeypatch.delattr(diffusers, type(student).__name__)  # or it would be the code's class, too
     made = getattr(importlib.import_module(MODULE), type(student).__name__)
     student.save_pretrained(tmp_path)
     other = made.from_pretrained(tmp_path)

@@ -19,7 +19,8 @@ from tiny_pipeline import tiny_qwen_pipeline
 from ppcl.capture.trajectories import call_pipeline
 from ppcl.common.files import read_json, write_json
 from ppcl.errors import ModelError
-from ppcl.modules.remote_code import MODULE, write_code
+from ppcl.modules.compressed import MODULE
+from ppcl.modules.remote_code import write_code
 from ppcl.student.assembly import with_blocks
 from ppcl.teacher import loading, streaming
 from ppcl.teacher.blocks import Place, StreamedBlocks
