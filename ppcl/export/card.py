@@ -21,10 +21,10 @@ from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, s
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
 REMOTE_LIMITS = (
-    "`trust_remote_code=True` runs `transformer/transformer_ppcl.py`, which makes the class known to diffusers and does "
-    "nothing else; diffusers says that it ignores `auto_map`, which `AutoModel` reads. A "
-    "copy that `save_pretrained` writes lacks that file and needs `import ppcl.pipelines`; "
-    '`device_map="balanced"` does not work with code from a folder.'
+    "`trust_remote_code=True` runs `transformer/transformer_ppcl.py`, which makes the class known to diffusers and "
+    "nothing else; diffusers says that it ignores `auto_map`, which `AutoModel` reads. A copy that `save_pretrained` "
+    'writes lacks that file and needs `import ppcl.pipelines`; `device_map="balanced"` does not work with code from a '
+    "folder."
 )
 
 
