@@ -23,10 +23,11 @@ from ppcl.errors import ArtifactError, ConfigError, ModelError, nearest
 from ppcl.export.card import PLACEHOLDER, source_licence
 from ppcl.export.gguf_file import check_type, package, write_gguf
 from ppcl.export.layouts import LAYOUTS
-from ppcl.export.pipeline import INDEX, hide_folders, name_class, write_components
+from ppcl.export.pipeline import INDEX, hide_folders, write_components
 from ppcl.export.stock import StockTransformer, open_stock, stock_class_name
 from ppcl.export.streamed import write_weights
 from ppcl.export.support import GGUF_ARCHITECTURES, SUFFIXES, refusal, single_file_classes
+from ppcl.modules.remote_code import name_class
 from ppcl.teacher.loading import loading_arguments
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def _write_pipeline(stock: StockTransformer, folder: Path, out: Path) -> None:
         read: Callable[[str], Tensor] = lambda name: stock.tensors[name].read()  # noqa: E731
         settings = ExportConfig(variant=weights_variant(folder))  # type: ignore[call-arg]
         write_weights(stock.model, read, temporary / "transformer", settings)
-        name_class(temporary / INDEX, "diffusers", stock.name)
+        name_class(temporary, stock.name, remote=False)
         card = folder / "README.md"
         if not stock.multiplied_out and card.is_file():
             check_links([card], real_places(folder))
