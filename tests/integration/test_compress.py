@@ -68,6 +68,14 @@ def test_one_command_writes_everything(compressed, tiny_model):
     assert record["command"].startswith("ppcl compress")
 
 
+def test_the_pipeline_names_no_folder_of_this_machine(compressed, tiny_model):
+    texts = [path for path in (compressed[0] / "pipeline").rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) > 5
+    for path in texts:
+        for folder in (tiny_model.parent, compressed[0].parent):
+            assert str(folder) not in path.read_text(), path
+
+
 def test_the_pipeline_is_what_the_plan_predicted(compressed):
     from diffusers import DiffusionPipeline
 
