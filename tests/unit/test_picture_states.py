@@ -219,7 +219,7 @@ def test_no_usable_sample(tmp_path: Path, data: Path) -> None:
         (tmp_path / "data" / name).write_bytes(content)
     out = tmp_path / "out"
     settings = CaptureConfig(**SETTINGS, data=str(tmp_path / "data"))
-    says = r"0 usable samples .*left out: 1 corrupt picture, 1 empty caption \(.*skipped.jsonl; a.png: it is in no"
+    says = r"0 usable samples .*left out: 1 corrupt picture, 1 empty caption \(.*skipped.jsonl; a.png: it is none"
     with pytest.raises(UserError, match=says) as caught:
         capture_pictures(shared_pipeline(), out, settings, 0, [])
     assert "\n" not in str(caught.value)
