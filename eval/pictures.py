@@ -80,8 +80,9 @@ class FeatureCache:
             except ArtifactError:
                 logger.warning("%s is damaged and computed again", path)
                 return
-            if isinstance(meta, dict) and meta.get("network") == network and "features" in tensors:
-                self.rows = dict(zip(meta["files"], tensors["features"], strict=True))
+            names = meta.get("files") if meta and meta.get("network") == network else None
+            if isinstance(names, list) and len(names) == len(tensors.get("features", ())):
+                self.rows = {str(name): row for name, row in zip(names, tensors.get("features", ()), strict=True)}
 
     def add(self, keys: Sequence[str], features: Tensor) -> None:
         """Remember the features (N, D) of N files."""

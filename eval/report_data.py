@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -10,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_json
+from ppcl.common.files import read_mapping, read_yaml
+from ppcl.common.reading import parse_json, read_bytes
 from ppcl.errors import ArtifactError
 from ppcl.eval.results import Comparison, Evaluation, load_evaluation
 from ppcl.pruning.artifacts import Candidates
@@ -22,6 +20,7 @@ from ppcl.student.plan import CompressionPlan
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MOST_LOG = 128 << 20  # half a million steps
 
 STAGE_OF = {
     "config.yaml": "every command that starts a run",
@@ -108,37 +107,19 @@ def read_run(folder: Path) -> RunData:
             logger.warning("the report leaves out a part: %s", error)
             return None
 
-    seconds = attempt("stages.json", _read_mapping) or {}
+    seconds = attempt("stages.json", read_mapping) or {}
     return RunData(
         folder=folder,
-        config=attempt("config.yaml", _read_yaml) or {},
+        config=attempt("config.yaml", read_yaml) or {},
         analysis=attempt("analysis.json", lambda p: load_artifact(Analysis, p)),
         candidates=attempt("candidates.json", lambda p: load_artifact(Candidates, p)),
         plan=attempt("plan.json", lambda p: load_artifact(CompressionPlan, p)),
         evaluation=attempt("eval/metrics.json", load_evaluation) or attempt("metrics.json", load_evaluation),
         log=attempt("log.jsonl", read_log) or {},
         seconds={k: s for k, v in seconds.items() if (s := pick(v, "seconds")) is not None},
-        ladder=attempt("compare/ladder.json", _read_mapping) or {},
+        ladder=attempt("compare/ladder.json", read_mapping) or {},
         problems=problems,
     )
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a mapping; delete it and run again")
-    return data
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(f"{path} cannot be read ({reason}); delete it and run again") from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected a mapping; delete it and run again")
-    return data
 
 
 def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -151,14 +132,14 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
         ArtifactError: The file cannot be opened.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+        text = read_bytes(path, MOST_LOG).decode(errors="replace")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for line in text.splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
             rows.setdefault(row["stage"], {})[row["step"]] = row

@@ -204,7 +204,7 @@ def load_evaluation(path: Path) -> Evaluation:
     data = read_json(path)
     try:
         return Evaluation.model_validate(upgraded(data))
-    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+    except (ValidationError, KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
         count = error.error_count() if isinstance(error, ValidationError) else 1
         raise ArtifactError(
             f"{path} is of no evaluation of ppcl, or of another version ({count} entries do not fit); "

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppcl.common.reading import parse_json
 from ppcl.errors import ModelError, UserError, nearest
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
@@ -232,7 +233,7 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
     if isinstance(pipe_or_kept_blocks, Mapping):
         record = pipe_or_kept_blocks
         out, report = remap_lora(tensors, record, runs=runs)
-        adapter = remap_metadata(json.loads(header[METADATA_KEY]), _modules(report)) if METADATA_KEY in header else None
+        adapter = remap_metadata(_metadata(header, src), _modules(report)) if METADATA_KEY in header else None
     else:
         record = pipeline_record(pipe_or_kept_blocks)["kept_blocks"]
         out, adapter, report = _bridge(pipe_or_kept_blocks, str(src), runs, {})
@@ -254,9 +255,10 @@ def _bridge(
     given = dict(source) if isinstance(source, Mapping) else str(source)
     asks_alphas = "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters
     extra = {"return_alphas": True} if asks_alphas else {}
+    options = {"use_safetensors": True, **options}  # others are pickles
     try:
         tensors, *alphas, metadata = pipe.lora_state_dict(given, return_lora_metadata=True, **extra, **options)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RecursionError) as error:
         name = "these tensors" if isinstance(source, Mapping) else source
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -388,6 +390,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}); download or save it again") from None
+
+
+def _metadata(header: Mapping[str, str], path: str | Path) -> Any:
+    """What a LoRA's file says of its adapter."""
+    try:
+        return parse_json(header[METADATA_KEY])
+    except ValueError as error:
+        raise UserError(f"{path} says in {METADATA_KEY} what is not JSON ({error}); save it again") from None
 
 
 def _check_source(source: str | Path, weight_name: str | None) -> str:

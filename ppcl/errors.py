@@ -42,3 +42,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest valid name, or an empty string."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """Return a value as the text of a message has it: one line, the middle of a long one left out."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

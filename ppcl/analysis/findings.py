@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from ppcl.common.files import read_tensor_header, write_tensors
+from ppcl.common.files import open_tensors, read_metadata, read_tensor_header, write_tensors
 from ppcl.teacher.blocks import Place
 
 
@@ -30,12 +28,11 @@ class Findings:
 
     def numbers(self, kind: str, place: Place) -> Any:
         """The numbers of a finding."""
-        with safe_open(self.path(kind, place), framework="pt") as file:
-            return json.loads(file.metadata()["ppcl"])
+        return read_metadata(self.path(kind, place))
 
     def tensors(self, kind: str, place: Place, *names: str) -> list[Tensor]:
         """Some tensors of a finding; nothing else is read."""
-        with safe_open(self.path(kind, place), framework="pt") as file:
+        with open_tensors(self.path(kind, place)) as file:
             return [file.get_tensor(name).clone() for name in names]
 
     def shapes(self, kind: str, place: Place) -> dict[str, list[int]]:

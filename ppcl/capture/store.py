@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppcl.common.files import read_json, remove, write_json, write_tensors
-from ppcl.errors import ArtifactError
+from ppcl.common.files import open_tensors, read_mapping, remove, write_json, write_tensors
 from ppcl.training.distributed import SINGLE, Group
 
 MEMORY = 2e9  # bytes of states that are kept in memory
@@ -58,9 +59,10 @@ class StateStore:
             The last complete level; None where the sweep has to begin anew.
         """
         marker = self.folder / "level.json"
-        state = read_json(marker) if marker.is_file() else {}
+        state = read_mapping(marker) if marker.is_file() else {}
+        is_whole = all(isinstance(state.get(name), list) for name in ("held", "complete"))
         # what is held now but was not then is gone, if the sweep came past it
-        here = state.get("fingerprint") == self.fingerprint and self._holds() <= set(state["held"])
+        here = is_whole and state.get("fingerprint") == self.fingerprint and self._holds() <= set(state["held"])
         if here:
             self.level, self._complete = state["level"], set(state["complete"])
             paths = (self._path(level, number) for level in self._needed() for number in numbers)
@@ -97,15 +99,9 @@ class StateStore:
         if not self._on_disk:
             kept = self._in_memory[level][number]
             return {name: tensor.to(device, copy=True) for name, tensor in kept.items() if wanted(name)}
-        from safetensors import safe_open
-
-        path = self._path(level, number)
-        try:
-            with safe_open(path, framework="pt") as file:  # mapped: memory of its own on the device alone
-                names = filter(wanted, file.keys())
-                return {name: file.get_tensor(name).to(device, copy=True) for name in names}
-        except Exception as error:  # safetensors raises errors of its own, and those of the system
-            raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
+        with self._open(level, number) as file:  # mapped: memory of its own on the device alone
+            names = filter(wanted, file.keys())
+            return {name: file.get_tensor(name).to(device, copy=True) for name in names}
 
     def rows(
         self, level: int, number: int, rows: Sequence[int], axis: int, wanted: Callable[[str], bool] = lambda _: True
@@ -122,19 +118,13 @@ class StateStore:
         if not self._on_disk:
             picked = torch.tensor(rows)
             return {n: t.index_select(axis, picked) for n, t in self._in_memory[level][number].items() if wanted(n)}
-        from safetensors import safe_open
-
-        path = self._path(level, number)
-        try:
-            with safe_open(path, framework="pt") as file:
-                views = {name: file.get_slice(name) for name in filter(wanted, file.keys())}
-                whole = (slice(None),) * axis
-                return {
-                    name: torch.cat([view[(*whole, slice(row, row + 1))] for row in rows], axis)
-                    for name, view in views.items()
-                }
-        except Exception as error:  # safetensors raises errors of its own, and those of the system
-            raise ArtifactError(f"{path} cannot be read ({error}); delete {self.folder} and run again") from None
+        with self._open(level, number) as file:
+            views = {name: file.get_slice(name) for name in filter(wanted, file.keys())}
+            whole = (slice(None),) * axis
+            return {
+                name: torch.cat([view[(*whole, slice(row, row + 1))] for row in rows], axis)
+                for name, view in views.items()
+            }
 
     def commit(self, level: int) -> None:
         """Say that a level is complete and its predecessor has served; whatever nobody holds is removed."""
@@ -187,6 +177,9 @@ class StateStore:
 
     def _folder(self, level: int) -> Path:
         return self.folder / f"level-{level}"
+
+    def _open(self, level: int, number: int) -> AbstractContextManager[Any]:
+        return open_tensors(self._path(level, number), remedy=f"delete {self.folder} and run again")
 
     def _path(self, level: int, number: int) -> Path:
         return self._folder(level) / f"{number}.safetensors"

@@ -73,7 +73,8 @@ class Budget:
 
     def given(self) -> dict[str, float]:
         """The budgets that were given, by the name of their setting."""
-        values = {"keep": self.keep, "speedup": self.speedup, "fit_gb": parse_size(self.fit) if self.fit else None}
+        size = None if self.fit is None else parse_size(self.fit)
+        values = {"keep": self.keep, "speedup": self.speedup, "fit_gb": size}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -184,7 +185,7 @@ def resolve(model: str, settings: Settings, budget: Budget, processes: int | Non
         raise ConfigError(f"give one budget, got {len(given)}: --keep, --speedup and --fit exclude each other")
     if given:  # the option replaces a budget from a file
         overrides = [f"plan.{name}={given.get(name, 'null')}" for name in BUDGETS] + overrides
-    if budget.mode:
+    if budget.mode is not None:
         overrides.append(f"plan.mode={budget.mode}")
     if processes:
         overrides.append(f"processes={processes}")

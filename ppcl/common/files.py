@@ -19,13 +19,17 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ppcl.errors import ArtifactError, UserError
+from ppcl.common.reading import MOST_BYTES, MOST_YAML, parse_json, parse_yaml, read_bytes
+from ppcl.errors import ArtifactError, UserError, shortened
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
+DELETE = "delete it and run again"
 
 _SAFETENSORS_NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -141,21 +145,56 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason}; free some space and run again") from error
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON artifact.
+def read_json(path: str | Path, error: type[UserError] = ArtifactError, remedy: str = DELETE) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        error: What is raised; an artifact's unless it is somebody else's file.
+        remedy: What to do about a damaged one.
 
     Raises:
-        ArtifactError: The file is missing or damaged.
+        UserError: The file is missing or damaged, too large or nested too deep, or not a regular file.
     """
-    path = Path(path)
+    return _parsed(Path(path), parse_json, error, remedy, MOST_BYTES)
+
+
+def read_mapping(path: str | Path, error: type[UserError] = ArtifactError, remedy: str = DELETE) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping; see :func:`read_json`."""
+    return _mapping(read_json(path, error, remedy), Path(path), error, remedy)
+
+
+def read_yaml(path: str | Path, error: type[UserError] = ArtifactError, remedy: str = DELETE) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; an empty one is one, too. See :func:`read_json`."""
+    data = _parsed(Path(path), lambda content: parse_yaml(content.decode("utf-8-sig")), error, remedy, MOST_YAML)
+    return _mapping({} if data is None else data, Path(path), error, remedy)
+
+
+def read_text(path: Path, error: type[UserError], remedy: str, most: int = MOST_BYTES) -> str:
+    """Read a text file in UTF-8, with a byte order mark or without; see :func:`read_json`."""
+    return _parsed(path, lambda content: content.decode("utf-8-sig"), error, remedy, most)
+
+
+def _parsed(path: Path, parse: Callable[[bytes], T], error: type[UserError], remedy: str, most: int) -> T:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(read_bytes(path, most))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise error(f"{path} does not exist; {_again(remedy)}") from None
+    except ValueError as reason:  # of Unicode and of JSON, too
+        raise error(f"{path} is damaged ({shortened(reason)}); {remedy}") from None
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}; {remedy}") from None
+
+
+def _again(remedy: str) -> str:
+    """What to do about a file that is not there: it cannot be deleted."""
+    return "run the stage that writes it" if remedy == DELETE else remedy
+
+
+def _mapping(data: Any, path: Path, error: type[UserError], remedy: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise error(f"{path} is damaged (a {type(data).__name__}, not a mapping); {remedy}")
+    return data
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
@@ -222,27 +261,99 @@ def write_one_by_one(
             file.write(values.view(torch.uint8).numpy().data)
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], Any]:
+@contextlib.contextmanager
+def open_tensors(
+    path: str | Path,
+    device: str = "cpu",
+    error: type[UserError] = ArtifactError,
+    remedy: str = DELETE,
+    framework: str = "pt",
+) -> Iterator[Any]:
+    """Open a safetensors file; what is wrong with it, also while it is read, is said in one line.
+
+    Args:
+        path: The file.
+        device: Where its tensors go.
+        error: What is raised; an artifact's unless it is somebody else's file.
+        remedy: What to do about a damaged one.
+        framework: Of the tensors.
+
+    Yields:
+        What ``safetensors.safe_open`` yields.
+
+    Raises:
+        UserError: The file is missing, truncated or corrupted.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise error(f"{path} does not exist; {_again(remedy)}")
+    try:
+        with safe_open(path, framework=framework, device=device) as file:
+            yield file
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as reason:
+        raise error(f"{path} is damaged ({reason}); {remedy}") from None
+
+
+def metadata_of(file: Any, path: str | Path) -> Any:
+    """The metadata given to :func:`write_tensors`, of an open file; None if there is none.
+
+    Raises:
+        ArtifactError: It is no mapping in JSON.
+    """
+    header = file.metadata() or {}
+    if "ppcl" not in header:
+        return None
+    try:
+        data = parse_json(header["ppcl"])
+        if not isinstance(data, dict):
+            raise ValueError(f"metadata of {type(data).__name__}")
+        return data
+    except ValueError as reason:
+        raise ArtifactError(f"{path} is damaged ({reason}); delete it and run again") from None
+
+
+def finite(tensor: Tensor, name: str, path: str | Path, masks: bool = False) -> Tensor:
+    """Return a tensor that holds no NaN and nothing infinite.
+
+    Args:
+        tensor: Any; whole numbers are finite.
+        name: Its name in the file.
+        path: The file.
+        masks: Let minus infinity pass, with which attention masks hide.
+
+    Raises:
+        ArtifactError: It does.
+    """
+    import torch
+
+    if tensor.is_floating_point():
+        wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+        total = float(tensor.sum(dtype=wide))  # one that is not finite is not lost in a sum, and no mask is made
+        if not (math.isfinite(total) or (masks and total == -math.inf)):
+            raise ArtifactError(f"{path} is damaged ('{name}' has values that are no numbers); delete it and run again")
+    return tensor
+
+
+def read_tensors(path: str | Path, device: str = "cpu", masks: bool = False) -> tuple[dict[str, Tensor], Any]:
     """Read a safetensors artifact.
+
+    Args:
+        path: The file.
+        device: Where the tensors go.
+        masks: See :func:`finite`.
 
     Returns:
         The tensors by name, and the metadata given to :func:`write_tensors` (or None).
 
     Raises:
-        ArtifactError: The file is missing, truncated or corrupted.
+        ArtifactError: The file is missing, truncated or corrupted, or has values that are not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; run the stage that writes it")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
-    return tensors, json.loads(header["ppcl"]) if "ppcl" in header else None
+    with open_tensors(path, device) as file:
+        tensors = {name: finite(file.get_tensor(name), name, path, masks) for name in file.keys()}  # noqa: SIM118
+        return tensors, metadata_of(file, path)
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
@@ -252,24 +363,24 @@ class StoredTensors(Mapping[str, "Tensor"]):
         paths: The files; those that do not exist have no tensors.
 
     Raises:
-        ArtifactError: A file is damaged.
+        ArtifactError: A file is damaged, or has not what it is asked for.
     """
 
     def __init__(self, *paths: Path) -> None:
         headers = {path: read_tensor_header(path) for path in paths if path.is_file()}
         self._files = {name: path for path, header in headers.items() for name in header}
         self._entries = {name: entry for header in headers.values() for name, entry in header.items()}
+        self._given = " and ".join(map(str, paths))
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
+        if name not in self._files:
+            raise ArtifactError(f"{self._given} has no '{name}'; delete it and run again")
         path = self._files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
+        with open_tensors(path) as file:
+            return finite(file.get_tensor(name), name, path)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def unread(self, name: str) -> Unread:
         """A tensor for :func:`write_one_by_one`."""
@@ -292,14 +403,8 @@ def read_metadata(path: str | Path) -> Any:
     Raises:
         ArtifactError: The file is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it and run again") from None
-    return json.loads(header["ppcl"]) if "ppcl" in header else None
+    with open_tensors(path) as file:
+        return metadata_of(file, path)
 
 
 def read_tensor_header(path: str | Path) -> dict[str, Any]:
@@ -308,16 +413,37 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: The header is unreadable, or the file is shorter than it says.
     """
-    path = Path(path)
+    header = _whole_header(Path(path))
+    header.pop("__metadata__", None)
+    return header
+
+
+def header_digest(path: str | Path) -> str:
+    """Identify all of a safetensors file but the numbers in it: names, shapes, dtypes, metadata.
+
+    Raises:
+        ArtifactError: See :func:`read_tensor_header`.
+    """
+    return digest(_whole_header(Path(path)))
+
+
+def _whole_header(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file() and path.exists():
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:  # also keeps a garbage length from allocating its memory
+            if length > min(size - 8, MOST_BYTES):  # also keeps a garbage length from allocating its memory
                 raise ValueError(f"{size} bytes, the header alone should have {length}")
-            header: dict[str, Any] = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
+            header: dict[str, Any] = parse_json(file.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        for entry in entries:
+            begin, end = entry["data_offsets"]
+            sound = isinstance(entry["dtype"], str) and all(n >= 0 for n in (begin, end - begin, *entry["shape"]))
+            if not sound:
+                raise ValueError(f"an entry {str(entry)[:100]}")
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; fetch or write it again") from None
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -326,7 +452,6 @@ def read_tensor_header(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is truncated ({size} bytes, expected {expected}); delete it, then fetch or write it again"
         )
-    header.pop("__metadata__", None)
     return header
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ppcl.common.outside import read_regular
-from ppcl.errors import UserError
+from ppcl.common.reading import parse_json
+from ppcl.errors import UserError, shortened
 
 MAX_BYTES = 2**29  # of a file
 MAX_LINE = 2**20  # bytes of a line of JSON
@@ -51,7 +51,7 @@ def _content(path: Path, limit: int) -> bytes:
         return content.decode("utf-16").encode() if is_wide else content.removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check its name") from None
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); check it") from None
 
 
@@ -91,18 +91,18 @@ def json_lines(content: bytes) -> list[Row]:
         try:
             if len(line) > MAX_LINE:
                 raise ValueError(f"it has more than {MAX_LINE:,} bytes")
-            rows.append(Row(number, json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            rows.append(Row(number, None, str(error) or type(error).__name__))
+            rows.append(Row(number, parse_json(line)))
+        except ValueError as error:
+            rows.append(Row(number, None, shortened(error)))
     return rows
 
 
 def _entries(path: Path, text: str) -> list[Any]:
     """The entries of a JSON file: a list, or the values or the one list of rows in a mapping."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error or type(error).__name__}); mend it") from None
+        found = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); mend it") from None
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list)]
         worded = [rows for rows in lists if any(isinstance(row, str) or column(row, WORDS) for row in rows)]

@@ -47,6 +47,8 @@ def _short_sparsity(sections: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(short, dict) or not isinstance(distill, dict):
         return sections
     long = distill.get("sparsity") or {}
+    if not isinstance(long, dict):
+        return sections
     for key in short.keys() & long.keys():
         if short[key] != long[key]:
             raise ConfigError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from ppcl.common.files import read_yaml
+from ppcl.common.reading import MOST_YAML, parse_yaml, read_bytes
 from ppcl.config.aliases import resolve_aliases
 from ppcl.config.names import BUDGETS
 from ppcl.config.schema import RunConfig
-from ppcl.errors import ConfigError, nearest
+from ppcl.errors import ConfigError, nearest, shortened
 
 # what a model is compressed with where nothing else is said
 DEFAULTS = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji.yaml"}
@@ -19,7 +21,7 @@ DEFAULTS = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji.yam
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
     for part in prefix:
-        annotation = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
@@ -37,7 +39,7 @@ def _explain(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":
         return message  # a rule about several keys names them itself
-    return f"{dotted} = {problem['input']!r}: {message}" if dotted else message
+    return f"{dotted} = {shortened(repr(problem['input']))}: {message}" if dotted else message
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -48,11 +50,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+        raise ConfigError(f"--set {shortened(repr(text))} is not of the form section.key=value")
     try:
-        return key.strip().split("."), _number(yaml.safe_load(value))
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+        return key.strip().split("."), _number(parse_yaml(value))
+    except ValueError as reason:
+        raise ConfigError(f"--set {shortened(repr(text))}: the value is not valid YAML ({shortened(reason)})") from None
 
 
 def _number(value: Any) -> Any:
@@ -83,12 +85,11 @@ def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any
     data: dict[str, Any] = dict(defaults or {})
     for path in files:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            loaded = parse_yaml(read_bytes(path, MOST_YAML).decode("utf-8-sig")) or {}
         except FileNotFoundError:
             raise ConfigError(f"config file {path} does not exist") from None
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = str(error).replace("\n", " ")
-            raise ConfigError(f"config file {path} cannot be read as YAML: {reason}") from None
+        except (OSError, ValueError) as reason:
+            raise ConfigError(f"config file {path} cannot be read as YAML: {shortened(reason)}") from None
         if not isinstance(loaded, dict):
             raise ConfigError(f"config file {path} must hold a mapping of sections, got {type(loaded).__name__}")
         data = merge(data, resolve_aliases(loaded))
@@ -116,7 +117,7 @@ def for_model(model: str, config: RunConfig) -> RunConfig:
     """
     if model not in DEFAULTS:
         return config
-    defaults = yaml.safe_load(DEFAULTS[model].read_text(encoding="utf-8"))
+    defaults = read_yaml(DEFAULTS[model])
     given = config.model_dump(exclude_unset=True)
     if given.get("plan", {}).keys() & set(BUDGETS):  # one budget replaces another
         defaults["plan"] = {key: value for key, value in defaults["plan"].items() if key not in BUDGETS}
@@ -136,9 +137,12 @@ def parse_size(text: str) -> float:
     number = text.strip().lower().rstrip("bgm")
     unit = text.strip().lower()[len(number) :]
     try:
-        return float(number) * units[unit]
+        size = float(number) * units[unit]
     except (KeyError, ValueError):
-        raise ConfigError(f"--fit {text!r} is not a size; write it like 24GB or 800MB") from None
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise ConfigError(f"--fit {shortened(repr(text))} is not a size; write it like 24GB or 800MB")
+    return size
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -148,6 +152,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         ConfigError: It is not a list of different whole numbers from 0 on.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise ConfigError(f"--seeds {text!r} is not a list of different seeds; write it like 0,1,2")
+    if not all(part.isdecimal() and len(part) < 16 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds {shortened(repr(text))} is not a list of different seeds; write it like 0,1,2")
     return tuple(map(int, parts))

@@ -10,13 +10,14 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ppcl.config.sections import Section
 from ppcl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
 
 
-class MemorySettings(BaseModel):
+class MemorySettings(Section):
     """Ways to train a model that would not fit otherwise (docs/memory.md)."""
 
     one_at_a_time: bool = Field(

@@ -25,8 +25,8 @@ class CaptureConfig(PicturesConfig):
     num_inference_steps: int = Field(20, ge=1)
     states_per_prompt: int = Field(8, ge=1, description="transformer calls kept of each trajectory")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for selection")
-    height: int | None = Field(None, description="pixels; the pipeline's default if empty")
-    width: int | None = None
+    height: int | None = Field(None, ge=8, le=16384, description="pixels; the pipeline's default if empty")
+    width: int | None = Field(None, ge=8, le=16384)
     num_frames: int | None = Field(None, ge=1, description="of a video; the pipeline's default if empty")
     guidance_scale: float | None = Field(
         None, ge=0, description="as the pipeline counts it, 1 or less for none; the pipeline's default if empty"
@@ -38,7 +38,9 @@ class AnalyzeConfig(Section):
     """Probes, CKA trend, linearity."""
 
     batch_size: int = Field(64, ge=1, description="states a teacher pass")
-    ridges: tuple[float, ...] = Field((1e-6, 1e-4, 1e-2), description="relative to the mean diagonal of the Gram")
+    ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1e-6, 1e-4, 1e-2), min_length=1, description="relative to the mean diagonal of the Gram"
+    )
     cka_tokens: int = Field(
         16384, ge=16, description="held-out tokens a stream kept for CKA, at most; of more a sample over all states"
     )
@@ -60,13 +62,13 @@ class FitConfig(Section):
         description="what is also carried to the velocity, which costs a part of a teacher pass each: runs by their "
         "probes, or smaller modules, too; fitted runs always are",
     )
-    starts: tuple[Start, ...] = get_args(Start)
+    starts: tuple[Start, ...] = Field(get_args(Start), min_length=1)
     width: tuple[Width, ...] = Field(
         ("modulation", "ffn"),
         description="smaller modules that are measured, too, so that the plan may use them beside depth; with any in "
         "the plan, loading the result needs `import ppcl.pipelines`",
     )
-    modulation_tolerances: tuple[float, ...] = Field(
+    modulation_tolerances: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.1, 0.03, 0.01), description="shares of a modulation layer's varying output that a rank may miss"
     )
     criterion: str = Field(
@@ -110,7 +112,7 @@ class FitConfig(Section):
         return {**known, **({"criterion_source": source} if source is not None else {})}
 
 
-class PlanConfig(SearchConfig, Section):
+class PlanConfig(SearchConfig):
     """Choosing the runs under a budget; exactly one budget is used."""
 
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
@@ -142,7 +144,7 @@ class PlanConfig(SearchConfig, Section):
         return "keep", 0.6
 
 
-class DistillConfig(MemorySettings, Section):
+class DistillConfig(MemorySettings):
     """Training the substitutes against the teacher."""
 
     local_steps: int = Field(300, ge=0, description="stage 1: substitutes on the teacher's own states")
@@ -321,7 +323,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     """Everything a run depends on."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=4_000_000_000)
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="autocast of forward passes (auto: bf16 on a GPU); fp32 loads the teacher in float32, too"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ppcl.common.plugins import source_of
 from ppcl.config.extensions import ALLOCATIONS, SEARCHES
+from ppcl.config.sections import Section
 
 _OF_GATES = {"search_steps", "search_batch"}
 _READS = {
@@ -18,10 +19,8 @@ _READS = {
 }
 
 
-class SearchConfig(BaseModel):
+class SearchConfig(Section):
     """Who chooses the plan, and what single searches read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: str = Field("optimal", description=f"the search: {', '.join(SEARCHES)}, or your file.py:ClassName")
     allocation: str = Field(

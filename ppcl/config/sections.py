@@ -5,15 +5,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 PROMPTS = "prompts"  # the calibration data that needs no pictures
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys."""
+MOST = 10_000_000  # of anything that is counted: steps, states, pixels; more is a slip of the keyboard
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, numbers that can be meant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any, field: ValidationInfo) -> Any:
+        """Refuse early what would fail, or never end, after hours."""
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if field.field_name != "seed" and any(isinstance(number, int) and number > MOST for number in numbers):
+            raise ValueError(f"expected at most {MOST:,}")
+        return value
 
     def identity(self) -> dict[str, Any]:
         """The settings that a stage's result depends on."""
@@ -42,6 +54,7 @@ class PicturesConfig(Section):
     data_split: str = Field("train", description="of a Hugging Face data set, or the folder of that name")
     aspect_ratios: tuple[str, ...] = Field(
         ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16"),
+        min_length=1,
         description="width:height that pictures are cut to, the nearest one, all of about the area of height x width",
     )
 
@@ -50,7 +63,7 @@ class PicturesConfig(Section):
     def _real_ratios(cls, ratios: tuple[str, ...]) -> tuple[str, ...]:
         """YAML 1.1 reads 4:3 without quotes as a number of seconds."""
         for text in ratios:
-            if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", text):
+            if not re.fullmatch(r"[1-9]\d{0,2}:[1-9]\d{0,2}", text):
                 raise ValueError(f"got {text!r}, expected width:height in quotes, e.g. ['1:1', '4:3']")
         return ratios
 

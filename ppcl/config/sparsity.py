@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ppcl.common.plugins import source_of
 from ppcl.config.extensions import WEIGHT_CRITERIA
+from ppcl.config.sections import Section
 
 
-class SparsityConfig(BaseModel):
+class SparsityConfig(Section):
     """Zeros in the linear layers of the student's blocks, made before distillation and kept by it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     share: float = Field(0.0, ge=0, lt=1, description="of the weights that become zero; 0: none, or as n:m says")
     pattern: str = Field(

@@ -5,7 +5,6 @@ A pipeline's plan depends on shapes alone, so a user can look at one before fetc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.common.files import read_mapping
 from ppcl.common.hooks import removing
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
-from ppcl.teacher.loading import EMBEDDED, check_folder, check_model, model_path
+from ppcl.teacher.loading import EMBEDDED, check_config, check_folder, check_model, model_path
 
 CONFIG_FILE = "transformer/config.json"
 VAE_FILE = "vae/config.json"
+MOST_VAE_LEVELS = 10
 DEFAULT_VAE_SCALE = 8  # of the published models of the families below
 # Pipelines pad to 512 (FLUX, Wan) or to 77 of CLIP and 256 of T5 (SD3); Qwen-Image and Z-Image take as many as the
 # prompt has: a hundred words
@@ -62,13 +63,19 @@ def read_config(model: str) -> tuple[dict[str, Any], int]:
         _fetch(model, "model_index.json", required=False)  # for what asks which class of pipeline it is
     if config_path is None:
         raise AssertionError("a required file is there or an error")
-    config = _read_json(config_path)
+    if not config_path.exists():
+        raise ModelError(
+            f"{config_path} does not exist; give a pipeline folder (with {CONFIG_FILE}), a transformer folder, "
+            f"a transformer's config.json, a hub id, or an embedded model ({', '.join(EMBEDDED)})"
+        )
+    config = read_mapping(config_path, ModelError, "fetch it again")
+    check_config(config, config_path)
     if not isinstance(config.get("_class_name"), str):
         raise ModelError(
             f"{config_path} names no _class_name, so it is not the config of a diffusers model; "
             "give a pipeline folder, or its transformer/config.json"
         )
-    vae = _read_json(vae_path) if vae_path is not None and vae_path.is_file() else {}
+    vae = read_mapping(vae_path, ModelError, "fetch it again") if vae_path is not None and vae_path.is_file() else {}
     return config, _vae_scale(vae)
 
 
@@ -90,25 +97,10 @@ def _fetch(repository: str, name: str, required: bool = True) -> Path | None:
         raise ModelError(f"{name} of {repository!r} cannot be fetched ({reason[:200]}); {remedy}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} does not exist; give a pipeline folder (with {CONFIG_FILE}), a transformer folder, "
-            f"a transformer's config.json, a hub id, or an embedded model ({', '.join(EMBEDDED)})"
-        ) from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"{path} is damaged ({error}); fetch it again") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is damaged (a {type(data).__name__}, not a mapping); fetch it again")
-    return data
-
-
 def _vae_scale(config: dict[str, Any]) -> int:
     """Pixels a latent row, as the families' pipelines derive it from the VAE's config."""
     for key, extra in (("temperal_downsample", 0), ("block_out_channels", 1)):
-        if isinstance(config.get(key), list):
+        if isinstance(config.get(key), list) and len(config[key]) <= MOST_VAE_LEVELS:
             return int(2 ** (len(config[key]) - extra))
     return DEFAULT_VAE_SCALE
 
@@ -137,7 +129,7 @@ def build_on_meta(config: dict[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             transformer = kind.from_config(config).eval().requires_grad_(False)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # whatever a family's constructor raises for values that do not fit together
         raise ModelError(_unfit(name, error)) from None
     for spec in adapter.stacks:
         if not len(adapter.blocks(transformer, spec)):

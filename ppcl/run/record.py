@@ -11,8 +11,10 @@ from pathlib import Path
 
 import yaml
 
+from ppcl.common.files import read_yaml
 from ppcl.common.tables import PACKAGES
 from ppcl.config import RunConfig
+from ppcl.errors import UserError
 
 
 def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
@@ -42,12 +44,12 @@ def changed_settings(record: Path, config: RunConfig, section: str) -> list[str]
         Lines like ``capture.height 48 -> 512``.
     """
     try:
-        old = yaml.safe_load(record.read_text(encoding="utf-8"))["config"]
+        old = read_yaml(record)["config"]
         settings = getattr(config, section)
         now = settings.model_dump(mode="json")
         read = [key for key in settings.identity() if key in now]  # the content of a user's file is not in the record
         keys = {f"{section}.{key}": (old[section].get(key), key) for key in read}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return []
     changes = [f"{name} {was} -> {now[key]}" for name, (was, key) in keys.items() if was != now[key]]
     if old.get("precision") != config.precision:

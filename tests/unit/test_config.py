@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ppcl.config import RunConfig, for_model, load_config, merge, parse_override
+from ppcl.config import RunConfig, for_model, load_config, merge, parse_override, parse_seeds, parse_size
 from ppcl.config.memory import changed, for_tables
 from ppcl.errors import ConfigError, UserError
 
@@ -226,3 +226,62 @@ def test_what_changed_is_said_of_a_file_of_the_users(tmp_path: Path, section: st
     now = load_config([], [f"{section}.{key}={name}"])
     said = changed_settings(tmp_path / "config.yaml", now, section)
     assert said == [f"{section}.{key} {before[section][key]} -> {name}"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "capture.height=-16",
+        "capture.height=0",
+        "capture.width=1000000",
+        "capture.num_inference_steps=1e9",
+        "distill.local_steps=1e9",
+        "distill.output_steps=100000000000",
+        "fit.steps=1e9",
+        "evaluate.speed_batch_sizes=[1000000000]",
+        "evaluate.speed_steps=[1, 1e9]",
+        "distill.lora_rank=1e9",
+        "distill.sparsity.states=1e12",
+        "plan.search_steps=1e9",
+        "distill.accumulate=1e9",
+        "threads=1e9",
+        "seed=1e23",
+        "seed=-1",
+        "seed=" + "1" * 5000,
+        "analyze.ridges=[]",
+        "analyze.ridges=[-1]",
+        "analyze.ridges=[.nan]",
+        "fit.starts=[]",
+        "fit.modulation_tolerances=[2]",
+        "fit.width_ridge=.inf",
+        "distill.local_learning_rate=.nan",
+        "distill.weight_decay=.inf",
+        "capture.aspect_ratios=[]",
+        "capture.aspect_ratios=['1:100000000']",
+        "plan={keep: 0.5, keep: 0.6}",
+        "plan.keep=&a 0.5",
+        "distill.sparsity=3",
+        "plan=[]",
+        "fit=3",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_values_that_would_fail_late_are_refused_at_once(override: str) -> None:
+    if override == "plan.keep=&a 0.5":  # an anchor that nothing refers to is a value
+        assert load_config([], [override]).plan.keep == 0.5
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("size", ["", " ", "0", "-24GB", "nan", "infGB", "1e400", "GB", "b"])
+def test_a_size_is_a_number_above_nothing(size: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(size)
+
+
+def test_a_seed_of_many_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is not a list of different seeds"):
+        parse_seeds("1" * 5000)

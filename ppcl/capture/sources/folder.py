@@ -6,7 +6,6 @@ JSON lines, JSON, CSV or TSV file with a column that names pictures. One stands 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from ppcl.capture.sources.base import (
 )
 from ppcl.common.outside import is_text
 from ppcl.common.pictures import picture_files
+from ppcl.common.reading import parse_json
 from ppcl.common.rows import SUFFIXES, Row, column, columns, read_rows, read_text
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
@@ -131,8 +131,8 @@ class Folder(Source):
             raise BadSample("no caption", f"there is no {picture.stem}{', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}")
         try:
             text = read_text(path, MAX_CAPTION_BYTES)
-            return caption_of(json.loads(text), self.column) if path.suffix == ".json" else text_of(text)
-        except (UserError, ValueError, RecursionError) as error:
+            return caption_of(parse_json(text), self.column) if path.suffix == ".json" else text_of(text)
+        except ValueError as error:
             raise BadSample("unreadable caption", str(error)) from None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from ppcl.capture.sources.base import (
 )
 from ppcl.common.outside import printable
 from ppcl.common.pictures import MAX_BYTES, SUFFIXES
+from ppcl.common.reading import parse_json
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 
@@ -156,8 +156,8 @@ class Shards(Source):
                 continue
             try:
                 text = place.read(MAX_CAPTION_BYTES).decode("utf-8-sig")
-                return caption_of(json.loads(text), self.column) if suffix == ".json" else text_of(text)
-            except (ValueError, RecursionError) as error:
+                return caption_of(parse_json(text), self.column) if suffix == ".json" else text_of(text)
+            except ValueError as error:
                 raise BadSample("unreadable caption", str(error)) from None
         raise BadSample("no caption", f"the sample has none of {', '.join(CAPTIONS)}")
 
