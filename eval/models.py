@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
-from ppcl.common.files import digest, read_json, weights_variant
+from ppcl.common.files import digest, read_mapping, read_yaml, weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.config.names import PREFIX
 from ppcl.config.sections import PROMPTS
-from ppcl.errors import ConfigError, ModelError, UserError
+from ppcl.errors import ArtifactError, ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
 from ppcl.eval.features import LOCAL_PREFIX
 from ppcl.eval.results import Block
@@ -28,12 +26,13 @@ from ppcl.teacher.families import ADAPTERS
 from ppcl.teacher.loading import (
     EMBEDDED,
     check_model,
-    check_names,
     fetch_files,
+    model_of_run,
     model_path,
     on_device,
     open_pipeline,
     pipeline_class,
+    read_index,
     source_name,
 )
 from ppcl.teacher.origin import teacher_of, weights_digest
@@ -139,13 +138,7 @@ def _check(one: ModelSource) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(not_a_pipeline(folder))
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
-    if not isinstance(components, dict):
-        raise ModelError(f"{index} is damaged (not a mapping); fetch the pipeline again")
-    check_names(index, components)
+    read_index(folder)
     check_stored(folder)
 
 
@@ -196,21 +189,22 @@ def _can_stream(source: ModelSource) -> bool:
     """Whether a model draws with a transformer of a known family, whose blocks can be read one by one."""
     if source.is_bundle:
         return False
-    entry = read_json(fetch_files(source.model) / "model_index.json").get("transformer")
+    entry = read_index(fetch_files(source.model)).get("transformer")
     return isinstance(entry, list) and str(entry[-1]).removeprefix(PREFIX) in ADAPTERS
 
 
 def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
     """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
-    from ppcl.teacher.block_map import block_maps
+    from ppcl.teacher.block_map import block_maps, pipeline_record
 
     config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
-    record = config.get("_ppcl")
-    if not record:
+    if not config.get("_ppcl"):
         return {}
+    record = pipeline_record(pipeline)
     smaller: dict[tuple[str, str], list[str]] = {}
-    for path in config.get("pruning") or {}:
-        stack, position, module = str(path).split(".", 2)
+    pruning = config.get("pruning")
+    for path in pruning if isinstance(pruning, dict) else {}:
+        stack, position, module = [*str(path).split(".", 2), "", ""][:3]
         smaller.setdefault((stack, position), []).append(module)
     return {
         stack: [
@@ -246,13 +240,8 @@ def settings_for(arguments: Sequence[str], files: Sequence[Path], overrides: Seq
         ConfigError: A key or value cannot be used.
     """
     record = next((Path(a) / "config.yaml" for a in arguments if is_run(a)), None)
-    held: Any = None
-    if record is not None and record.is_file():
-        try:
-            held = yaml.safe_load(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{record} cannot be read ({' '.join(str(error).split())}); run the run again") from None
-    config = held.get("config") if isinstance(held, dict) else None
+    held = read_yaml(record, ConfigError, "run the run again") if record is not None and record.is_file() else {}
+    config = held.get("config")
     defaults = _of_pictures(config) if isinstance(config, dict) else {}
     return for_model("emoji" if is_embedded(arguments) else "", load_config(list(files), list(overrides), defaults))
 
@@ -273,9 +262,7 @@ def _of_pictures(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_embedded(arguments: Sequence[str]) -> bool:
     """Whether the embedded model, or a run of it, is among the arguments."""
-    return any(
-        a == "emoji" or (is_run(a) and read_json(Path(a) / "stages.json").get("model") == "emoji") for a in arguments
-    )
+    return any(a == "emoji" or (is_run(a) and model_of_run(Path(a)) == "emoji") for a in arguments)
 
 
 def evaluation_prompts(arguments: Sequence[str], file: Path | None, config: RunConfig) -> Sequence[str]:
@@ -293,5 +280,8 @@ def evaluation_prompts(arguments: Sequence[str], file: Path | None, config: RunC
         return read_prompts(file)
     for argument in filter(is_run, arguments):
         for settings in sorted((Path(argument) / "eval" / "student").glob("seed-*/prompts.json")):
-            return list(read_json(settings)["prompts"])
+            held = read_mapping(settings).get("prompts")
+            if not isinstance(held, list) or not all(isinstance(text, str) for text in held):
+                raise ArtifactError(f"{settings} names no prompts; run ppcl evaluate again")
+            return held
     return prompts_for("emoji" if is_embedded(arguments) else "", None, count)[1]

@@ -148,6 +148,7 @@ def load_bundle(
     from ppcl.common.devices import resolve_device
     from ppcl.modules.compressed import compress_class
     from ppcl.pruning.selection import check_pluggable
+    from ppcl.student.bundle import check_teacher, read_plan
     from ppcl.student.bundle import load_bundle as read_bundle
     from ppcl.teacher.families import adapter_for
     from ppcl.teacher.loading import load_pipeline
@@ -157,7 +158,9 @@ def load_bundle(
     if not (folder / "bundle" / "bundle.json").is_file():
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
     place = resolve_device(device)
-    pipeline = load_pipeline(teacher_of(folder, teacher), place, dtype)
+    model = teacher_of(folder, teacher)
+    check_teacher(read_plan(folder / "bundle"), model, folder / "bundle")
+    pipeline = load_pipeline(model, place, dtype)
     transformer = pipeline.transformer
     adapter = adapter_for(transformer)
     bundle = read_bundle(folder / "bundle", transformer, adapter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ppcl.common.artifacts import SCHEMA_VERSION
+from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Count, Error, Index, Share
 from ppcl.teacher.model_info import ModelInfo
 
 
@@ -18,9 +18,11 @@ class Stability:
         last: Draws in which some interval ends where this one does.
     """
 
-    same: float
-    first: float
-    last: float
+    __pydantic_config__ = STRICT
+
+    same: Share
+    first: Share
+    last: Share
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,62 @@ class StackAnalysis:
         interval_stability: For each interval, how often it was found.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
     cka: tuple[tuple[float | None, ...], ...]
     cka_by_stream: dict[str, tuple[tuple[float | None, ...], ...]]
-    intervals: tuple[tuple[int, int], ...]
-    probe_error: dict[str, tuple[float, ...]]
-    ridge: dict[str, tuple[float, ...]]
+    intervals: tuple[tuple[Index, Index], ...]
+    probe_error: dict[str, tuple[Error, ...]]
+    ridge: dict[str, tuple[Error, ...]]
     influence: tuple[float, ...]
     ffn_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     text_linearity: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     modulation_residual: dict[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
-    interval_draws: int = 0
+    interval_draws: Count = 0
     interval_stability: tuple[Stability, ...] = ()
+
+    def check(self, num_blocks: int) -> None:
+        """Refuse what is not of a stack of so many blocks.
+
+        Raises:
+            ValueError: A table or a list is of another length, or an interval is none.
+        """
+        lists = [self.cka, self.influence, *self.probe_error.values(), *self.ridge.values()]
+        lists += [*self.cka, *self.ffn_linearity.values(), *self.text_linearity.values()]
+        lists += [row for table in self.cka_by_stream.values() for row in (table, *table)]
+        lists += self.modulation_residual.values()
+        other = next((len(entries) for entries in lists if len(entries) != num_blocks), None)
+        if other is not None:
+            raise ValueError(f"{self.name}: numbers of {other} blocks, expected {num_blocks}")
+        for first, last in self.intervals:
+            if not first < last < num_blocks:
+                raise ValueError(f"{self.name}: {first}-{last} is no interval of {num_blocks} blocks")
+        if len(self.interval_stability) not in (0, len(self.intervals)):
+            raise ValueError(f"{self.name}: {len(self.intervals)} intervals, but {len(self.interval_stability)} draws")
 
 
 @dataclass(frozen=True)
 class Analysis:
     """The result of the analyze stage (the probe matrices lie beside it as safetensors)."""
 
+    __pydantic_config__ = STRICT
+
     model: ModelInfo
     stacks: tuple[StackAnalysis, ...]
-    num_states: int
-    num_tokens: dict[str, int]
-    seconds: float
+    num_states: Count
+    num_tokens: dict[str, Count]
+    seconds: Error
     schema_version: int = SCHEMA_VERSION
+
+    def check(self) -> None:
+        """Refuse an analysis of other blocks than its model's.
+
+        Raises:
+            ValueError: A stack is missing or another's, or its numbers are not of its blocks.
+        """
+        self.model.check()
+        if [stack.name for stack in self.stacks] != [stack.name for stack in self.model.stacks if stack.num_blocks]:
+            raise ValueError(f"it has {[s.name for s in self.stacks]}, the model {[s.name for s in self.model.stacks]}")
+        for stack in self.stacks:
+            stack.check(self.model.stack(stack.name).num_blocks)

@@ -7,6 +7,7 @@ all that is needed to fit y = x W + b by ridge regression and to know the error 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from typing import TypeVar
@@ -107,6 +108,10 @@ class Moments:
         part = copy(self)
         part.sum_y, part.xy, part.yy = self.sum_y[columns], self.xy[:, columns], 0.0
         return part
+
+    def is_finite(self) -> bool:
+        """Whether all of what was added up is a number."""
+        return math.isfinite(self.yy + sum(float(t.sum()) for t in (self.sum_x, self.sum_y, self.xx, self.xy)))
 
     def variance(self) -> float:
         """Sum of ||y - mean y||^2."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppcl.analysis.moments import Moments, add_up
 from ppcl.analysis.sweep import Seen
+from ppcl.errors import ModelError
 from ppcl.teacher.blocks import Place
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.families.masks import valid_rows, valid_tokens
@@ -119,6 +120,12 @@ class BlockSums:
         totals.moments = add_up(totals.moments, self.group)
         totals.cosines = self.group.sum_scalars(totals.cosines)
         totals.tokens = self.group.sum_scalars(totals.tokens)
+        for (_, signal), moments in totals.moments.items():
+            if not moments.is_finite():
+                raise ModelError(
+                    f"{self.place[0]}/{self.place[1]}: its states ('{signal}') are NaN or infinite in this format; run "
+                    "again with --set precision=fp32"
+                )
         self.solve(self.place, totals)
 
     def _add(self, key: tuple[str, str], x: Tensor, y: Tensor) -> None:

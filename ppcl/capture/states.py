@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ppcl.capture.spread import Mark, allot, choose_states
-from ppcl.common.files import read_json, read_tensor_header, read_tensors
+from ppcl.common.artifacts import Count
+from ppcl.common.files import finite, read_json, read_tensor_header, read_tensors
 from ppcl.common.progress import announce
-from ppcl.errors import ArtifactError
+from ppcl.errors import ArtifactError, UserError, shortened
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call
 from ppcl.training.distributed import SINGLE, WHOLE, Group, Share
@@ -92,11 +94,11 @@ class States:
         fits: dict[str, tuple[str, int]] = {}  # of each shape: what else must be equal to go together, length of text
         told: dict[Row, tuple[float, Hashable, str]] = {}
         for path in paths:
-            calls, meta = _read_calls(path)
-            branches = meta.get("branches") or guidance_branches([call.arguments for call in calls])
+            calls, recorded = _read_calls(path)
+            branches = recorded.branches or guidance_branches([call.arguments for call in calls])
             for call, branch in zip(calls, branches, strict=True):
                 # guidance may double the samples of a call, and pictures may share a caption
-                prompts = meta.get("prompts") or [f"{path.name} {row}" for row in call.whole_rows]
+                prompts = recorded.prompts or [f"{path.name} {row}" for row in call.whole_rows]
                 shape = trees.signature(call.arguments, call.per_sample)
                 fits[shape] = trees.without_length(call.arguments, call.per_sample, self.text_mask)
                 members = groups.setdefault(shape, [])
@@ -316,17 +318,42 @@ def _first_shapes(fits: Sequence[tuple[str, int]]) -> list[int]:
     return first_of
 
 
-def _read_calls(path: Path) -> tuple[list[Call], dict[str, Any]]:
+def _read_calls(path: Path) -> tuple[list[Call], _Recorded]:
     """The calls of one file, and what was recorded with them."""
-    tensors, meta = read_tensors(path)
-    if meta is None:
-        raise ArtifactError(f"{path} was not written by ppcl capture; delete it and run again")
-    tensors |= {name: tensors[twin] for name, twin in meta["alias"].items()}
-    calls = []
-    for number, node in enumerate(meta["calls"]):
-        arguments, target = trees.unflatten(node, tensors), tensors.get(f"velocity.{number:02d}")
-        if target is None:
-            raise ArtifactError(f"{path} was written by an older ppcl; delete {path.parent} and run again")
-        rows, own = (meta[name][number] if name in meta else () for name in ("rows", "per_sample"))
-        calls.append(Call(arguments, target, per_sample=frozenset(own), whole_rows=tuple(rows)))
-    return calls, meta
+    tensors, meta = read_tensors(path, masks=True)
+    try:
+        recorded = _Recorded(**meta)
+        tensors |= {name: tensors[twin] for name, twin in recorded.alias.items()}
+        calls = []
+        for number, node in enumerate(recorded.calls):
+            arguments, target = trees.unflatten(node, tensors), tensors.get(f"velocity.{number:02d}")
+            if target is None:
+                raise ArtifactError(f"{path} was written by an older ppcl; delete {path.parent} and run again")
+            finite(target, "velocity", path)
+            rows = tuple(recorded.rows[number]) if recorded.rows else ()
+            own = frozenset(recorded.per_sample[number] if recorded.per_sample else ())
+            calls.append(Call(arguments, target, per_sample=own, whole_rows=rows))
+            if len(target) != len(calls[-1].whole_rows) or not len(target):
+                raise ValueError(f"{len(target)} answers to {len(calls[-1].whole_rows)} samples")
+        if recorded.branches is not None and len(recorded.branches) != len(calls):
+            raise ValueError(f"branches of {len(recorded.branches)} calls of {len(calls)}")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as reason:
+        raise ArtifactError(
+            f"{path} was not written by ppcl capture ({shortened(reason, 100)}); delete it and run again"
+        ) from None
+    return calls, recorded
+
+
+class _Recorded(BaseModel):
+    """What stands beside the tensors of a file of calls."""
+
+    model_config = ConfigDict(strict=True)
+
+    alias: dict[str, str]
+    calls: list[dict[str, Any]]
+    rows: list[list[Count]] = []
+    per_sample: list[list[str]] = []
+    prompts: list[str] = []
+    branches: list[Count] | None = None

@@ -104,7 +104,10 @@ def write_calls(path: Path, calls: Sequence[Call], **about: Any) -> None:
 
     Raises:
         UserError: The file cannot be written.
+        ModelError: The teacher's answers are not finite.
     """
+    if not all(torch.isfinite(call.velocity).all() for call in calls):
+        raise ModelError("the teacher answers NaN or infinite numbers; run it in another format: --set precision=fp32")
     tensors: dict[str, Tensor] = {}
     nodes = [trees.flatten(call.arguments, f"{n:02d}", tensors) for n, call in enumerate(calls)]
     tensors |= {f"velocity.{n:02d}": call.velocity for n, call in enumerate(calls)}

@@ -1,17 +1,30 @@
-"""How typed artifacts are stored: frozen dataclasses as JSON, checked when they are read."""
+"""How typed artifacts are stored: frozen dataclasses as JSON, checked when they are read.
+
+A field's type has its range (:data:`Count`, :data:`Error`); what several fields mean together stands in a method
+``check`` of the artifact, which raises ``ValueError``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
+import json
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, cast, runtime_checkable
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ppcl.common.files import read_json, write_json
-from ppcl.errors import ArtifactError
+from ppcl.common.reading import MOST_NUMBER, read_bytes
+from ppcl.errors import ArtifactError, shortened
 
 SCHEMA_VERSION = 1
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)  # of every artifact, as its ``__pydantic_config__``
+Count = Annotated[int, Field(ge=0, lt=MOST_NUMBER)]
+Amount = Annotated[int, Field(gt=-MOST_NUMBER, lt=MOST_NUMBER)]
+Index = Annotated[int, Field(ge=0, lt=10_000)]  # of a block
+Error = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 T = TypeVar("T")
@@ -29,56 +42,57 @@ def to_jsonable(value: Any) -> Any:
     return value
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """Build an annotated type from JSON values; ValueError on a mismatch."""
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(f"unknown entry '{min(unknown)}'")
-        return kind(**{k: _build(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
-    if typing.get_origin(kind) is not None:
-        return _build_generic(typing.get_origin(kind), typing.get_args(kind), value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{value!r} is not {kind.__name__}")
-    return value
-
-
-def _build_generic(origin: Any, arguments: tuple[Any, ...], value: Any) -> Any:
-    """Build ``X | None``, tuples and dicts."""
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value)
-    if origin is dict:
-        return {k: _build(arguments[1], v) for k, v in value.items()}
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r} is not a list")
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_build(arguments[0], v) for v in value)
-    return tuple(_build(a, v) for a, v in zip(arguments, value, strict=True))
-
-
 def save_artifact(artifact: Any, path: str | Path) -> None:
-    """Write a dataclass artifact as JSON, atomically."""
-    write_json(path, to_jsonable(artifact))
+    """Write a dataclass artifact as JSON, atomically.
+
+    Raises:
+        ArtifactError: It could not be read again: numbers that are none, above all.
+    """
+    data = to_jsonable(artifact)
+    reason = _fault(type(artifact), json.dumps(data).encode())[1]
+    if reason:
+        raise ArtifactError(
+            f"{path} would be no valid {type(artifact).__name__} ({reason}); where numbers are NaN or infinite, run "
+            "again with --set precision=fp32"
+        )
+    write_json(path, data)
 
 
 def load_artifact(kind: type[T], path: str | Path) -> T:
-    """Read a dataclass artifact.
+    """Read a dataclass artifact: its types and ranges, and what its ``check`` says of what it means.
 
     Raises:
-        ArtifactError: The file is missing, damaged, or of another schema version.
+        ArtifactError: The file is missing, damaged, of another schema version, or cannot be meant.
     """
     data = read_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(f"{path} has schema_version {version}, expected {SCHEMA_VERSION}; delete it and run again")
+    artifact, reason = _fault(kind, read_bytes(Path(path)))
+    if reason:
+        raise ArtifactError(f"{path} is not a valid {kind.__name__} ({reason}); delete it and run again")
+    return cast(T, artifact)
+
+
+@runtime_checkable
+class _Checked(Protocol):
+    def check(self) -> None: ...
+
+
+def _fault(kind: Any, content: bytes) -> tuple[Any, str]:
+    """The artifact that JSON holds, and what is wrong with it; nothing if that is empty."""
     try:
-        return typing.cast(T, _build(kind, data))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a valid {kind.__name__} ({error}); delete it and run again") from None
+        artifact = _adapter(kind).validate_json(content, strict=True)
+        if isinstance(artifact, _Checked):
+            artifact.check()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return None, shortened(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    except ValueError as error:
+        return None, shortened(error)
+    return artifact, ""
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

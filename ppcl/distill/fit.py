@@ -9,6 +9,7 @@ what they cost is measured exactly, by carrying the changed states to the veloci
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -263,13 +264,16 @@ def _scored(
         prices |= (width := exactly(stage, {name: narrow.jobs.again(note) for name, note in notes.items()}, "width"))
         options = [width_option(note, width[name].error) for name, note in notes.items()]
     fitted_errors = {name: cost.error for name, cost in costs.items()}
+    # what overflows in the teacher's format is no candidate
+    prices = {name: price for name, price in prices.items() if math.isfinite(price.error)}
+    runs = [run for run in runs if run_name(run) in prices and math.isfinite(probe_errors[run])]
     return Candidates(
         candidates=tuple(
             Candidate(*run, probe_errors[run], starts.get(run), fitted_errors.get(run_name(run))) for run in runs
         ),
         steps=settings.steps,
         seconds=0.0,
-        width=tuple(options),
+        width=tuple(option for option in options if math.isfinite(option.error)),
         criterion=narrow.criterion,
         criterion_forwards=narrow.forwards,
         vectors={name: price.vector.float().numpy() for name, price in prices.items()},
@@ -311,7 +315,7 @@ def fitted(
     drawn = {row for step in range(stage.settings.steps) for row in stage.drawn(step)}  # no others are carried
     course = stage.training_course("train", stage.train.only(drawn))
     sample = list(held_out.weighed(held_out.spread(stage.settings.eval_states), stage.settings.batch_size))
-    known = {run for run in runs if stage.file(run).is_file() and _meta(stage, run)["of"] == stage.fingerprint}
+    known = {run for run in runs if stage.file(run).is_file() and _meta(stage, run).get("of") == stage.fingerprint}
 
     def train(run: RunKey, ends: Ends) -> None:
         start = best_start(stage, run, sample)
@@ -328,7 +332,7 @@ def fitted(
 
 
 def _meta(stage: Fit, run: RunKey) -> Any:
-    return read_metadata(stage.file(run))
+    return read_metadata(stage.file(run)) or {}
 
 
 @torch.no_grad()

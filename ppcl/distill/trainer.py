@@ -37,6 +37,7 @@ from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
+from ppcl.teacher.model_info import ModelInfo
 from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.training.lora import factors
@@ -329,11 +330,11 @@ class Distiller:
         return tuned(self.student, self.plan, self.substitutes)
 
 
-def check_plan(plan: CompressionPlan, digest_now: str, path: Path) -> None:
-    """Refuse a plan that was made for another model.
+def check_plan(plan: CompressionPlan, model: ModelInfo, path: Path) -> None:
+    """Refuse a plan that was made for another model, or for other weights of it.
 
     Raises:
-        ArtifactError: The digests differ.
+        ArtifactError: The descriptions differ.
     """
-    if plan.model.config_digest != digest_now:
+    if plan.model != model:
         raise ArtifactError(f"{path} was made for another model ({plan.model.transformer_class}); choose another --out")

@@ -20,7 +20,7 @@ from ppcl.export.pipeline import check_source, export
 from ppcl.pruning.selection import select_bundle
 from ppcl.run import Session
 from ppcl.run.summary import describe_plan
-from ppcl.student.bundle import Bundle, build_student, load_bundle
+from ppcl.student.bundle import Bundle, build_student, check_teacher, load_bundle, read_plan
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.loading import load_pipeline, model_path
@@ -63,6 +63,7 @@ def export_size(
     model = teacher_of(folder, teacher)
     check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
     check_source(model)
+    check_teacher(read_plan(folder / "bundle"), model, folder / "bundle")
     pipeline = load_pipeline(model, resolve_device(device))
     adapter = adapter_for(pipeline.transformer)
     sized = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import append_row, digest, read_json, remove, write_json
+from ppcl.common.files import append_row, digest, read_mapping, remove, write_json
 from ppcl.config import DistillConfig
 from ppcl.config.memory import STEPS, for_tables
 from ppcl.distill.trainer import Distiller
@@ -82,7 +82,7 @@ def claim(folder: Path, depends: Mapping[str, str], products: Mapping[str, Seque
         products: Names inside ``folder`` by kind; a changed kind takes all that follow with it.
     """
     path = folder / "depends.json"
-    recorded = read_json(path) if path.is_file() else {}
+    recorded = read_mapping(path) if path.is_file() else {}
     has_changed = False
     for kind, now in depends.items():
         has_changed = has_changed or recorded.get(kind) != now
@@ -184,7 +184,7 @@ class RowRunner:
         weights = list(made_of.values())[-1]
         scored = digest(weights, self.scored_by)
         path = folder / "metrics.json"
-        if path.is_file() and (kept := read_json(path)).get("digest") == scored:
+        if path.is_file() and (kept := read_mapping(path)).get("digest") == scored:
             return dict(kept)
         drawn = {"drawn": digest(weights, self.drawn_by)}
         claim(folder, {**made_of, **drawn}, {**products, "drawn": ("pictures", "metrics.json")})

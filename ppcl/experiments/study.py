@@ -24,7 +24,7 @@ from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import digest, read_json, read_tensors, write_json, write_text
+from ppcl.common.files import digest, read_mapping, read_tensors, write_json, write_text
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config.memory import changed, for_tables
@@ -223,7 +223,7 @@ def study_sequence(
             error = meter.error(assemble_student(transformer, adapter, bundle.plan, bundle.substitutes))
             seconds = folder / "seconds.json"
             rows.append(
-                {"error": error, **(read_json(seconds) if seconds.is_file() else {"median_step_seconds": None})}
+                {"error": error, **(read_mapping(seconds) if seconds.is_file() else {"median_step_seconds": None})}
             )
         result[sequence] = rows
     return result
@@ -304,7 +304,7 @@ def study_planner(session: Session, meter: VelocityMeter, plans: Mapping[str, Co
 def kept(session: Session, name: str, inputs: Any, part: Callable[[], Any]) -> Any:
     """Return the result of a part from ``RUN/study/<name>.json``, or work it out and keep it there."""
     path, made_of = session.out / "study" / f"{name}.json", digest(session.depends("fit"), inputs)
-    if path.is_file() and (record := read_json(path)).get("digest") == made_of:
+    if path.is_file() and (record := read_mapping(path)).get("digest") == made_of:
         return record["result"]
     result = part()
     write_json(path, {"digest": made_of, "result": result})

@@ -280,7 +280,7 @@ def _sparse(plan: CompressionPlan) -> list[str]:
         f"blocks, pattern {p['pattern']}, criterion {plain(without_folders(str(p['criterion'])))}, "
         f"allocation {p['allocation']}. "
     )
-    return ["## Sparsity", text + zeros_meaning(p["pattern"])]
+    return ["## Sparsity", text + zeros_meaning(str(p["pattern"]))]
 
 
 def _licence(licence: Mapping[str, str], name: str) -> str:

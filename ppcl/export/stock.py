@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ppcl.common.files import StoredTensors, Unread, read_json, read_tensor_header
 from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError
-from ppcl.modules.slicing import SLICED, features_of_units, neurons_of
+from ppcl.modules.parts import SLICED
+from ppcl.modules.slicing import features_of_units, neurons_of
 from ppcl.teacher.blocks import without_weights
 from ppcl.teacher.loading import check_folder, weight_files
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import Unread, read_tensor_header, safetensors_name, write_one_by_one
+from ppcl.common.files import StoredTensors, Unread, read_tensor_header, safetensors_name, write_one_by_one
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.pipeline import Parts, cast, dtype_of, write_pipeline
@@ -28,15 +27,13 @@ from ppcl.student.assembly import (
     run_name,
     substitute_block,
 )
-from ppcl.student.bundle import check_bundle
+from ppcl.student.bundle import check_blocks, check_bundle, check_teacher, read_plan
 from ppcl.student.masks import unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.student.record import register_plan
 from ppcl.teacher.blocks import StreamedBlocks, without_weights
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.loading import WEIGHTS_NAME, stored_folder, weight_files
-
-EXTRAS = ("tuned", "lora", "masks")
 
 
 def export_streamed(
@@ -65,11 +62,14 @@ def export_streamed(
         UserError: The folder cannot be written.
     """
     check_bundle(bundle)
-    plan = load_artifact(CompressionPlan, bundle / "plan.json")
+    plan = read_plan(bundle)
+    check_teacher(plan, source, bundle)
     folder, dtype = stored_folder(source), dtype_of(source, settings)
     assert folder is not None  # or there were no blocks to read
     assert dtype is not None
-    weights = StudentWeights(without_weights(folder, dtype), blocks.adapter, plan, bundle, blocks.stored)
+    teacher = without_weights(folder, dtype)
+    check_blocks(plan, teacher, blocks.adapter, bundle)
+    weights = StudentWeights(teacher, blocks.adapter, plan, bundle, blocks.stored)
     student = weights.student
     cast(student, dtype)
 
@@ -213,11 +213,7 @@ class StudentWeights:
         return self._names("masks")
 
     def _tensor(self, kind: str, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.bundle / f"{kind}.safetensors", framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor.clone()
+        return StoredTensors(self.bundle / f"{kind}.safetensors")[name].clone()
 
 
 def write_weights(student: Any, read: Callable[[str], Tensor], folder: Path, settings: ExportConfig) -> None:

@@ -15,15 +15,15 @@ from typing import Any
 from ppcl import __version__
 from ppcl.common.files import read_json, write_json, write_text
 from ppcl.config.names import PREFIX
+from ppcl.modules import parts, slicing, text_stream
 from ppcl.modules import replacements as width
-from ppcl.modules import slicing, text_stream
 from ppcl.modules.compressed import MODULE, compressed_class
 
-PARTS = (slicing, text_stream, width)  # each needs those before it alone
+PARTS = (parts, slicing, text_stream, width)  # each needs those before it alone
 _HEADER = '''"""{name}: {base} with smaller modules inside its blocks, by ppcl {version}.
 
-Written by ppcl for loading without it; nothing here reads or writes a file. What follows is ppcl/modules/slicing.py,
-ppcl/modules/text_stream.py and ppcl/modules/replacements.py, and compressed_class of ppcl/modules/compressed.py.
+Written by ppcl for loading without it; nothing here reads or writes a file. What follows is parts.py,
+slicing.py, text_stream.py and replacements.py of ppcl/modules, and compressed_class of ppcl/modules/compressed.py.
 """
 
 from __future__ import annotations

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ModelError
-from ppcl.modules.slicing import SLICED, neurons_of, sliced
-from ppcl.modules.text_stream import TEXT_KINDS, text_replacement
-
-KINDS = ("low_rank", "linear", *SLICED, *TEXT_KINDS)
+from ppcl.modules.parts import KINDS, SLICED, TEXT_KINDS, check_part
+from ppcl.modules.slicing import neurons_of, sliced
+from ppcl.modules.text_stream import text_replacement
 
 
 class LowRankLinear(nn.Module):
@@ -87,10 +86,14 @@ def replacement(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: The kind is unknown or does not suit the module.
     """
+    check_part(dict(part) if isinstance(part, Mapping) else part)
     kind, linear = part["kind"], isinstance(module, nn.Linear | LowRankLinear)
     smaller: nn.Module | None = None
     if kind == "low_rank" and linear:
-        smaller = LowRankLinear(*features_of(module), int(part["size"]))
+        features = features_of(module)
+        if part["size"] > min(features):
+            raise ModelError(f"a rank of {part['size']} is no smaller layer of {features[0]} to {features[1]} features")
+        smaller = LowRankLinear(*features, part["size"])
     elif kind == "linear" and not linear and any(isinstance(m, nn.Linear) for m in module.modules()):
         smaller = LinearFeedForward(*features_of(module))
     elif kind in SLICED and not linear:
@@ -119,11 +122,15 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
     Raises:
         ModelError: There is no such module, or the replacement does not suit it.
     """
+    if not isinstance(parts, Mapping):
+        raise ModelError(f"smaller modules are {str(parts)[:100]}, expected a description by each module's path")
     for path, part in parts.items():
         try:
-            module = root.get_submodule(path)
+            module = root.get_submodule(path) if path else None
         except AttributeError:
-            raise ModelError(f"{type(root).__name__} has no module '{path}'") from None
+            module = None
+        if module is None:
+            raise ModelError(f"{type(root).__name__} has no module '{path}'")
         smaller = replacement(module, part)
         if next(module.parameters(), None) is None:  # a norm without weights: those around it tell where it is
             like = next(root.get_submodule(path.rpartition(".")[0]).parameters(), next(root.parameters()))

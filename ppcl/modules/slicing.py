@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import ModelError
+from ppcl.modules.parts import check_part
 
-SLICED = ("narrow", "heads")
 Moment = tuple[Tensor, Tensor]  # mean (h,) and covariance (h, h) of the inputs of a linear layer
 _IN = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _OUT = ("to_out.0", "to_add_out")
@@ -70,14 +70,9 @@ def kept_units(part: Mapping[str, Any]) -> list[int]:
     Raises:
         ModelError: They are not as many as it says.
     """
-    mask = int(str(part["kept"]), 16)
-    kept = [unit for unit in range(int(part["of"])) if mask >> unit & 1]
-    if len(kept) != int(part["size"]) or mask >> int(part["of"]):
-        raise ModelError(
-            f"a replacement '{part['kind']}' of size {part['size']} keeps {len(kept)} units of {part['of']}; "
-            "its config is damaged: export it again"
-        )
-    return kept
+    check_part(dict(part))
+    bits = f"{int(part['kept'], 16):b}"[::-1]
+    return [unit for unit, bit in enumerate(bits) if bit == "1"]
 
 
 def features_of_units(part: Mapping[str, Any], features: int, units: Sequence[int] | None = None) -> Tensor:
@@ -160,16 +155,14 @@ def sliced(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: The module has no such layers.
     """
+    check_part(dict(part))
     smaller = copy.deepcopy(module)
+    if part["kind"] == "heads" and getattr(module, "heads", part["of"]) != part["of"]:
+        raise ModelError(f"{type(module).__name__} has not the {part['of']} heads of its replacement")
     for names, side in ((part["rows"], 0), (part["columns"], 1)):
         for name in names:
             parent, _, last = name.rpartition(".")
-            try:
-                old = smaller.get_submodule(name)
-            except AttributeError:
-                old = None
-            if not isinstance(old, nn.Linear):
-                raise ModelError(f"{type(module).__name__} has no linear layer '{name}' to make smaller")
+            old = _layer_with_units(smaller, name, part, side)
             setattr(smaller.get_submodule(parent), last, _smaller(old, part, side))
     if part["kind"] == "heads":
         for name in ("inner_dim", "inner_kv_dim"):
@@ -179,6 +172,24 @@ def sliced(module: nn.Module, part: Mapping[str, Any]) -> nn.Module:
             if hasattr(smaller, name):
                 setattr(smaller, name, int(part["size"]))
     return smaller
+
+
+def _layer_with_units(module: nn.Module, name: str, part: Mapping[str, Any], side: int) -> nn.Linear:
+    """The linear layer that makes (side 0) or reads (side 1) as many units as a replacement is of."""
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{type(module).__name__} has no linear layer '{name}' to make smaller")
+    features, count = (layer.out_features, layer.in_features)[side], int(part["of"])
+    valid = (count, 2 * count) if side == 0 else (count,)
+    if features % count if part["kind"] == "heads" else features not in valid:
+        raise ModelError(
+            f"{type(module).__name__}.{name} has not the {count} units of the replacement '{part['kind']}', which is "
+            "for another model"
+        )
+    return layer
 
 
 def _smaller(old: nn.Linear, part: Mapping[str, Any], side: int) -> nn.Linear:

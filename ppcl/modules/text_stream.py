@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TEXT_KINDS = ("text_input", "text_output", "unit_gate", "no_output", "identity")
-
 
 class TextOutput(nn.Linear):
     """What the text state gains, h -> h W + w; called as the feed-forward network was."""

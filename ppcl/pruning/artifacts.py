@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+import numpy as np
 
-from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact
+from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, Index, load_artifact
+from ppcl.common.files import open_tensors
 from ppcl.errors import ArtifactError
+from ppcl.modules.parts import check_part
+from ppcl.student.plan import StartName
+from ppcl.teacher.model_info import ModelInfo
 
 VECTORS = "prices.safetensors"
 
@@ -28,12 +31,14 @@ class Candidate:
         fitted_error: The same error with the briefly fitted substitute block; None if it was not fitted.
     """
 
+    __pydantic_config__ = STRICT
+
     stack: str
-    first: int
-    last: int
-    probe_error: float
-    start: str | None = None
-    fitted_error: float | None = None
+    first: Index
+    last: Index
+    probe_error: Error
+    start: StartName | None = None
+    fitted_error: Error | None = None
 
     @property
     def name(self) -> str:
@@ -70,14 +75,16 @@ class WidthOption:
             was not measured.
     """
 
+    __pydantic_config__ = STRICT
+
     stack: str
-    block: int
+    block: Index
     group: str
     parts: dict[str, dict[str, Any]]
-    saved_params: int
-    saved_flops: int
-    error: float
-    saved_time: int | None = None
+    saved_params: Count
+    saved_flops: Count
+    error: Error
+    saved_time: Amount | None = None
 
     @property
     def name(self) -> str:
@@ -110,16 +117,49 @@ class Candidates:
             file of its own.
     """
 
+    __pydantic_config__ = STRICT
+
     candidates: tuple[Candidate, ...]
-    steps: int
-    seconds: float
+    steps: Count
+    seconds: Error
     width: tuple[WidthOption, ...] = ()
     criterion: str = ""
-    criterion_forwards: float | None = None
+    criterion_forwards: Error | None = None
     schema_version: int = SCHEMA_VERSION
-    vectors: Mapping[str, NDArray[Any]] = field(
-        default_factory=dict, repr=False, compare=False, metadata={"stored": False}
-    )
+    vectors: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"stored": False})
+
+    def check(self) -> None:
+        """Refuse runs and smaller modules that are none.
+
+        Raises:
+            ValueError: A run is of one block, modules are replaced by what is none, or something is there twice.
+        """
+        for run in self.candidates:
+            if run.last <= run.first:
+                raise ValueError(f"{run.name} is no run of several blocks")
+        for part in (part for option in self.width for part in option.parts.values()):
+            check_part(part)
+        names = [run.name for run in self.candidates] + [option.name for option in self.width]
+        name, times = Counter(["", *names]).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"{name} is there {times} times")
+
+    def check_blocks(self, model: ModelInfo) -> None:
+        """Refuse options that a model has not.
+
+        Raises:
+            ArtifactError: An option is of other blocks, or saves more than there is.
+        """
+        try:
+            for run in self.candidates:
+                if run.last >= model.stack(run.stack).num_blocks:
+                    raise ValueError(f"there is no run {run.name}")
+            for option in self.width:
+                stack = model.stack(option.stack)
+                if option.block >= stack.num_blocks or option.saved_params > stack.block_params[option.block]:
+                    raise ValueError(f"there is no {option.name} that saves so much")
+        except ValueError as reason:
+            raise ArtifactError(f"candidates.json is of another model ({reason}); run the fit stage again") from None
 
 
 def load_candidates(folder: Path) -> Candidates:
@@ -129,7 +169,9 @@ def load_candidates(folder: Path) -> Candidates:
         ArtifactError: A file is missing or damaged.
     """
     candidates, path = load_artifact(Candidates, folder / "candidates.json"), folder / VECTORS
-    try:
-        return replace(candidates, vectors=load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); run the fit stage again") from None
+    with open_tensors(path, remedy="run the fit stage again", framework="numpy") as file:
+        vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    wrong = [n for n, v in vectors.items() if v.ndim != 2 or not np.isfinite(v).all()]
+    if wrong or len({vector.shape for vector in vectors.values()}) > 1:
+        raise ArtifactError(f"{path} is damaged ({(wrong or ['shapes'])[0]}); run the fit stage again")
+    return replace(candidates, vectors=vectors)

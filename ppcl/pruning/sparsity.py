@@ -206,8 +206,9 @@ def zeros_of(transformer: nn.Module) -> dict[str, Any]:
         transformer without sparsity.
     """
     config: Any = getattr(transformer, "config", {})
-    record = (config.get("_ppcl") or {}).get("sparsity")
-    if not record:
+    known = config.get("_ppcl")
+    record = known.get("sparsity") if isinstance(known, dict) else None
+    if not isinstance(record, dict) or not record:
         return {}
     if any(parameter.is_meta for parameter in transformer.parameters()):
         return dict(record)

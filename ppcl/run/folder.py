@@ -14,14 +14,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl.common.files import read_json, remove, write_json
+from pydantic import BaseModel, ValidationError
+
+from ppcl.common.artifacts import Error
+from ppcl.common.files import header_digest, read_json, remove, write_json
 from ppcl.common.folders import LEDGER, check_claim, lock_folder, remove_leftovers
 from ppcl.errors import ArtifactError
-from ppcl.run.stage import Stage
+from ppcl.run.stage import ORDER, Stage
 from ppcl.teacher.stored import differences
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+
+
+class _Record(BaseModel):
+    """What the ledger says of a stage that is done."""
+
+    digest: str
+    seconds: Error
+    files: list[str] = []
+    command: str = ""
+    tensors: dict[str, str] = {}
 
 
 class RunFolder:
@@ -61,6 +74,13 @@ class RunFolder:
             reason = str(error).partition("; ")[0]
             raise ArtifactError(f"{reason}; choose another --out or delete {self.path}") from None
         if isinstance(ledger, dict) and ledger.get("identity") == self.identity:
+            try:
+                for name in ORDER:
+                    if isinstance(ledger.get(name), dict):
+                        _Record.model_validate(ledger[name], strict=True)
+            except ValidationError:
+                reason = f"{self.path / LEDGER} is damaged (a stage's record is none)"
+                raise ArtifactError(f"{reason}; choose another --out or delete {self.path}") from None
             return {**ledger, **self._where()}  # it may have been moved since
         held = ledger if isinstance(ledger, dict) else {}
         raise ArtifactError(
@@ -135,8 +155,24 @@ class RunFolder:
         ledger = {name: entry for name, entry in self.ledger.items() if name != f"{stage.name}.started"}
         files = self._files_of(stage)
         record = {"digest": digest, "seconds": round(seconds, 2), "files": files, "command": command}
+        tensors = [name for name in (*stage.products, *files) if name.endswith(".safetensors")]
+        record["tensors"] = {name: header_digest(self.path / name) for name in tensors}
         self._write({**ledger, stage.name: record})
         self._clear()
+
+    def check_tensors(self, name: str) -> None:
+        """Refuse a file of tensors with other names, shapes or dtypes than were written.
+
+        Args:
+            name: Relative to the run directory.
+
+        Raises:
+            ArtifactError: It is damaged, or another's.
+        """
+        header = header_digest(self.path / name)
+        known = [record.get("tensors", {}) for record in self.ledger.values() if isinstance(record, dict)]
+        if any(tensors.get(name, header) != header for tensors in known):
+            raise ArtifactError(f"{self.path / name} is not what this run wrote; delete it and run again")
 
     def _clear(self) -> None:
         """Remove training states that no interrupted stage can go on from."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import digest, link_file, read_json, remove, write_json
+from ppcl.common.files import digest, link_file, read_mapping, remove, write_json
 from ppcl.common.folders import LEDGER
 from ppcl.common.outside import inside
 from ppcl.config import FitConfig
@@ -34,11 +34,11 @@ def fork(session: Session, criterion: str, settings: Mapping[str, Any]) -> Sessi
         UserError: The criterion does not fit the family.
     """
     folder = session.out / "fits" / re.sub(r"[^A-Za-z0-9]+", "-", criterion)
-    ledger = read_json(session.out / LEDGER)
+    ledger = read_mapping(session.out / LEDGER)
     shared = {stage: ledger[stage] for stage in SHARED}
     files = shared_files(session.out, shared)
     path = folder / LEDGER
-    if path.is_file() and {name: read_json(path).get(name) for name in SHARED} != shared:
+    if path.is_file() and {name: read_mapping(path).get(name) for name in SHARED} != shared:
         remove(folder)
     if not path.is_file():
         remove(folder)
@@ -79,7 +79,7 @@ def _share_times(session: Session, run: Session) -> None:
         return digest(fitted, option.stack, option.block, parts)
 
     first = {key(option): option.saved_time for option in session.candidates.width}
-    times = first | (read_json(path) if path.is_file() else {})
+    times = first | (read_mapping(path) if path.is_file() else {})
     width = tuple(replace(o, saved_time=times.setdefault(key(o), o.saved_time)) for o in candidates.width)
     if width != candidates.width:
         save_artifact(replace(candidates, width=width), run.out / "candidates.json")

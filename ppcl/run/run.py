@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_json, read_tensor_header, write_text
+from ppcl.common.files import write_text
 from ppcl.config import RunConfig
 from ppcl.errors import UserError
 from ppcl.run.folder import RunFolder
@@ -92,7 +92,7 @@ class Run(Session):
             raise UserError(f"ppcl {stage.name} needs the stage before it; run ppcl {before} first, or ppcl compress")
         if self.is_done(stage.name):
             return False, None
-        check_inputs(self.out, stage)
+        self._check_inputs(stage)
         prepared = stage.prepare(self)
         self.folder.lock()
         if self.is_done(stage.name):  # by a process that has just left
@@ -103,24 +103,21 @@ class Run(Session):
         write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
         return True, prepared
 
+    def _check_inputs(self, stage: Stage) -> None:
+        """Read what a stage starts from, as far as that is cheap.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, of another schema, or not what the run wrote.
+        """
+        for name, kind in stage.inputs.items():
+            path = self.out / name
+            if kind is not None:
+                load_artifact(kind, path)
+            for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+                if file.suffix == ".safetensors":
+                    self.folder.check_tensors(str(file.relative_to(self.out)))
+
 
 def open_run(model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = "") -> Run:
     """Open a run directory, new or begun; its ``run(stage)`` runs a stage. For the arguments see :class:`Session`."""
     return Run(model, out, config, prompts, command)
-
-
-def check_inputs(out: Path, stage: Stage) -> None:
-    """Read what a stage starts from, as far as that is cheap.
-
-    Raises:
-        ArtifactError: A file is missing, damaged, or of another schema.
-    """
-    for name, kind in stage.inputs.items():
-        path = out / name
-        if kind is not None:
-            load_artifact(kind, path)
-        elif path.suffix == ".json":
-            read_json(path)
-        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-            if file.suffix == ".safetensors":
-                read_tensor_header(file)

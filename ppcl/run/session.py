@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.capture.prompts import pictured_prompts, prompts_for
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import append_row, digest, read_json
+from ppcl.common.files import append_row, digest, read_mapping
 from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config import PlanConfig, RunConfig, for_model
 from ppcl.config.sections import PROMPTS
@@ -153,7 +153,7 @@ class Session:
         """The dtype of the states that this run's capture recorded, or began to; None before that."""
         from ppcl.capture.states import stored_dtype
 
-        ledger = read_json(self.out / LEDGER) if (self.out / LEDGER).is_file() else {}
+        ledger = read_mapping(self.out / LEDGER) if (self.out / LEDGER).is_file() else {}
         record, wanted = ledger.get("capture") or {}, self.depends("capture")
         is_own = wanted in (record.get("digest"), ledger.get("capture.started"))
         return stored_dtype(self.calibration) if is_own else None
@@ -266,9 +266,11 @@ class Session:
 
             return Teacher(self.whole_transformer(), self.adapter, self.out, self.precision)
 
+        analysis, candidates = self.read(Analysis, "analysis.json"), self.candidates
+        candidates.check_blocks(analysis.model)
         return Context(
-            self.read(Analysis, "analysis.json"),
-            self.candidates,
+            analysis,
+            candidates,
             settings or self.config.plan,
             self.config.seed if seed is None else seed,
             open_teacher,

@@ -68,6 +68,7 @@ def _analyze(session: Session, _: None) -> None:
     from ppcl.teacher.description import describe
     from ppcl.teacher.families import check_inferred
     from ppcl.teacher.flops import count_flops
+    from ppcl.teacher.origin import weights_digest
 
     session.agree_on_blocks()
     source = session.open_blocks()
@@ -82,6 +83,7 @@ def _analyze(session: Session, _: None) -> None:
         model = replace(describe(alone, flops), other_bytes=sum(sizes.values()) - sizes["transformer"])
     else:
         model = describe(session.teacher, flops)
+    model = replace(model, weights_digest=weights_digest(session.model))
     analyze(
         source,
         model,
@@ -138,9 +140,9 @@ def _check_distill(session: Session) -> None:
     from ppcl.pruning.criteria.weights import weight_criterion_named
     from ppcl.student.bundle import check_fits
 
-    model, path = session.read(Analysis, "analysis.json").model, session.out / "plan.json"
+    analysis, path = session.read(Analysis, "analysis.json"), session.out / "plan.json"
     plan = session.read(CompressionPlan, "plan.json")
-    check_plan(plan, model.config_digest, path)
+    check_plan(plan, analysis.model, path)
     check_fits(plan, session.model, path)
     if session.config.distill.sparsity.zeros:
         weight_criterion_named(session.config.distill.sparsity.criterion)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppcl.config.names import Start
 from ppcl.errors import ArtifactError
+from ppcl.modules.parts import SLICED
 from ppcl.modules.replacements import (
     InputStatistics,
     LinearFeedForward,
@@ -25,7 +26,7 @@ from ppcl.modules.replacements import (
     fill_linear,
     fill_low_rank,
 )
-from ppcl.modules.slicing import SLICED, fill_sliced
+from ppcl.modules.slicing import fill_sliced
 from ppcl.modules.text_stream import fill_text
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.blocks import main_dtype

@@ -10,6 +10,8 @@ bundle/bundle.json               how it was trained, and hashes of the above
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +26,15 @@ from ppcl.common.files import (
     Unread,
     atomic_path,
     file_digest,
-    read_json,
+    read_mapping,
     read_tensors,
     write_json,
     write_one_by_one,
     write_tensors,
 )
 from ppcl.common.outside import inside, printable
-from ppcl.errors import ArtifactError, ModelError
+from ppcl.errors import ArtifactError, ModelError, shortened
+from ppcl.modules.replacements import apply_width
 from ppcl.student.assembly import (
     RunKey,
     assemble_student,
@@ -43,12 +46,17 @@ from ppcl.student.assembly import (
 )
 from ppcl.student.masks import Masks, pack_masks, unpack_masks
 from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.student.prediction import predict
 from ppcl.student.record import register_plan
 from ppcl.teacher.blocks import main_dtype, without_weights
 from ppcl.teacher.families import Adapter, adapter_class
-from ppcl.teacher.loading import stored_folder
+from ppcl.teacher.flops import count_params
+from ppcl.teacher.loading import check_model, model_path, stored_folder
+from ppcl.teacher.origin import weights_digest
 
 SUBSTITUTES = "substitutes.safetensors"
+EXTRAS = ("tuned", "lora", "masks")
+FILES = ("plan.json", SUBSTITUTES, *(f"{name}.safetensors" for name in EXTRAS))
 
 
 @dataclass
@@ -149,27 +157,60 @@ def check_bundle(folder: Path) -> None:
     Raises:
         ArtifactError: A file is missing, damaged, or does not belong to the others.
     """
-    about = read_json(folder / "bundle.json")
-    if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
+    files = read_mapping(folder / "bundle.json", remedy=f"delete {folder} and run again").get("files")
+    for name in files if isinstance(files, dict) else ():
+        inside(folder, name, str(folder / "bundle.json"))
+    if not (isinstance(files, dict) and {"plan.json", SUBSTITUTES} <= files.keys() <= set(FILES)):
         raise ArtifactError(f"{folder / 'bundle.json'} is not of a bundle; delete {folder} and run again")
-    for name, expected in about["files"].items():
-        file = inside(folder, name, str(folder / "bundle.json"))
-        if not file.is_file():
-            raise ArtifactError(f"{file} is missing; delete {folder} and run again")
-        if file_digest(file) != expected:
-            raise ArtifactError(f"{file} is damaged or of another bundle; delete {folder} and run again")
+    for name in FILES:
+        if name not in files and not (folder / name).exists():
+            continue
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing; delete {folder} and run again")
+        if file_digest(folder / name) != files.get(name):
+            raise ArtifactError(f"{folder / name} is damaged or of another bundle; delete {folder} and run again")
+
+
+def read_plan(folder: Path) -> CompressionPlan:
+    """The plan of a bundle.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    return load_artifact(CompressionPlan, folder / "plan.json")
+
+
+def check_teacher(plan: CompressionPlan, model: str, folder: Path) -> None:
+    """Refuse a bundle of other weights than a model has here; nothing is loaded.
+
+    Args:
+        plan: Of the bundle.
+        model: Name of the teacher.
+        folder: The bundle's.
+
+    Raises:
+        ArtifactError: The weights are others.
+        ModelError: There is no such model.
+    """
+    check_model(model)
+    made_of = plan.model.weights_digest
+    if made_of and made_of != weights_digest(model):
+        raise ArtifactError(
+            f"{folder} was made of other weights than {model} has here ({Path(model_path(model)).resolve()}); give it "
+            "the teacher that it was made of, or run ppcl compress again"
+        )
 
 
 def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
-    """Put a plan's student together without weights, before anything of an older one is removed.
+    """Refuse a plan that is not for a model, by the shapes of its weights, before anything of an older one is removed.
 
     Args:
         plan: The plan.
         model: The teacher; one whose files are not here, or are quantised, is not looked at.
-        path: Where the plan is, for the message.
+        path: Where the plan lies, for the message.
 
     Raises:
-        ArtifactError: It names what the teacher has not.
+        ArtifactError: It is for another model, or saves not what it says.
     """
     folder = stored_folder(model)
     if folder is None:
@@ -177,31 +218,94 @@ def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
     try:
         teacher = without_weights(folder, torch.float32)
     except ModelError:
-        return
-    try:
-        adapter = adapter_class(type(teacher))
-        if plan.stacks.keys() != {spec.name for spec in adapter.stacks}:
-            raise ValueError(f"stacks {', '.join(map(repr, plan.stacks))}")
-        substitutes = {
-            (spec.name, segment.first, segment.last): substitute_block(adapter.blocks(teacher, spec), segment)
-            for spec in adapter.stacks
-            for segment in plan.stacks[spec.name]
-            if segment.is_substitute
-        }
-        assemble_student(teacher, adapter, plan, substitutes)
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        reason = printable(str(error))[:200] or type(error).__name__
-        raise ArtifactError(f"{path} does not fit the model ({reason}); delete it and run again") from None
+        return  # loading it says what is wrong, or is able to
+    check_blocks(plan, teacher, adapter_class(type(teacher)), path)
 
 
-def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundle:
-    """Read a bundle for a teacher.
+def check_blocks(plan: CompressionPlan, transformer: nn.Module, adapter: Adapter, path: Path) -> None:
+    """Refuse a plan whose blocks, smaller modules or prediction are not a transformer's.
+
+    Args:
+        plan: The plan.
+        transformer: The teacher's; weights are not looked at and may be missing.
+        adapter: Its family.
+        path: Where the plan lies, for the message.
 
     Raises:
-        ArtifactError: A file is missing, damaged, or does not belong to the others.
+        ArtifactError: It is for another model, or saves not what it says.
+    """
+    try:
+        found = {spec.name: tuple(map(count_params, adapter.blocks(transformer, spec))) for spec in adapter.stacks}
+        if found != {stack.name: stack.block_params for stack in plan.model.stacks}:
+            raise ArtifactError("the teacher has other blocks")
+        for spec in adapter.stacks:
+            blocks = adapter.blocks(transformer, spec)
+            for segment in plan.stacks[spec.name]:
+                whole = blocks[start_index(segment.first, segment.last, segment.start)]
+                saved = saved_params(whole, segment) if segment.width else 0
+                if saved != segment.saved_params:
+                    name = run_name((spec.name, segment.first, segment.last))
+                    raise ArtifactError(f"{name} saves {saved} parameters, not {segment.saved_params}")
+        expected = predict(plan.model, plan.stacks, plan.predicted.error)
+        if expected.params != plan.predicted.params or not math.isclose(
+            expected.param_ratio, plan.predicted.param_ratio, rel_tol=1e-6
+        ):
+            raise ArtifactError(f"it leaves {expected.params} parameters, not {plan.predicted.params}")
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as reason:
+        raise ArtifactError(
+            f"{path} does not fit the model ({shortened(printable(str(reason)))}); delete it and run again"
+        ) from None
+
+
+def saved_params(whole: nn.Module, segment: Segment) -> int:
+    """Parameters that a segment's smaller modules save in a block; its weights are not looked at.
+
+    Raises:
+        ModelError: The block has no such modules.
+    """
+    bare = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in whole.parameters()}
+    block: nn.Module = copy.deepcopy(whole, bare)
+    apply_width(block, segment.width)
+    return count_params(whole) - count_params(block)
+
+
+def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of other names or shapes.
+
+    Args:
+        found: What was read.
+        expected: What has all of the names, and their shapes.
+        path: Where they lie, for the message.
+
+    Raises:
+        ArtifactError: There are others.
+    """
+    for name, tensor in found.items():
+        shape = tuple(expected[name].shape) if name in expected else None
+        if shape != tuple(tensor.shape):
+            raise ArtifactError(
+                f"{path} has '{name}' of shape {tuple(tensor.shape)}, its student {shape or 'none'}; delete it and run "
+                "again"
+            )
+
+
+def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter, model: str | None = None) -> Bundle:
+    """Read a bundle for a teacher.
+
+    Args:
+        folder: The bundle's.
+        transformer: The teacher's.
+        adapter: Its family.
+        model: What the teacher was loaded from, to compare its weights with those that the bundle was made of.
+
+    Raises:
+        ArtifactError: A file is missing, damaged, or does not belong to the others, or to the teacher.
     """
     check_bundle(folder)
-    plan = load_artifact(CompressionPlan, folder / "plan.json")
+    plan = read_plan(folder)
+    if model is not None:
+        check_teacher(plan, model, folder)
+    check_blocks(plan, transformer, adapter, folder)
     tensors, _ = read_tensors(folder / SUBSTITUTES)
     substitutes: dict[RunKey, nn.Module] = {}
     for spec in adapter.stacks:
@@ -214,13 +318,36 @@ def load_bundle(folder: Path, transformer: nn.Module, adapter: Adapter) -> Bundl
                 state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
                 if state.keys() != set(own_names(segment, list(block.state_dict()))):
                     raise ArtifactError(f"{folder} has other weights than its plan; delete it and run again")
+                check_weights(state, block.state_dict(), folder / SUBSTITUTES)
                 block.load_state_dict(state, strict=False)
                 substitutes[key] = block
-    extra = [folder / f"{name}.safetensors" for name in ("tuned", "lora", "masks")]
+    extra = [folder / f"{name}.safetensors" for name in EXTRAS]
     tuned, lora, packed = (read_tensors(path)[0] if path.is_file() else {} for path in extra)
     masks = unpack_masks(packed, substitutes)
     Masks(masks, substitutes).hold_weights()
-    return Bundle(plan, substitutes, tuned, lora, masks)
+    bundle = Bundle(plan, substitutes, tuned, lora, masks)
+    weights = assemble_student(transformer, adapter, plan, substitutes).state_dict()
+    check_weights(tuned, weights, extra[0])
+    check_weights(_lora_sums(lora, extra[1]), weights, extra[1])
+    return bundle
+
+
+def _lora_sums(lora: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Of factors B and A by the weight that they belong to, a tensor of the shape of B A; no product is made."""
+    shapes = {}
+    for name in lora:
+        layer, _, factor = name.rpartition(".lora_")
+        a, b = (lora.get(f"{layer}.lora_{side}.weight") for side in "AB")
+        if (
+            factor not in ("A.weight", "B.weight")
+            or a is None
+            or b is None
+            or a.ndim != 2
+            or a.shape[:1] != b.shape[1:]
+        ):
+            raise ArtifactError(f"{path} has '{name}' without its other factor; delete it and run again")
+        shapes[f"{layer}.weight"] = torch.empty(len(b), a.shape[1], device="meta")
+    return shapes
 
 
 @torch.no_grad()
@@ -233,8 +360,6 @@ def build_student(transformer: nn.Module, adapter: Adapter, bundle: Bundle, dtyp
         bundle: Plan, substitutes, tuned weights.
         dtype: The weights' dtype; the teacher's, weight by weight, if None.
     """
-    import copy
-
     student = assemble_student(transformer, adapter, bundle.plan, bundle.substitutes)
     lists = {spec.name: [copy.deepcopy(b) for b in adapter.blocks(student, spec)] for spec in adapter.stacks}
     student = with_blocks(student, lists, own=True)

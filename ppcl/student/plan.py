@@ -10,12 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from ppcl.common.artifacts import SCHEMA_VERSION, to_jsonable
+from pydantic import Field
+
+from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, Index, Share, to_jsonable
 from ppcl.config import PlanConfig
-from ppcl.config.names import PREFIX
+from ppcl.config.names import PREFIX, Start
+from ppcl.modules.parts import check_part
 from ppcl.teacher.model_info import ModelInfo, Stack
+
+_SPARSITY = {"pattern": str, "criterion": str, "allocation": str, "zeros": float, "zeros_in_layers": float}
+StartName = Annotated[str, Field(pattern=f"^({'|'.join(get_args(Start))})$")]
 
 
 def start_index(first: int, last: int, start: str | None) -> int:
@@ -41,15 +47,17 @@ class Segment:
         sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.pruning.sparsity`).
     """
 
-    first: int
-    last: int
-    start: str | None = None
+    __pydantic_config__ = STRICT
+
+    first: Index
+    last: Index
+    start: StartName | None = None
     width: dict[str, dict[str, Any]] = field(default_factory=dict)
-    saved_params: int = 0
-    saved_flops: int = 0
-    error: float | None = None
-    saved_time: int | None = None
-    sparsity: float = 0.0
+    saved_params: Count = 0
+    saved_flops: Count = 0
+    error: Error | None = None
+    saved_time: Amount | None = None
+    sparsity: Share = 0.0
 
     @property
     def saved_speed(self) -> int:
@@ -84,11 +92,13 @@ class Prediction:
         error: Square root of the summed squared velocity errors of the single substitutes (an estimate).
     """
 
-    params: int
-    param_ratio: float
-    speedup: float
-    bytes: int
-    error: float | None
+    __pydantic_config__ = STRICT
+
+    params: Count
+    param_ratio: Error
+    speedup: Error
+    bytes: Count
+    error: Error | None
 
 
 @dataclass(frozen=True)
@@ -103,15 +113,42 @@ class CompressionPlan:
         teacher_forwards: What the search said it would cost: runs of the transformer on one state.
     """
 
+    __pydantic_config__ = STRICT
+
     model: ModelInfo
     mode: str
     budget: dict[str, float]
     stacks: dict[str, tuple[Segment, ...]]
     predicted: Prediction
-    teacher_forwards: float = 0.0
+    teacher_forwards: Error = 0.0
     schema_version: int = SCHEMA_VERSION
     # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
-    sparsity: dict[str, Any] = field(default_factory=dict)
+    sparsity: dict[str, str | float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse a plan that is none.
+
+        Raises:
+            ValueError: It does not name each of the model's blocks once and in order, or replaces modules by what is
+                none.
+        """
+        self.model.check()
+        if self.stacks.keys() != {stack.name for stack in self.model.stacks}:
+            raise ValueError(f"it plans {sorted(self.stacks)}, the model has {[s.name for s in self.model.stacks]}")
+        for stack in self.model.stacks:
+            due = 0
+            for segment in self.stacks[stack.name]:
+                if segment.first != due or segment.last < segment.first:
+                    raise ValueError(f"{stack.name}: {segment.first}-{segment.last} stands where block {due} is due")
+                due = segment.last + 1
+            if due != stack.num_blocks:
+                raise ValueError(f"{stack.name}: it ends with block {due - 1} of {stack.num_blocks}")
+        for segment in (segment for segments in self.stacks.values() for segment in segments):
+            for part in segment.width.values():
+                check_part(part)
+        said = {name: type(value) for name, value in self.sparsity.items()}
+        if said and said != _SPARSITY:
+            raise ValueError(f"sparsity says {sorted(said)}, expected {sorted(_SPARSITY)}")
 
     @property
     def runs(self) -> list[tuple[str, Segment]]:

@@ -66,6 +66,10 @@ def new_substitute(
     prefix = f"{run_name((spec.name, segment.first, segment.last))}/"
     state = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
     if state:
+        if state.keys() != whole.state_dict().keys():
+            raise ArtifactError(
+                f"the fitted block {prefix[:-1]} has other weights than its run; run the fit stage again"
+            )
         whole.load_state_dict(state)
     if not segment.width:
         return whole

@@ -93,7 +93,11 @@ def block_maps(
         ModelError: The record is empty or does not list each of the teacher's blocks once and in order.
     """
     maps = {}
-    for stack, entries in (kept_blocks if isinstance(kept_blocks, Mapping) else {}).items():
+    if not isinstance(kept_blocks, Mapping) or not isinstance(starts or {}, Mapping):
+        raise ModelError("the record of kept blocks is no mapping; pass that of the transformer's config unchanged")
+    for stack, entries in kept_blocks.items():
+        if not isinstance(entries, list | tuple):
+            raise ModelError(f"kept_blocks of '{stack}' is {str(entries)[:50]!r}, expected a list of blocks")
         spans, expected = [], 0
         for entry in entries if isinstance(entries, list | tuple) else [entries]:
             span = tuple(entry) if isinstance(entry, (list, tuple)) else (entry, entry)
@@ -105,7 +109,8 @@ def block_maps(
                 )
             spans.append((span[0], span[1]))
             expected = span[1] + 1
-        own = [*(starts or {}).get(stack, ()), *[None] * len(spans)][: len(spans)]
+        own = [start if isinstance(start, str) else None for start in (starts or {}).get(stack) or ()]
+        own = [*own, *[None] * len(spans)][: len(spans)]
         if spans:
             maps[stack] = BlockMap(tuple(spans), tuple(own))
     if not maps:
@@ -150,5 +155,8 @@ def pipeline_record(pipeline: Any) -> Mapping[str, Any]:
         raise ModelError(
             f"this {type(pipeline).__name__} was not compressed by ppcl: its transformer has no '{RECORD}' entry"
         )
-    found: Mapping[str, Any] = record
-    return found
+    if not isinstance(record, Mapping) or not isinstance(record.get("kept_blocks"), Mapping):
+        raise ModelError(
+            "the '_ppcl' entry of the transformer's config names no kept_blocks; export the pipeline again"
+        )
+    return record

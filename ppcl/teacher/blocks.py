@@ -19,13 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import read_json, read_tensor_header
+from ppcl.common.files import read_mapping, read_tensor_header
 from ppcl.common.lazy import Lazy
 from ppcl.common.pieces import Pieces
-from ppcl.errors import ModelError
+from ppcl.errors import ModelError, UserError, shortened
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
-from ppcl.teacher.loading import check_counts, check_model, stored_dtype, stored_folder, weight_files
+from ppcl.teacher.loading import (
+    AGAIN,
+    check_config,
+    check_counts,
+    check_model,
+    component_entry,
+    stored_dtype,
+    stored_folder,
+    weight_files,
+)
 
 Place = tuple[str, int]  # a block: its stack, and its number in it
 
@@ -347,8 +356,8 @@ def transformer_class(folder: Path) -> Any:
     import diffusers
 
     register(ADAPTERS)
-    name = read_json(folder / "model_index.json")["transformer"][1]
-    kind = getattr(diffusers, str(name), None)
+    _, name = component_entry(folder, "transformer")
+    kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"the transformer of {folder} is a {name}, which this diffusers has not; use a newer one")
     return kind
@@ -366,7 +375,8 @@ def without_weights(folder: Path, dtype: torch.dtype) -> Any:
     """
     from accelerate import init_empty_weights
 
-    config: Mapping[str, Any] = read_json(folder / "transformer" / "config.json")
+    config: Mapping[str, Any] = read_mapping(folder / "transformer" / "config.json", ModelError, AGAIN)
+    check_config(config, folder / "transformer" / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"the transformer of {folder} is quantised, and its blocks cannot be read one by one")
     default = torch.get_default_dtype()
@@ -374,6 +384,12 @@ def without_weights(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with init_empty_weights():
             transformer = transformer_class(folder).from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a family's constructor raises for values that do not fit together
+        raise ModelError(
+            f"the config of {folder / 'transformer'} builds no model ({shortened(error)}); {AGAIN}"
+        ) from None
     finally:
         torch.set_default_dtype(default)
     return transformer.eval().requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from torch import nn
 
 from ppcl.common.devices import weights_dtype
-from ppcl.common.files import needed_variant, read_json, read_tensor_header, weights_variant
+from ppcl.common.files import needed_variant, read_mapping, read_tensor_header, weights_variant
 from ppcl.common.outside import printable
 from ppcl.config.names import PREFIX
-from ppcl.errors import ModelError, UserError
+from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.modules.compressed import MODULE, register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 from ppcl.teacher.stored import (
@@ -27,6 +26,9 @@ from ppcl.teacher.stored import (
     weight_map,
 )
 
+AGAIN = "fetch the pipeline again"
+MOST_LAYERS, MOST_OF_CONFIG = 1000, 100_000_000
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WEIGHTS_NAME = "diffusion_pytorch_model"
 # what diffusers and transformers raise for files and packages that do not fit
 LOADING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
@@ -62,9 +64,9 @@ def pipeline_class(model: str) -> Any | None:
     import diffusers
 
     folder = stored_folder(model)
-    path = folder / "model_index.json" if folder is not None else None
-    index = read_json(path) if path is not None and path.is_file() else {}
-    return getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, dict) else None
+    has_index = folder is not None and (folder / "model_index.json").is_file()
+    index = read_index(folder) if folder is not None and has_index else {}
+    return getattr(diffusers, str(index.get("_class_name")), None)
 
 
 def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
@@ -87,6 +89,42 @@ def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
     return kinds.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read a pipeline folder's ``model_index.json``.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
+    index = folder / "model_index.json"
+    components = read_mapping(index, ModelError, AGAIN)
+    check_names(index, components)
+    return components
+
+
+def component_entry(folder: Path, name: str) -> tuple[str, str]:
+    """Library and class of a component, as a pipeline folder's index names them.
+
+    Raises:
+        ModelError: It names none.
+    """
+    entry = read_index(folder).get(name)
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        raise ModelError(f"{folder / 'model_index.json'} is damaged (it names no class of '{name}'); {AGAIN}")
+    return entry[0], entry[1]
+
+
+def model_of_run(run: Path) -> str:
+    """The model that a run directory says it compresses.
+
+    Raises:
+        ArtifactError: Its ledger is missing or damaged.
+    """
+    model = read_mapping(run / "stages.json").get("model")
+    if not isinstance(model, str) or not model:
+        raise ArtifactError(f"{run / 'stages.json'} is damaged (it names no model); run ppcl compress again")
+    return model
+
+
 def check_folder(folder: Path) -> None:
     """Check a pipeline folder before any heavy import touches it.
 
@@ -96,13 +134,7 @@ def check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(not_a_pipeline(folder))
-    try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(f"{index} is damaged ({error}); fetch the pipeline again") from None
-    if not isinstance(components, dict):
-        raise ModelError(f"{index} is damaged (a {type(components).__name__}, not a mapping); fetch the pipeline again")
-    check_names(index, components)
+    components = read_index(folder)
     if "transformer" not in components:
         raise ModelError(
             f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
@@ -110,9 +142,38 @@ def check_folder(folder: Path) -> None:
         )
     _check_family(components["transformer"])
     check_trainable(folder)
+    for config in sorted(folder.glob("*/config.json")):
+        check_config(read_mapping(config, ModelError, AGAIN), config)
     check_stored(folder)
     for weights in sorted(folder.glob("*/*.safetensors")):
         read_tensor_header(weights)
+    for weights in sorted(file for pattern in PICKLED for file in folder.glob(f"*/{pattern}")):
+        if not any(weights.parent.glob("*.safetensors")):
+            raise ModelError(
+                f"{weights} is a pickle, which may hold any code and is not opened; fetch {weights.parent.name} as "
+                "safetensors, or save it so with save_pretrained"
+            )
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model's config with sizes that no model has, which would be built until memory ends.
+
+    Args:
+        config: Of a transformer, a text encoder, a VAE.
+        path: Where it lies, for the message.
+
+    Raises:
+        ModelError: There is such a size.
+    """
+    entries = list(config.items())
+    while entries:
+        key, value = entries.pop()
+        if isinstance(value, dict):
+            entries += value.items()
+        elif isinstance(value, list):
+            entries += [(key, item) for item in value]
+        elif isinstance(value, int) and abs(value) > (MOST_LAYERS if "layers" in key else MOST_OF_CONFIG):
+            raise ModelError(f"{path} has {key} {value}, which is no model's; {AGAIN}")
 
 
 def check_names(index: Path, components: Mapping[str, Any]) -> None:
@@ -162,7 +223,7 @@ def absent_parts(folder: Path) -> list[str]:
     index = folder / "model_index.json"
     if not index.is_file():
         return []
-    components = json.loads(index.read_text(encoding="utf-8"))
+    components = read_index(folder)
     kind = getattr(diffusers, str(components.get("_class_name")), None)
     optional = getattr(kind, "_optional_components", ())
     return [name for name, entry in components.items() if entry == [None, None] and name not in optional]
@@ -178,8 +239,7 @@ def loading_arguments(folder: Path) -> str:
 
 def loading_call(folder: Path) -> str:
     """The Python line that loads a pipeline folder: plain diffusers, and our import where its class is ours."""
-    index = read_json(folder / "model_index.json")
-    entry = index.get("transformer") if isinstance(index, dict) else None
+    entry = read_index(folder).get("transformer")
     ours = isinstance(entry, list) and entry[0] == "diffusers" and str(entry[-1]).startswith(PREFIX)
     call = f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
     return f"import ppcl.pipelines; {call}" if ours else call
@@ -330,7 +390,6 @@ def open_pipeline(
     import diffusers
     import transformers
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
     register(ADAPTERS)
     diffusers.utils.logging.disable_progress_bar()
@@ -346,8 +405,10 @@ def open_pipeline(
             given |= _own_transformer(folder, torch_dtype=dtype, variant=variant)
         else:
             given["transformer"] = transformer
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant=variant, **given)
-    except (*LOADING_ERRORS, SafetensorError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, **given
+        )
+    except Exception as error:  # diffusers and transformers raise whatever files that are none of theirs bring about
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(
@@ -366,8 +427,8 @@ def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:
 
     if not (folder / "transformer" / f"{MODULE}.py").is_file():
         return {}
-    entry = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["transformer"]
-    kind = getattr(diffusers, entry[1], None) if entry[0] == MODULE else None
+    library, name = component_entry(folder, "transformer")
+    kind = getattr(diffusers, name, None) if library == MODULE else None
     return {} if kind is None else {"transformer": kind.from_pretrained(folder, subfolder="transformer", **options)}
 
 
@@ -375,7 +436,7 @@ def check_complete(model: str, transformer: Any) -> None:
     """Refuse a transformer whose config and weight files disagree.
 
     diffusers loads both kinds of disagreement without an error: a weight that is not in the files stays
-    unset, and blocks beyond the config's count are left out.
+    unset, or is drawn at random, and blocks beyond the config's count are left out.
 
     Args:
         model: What it was loaded from, for the message.
@@ -384,13 +445,15 @@ def check_complete(model: str, transformer: Any) -> None:
     Raises:
         ModelError: Weights are missing, or the files hold more blocks than the config counts.
     """
-    unset = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
+    stored = _stored_names(Path(str(transformer.config.get("_name_or_path") or "")))
+    known = stored if stored and not transformer.config.get("quantization_config") else set()
+    unset = [n for n, parameter in transformer.named_parameters() if parameter.is_meta or (known and n not in known)]
     if unset:
         raise ModelError(
             f"model {model!r}: the transformer's config.json and its weights disagree (the files have no '{unset[0]}', "
             f"and {len(unset) - 1} more); mend config.json, or fetch it again"
         )
-    check_counts(model, transformer, _stored_names(Path(str(transformer.config.get("_name_or_path") or ""))))
+    check_counts(model, transformer, stored)
 
 
 def check_counts(model: str, transformer: Any, stored: Iterable[str]) -> None:

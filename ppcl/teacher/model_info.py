@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ppcl.common.artifacts import STRICT, Count, Index
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -19,12 +21,14 @@ class Stack:
             block stands for; else empty.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
     count_field: str
-    num_blocks: int
-    block_params: tuple[int, ...]
-    block_flops: tuple[int, ...] = ()
-    spans: tuple[tuple[int, int], ...] = ()
+    num_blocks: Index
+    block_params: tuple[Count, ...]
+    block_flops: tuple[Count, ...] = ()
+    spans: tuple[tuple[Index, Index], ...] = ()
 
     def first_teachers(self, first: int, last: int) -> tuple[int, int]:
         """The blocks of the first teacher that blocks first..last stand for."""
@@ -43,12 +47,48 @@ class ModelInfo:
         bytes_per_param: Bytes of one stored weight.
         other_bytes: Bytes of the pipeline's other components (text encoder, VAE).
         stacks: The block lists in execution order.
+        weights_digest: Of the pipeline's files (:func:`ppcl.teacher.origin.weights_digest`); what was made of other
+            weights is refused by it. Empty where it is not known.
     """
+
+    __pydantic_config__ = STRICT
 
     transformer_class: str
     config_digest: str
-    params: int
-    flops: int
-    bytes_per_param: int
-    other_bytes: int
+    params: Count
+    flops: Count
+    bytes_per_param: Count
+    other_bytes: Count
     stacks: tuple[Stack, ...]
+    weights_digest: str = ""
+
+    def stack(self, name: str) -> Stack:
+        """Return a stack by its name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        raise ValueError(f"the model has no blocks '{name}'")
+
+    def check(self) -> None:
+        """Refuse numbers that do not belong together.
+
+        Raises:
+            ValueError: Lists of blocks are not as long as they say, or hold more than the whole.
+        """
+        if len({stack.name for stack in self.stacks}) < len(self.stacks):
+            raise ValueError("two lists of blocks have one name")
+        for stack in self.stacks:
+            if len(stack.block_params) != stack.num_blocks or len(stack.block_flops) not in (0, stack.num_blocks):
+                raise ValueError(f"{stack.name}: {stack.num_blocks} blocks, but numbers of {len(stack.block_params)}")
+        for whole, parts in (
+            (self.params, [n for stack in self.stacks for n in stack.block_params]),
+            (self.flops, [n for stack in self.stacks for n in stack.block_flops]),
+        ):
+            if whole and sum(parts) > whole:
+                raise ValueError(f"blocks of {sum(parts)} in a model of {whole}")
+        if not self.params:
+            raise ValueError("a model without parameters")

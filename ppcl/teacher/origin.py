@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ppcl.common.files import digest, read_json
+from ppcl.common.files import digest, read_mapping
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.teacher.loading import EMBEDDED, check_model, fetch_files, is_hub_id, model_path
 from ppcl.teacher.stored import counted_files, differences
@@ -45,8 +45,8 @@ def teacher_of(run: Path, given: str | None = None) -> str:
         ArtifactError: The folder is no run.
         ModelError: The teacher is not there, or another one is.
     """
-    ledger = read_json(run / "stages.json")
-    if not isinstance(ledger, dict) or not isinstance(ledger.get("model"), str):
+    ledger = read_mapping(run / "stages.json")
+    if not isinstance(ledger.get("model"), str):
         raise ArtifactError(f"{run / 'stages.json'} is damaged (it names no model); copy the run again")
     named = str(ledger["model"])
     beside = ledger.get("teacher_from_here")

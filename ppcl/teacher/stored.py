@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,9 +131,9 @@ def check_shards(listing: Path) -> None:
 def weight_map(listing: Path) -> dict[str, str]:
     """The file that holds each tensor, by the tensor's name."""
     try:
-        content = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        content = read_json(listing)["weight_map"]
         return {str(name): str(file) for name, file in content.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{listing} is damaged ({error or type(error).__name__}); fetch the pipeline again") from None
 
 

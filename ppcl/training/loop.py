@@ -337,9 +337,10 @@ class TrainingLoop:
             return 0
         path = checkpoints[-1][1] / "state.safetensors"
         tensors, meta = read_tensors(path)
-        if meta["fingerprint"] != self.fingerprint:
+        if not meta or meta.get("fingerprint") != self.fingerprint:
             return 0
-        if any(f"model/{key}" not in tensors for key in self.parameters):
+        wanted = {*(f"model/{key}" for key in self.parameters), *(f"ema/{key}" for key in self.ema)}
+        if not wanted <= tensors.keys() or not isinstance(meta.get("step"), int):
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
             parameter.copy_(part_of(tensors[f"model/{key}"], parameter))

@@ -125,7 +125,7 @@ def test_vectors_are_read_with_the_candidates_and_their_absence_is_said(tmp_path
     candidates = candidates_of(True)
     save_artifact(candidates, tmp_path / "candidates.json")
     assert "vectors" not in (tmp_path / "candidates.json").read_text()
-    with pytest.raises(ArtifactError, match=r"prices.safetensors cannot be read .*run the fit stage again"):
+    with pytest.raises(ArtifactError, match=r"prices.safetensors does not exist; run the fit stage again"):
         load_candidates(tmp_path)
     write_tensors(tmp_path / VECTORS, {name: torch.from_numpy(vector) for name, vector in candidates.vectors.items()})
     read = load_candidates(tmp_path)

@@ -11,8 +11,9 @@ from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux,
 from torch import nn
 
 from ppcl.student.assembly import RunKey, substitute_block
-from ppcl.student.bundle import Bundle, build_student
-from ppcl.student.plan import CompressionPlan
+from ppcl.student.bundle import Bundle, build_student, saved_params
+from ppcl.student.plan import CompressionPlan, start_index
+from ppcl.student.prediction import predict
 from ppcl.teacher.families import adapter_for
 
 LINEAR: dict[str, Any] = {"kind": "linear", "size": 0}
@@ -33,11 +34,14 @@ FLUX = {
 def plan_with(transformer: nn.Module, parts: Mapping[RunKey, Mapping[str, Any]]) -> CompressionPlan:
     """The plan whose runs and smaller modules these are."""
     made = plan_for(transformer, [key for key in parts if key[2] > key[1]])
-    stacks = {
-        name: tuple(replace(s, width=dict(parts.get((name, s.first, s.last), {}))) for s in segments)
-        for name, segments in made.stacks.items()
-    }
-    return replace(made, stacks=stacks)
+    stacks = {}
+    for name, segments in made.stacks.items():
+        blocks = transformer.get_submodule(name)
+        pieces = [replace(s, width=dict(parts.get((name, s.first, s.last), {}))) for s in segments]
+        starts = [blocks[start_index(s.first, s.last, s.start)] for s in pieces]
+        saved = [saved_params(start, s) for start, s in zip(starts, pieces, strict=True)]
+        stacks[name] = tuple(replace(s, saved_params=n) for s, n in zip(pieces, saved, strict=True))
+    return replace(made, stacks=stacks, predicted=predict(made.model, stacks))
 
 
 def bundle_for(transformer: nn.Module, parts: Mapping[RunKey, Mapping[str, Any]], seed: int = 3) -> Bundle:

@@ -22,7 +22,8 @@ from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.criteria import Site
 from ppcl.pruning.fewer_units import KIND, CutSite, UnitSums, scores_of_all
 from ppcl.student.assembly import RunKey, start_block
-from ppcl.student.plan import CompressionPlan, Prediction, Segment
+from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.student.prediction import predict
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import Call, velocity
@@ -155,7 +156,7 @@ def plan_for(transformer: nn.Module, runs: list[RunKey]) -> CompressionPlan:
     for spec in adapter.stacks:
         own = [(first, last, "middle") for stack, first, last in runs if stack == spec.name]
         stacks[spec.name] = segments_from_runs(len(adapter.blocks(transformer, spec)), own)
-    return CompressionPlan(model, "optimal", {"keep": 0.5}, stacks, Prediction(1, 1.0, 1.0, 1, None))
+    return CompressionPlan(model, "optimal", {"keep": 0.5}, stacks, predict(model, stacks))
 
 
 def random_substitutes(
