@@ -13,7 +13,8 @@ from typing import Any
 from ppcl.common.artifacts import to_jsonable
 from ppcl.config.names import PREFIX
 from ppcl.modules.compressed import compress_class
-from ppcl.modules.slicing import SLICED, kept_units, pack_kept
+from ppcl.modules.parts import SLICED
+from ppcl.modules.slicing import kept_units, pack_kept
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.block_map import RECORD, BlockMap, recorded_maps
 from ppcl.teacher.families import Adapter
