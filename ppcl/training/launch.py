@@ -79,15 +79,15 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _lasting(stream: Any, number: int) -> Any:
-    if stream is None or stream.closed:
+def _lasting(output: Any, number: int) -> Any:
+    if output is None or output.closed:
         return Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")
-    if os.name == "nt" or stream not in (sys.__stdout__, sys.__stderr__):
-        return stream  # somebody else's: a console of Windows, a test, a notebook
+    if os.name == "nt" or output not in (sys.__stdout__, sys.__stderr__):
+        return output  # somebody else's: a console of Windows, a test, a notebook
     with contextlib.suppress(OSError, ValueError):
-        stream.flush()
+        output.flush()
     sink = io.BufferedWriter(_Sink(number, "w", closefd=False))
-    return io.TextIOWrapper(sink, stream.encoding, "backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(sink, output.encoding, "backslashreplace", line_buffering=True)
 
 
 def silence_others() -> None:

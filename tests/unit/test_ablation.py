@@ -74,7 +74,7 @@ def test_width_must_have_been_measured(tiny_model, prompts_file, small_config, t
     for stage in ("capture", "analyze"):
         run.run(stage)
     save_artifact(Candidates((), 0, 0.0), run.out / "candidates.json")
-    write_tensors(run.out / VECTORS, {"none": torch.zeros(1)})
+    write_tensors(run.out / VECTORS, {"none": torch.zeros(1, 1)})
     with pytest.raises(UserError, match=r"not measured: text, ffn, modulation; run it with --set fit.width="):
         ablation_rows(run)
 

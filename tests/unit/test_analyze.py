@@ -314,14 +314,14 @@ def test_a_killed_analysis_goes_on_at_its_block_with_the_same_bits(
     expected = run(tiny_qwen(4), qwen_calls(), whole)
     solve, solved = ppcl.analysis.analyze.solve_block, []
 
-    def killed(place: Place, *rest: Any) -> None:
+    def killed(place: Place, *rest: Any, **named: Any) -> None:
         if place[1] == index:
             raise Killed
-        solve(place, *rest)
+        solve(place, *rest, **named)
 
-    def counted(place: Place, *rest: Any) -> None:
+    def counted(place: Place, *rest: Any, **named: Any) -> None:
         solved.append(place[1])
-        solve(place, *rest)
+        solve(place, *rest, **named)
 
     monkeypatch.setattr(ppcl.analysis.analyze, "solve_block", killed)
     with pytest.raises(Killed):

@@ -98,7 +98,7 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
         StreamedBlocks(model, CPU)
     write_json(config, content)
     file.rename(file.with_suffix(".bin"))
-    with pytest.raises(ModelError, match=r"holds no diffusion_pytorch_model\.safetensors; fetch"):
+    with pytest.raises(ModelError, match=r"\.bin is a pickle, .* fetch transformer as safetensors"):
         StreamedBlocks(model, CPU)
     with pytest.raises(ModelError, match="hf download nobody/nothing"):
         StreamedBlocks("nobody/nothing", CPU)

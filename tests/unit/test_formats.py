@@ -201,9 +201,9 @@ def damaged(qwen: Path, folder: Path, what: str) -> Path:
         ("a missing shard", r"is missing \(1 of the \d+ files"),
         ("a block too many", r"transformer_blocks\.4\..* expected no such weight"),
         ("another width", r"txt_in.weight of shape \[32, 24\], expected \[32, 48\]"),
-        ("quantised", r"is quantised; export the pipeline that it was quantised from"),
+        ("quantised", r"is stored quantised \(torchao\)"),
         ("no pipeline", r"is not a diffusers pipeline"),
-        ("its transformer alone", r"is not a diffusers pipeline"),
+        ("its transformer alone", r"is the transformer of a pipeline; give its folder"),
     ],
 )
 @pytest.mark.parametrize("kind", ["single-file", "diffusers"])
@@ -290,6 +290,7 @@ def test_a_second_transformer_is_not_forgotten_without_a_word(
     shutil.copytree(qwen, tmp_path / "two")
     index = read_json(tmp_path / "two" / "model_index.json")
     write_json(tmp_path / "two" / "model_index.json", {**index, "transformer_2": index["transformer"]})
+    shutil.copytree(qwen / "transformer", tmp_path / "two" / "transformer_2")
     with caplog.at_level("WARNING"):
         export_as(tmp_path / "two", tmp_path / "x.safetensors", "comfyui")
     assert "has a transformer_2 too" in caplog.text

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,14 @@ def test_a_full_disk_is_not_silent(tmp_path: Path) -> None:
     done = finish("> /dev/full", tmp_path / "place")
     assert done.returncode != 0
     assert b"No space left" in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def swallow_in_an_except() -> None:

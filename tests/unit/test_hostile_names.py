@@ -198,7 +198,7 @@ def test_a_pipeline_for_other_programs_takes_no_more_along(
 ) -> None:
     stock: Any = SimpleNamespace(name="X", model=None, tensors={}, multiplied_out={}, provenance={})
     for name in ("write_weights", "name_class"):
-        monkeypatch.setattr(formats, name, lambda *_: None)
+        monkeypatch.setattr(formats, name, lambda *_, **__: None)
     folder = model_folder(tmp_path / "tiny", _name_or_path=str(tmp_path))
     (folder / "README.md").symlink_to(secret / "id_rsa")
     with pytest.raises(ArtifactError, match=r"README\.md is a link that leads out"):

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -181,8 +182,9 @@ def test_null_metrics(run: Path, null: float | None) -> None:
 
 
 def test_empty_stacks_and_logs(run: Path) -> None:
-    empty = StackAnalysis(STACK, (), {}, (), {}, {}, ())
-    save_artifact(Analysis(make_model(), (empty,), 0, {}, 0.0), run / "analysis.json")
+    model = make_model()
+    bare = replace(model, stacks=(replace(model.stacks[0], num_blocks=0, block_params=(), block_flops=()),))
+    save_artifact(Analysis(bare, (), 0, {}, 0.0), run / "analysis.json")
     save_artifact(Candidates((), 0, 0.0), run / "candidates.json")
     (run / "log.jsonl").write_text('{"stage": "fit", "step": 0, "loss": NaN}\n[]\n{}\n', encoding="utf-8")
     parse(write_report(run))
@@ -191,6 +193,8 @@ def test_empty_stacks_and_logs(run: Path) -> None:
 def test_two_stacks(tmp_path: Path) -> None:
     model, stack = make_model(), make_analysis().stacks[0]
     names = ("double_blocks", "single_$x_blocks$")
+    twice = {"params": 2 * model.params, "flops": 2 * model.flops}
+    model = replace(model, **twice, stacks=tuple(replace(model.stacks[0], name=name) for name in names))
     stacks = tuple(StackAnalysis(**{**vars(stack), "name": name}) for name in names)
     save_artifact(Analysis(model, stacks, 8, {"img": 8}, 1.0), tmp_path / "analysis.json")
     plan = make_plan()
@@ -276,7 +280,7 @@ def test_readme_picture(run: Path, tmp_path: Path) -> None:
 
 def test_width_plan_needs_the_import(run: Path) -> None:
     assert "ppcl.pipelines" not in load_lines(read_run(run))
-    save_artifact(make_plan({"modulation": {"rank": 8}}), run / "plan.json")
+    save_artifact(make_plan({"modulation": {"kind": "low_rank", "size": 8}}), run / "plan.json")
     assert "import ppcl.pipelines" in load_lines(read_run(run))
     assert "Narrower inside: modulation in 1 blocks" in body_text(write_report(run))
 

@@ -254,5 +254,5 @@ def test_the_teacher_of_a_moved_run(model: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(ModelError, match=r"is not the teacher of .*: transformer/more.json is new"):
         teacher_of(apart, str(tmp_path / "there" / "model"))
     (apart / "stages.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="names no model"):
+    with pytest.raises(ArtifactError, match="a list, not a mapping"):
         teacher_of(apart)
