@@ -146,7 +146,6 @@ def load_bundle(
         ModelError: The teacher is not there, or another one is.
     """
     from ppcl.common.devices import resolve_device
-    from ppcl.modules.compressed import compress_class
     from ppcl.pruning.selection import check_pluggable
     from ppcl.student.bundle import check_teacher, read_plan
     from ppcl.student.bundle import load_bundle as read_bundle
@@ -165,13 +164,21 @@ def load_bundle(
     adapter = adapter_for(transformer)
     bundle = read_bundle(folder / "bundle", transformer, adapter)
     check_pluggable(bundle)
-    for block in bundle.substitutes.values():
-        block.to(device=place, dtype=transformer.dtype).requires_grad_(False).eval()
-    board = Plugboard(transformer, adapter, bundle)
-    compress_class(transformer, transformer.config.get("pruning") or {})
-    transformer.plugboard = board
+    board = _plugged_in(transformer, adapter, bundle, place)
     if keep is speedup is fit_gb is None:
         board.select(active=board.names)
     else:
         board.select(keep, speedup, fit_gb)
     return pipeline
+
+
+def _plugged_in(transformer: Any, adapter: Any, bundle: Any, device: torch.device) -> Plugboard:
+    """Give a transformer its substitutes, and the class that can have smaller modules."""
+    from ppcl.modules.compressed import compress_class
+
+    for block in bundle.substitutes.values():
+        block.to(device=device, dtype=transformer.dtype).requires_grad_(False).eval()
+    board = Plugboard(transformer, adapter, bundle)
+    compress_class(transformer, transformer.config.get("pruning") or {})
+    transformer.plugboard = board
+    return board

@@ -18,7 +18,7 @@ import json
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,19 +90,13 @@ def remap_lora(
     maps = block_maps(kept_blocks, starts)
     if runs not in RUNS:
         raise UserError(f"runs is {runs!r}; expected one of {', '.join(RUNS)}")
-    out: dict[str, Tensor] = {}
-    mapped: dict[str, str] = {}
-    dropped: list[str] = []
-    cut: list[str] = []
-    other: list[str] = []
-    moved: dict[tuple[str, int], tuple[str, str]] = {}
-    lost: dict[tuple[str, int, str], str] = {}
     dora = {key.split(".lora_")[0] for key in state_dict if ".lora_magnitude_vector" in key}
+    renamed = _Renamed({}, {}, [], [], [], {}, {})
     for key, tensor in state_dict.items():
         found = _parse(key, maps, unpruned)
         if found is None:
-            out[key] = tensor
-            other.append(key)
+            renamed.out[key] = tensor
+            renamed.other.append(key)
             continue
         prefix, stack, index, rest = found
         position = _target(maps[stack], stack, index, runs)
@@ -110,20 +104,48 @@ def remap_lora(
         fitted, smaller, changed = fit_replaced(tensor, at, replaced, key.split(".lora_")[0] in dora)
         if position is not None and smaller in low_rank:
             at, fitted = f"{smaller}.{INNER}.{at.removeprefix(f'{smaller}.')}", tensor
-        elif position is None or fitted is None:
-            inside = smaller.removeprefix(f"{stack}.{position}")
-            dropped.append(key)
-            lost[stack, index, inside] = f"{stack}.{index}{inside}"
-            continue
-        mapped[key] = f"{prefix}{at}"
-        moved[stack, index] = (f"{stack}.{index}", f"{stack}.{position}")
-        out[mapped[key]] = fitted
-        cut += [mapped[key]] if changed else []
-    if not out:
-        reason = "all its blocks were replaced by substitutes" if dropped else "it has no tensors"
-        raise UserError(f"nothing of this LoRA is left: {reason}; train it on the compressed pipeline instead")
-    names = tuple(moved[k] for k in sorted(moved)), tuple(lost[k] for k in sorted(lost))
-    return out, MappingReport(mapped, tuple(dropped), tuple(other), *names, cut=tuple(cut))
+        if position is None or fitted is None:
+            renamed.drop(key, stack, index, smaller.removeprefix(f"{stack}.{position}"))
+        else:
+            renamed.move(key, f"{prefix}{at}", fitted, (stack, index, position), changed)
+    return renamed.out, renamed.report()
+
+
+@dataclass
+class _Renamed:
+    """What became of the tensors of a LoRA so far: by the fields of :class:`MappingReport`."""
+
+    out: dict[str, Tensor]
+    mapped: dict[str, str]
+    dropped: list[str]
+    other: list[str]
+    cut: list[str]
+    moved: dict[tuple[str, int], tuple[str, str]]
+    lost: dict[tuple[str, int, str], str]
+
+    def drop(self, key: str, stack: str, index: int, inside: str) -> None:
+        """Nothing of a tensor of this block can act, of one module inside it or of all."""
+        self.dropped.append(key)
+        self.lost[stack, index, inside] = f"{stack}.{index}{inside}"
+
+    def move(self, key: str, name: str, tensor: Tensor, place: tuple[str, int, int], is_cut: bool) -> None:
+        """A tensor goes from a block of the teacher to one of the student."""
+        stack, index, position = place
+        self.mapped[key], self.out[name] = name, tensor
+        self.moved[stack, index] = (f"{stack}.{index}", f"{stack}.{position}")
+        self.cut += [name] if is_cut else []
+
+    def report(self) -> MappingReport:
+        """Sum up.
+
+        Raises:
+            UserError: Nothing is left.
+        """
+        if not self.out:
+            reason = "all its blocks were replaced by substitutes" if self.dropped else "it has no tensors"
+            raise UserError(f"nothing of this LoRA is left: {reason}; train it on the compressed pipeline instead")
+        names = (tuple(self.moved[k] for k in sorted(self.moved)), tuple(self.lost[k] for k in sorted(self.lost)))
+        return MappingReport(self.mapped, tuple(self.dropped), tuple(self.other), *names, cut=tuple(self.cut))
 
 
 def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwargs: Any) -> MappingReport:

@@ -207,6 +207,25 @@ def correction_bytes(block: nn.Module, spec: StackSpec) -> int:
     return 2 * FLOAT * (len(spec.outputs) + 2) * largest
 
 
+def _carried(
+    adapter: Adapter,
+    substitutes: Mapping[RunKey, nn.Module],
+    teacher: int,
+    peaks: Mapping[RunKey, int],
+    settings: DistillConfig,
+    masks: int,
+) -> MemoryEstimate:
+    """The carried walk: a substitute at a time is trained, or corrected, whichever takes more."""
+    estimate = _local(substitutes, teacher, peaks, settings.model_copy(update={"one_at_a_time": True}), masks)
+    if settings.correct:
+        sums = max(correction_bytes(block, _spec(adapter, run[0])) for run, block in substitutes.items())
+        corrected = replace(estimate, optimizer=0, average=0, step=estimate.step + sums)
+        if corrected.total > estimate.total or not settings.carried_steps:
+            estimate = corrected
+    trained = sum(map(weight_bytes, substitutes.values())) + masks
+    return estimate if settings.one_at_a_time else replace(estimate, trained=trained)
+
+
 def _local(
     substitutes: Mapping[RunKey, nn.Module],
     teacher: int,
@@ -274,14 +293,7 @@ def estimate_distill(
     if substitutes and settings.walks:
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
-        estimate = _local(substitutes, resident, peaks, settings.model_copy(update={"one_at_a_time": True}), masks)
-        if settings.correct:
-            sums = max(correction_bytes(block, _spec(adapter, run[0])) for run, block in substitutes.items())
-            corrected = replace(estimate, optimizer=0, average=0, step=estimate.step + sums)
-            if corrected.total > estimate.total or not settings.carried_steps:
-                estimate = corrected
-        trained = sum(map(weight_bytes, substitutes.values())) + masks
-        found["carried"] = estimate if settings.one_at_a_time else replace(estimate, trained=trained)
+        found["carried"] = _carried(adapter, substitutes, resident, peaks, settings, masks)
     resident = sum(map(weight_bytes, substitutes.values()))
     if substitutes and settings.alternating_steps:
         # a hybrid of hardly any substitute is as deep as the teacher
