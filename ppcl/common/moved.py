@@ -1,4 +1,4 @@
-"""Old import paths of what docs/extending.md promised: they work for one more release, with a warning."""
+"""Old import paths that docs/extending.md promised, and that scripts use: they work one release more, with a warning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {  # old module -> where its names are now, looked for in this order
+    "ppcl.adapters": ("ppcl.teacher.families",),
     "ppcl.artifacts": (
         *("ppcl.student.plan", "ppcl.teacher.model_info", "ppcl.analysis.artifacts", "ppcl.pruning.artifacts"),
         "ppcl.common.artifacts",
     ),
+    "ppcl.bundle": ("ppcl.student.bundle",),
+    "ppcl.compressed": ("ppcl.modules.compressed",),
+    "ppcl.cost": ("ppcl.student.prediction", "ppcl.teacher.flops"),
     "ppcl.criteria": ("ppcl.pruning.criteria",),
     "ppcl.criteria.base": ("ppcl.pruning.criteria.base",),
     "ppcl.criteria.gradients": ("ppcl.pruning.criteria.gradients",),
@@ -23,12 +27,14 @@ MOVED = {  # old module -> where its names are now, looked for in this order
     "ppcl.prompts": ("ppcl.capture.prompts",),
     "ppcl.searches": ("ppcl.pruning.searches",),
     "ppcl.searches.base": ("ppcl.pruning.searches.base",),
+    "ppcl.slicing": ("ppcl.modules.slicing",),
     "ppcl.trees": ("ppcl.teacher.call_arguments",),
+    "ppcl.width": ("ppcl.modules.replacements",),
 }
 MOVED_WITHIN = {  # modules that became packages
     "ppcl.capture": ("ppcl.teacher.calls", "ppcl.capture.states", "ppcl.capture.trajectories"),
     "ppcl.student": ("ppcl.student.assembly",),
-    "ppcl.teacher": ("ppcl.teacher.loading", "ppcl.teacher.calls"),
+    "ppcl.teacher": ("ppcl.teacher.loading", "ppcl.teacher.calls", "ppcl.teacher.description"),
 }
 
 
