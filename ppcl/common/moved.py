@@ -1,4 +1,4 @@
-"""Old import paths that docs/extending.md promised, and that scripts use: they work one release more, with a warning."""
+"""Old import paths of docs/extending.md, and of scripts: they work for one more release, with a warning."""
 
 from __future__ import annotations
 
