@@ -286,14 +286,13 @@ def estimate_distill(
     if settings.splits_teacher(processes):
         teacher += -together + -(-together // processes) + 2 * largest  # one that arrives, and what it is copied to
     found = {}
-    if substitutes and settings.local_steps:
+    if substitutes and (settings.local_steps or settings.walks):
         resident = streamed if settings.offload != "none" else teacher
         peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
-        found["local"] = _local(substitutes, resident, peaks, settings, masks)
-    if substitutes and settings.walks:
-        resident = streamed if settings.offload != "none" else teacher
-        peaks = local_step_bytes(bare, adapter, arguments, substitutes, precision)
-        found["carried"] = _carried(adapter, substitutes, resident, peaks, settings, masks)
+        if settings.local_steps:
+            found["local"] = _local(substitutes, resident, peaks, settings, masks)
+        if settings.walks:
+            found["carried"] = _carried(adapter, substitutes, resident, peaks, settings, masks)
     resident = sum(map(weight_bytes, substitutes.values()))
     if substitutes and settings.alternating_steps:
         # a hybrid of hardly any substitute is as deep as the teacher
