@@ -4,13 +4,12 @@ Damage of all kinds by a seed, and the single cases that once passed for a run.
 """
 
 import os
-import resource
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from bounds import bounded
 from conftest import tree
 from hostile import damaged, damaged_tensors, damaged_text, rounds
 
@@ -34,7 +33,6 @@ FUZZED = [
     ("calibration/train-0000.safetensors", "analyze", "analyze.cka_tokens=32", 6),
     ("calibration/held-out-0000.safetensors", "fit", "fit.steps=2", 4),
 ]
-SECONDS, MEMORY = 10, 2e9  # of one call; what a busy machine needs beside is left out
 
 
 @pytest.mark.parametrize(("name", "stage", "option", "count"), FUZZED, ids=lambda value: str(value))
@@ -48,17 +46,15 @@ def test_any_damage_is_one_line_or_nothing(run_cli, common, finished_run, tmp_pa
         (run / name).write_bytes(bad)
         if name.startswith("bundle/") and "bundle.json" not in name:
             seal(run / "bundle")
-        began = time.process_time()
-        code, err = run_cli(stage, *common, "--set", option, "--out", run)
+        with bounded():
+            code, err = run_cli(stage, *common, "--set", option, "--out", run)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert (code, len(lines)) in ((0, 0), (2, 1)), (number, err)
         assert "Traceback" not in err
         assert all(len(line) < 2000 for line in lines)
-        assert time.process_time() - began < SECONDS
         shutil.rmtree(run)
     assert tree(common[0]) == teacher
     assert not list(tmp_path.iterdir())
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MEMORY
 
 
 REPORTED = ("analysis.json", "candidates.json", "plan.json", "eval/metrics.json", "stages.json", "config.yaml")
@@ -70,11 +66,10 @@ def test_any_damage_of_what_a_report_shows(run_cli, finished_run, tmp_path):
         content = (run / name).read_text()
         bad = damaged_text(content, chance) if name.endswith("yaml") else damaged(content, chance)
         (run / name).write_text(bad)
-        began = time.process_time()
-        code, err = run_cli("report", run)
+        with bounded():
+            code, err = run_cli("report", run)
         assert code in (0, 2), (name, err)
         assert "Traceback" not in err
-        assert time.process_time() - began < SECONDS
         shutil.rmtree(run)
 
 
@@ -131,12 +126,11 @@ def test_any_damage_of_an_exported_config(narrow_pipeline, tmp_path, name):
     for chance in rounds(name, 8):
         folder = shutil.copytree(narrow_pipeline, tmp_path / "pipeline")
         (folder / name).write_text(damaged(content, chance))
-        began = time.process_time()
-        try:
-            looked_at(folder)
-        except UserError as error:
-            assert len(str(error)) < 2000
-        assert time.process_time() - began < SECONDS
+        with bounded():
+            try:
+                looked_at(folder)
+            except UserError as error:
+                assert len(str(error)) < 2000
         shutil.rmtree(folder)
 
 
