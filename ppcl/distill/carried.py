@@ -36,10 +36,8 @@ from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
 from ppcl.errors import ArtifactError
 from ppcl.student.assembly import RunKey, run_name
 from ppcl.teacher.blocks import Blocks
-from ppcl.teacher.calls import Call
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.trace import BlockCall
-from ppcl.training.distributed import Share
 
 logger = logging.getLogger(__name__)
 
@@ -109,21 +107,11 @@ class CarriedRecovery(RunByRun):
         return block
 
     def _train(self, run: RunKey, ends: Ends) -> nn.Module:
-        block, recipe, settings, name = self._start(run, ends), self.recipe, self.recipe.settings, run_name(run)
+        block, recipe, settings = self._start(run, ends), self.recipe, self.recipe.settings
         before, judged = self.held_out_loss(block, ends), settings.keep_start and self.held_out is not None
         start = {n: t.to("cpu", copy=True) for n, t in block.state_dict().items()} if judged else {}
-
-        def part(call: Call, share: Share) -> dict[str, float]:
-            loss = ends.loss(block, call, share, settings.loss)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss.item(), f"loss/{name}": loss.item()}
-
-        def backward(step: int) -> dict[str, float]:
-            return recipe.in_parts(step, "carried", part, [block])
-
-        steps, where = settings.carried_steps, self.checkpoints(run).name
         with torch.enable_grad():
-            recipe.train("carried", {name: block}, backward, steps, settings.local_learning_rate, where)
+            self.train(recipe, block, ends, settings.carried_steps)
         after = self.held_out_loss(block, ends)
         if judged and recipe.group.any(after > before):
             say_start_is_kept(run, before, after)

@@ -64,7 +64,7 @@ from ppcl.teacher.blocks import Blocks, Place
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import Call
 from ppcl.teacher.trace import record_boundaries
-from ppcl.training.distributed import SINGLE, Group, Share, add_up
+from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
@@ -351,15 +351,6 @@ def _train(stage: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[
     if settings.steps == 0:
         return
 
-    def backward(step: int) -> dict[str, float]:
-        return add_up(one(call, share) for call, share in stage.train.share_out(stage.drawn(step)))
-
-    def one(call: Call, share: Share) -> dict[str, float]:
-        with autocast(stage.source.device, stage.course.precision):
-            loss = ends.loss(block, call, share)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": loss.item()}
-
     loop_settings = LoopSettings(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -372,7 +363,14 @@ def _train(stage: Fit, run: RunKey, block: nn.Module, ends: Ends, log: Callable[
     folder = stage.folder / f"fit-{name.replace('/', '-')}"
     report = None if log is None else lambda row: log({**row, "run": name})
     identity = digest(name, settings.model_dump(), stage.seed, stage.fingerprint)
-    TrainingLoop({name: block}, backward, loop_settings, folder, identity, report, f"fit: {name}").run()
+    loop = TrainingLoop({name: block}, loop_settings, folder, identity, report, f"fit: {name}")
+    for step in loop:
+        for call, share in stage.train.share_out(stage.drawn(step)):
+            with autocast(stage.source.device, stage.course.precision):
+                loss = ends.loss(block, call, share)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loop.add({"loss": loss.item()})
+        loop.step()
     remove(folder)
 
 

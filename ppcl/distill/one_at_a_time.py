@@ -19,10 +19,9 @@ from ppcl.common.files import remove
 from ppcl.distill.in_sweep import Ends, Trainees
 from ppcl.distill.recipe import Recipe
 from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
-from ppcl.student.assembly import RunKey, run_name
+from ppcl.student.assembly import RunKey
 from ppcl.teacher.blocks import Blocks
-from ppcl.teacher.calls import Call
-from ppcl.training.distributed import SINGLE, Share
+from ppcl.training.distributed import SINGLE
 
 Rows = list[dict[str, Any]]
 
@@ -59,25 +58,15 @@ class OneAtATime(RunByRun):
         """Train a run's substitute in this process, and write it; returns the rows that nobody has logged."""
         recipe, rows = self.recipe, Rows()
         own = replace(recipe, group=SINGLE, log=recipe.log if recipe.group.is_main else rows.append)
-        block, name, settings = self.new(run), run_name(run), recipe.settings
+        block = self.new(run)
         before = self.held_out_loss(block, ends)
-
-        def part(call: Call, share: Share) -> dict[str, float]:
-            loss = ends.loss(block, call, share, settings.loss)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss.item(), f"loss/{name}": loss.item()}
-
-        def backward(step: int) -> dict[str, float]:
-            return own.in_parts(step, "local", part, [block])
-
-        where = self.checkpoints(run)
-        own.train("local", {name: block}, backward, settings.local_steps, settings.local_learning_rate, where.name)
+        self.train(own, block, ends, recipe.settings.local_steps)
         after = self.held_out_loss(block, ends)
         if after > before:
             say_start_is_kept(run, before, after)
             block = self.new(run)
         self.write(run, block)
-        remove(where)  # what is finished is kept without its optimizer
+        remove(self.checkpoints(run))  # what is finished is kept without its optimizer
         return rows
 
     def _write_starts(self, own: dict[RunKey, None]) -> dict[RunKey, None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ppcl.distill.compiled import BlockCompiler
 from ppcl.student.masks import Masks
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.calls import Call
-from ppcl.training.distributed import SINGLE, Group, Share, add_up
+from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
@@ -32,7 +33,21 @@ BATCHES = {  # of each stage
     "output": Stream.OUTPUT_BATCH,
 }
 Log = Callable[[dict[str, Any]], None]
-PartBackward = Callable[[Call, Share], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a step's batch that is run at once.
+
+    Attributes:
+        call: The states.
+        share: What they count in the batch.
+        is_last: Whether it is this process's last one of the step.
+    """
+
+    call: Call
+    share: Share
+    is_last: bool
 
 
 @dataclass
@@ -50,8 +65,6 @@ class Recipe:
         log: Receives one dict a step, with its ``stage``.
         group: The processes that train together.
         masks: Zeros that stay.
-        loop: The loop that runs.
-        last_part: Whether the piece of a batch that is run now is this process's last of the step.
     """
 
     plan: CompressionPlan
@@ -64,8 +77,6 @@ class Recipe:
     log: Log | None = None
     group: Group = SINGLE
     masks: Masks = field(default_factory=lambda: Masks({}, {}))
-    loop: TrainingLoop | None = None
-    last_part: bool = False
 
     def __post_init__(self) -> None:
         self._compiler = BlockCompiler(self.settings.compile)
@@ -74,26 +85,18 @@ class Recipe:
         """Identifies the training of some modules in a stage."""
         return digest(stage, sorted(names), self.settings.identity(), to_jsonable(self.plan.stacks), self.seed)
 
-    def train(
-        self,
-        stage: str,
-        modules: Mapping[str, nn.Module],
-        backward: Callable[[int], dict[str, float]],
-        steps: int,
-        rate: float,
-        part: str = "",
-        after: Callable[[int], None] | None = None,
-    ) -> None:
-        """Train modules to the end of a stage; their moving averages are their weights then.
+    @contextmanager
+    def training(
+        self, stage: str, modules: Mapping[str, nn.Module], steps: int, rate: float, part: str = ""
+    ) -> Iterator[TrainingLoop]:
+        """The loop of a stage; after it the modules' weights are their moving averages.
 
         Args:
             stage: Name of the stage.
             modules: By name.
-            backward: See :class:`TrainingLoop`.
             steps: Of the stage.
             rate: Peak learning rate.
             part: What of the stage this is, where modules are trained by themselves.
-            after: See :class:`TrainingLoop`.
         """
         settings = self.settings
         loop_settings = LoopSettings(
@@ -112,7 +115,7 @@ class Recipe:
             optimizer=settings.optimizer,
             seed=self.seed,
         )
-        fingerprint, report = self.fingerprint(stage, modules), self.log
+        report = self.log
 
         def log(row: dict[str, Any]) -> None:
             if report:
@@ -120,31 +123,27 @@ class Recipe:
 
         folder = self.folder / f"distill-{stage}" / part
         label = f"distill: {stage} {part}".rstrip()
-        adjust, project = (self.masks.hold_gradients, self.masks.hold_weights) if self.masks.masks else (None, None)
-        common = (modules, backward, loop_settings, folder, fingerprint, log, label, self.group)
-        self.loop = TrainingLoop(*common, adjust=adjust, project=project, after=after)
-        try:
-            self.loop.run()
-            self.loop.load_ema()
-        finally:
-            self.loop = None  # its optimizer goes now, not when the next loop comes
+        loop = TrainingLoop(modules, loop_settings, folder, self.fingerprint(stage, modules), log, label, self.group)
+        yield loop
+        loop.load_ema()
 
-    def in_parts(self, step: int, stage: str, backward: PartBackward, blocks: Iterable[nn.Module]) -> dict[str, float]:
-        """Run the backward passes of this process's parts of a step's batch; return its part of the losses.
+    def parts(self, stage: str, step: int, blocks: Iterable[nn.Module]) -> Iterator[Part]:
+        """This process's parts of a step's batch; what is run on one is under autocast, forward and backward.
 
         Args:
-            step: Number of the step.
             stage: Name of the stage, which has batches of its own.
-            backward: Called with each piece and its share.
+            step: Number of the step.
             blocks: That ``distill.compile`` compiles.
         """
-        stream = BATCHES[stage]
-        generator = step_generator(self.seed, step, stream)
-        rows: list[dict[str, float]] = []
+        generator = step_generator(self.seed, step, BATCHES[stage])
         parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))
         with self._compiler.on(blocks):
-            for call, share in parts:
-                self.last_part = len(rows) + 1 == len(parts)
+            for number, (call, share) in enumerate(parts, start=1):
                 with autocast(self.device, self.precision):
-                    rows.append(backward(call, share))
-        return add_up(rows)
+                    yield Part(call, share, is_last=number == len(parts))
+
+    def update(self, loop: TrainingLoop) -> None:
+        """Take the step of a loop; zeros stay zeros."""
+        self.masks.hold_gradients()  # so that the optimizer's averages of them stay zero, too
+        loop.step()
+        self.masks.hold_weights()

@@ -33,7 +33,7 @@ class RunByRun:
     """
 
     def __init__(self, recipe: Recipe, source: Blocks, name: str, held_out: States | None) -> None:
-        self.recipe, self.source, self.held_out = recipe, source, held_out
+        self.recipe, self.source, self.name, self.held_out = recipe, source, name, held_out
         self.folder = recipe.folder / f"distill-{name}"
         self.fingerprint = recipe.fingerprint(name, [])
 
@@ -70,6 +70,24 @@ class RunByRun:
             self.recipe.group,
             self.recipe.precision,
         )
+
+    def train(self, recipe: Recipe, block: nn.Module, ends: Ends, steps: int) -> None:
+        """Train a run's substitute on the states at its ends.
+
+        Args:
+            recipe: That of the stage, or of this process alone.
+            block: The substitute.
+            ends: Of the run.
+            steps: How long.
+        """
+        settings, name, folder = recipe.settings, run_name(ends.run), self.checkpoints(ends.run).name
+        with recipe.training(self.name, {name: block}, steps, settings.local_learning_rate, folder) as loop:
+            for step in loop:
+                for part in recipe.parts(self.name, step, [block]):
+                    loss = ends.loss(block, part.call, part.share, settings.loss)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    loop.add({"loss": loss.item(), f"loss/{name}": loss.item()})
+                recipe.update(loop)
 
     @torch.no_grad()
     def held_out_loss(self, block: nn.Module, ends: Ends) -> float:

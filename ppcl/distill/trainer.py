@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.compiled import blocks_of
 from ppcl.distill.local import local_backward
 from ppcl.distill.one_at_a_time import OneAtATime
-from ppcl.distill.recipe import HELD_OUT, Log, PartBackward, Recipe
+from ppcl.distill.recipe import HELD_OUT, Log, Part, Recipe
 from ppcl.distill.run_by_run import RunByRun
 from ppcl.distill.sequential import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.sparse import masks_for
@@ -34,12 +34,12 @@ from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.call_arguments import to_device
-from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo
 from ppcl.teacher.velocity import VelocityErrors
-from ppcl.training.distributed import SINGLE, Group, Share
+from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.lora import factors
 from ppcl.training.losses import velocity_loss
 from ppcl.training.offload import streamed
@@ -214,32 +214,30 @@ class Distiller:
         with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
             yield
 
-    def _in_parts(self, step: int, stage: str, backward: PartBackward) -> dict[str, float]:
+    def _parts(self, stage: str, step: int) -> Iterator[Part]:
         blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
-        return self.recipe.in_parts(step, stage, backward, blocks)
+        return self.recipe.parts(stage, step, blocks)
 
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
-        common, kind = (self.transformer, self.adapter), self.settings.loss
+        settings, runs, common = self.settings, self.substitutes, (self.transformer, self.adapter)
+        modules = {run_name(run): block for run, block in runs.items()}
+        with self.recipe.training("local", modules, settings.local_steps, settings.local_learning_rate) as loop:
 
-        def release(run: RunKey) -> None:
-            if self.settings.releases_gradients and self.recipe.last_part and self.recipe.loop:
-                self.recipe.loop.release(run_name(run))
+            def release(run: RunKey) -> None:
+                loop.release(run_name(run))
 
-        def part(call: Call, share: Share) -> dict[str, float]:
-            arguments = call.arguments
-            if self.settings.sequence == "sequential":
-                losses = sequential_backward(*common, self.student, arguments, self.substitutes, kind, share)
-            else:
-                losses = local_backward(*common, arguments, self.substitutes, kind, share=share, done=release)
-            rows = {f"loss/{run_name(run)}": value for run, value in losses.items()}
-            return {"loss": sum(losses.values()) / len(losses), **rows}
-
-        def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, "local", part)
-
-        modules = {run_name(run): block for run, block in self.substitutes.items()}
-        self.recipe.train("local", modules, backward, self.settings.local_steps, self.settings.local_learning_rate)
+            for step in loop:
+                for part in self._parts("local", step):
+                    arguments, share, kind = part.call.arguments, part.share, settings.loss
+                    if settings.sequence == "sequential":
+                        losses = sequential_backward(*common, self.student, arguments, runs, kind, share)
+                    else:
+                        done = release if settings.releases_gradients and part.is_last else None
+                        losses = local_backward(*common, arguments, runs, kind, share=share, done=done)
+                    by_run = {f"loss/{run_name(run)}": value for run, value in losses.items()}
+                    loop.add({"loss": sum(losses.values()) / len(losses), **by_run})
+                self.recipe.update(loop)
 
     def _one_at_a_time(self) -> None:
         """Stage 1 with one substitute in memory."""
@@ -266,29 +264,25 @@ class Distiller:
 
     def _alternating(self) -> None:
         """Stage 2: hybrids of teacher and substitutes, drawn anew each step."""
-
-        def backward(step: int) -> dict[str, float]:
-            active = draw_active(list(self.substitutes), step_generator(self.seed, step, Stream.ALTERNATING_ACTIVE))
-            common = (self.transformer, self.adapter, self.plan)
-            checkpointing = self.settings.checkpointing
-
-            def part(call: Call, share: Share) -> dict[str, float]:
-                return alternating_backward(
-                    *common, call.arguments, self.substitutes, active, self.settings.loss, share, checkpointing
-                )
-
-            return self._in_parts(step, "alternating", part)
-
+        settings, common = self.settings, (self.transformer, self.adapter, self.plan)
         modules = {run_name(run): block for run, block in self.substitutes.items()}
-        steps, rate = self.settings.alternating_steps, self.settings.output_learning_rate
-        self.recipe.train("alternating", modules, backward, steps, rate)
+        steps, rate = settings.alternating_steps, settings.output_learning_rate
+        with self.recipe.training("alternating", modules, steps, rate) as loop:
+            for step in loop:
+                active = draw_active(list(self.substitutes), step_generator(self.seed, step, Stream.ALTERNATING_ACTIVE))
+                chosen = (self.substitutes, active, settings.loss)
+                for part in self._parts("alternating", step):
+                    loop.add(
+                        alternating_backward(*common, part.call.arguments, *chosen, part.share, settings.checkpointing)
+                    )
+                self.recipe.update(loop)
 
     def _output(self) -> None:
         """Stage 3: the whole student on the teacher's velocity."""
-        modules = {run_name(run): block for run, block in self.substitutes.items()}
         split = bool(self.settings.shard) and self.group.size > 1
+        again = self.settings.shard != "zero2"
+        modules: dict[str, nn.Module] = {run_name(run): block for run, block in self.substitutes.items()}
         if self.settings.train == "all":
-            again = self.settings.shard != "zero2"
             self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
@@ -297,31 +291,30 @@ class Distiller:
             runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
             modules = runs | kept_blocks(self.student, self.adapter, self.plan)
         if split:
-            shard(self.student, self.adapter, again=self.settings.shard != "zero2")
+            shard(self.student, self.adapter, again=again)
         if self.settings.checkpointing:
             checkpoint_blocks(self.student)
-        # FSDP2 averages gradients over the processes, where the shares want them added up
-        scale = float(self.group.size) if split else 1.0
-
-        def part(call: Call, share: Share) -> dict[str, float]:
-            # what the teacher answered was recorded, so it need not run, nor be in memory
-            output = velocity(self.student, to_device(call.arguments, self.device))
-            loss = share.samples * velocity_loss(output, call.velocity.to(self.device))
-            (scale * loss).backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss.item()}
-
-        def backward(step: int) -> dict[str, float]:
-            return self._in_parts(step, "output", part)
-
-        def after(done: int) -> None:
-            every = self.settings.sample_every
-            if self.sample and every and done % every == 0 and (self.group.is_main or split or self.teacher_is_split):
-                self.sample(done, self.student)
-
-        rate = self.settings.output_learning_rate
-        self.recipe.train("output", modules, backward, self.settings.output_steps, rate, after=after)
+        self._train_output(modules, split)
         if split:
             unshard(self.student)
+
+    def _train_output(self, modules: Mapping[str, nn.Module], split: bool) -> None:
+        """Train the student as it is placed now; the optimizer is gone after it."""
+        steps, rate, every = self.settings.output_steps, self.settings.output_learning_rate, self.settings.sample_every
+        # FSDP2 averages gradients over the processes, where the shares want them added up
+        scale = float(self.group.size) if split else 1.0
+        sample = self.sample if self.group.is_main or split or self.teacher_is_split else None
+        with self.recipe.training("output", modules, steps, rate) as loop:
+            for step in loop:
+                for part in self._parts("output", step):
+                    # what the teacher answered was recorded, so it need not run, nor be in memory
+                    output = velocity(self.student, to_device(part.call.arguments, self.device))
+                    loss = part.share.samples * velocity_loss(output, part.call.velocity.to(self.device))
+                    (scale * loss).backward()  # type: ignore[no-untyped-call]
+                    loop.add({"loss": loss.item()})
+                self.recipe.update(loop)
+                if sample and every and (step + 1) % every == 0:
+                    sample(step + 1, self.student)
 
     def _tuned(self) -> dict[str, Tensor]:
         """Weights of kept blocks and of the rest that the output stage changed."""

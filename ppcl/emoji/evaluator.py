@@ -121,7 +121,10 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
     if start:
         model.load_state_dict(read_tensors(start / "open_clip_model.safetensors")[0])
 
-    def backward(step: int) -> dict[str, float]:
+    rate = 5e-4 if start else 1e-3
+    settings = LoopSettings(steps, rate, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98), ema_decay=0.99)
+    loop = TrainingLoop({"clip": model}, settings, work / "checkpoints", f"evaluator-{steps}", label="evaluator")
+    for step in loop:
         generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         picked = torch.randperm(len(train_pairs), generator=generator)[:batch_size]
         batch = augment(sprites, picked, generator)
@@ -131,14 +134,8 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
         target = torch.arange(batch_size)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": loss.item()}
-
-    rate = 5e-4 if start else 1e-3
-    settings = LoopSettings(steps, rate, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.98), ema_decay=0.99)
-    loop = TrainingLoop(
-        {"clip": model}, backward, settings, work / "checkpoints", f"evaluator-{steps}", label="evaluator"
-    )
-    loop.run()
+        loop.add({"loss": loss.item()})
+        loop.step()
     loop.load_ema()
     model.eval()
     check: dict[str, float] = {"steps": steps}

@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,10 +75,6 @@ class Captions:
         """Return token ids and mask, both (B, prefix + TEXT_TOKENS)."""
         rows = torch.where(dropped, len(self.ids) - 1, indices)
         return self.ids[rows], self.mask[rows]
-
-
-class OutOfTimeError(Exception):
-    """The minutes of this call are over; the state is saved."""
 
 
 class Batches:
@@ -170,36 +165,26 @@ def train(
     if compiled:
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
-    def backward(step: int) -> dict[str, float]:
-        generator = step_generator(settings.seed, step, Stream.EMOJI_BATCH)
-        loss = velocity_loss(pipeline, batches, settings.batch_size, generator)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": loss.item()}
-
-    end, saved = time.monotonic() + 60 * minutes, time.monotonic()
-
-    def after(done: int) -> None:
-        nonlocal saved
-        late = time.monotonic() > end
-        if late or time.monotonic() > saved + SAVE_SECONDS:
-            loop.save(done)
-            publish(pipeline, loop, out / "pipeline")
-            saved = time.monotonic()
-        if late and done < settings.steps:
-            raise OutOfTimeError
-
-    def log(row: dict[str, Any]) -> None:
-        if row["step"] % 20 == 0:
-            append_row(out / "log.jsonl", row)
-
     modules = {"text_encoder": text_encoder, "transformer": transformer}
     fingerprint = f"teacher-{settings.batch_size}-{settings.seed}"
-    loop = TrainingLoop(modules, backward, settings, out / "checkpoints", fingerprint, log, "teacher", after=after)
+    loop = TrainingLoop(modules, settings, out / "checkpoints", fingerprint, label="teacher")
+    end, saved = time.monotonic() + 60 * minutes, time.monotonic()
     try:
-        loop.run()
+        for step in loop:
+            generator = step_generator(settings.seed, step, Stream.EMOJI_BATCH)
+            loss = velocity_loss(pipeline, batches, settings.batch_size, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loop.add({"loss": loss.item()})
+            row, late = loop.step(), time.monotonic() > end
+            if step % 20 == 0:
+                append_row(out / "log.jsonl", row)
+            if late or time.monotonic() > saved + SAVE_SECONDS:
+                loop.save(step + 1)
+                publish(pipeline, loop, out / "pipeline")
+                saved = time.monotonic()
+            if late and step + 1 < settings.steps:
+                return False
         publish(pipeline, loop, out / "pipeline")
-    except OutOfTimeError:
-        return False
     finally:
         if lock is not None:
             os.close(lock)

@@ -84,24 +84,22 @@ def train(out: Path, steps: int, start: Path | None = None, batch_size: int = 32
         if isinstance(conv, QwenImageCausalConv3d):
             conv.forward = partial(single_frame_forward, conv)
 
-    def backward(step: int) -> dict[str, float]:
+    rate = 1e-3 if start else 3e-3
+    settings = LoopSettings(steps=steps, learning_rate=rate, warmup_steps=50, ema_decay=0.995, final_fraction=0.02)
+    loop = TrainingLoop({"vae": vae}, settings, out / "checkpoints", f"vae-{steps}-{batch_size}", label="vae")
+    for step in loop:
         generator = step_generator(seed, step, Stream.EMOJI_BATCH)
         indices = torch.randint(len(pairs), (batch_size,), generator=generator)
         batch = sprites.draw(indices, Variation.draw(batch_size, generator)).unsqueeze(2)
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(batch).latent_dist
-            latents = posterior.mean
+            latents = vae.encode(batch).latent_dist.mean
             noise = torch.randn(latents.shape, generator=generator)
             output = vae.decode(latents + 0.05 * noise, return_dict=False)[0]
         scale = latents.float().pow(2).mean()
         loss = reconstruction_loss(output.float(), batch) + 0.01 * (scale - 1).relu()
         loss.backward()  # type: ignore[no-untyped-call]
-        return {"loss": loss.item(), "latent_scale": scale.item()}
-
-    rate = 1e-3 if start else 3e-3
-    settings = LoopSettings(steps=steps, learning_rate=rate, warmup_steps=50, ema_decay=0.995, final_fraction=0.02)
-    loop = TrainingLoop({"vae": vae}, backward, settings, out / "checkpoints", f"vae-{steps}-{batch_size}", label="vae")
-    loop.run()
+        loop.add({"loss": loss.item(), "latent_scale": scale.item()})
+        loop.step()
     loop.load_ema()
     vae.eval()
     if not start:

@@ -1,10 +1,7 @@
-"""One training loop for everything that is trained here.
+"""One training loop for everything that is trained here; see :class:`TrainingLoop` for how it is written.
 
-The caller gives the trainable modules and a ``backward(step)`` that computes its losses
-*and* runs their backward passes; the loop clips, steps, keeps the exponential moving
-average, logs, and saves. All randomness of a step is a function of (seed, step), so a
-resumed run repeats the undisturbed one bit by bit: there is no data position and no
-generator state to restore. Of several processes each leaves the gradients of its part of the
+All randomness of a step is a function of (seed, step), so a resumed run repeats the undisturbed one bit by bit: there
+is no data position and no generator state to restore. Of several processes each leaves the gradients of its part of the
 batch, weighed, and the loop adds them up; the first process alone writes.
 """
 
@@ -16,8 +13,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from ppcl.common.parts import is_part, part_of
 from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.training import stopping
-from ppcl.training.distributed import SINGLE, Group
+from ppcl.training.distributed import SINGLE, Group, add_up
 from ppcl.training.eight_bit import joined_states, plain_states, set_rate
 from ppcl.training.optimizers import new_optimizers
 from ppcl.training.settings import LoopSettings
@@ -47,46 +44,61 @@ def schedule_at(step: int, settings: LoopSettings) -> float:
     return settings.final_fraction + (1 - settings.final_fraction) * cosine
 
 
+@dataclass
+class _Step:
+    """The step that runs: its number and learning rate, when it and the loop began, what was counted and logged."""
+
+    number: int
+    rate: float = 0.0
+    began: float = 0.0
+    loop_began: float = 0.0
+    first: int = 0
+    parts: list[Mapping[str, float]] = field(default_factory=list)
+    row: dict[str, Any] | None = None
+
+
 _SPIKE_WARMUP = 20  # losses behind the running average before a spike can be told
 
 
 class TrainingLoop:
-    """Train modules for a number of steps, resumably.
+    """Trains modules for a number of steps, resumably.
+
+    A training reads from top to bottom::
+
+        loop = TrainingLoop(modules, settings, folder, fingerprint)
+        for step in loop:  # from the newest checkpoint on
+            loss = ...  # of this process's part of the batch, drawn by the number of the step
+            loss.backward()
+            loop.add({"loss": loss.item()})
+            loop.step()  # clips, steps, averages, logs
+
+    An iteration ends with a checkpoint where one is due, and with leaving where SIGTERM came.
 
     Args:
         modules: Trainable modules by name; their parameters with ``requires_grad`` are trained.
-        backward: ``backward(step)`` runs forward and backward of one step and returns scalars to log; of several
-            processes each does its part, and the parts of scalars and gradients add up to those of the batch.
         settings: See :class:`LoopSettings`.
         folder: Where ``step-*`` checkpoints live; all processes must see it.
         fingerprint: Identifies the run; a checkpoint of another fingerprint is not resumed.
-        log: Called with one dict a step (already holding ``step``, ``loss`` and so on), in the first process.
+        log: Receives one dict a step (``step``, ``loss`` and so on), in the first process.
         label: Name shown beside the progress bar.
         group: The processes that train.
-        adjust: Called when the gradients of all processes are added up, before they are clipped.
-        project: Called after each step of the optimizers, before the moving average sees the weights.
-        after: Called with the number of steps done, in all processes, when a step is over and saved if it is to be.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        backward: Callable[[int], Mapping[str, float]],
         settings: LoopSettings,
         folder: Path,
         fingerprint: str,
         log: Callable[[dict[str, Any]], None] | None = None,
         label: str = "train",
         group: Group = SINGLE,
-        adjust: Callable[[], None] | None = None,
-        project: Callable[[], None] | None = None,
-        after: Callable[[int], None] | None = None,
     ) -> None:
-        self.backward, self.settings, self.folder = backward, settings, Path(folder)
-        self.fingerprint, self.log, self.label = fingerprint, log, label
-        self.group, self.adjust, self.project, self.after = group, adjust, project, after
+        self.settings, self.folder, self.fingerprint = settings, Path(folder), fingerprint
+        self.log, self.label, self.group = log, label, group
         self.bad_steps, self._counted, self._usual = 0, 0, 0.0
         self._released: list[float] = []
+        self._now = _Step(0)
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": parameter
             for name, module in modules.items()
@@ -101,40 +113,73 @@ class TrainingLoop:
         self.optimizers = new_optimizers(self.parameters, matrices, settings)
         self.ema = {k: p.detach().float().clone() for k, p in self.parameters.items()} if settings.ema_decay else {}
 
-    def run(self, until: int | None = None) -> int:
-        """Train to the last step (or to ``until``), resuming the newest checkpoint.
-
-        Returns:
-            The number of steps done in all.
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of the steps that are still to be done.
 
         Raises:
-            TrainingError: Too many losses or gradients were not finite; the last good state is saved.
             Stopped: SIGTERM came; the state is saved.
         """
-        start = self.resume()
-        end = min(until or self.settings.steps, self.settings.steps)
-        with stopping.deferred(), Progress(self.label, total=self.settings.steps, start=start) as progress:
+        end, start = self.settings.steps, self.resume()
+        with stopping.deferred(), Progress(self.label, total=end, start=start) as progress:
             began = time.perf_counter()
             for step in range(start, end):
-                row = self._step(step)
-                left = (time.perf_counter() - began) / (step + 1 - start) * (end - step - 1)
-                self._report({**row, "seconds_left": round(left, 1)})
-                progress.advance(loss=row.get("loss"))
+                self._now = _Step(step, self._set_rates(step), time.perf_counter(), began, start)
+                yield step
+                if self._now.row is None:
+                    raise AssertionError("the body of the loop calls step() once")
+                progress.advance(loss=self._now.row.get("loss"))
                 stop = self.group.any(stopping.pending())
                 if (step + 1) % self.settings.checkpoint_every == 0 or step + 1 == end or stop:
                     self.save(step + 1)
                 if stop:
                     raise stopping.Stopped
-                if self.after:
-                    self.after(step + 1)
-        return end
 
-    def _report(self, row: dict[str, Any]) -> None:
-        """Log a row in the first process.
+    def _set_rates(self, step: int) -> float:
+        """Set the learning rates of a step; returns the one of AdamW."""
+        share = schedule_at(step, self.settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                set_rate(group, group["peak"] * share)
+        return self.settings.learning_rate * share
+
+    def add(self, scalars: Mapping[str, float]) -> None:
+        """Count what is to be logged of a part of the step's batch; parts and processes add up."""
+        self._now.parts.append(scalars)
+
+    def step(self) -> dict[str, Any]:
+        """Let the optimizers take their step by the gradients that are there, and log it; returns what is logged.
 
         Raises:
-            UserError: It cannot be written; the state is saved first, if there is room for it.
+            TrainingError: Too many losses or gradients were not finite; the last good state is saved.
+            UserError: The log cannot be written; the state is saved first, if there is room for it.
         """
+        now = self._now
+        self.group.sum_gradients(self.plain)
+        scalars = self.group.sum_scalars(add_up(now.parts))
+        norms = [self._clip(group) for group in self._clipped]
+        norm = math.hypot(*norms, *self._released)
+        self._released.clear()
+        problem, spike = self._problem(scalars, norm)
+        taken = not problem or (self.settings.clip_each and not spike)  # by the modules whose gradients are finite
+        if problem:
+            self._leave_out(now.number, problem, now.rate, taken)
+        if taken:
+            self._take(norms, now.number)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        end = time.perf_counter()
+        seconds, done = end - now.began, now.number + 1 - now.first
+        left = (end - now.loop_began) / done * (self.settings.steps - now.number - 1)
+        row: dict[str, Any] = {"step": now.number, **scalars, "gradient_norm": norm, "learning_rate": now.rate}
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
+        row |= {"bad_steps": self.bad_steps, "seconds": seconds, "seconds_left": round(left, 1)}
+        if self.settings.batch_size:
+            row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
+        now.row = row
+        self._report(row)
+        return row
+
+    def _report(self, row: dict[str, Any]) -> None:
         if self.log is None or not self.group.is_main:
             return
         try:
@@ -145,37 +190,6 @@ class TrainingLoop:
                     self._write(row["step"] + 1, self._state())
             raise
 
-    def _step(self, step: int) -> dict[str, Any]:
-        began = time.perf_counter()
-        share = schedule_at(step, self.settings)
-        rate = self.settings.learning_rate * share
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                set_rate(group, group["peak"] * share)
-        scalars = dict(self.backward(step))
-        self.group.sum_gradients(self.plain)
-        scalars = self.group.sum_scalars(scalars)
-        if self.adjust:
-            self.adjust()
-        norms = [self._clip(group) for group in self._clipped]
-        norm = math.hypot(*norms, *self._released)
-        self._released.clear()
-        problem, spike = self._problem(scalars, norm)
-        taken = not problem or (self.settings.clip_each and not spike)  # by the modules whose gradients are finite
-        if problem:
-            self._leave_out(step, problem, rate, taken)
-        if taken:
-            self._take(norms, step)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        row: dict[str, Any] = {"step": step, **scalars, "gradient_norm": norm, "learning_rate": rate}
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no NaN
-        row |= {"bad_steps": self.bad_steps, "seconds": seconds}
-        if self.settings.batch_size:
-            row["samples_per_second"] = round(self.settings.batch_size / seconds, 3)
-        return row
-
     def _take(self, norms: Sequence[float], step: int) -> None:
         """Let all take their step whose gradients are finite; the moving average follows."""
         for group, norm in zip(self._clipped, norms, strict=True):
@@ -183,8 +197,6 @@ class TrainingLoop:
                 parameter.grad = None
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.project:
-            self.project()
         self._update_ema(step)
 
     def _of(self, name: str) -> list[nn.Parameter]:
@@ -197,7 +209,7 @@ class TrainingLoop:
         return float(whole(nn.utils.clip_grad_norm_(there, self.settings.clip_norm)))
 
     def release(self, name: str) -> None:
-        """Let one module take its step now, clipped by itself, and drop its gradients; ``backward`` may call this.
+        """Let one module take its step now, clipped by itself, and drop its gradients, before the step of all.
 
         For modules that learn independently of each other, whose gradients need not all be in memory then. One whose
         gradient is not finite takes no step; the others do.

@@ -55,11 +55,11 @@ def test_the_same_command_makes_the_same_weights(prompts_file, small_config, tmp
     arguments += [part for option in OPTIONS for part in ("--set", option)]
     arguments += ["--set", "fit.width=[modulation,ffn,attention,text]"]
     weights = []
-    for name in ("one", "two", "three"):
+    for name in ("one", "two"):
         command = [sys.executable, "-m", "ppcl", *map(str, arguments), "--out", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("  memory: ") == 2
         assert "cannot be predicted" not in done.stderr
         weights.append((tmp_path / name / "bundle" / "substitutes.safetensors").read_bytes())
-    assert weights[0] == weights[1] == weights[2]
+    assert weights[0] == weights[1]

@@ -78,7 +78,7 @@ class Events:
         from ppcl.training.loop import TrainingLoop
 
         self.around(Path, "replace", after=True)
-        self.around(TrainingLoop, "_step")
+        self.around(TrainingLoop, "step")
         self.around(ppcl.capture.trajectories, "record_calls")
         self.around(ppcl.eval.generate, "draw")
         self.in_sweeps()

@@ -86,11 +86,11 @@ def test_distill_step_holds_one_graph(benchmark):
 
 
 def test_scaling_counts_the_processes(benchmark):
-    text = benchmark("scaling", "--steps", "3", "--processes", "1,2")
+    text = benchmark("scaling", "--steps", "3", "--processes", "2")
     stages, joint = text.split("## Joint training")
     for part in (stages, joint):
-        assert cells(part, "1")[2] == "1.00"
-        assert float(cells(part, "2")[2]) > 0
+        assert cells(part, "2")[2] == "1.00"  # times as fast as the first number of processes that is asked for
+        assert float(cells(part, "2")[1]) > 0
 
 
 def test_streamed_run(benchmark):

@@ -14,11 +14,8 @@ from tiny_models import shared_pipeline
 from torch import nn
 from train_worker import new_distiller, weights, write_all_states
 
-from ppcl.errors import UserError
 from ppcl.eval.samples import SampleSheet
 from ppcl.training.distributed import SINGLE, Group
-from ppcl.training.loop import TrainingLoop
-from ppcl.training.settings import LoopSettings
 
 
 def sheet_of(out: Path, rows: list[dict[str, Any]] | None, **changes: Any) -> SampleSheet:
@@ -125,29 +122,6 @@ def test_a_failure_here_is_told_to_the_others(tmp_path: Path) -> None:
     (tmp_path / "samples").write_text("a file where the folder should be")
     sheet_of(tmp_path, [], group=others)(2, shared_pipeline().transformer)
     assert others.told == [True]
-
-
-def loop_of(folder: Path, done: list[int], fails_at: int = -1) -> TrainingLoop:
-    module = nn.Linear(2, 1)
-
-    def backward(step: int) -> dict[str, float]:
-        if step == fails_at:
-            raise UserError("killed")
-        loss = module(torch.ones(1, 2)).square().sum()
-        loss.backward()
-        return {"loss": loss.item()}
-
-    settings = LoopSettings(steps=6, learning_rate=1e-3, checkpoint_every=2)
-    return TrainingLoop({"m": module}, backward, settings, folder, "x", after=done.append)
-
-
-def test_after_a_step_means_after_its_checkpoint(tmp_path: Path) -> None:
-    done: list[int] = []
-    with pytest.raises(UserError):
-        loop_of(tmp_path, done, fails_at=3).run()
-    assert done == [1, 2, 3]
-    loop_of(tmp_path, done).run()
-    assert done == [1, 2, 3, 3, 4, 5, 6]  # step 3 was not saved, and is done again
 
 
 def test_the_output_stage_draws_and_trains_the_same(tmp_path: Path) -> None:

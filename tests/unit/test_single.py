@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import Running
 from test_distributed import assert_close
 from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 from train_worker import new_distiller, weights, write_all_states
@@ -25,7 +26,6 @@ from ppcl.teacher.families import adapter_for
 from ppcl.teacher.families.masks import valid_tokens
 from ppcl.teacher.trace import record_boundaries
 from ppcl.training.distributed import SINGLE as ALONE
-from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 
@@ -198,7 +198,7 @@ def test_each_by_itself_does_not_go_with_the_sequential_ablation() -> None:
         load_config([], ["distill.one_at_a_time=true", "distill.sequence=sequential"])
 
 
-def eight_bit_loop(folder: Path, optimizer: str = "adamw8bit") -> TrainingLoop:
+def eight_bit_loop(folder: Path, optimizer: str = "adamw8bit") -> Running:
     """A regression whose weight is just large enough for states of 8 bits."""
     layer = torch.nn.Linear(64, 64)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def eight_bit_loop(folder: Path, optimizer: str = "adamw8bit") -> TrainingLoop:
         return {"loss": loss.item()}
 
     settings = LoopSettings(steps=6, learning_rate=0.01, checkpoint_every=2, optimizer=optimizer)
-    return TrainingLoop({"layer": layer}, backward, settings, folder, "f")
+    return Running({"layer": layer}, backward, settings, folder, "f")
 
 
 def test_optimizer_states_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import Running
 from tiny_models import noise
 from torch import nn
 
@@ -21,7 +22,7 @@ import ppcl
 from ppcl.common.files import read_tensors
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, TrainingError, UserError
-from ppcl.training.loop import TrainingLoop, schedule_at
+from ppcl.training.loop import schedule_at
 from ppcl.training.settings import LoopSettings
 
 SETTINGS = LoopSettings(
@@ -29,7 +30,7 @@ SETTINGS = LoopSettings(
 )
 
 
-def new_loop(folder: Path, settings: LoopSettings = SETTINGS, fingerprint: str = "f", **changes: Any) -> TrainingLoop:
+def new_loop(folder: Path, settings: LoopSettings = SETTINGS, fingerprint: str = "f", **changes: Any) -> Running:
     """A regression on random batches; weights start from a fixed seed, whatever ran before."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     with torch.no_grad():
@@ -43,10 +44,10 @@ def new_loop(folder: Path, settings: LoopSettings = SETTINGS, fingerprint: str =
         return {"loss": loss.item()}
 
     chosen = changes.pop("backward", backward)
-    return TrainingLoop({"model": model}, chosen, settings, folder, fingerprint, **changes)
+    return Running({"model": model}, chosen, settings, folder, fingerprint, **changes)
 
 
-def state_of(loop: TrainingLoop) -> dict[str, torch.Tensor]:
+def state_of(loop: Running) -> dict[str, torch.Tensor]:
     state = {f"weight/{k}": p.detach().clone() for k, p in loop.parameters.items()}
     state |= {f"ema/{k}": v.clone() for k, v in loop.ema.items()}
     for key, parameter in loop.parameters.items():
@@ -222,7 +223,7 @@ def test_the_schedule_clipping_and_average_are_applied(tmp_path: Path) -> None:
         return {"loss": float(module.weight)}
 
     rows: list[dict[str, Any]] = []
-    loop = TrainingLoop({"m": module}, backward, settings, tmp_path, "f", rows.append)
+    loop = Running({"m": module}, backward, settings, tmp_path, "f", rows.append)
     loop.run(until=3)
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.05, 0.1, 0.1])
     assert [row["gradient_norm"] for row in rows] == pytest.approx([4.0] * 3)
@@ -270,13 +271,13 @@ def test_a_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
 
 
-def state_of_weights(loop: TrainingLoop) -> dict[str, torch.Tensor]:
+def state_of_weights(loop: Running) -> dict[str, torch.Tensor]:
     return {k: p.detach().clone() for k, p in loop.parameters.items()}
 
 
 def test_a_checkpoint_of_another_model_or_a_damaged_one_is_an_error(tmp_path: Path) -> None:
     new_loop(tmp_path).run(until=2)
-    other = TrainingLoop({"other": nn.Linear(2, 2)}, lambda _: {}, SETTINGS, tmp_path, "f")
+    other = Running({"other": nn.Linear(2, 2)}, lambda _: {}, SETTINGS, tmp_path, "f")
     with pytest.raises(ArtifactError, match="belongs to another model; delete"):
         other.resume()
     path = tmp_path / "step-2" / "state.safetensors"
@@ -289,7 +290,7 @@ def test_frozen_parameters_are_neither_trained_nor_saved(tmp_path: Path) -> None
     loop = new_loop(tmp_path)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    loop = TrainingLoop({"m": model}, lambda _: {}, SETTINGS, tmp_path, "f")
+    loop = Running({"m": model}, lambda _: {}, SETTINGS, tmp_path, "f")
     assert list(loop.parameters) == ["m.1.weight", "m.1.bias"]
 
 
@@ -302,7 +303,7 @@ def test_step_generators_differ_by_each_of_their_numbers() -> None:
     assert torch.rand(2, generator=step_generator(0, 0, 1)).tolist()[0] == draws[0, 0, 1]
 
 
-def bad_at(loop: TrainingLoop, *steps: int, value: float = math.nan) -> None:
+def bad_at(loop: Running, *steps: int, value: float = math.nan) -> None:
     """Let the loss of some steps be something else."""
     healthy = loop.backward
     loop.backward = lambda step: {**healthy(step), **({"loss": value} if step in steps else {})}
@@ -337,7 +338,7 @@ def test_a_spike_is_left_out_where_asked(tmp_path: Path) -> None:
     loop.run(until=25)
     assert loop.bad_steps == 0
     loop._usual = 1.0
-    loop._step(25)
+    loop.run(until=26)
     assert loop.bad_steps == 1
 
 
@@ -354,6 +355,12 @@ def test_a_log_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left"):
         new_loop(tmp_path, replace(SETTINGS, checkpoint_every=100), log=full).run()
     assert new_loop(tmp_path).resume() == 3
+
+
+def test_a_body_that_takes_no_step_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="calls step"):
+        for step in (loop := new_loop(tmp_path)):
+            loop.backward(step)
 
 
 def test_rows_have_throughput_and_time_left(tmp_path: Path) -> None:
@@ -380,10 +387,12 @@ def test_of_independent_modules_the_healthy_ones_take_a_bad_step(tmp_path: Path,
         for module in modules.values():
             module.weight.fill_(1.0)
     rows: list[dict[str, Any]] = []
-    loop = TrainingLoop(modules, backward, settings, tmp_path, "f", rows.append)
+    loop = Running(modules, backward, settings, tmp_path, "f", rows.append)
     seen: list[dict[str, float]] = []
-    loop.after = lambda _: seen.append({name: float(module.weight[0, 0]) for name, module in modules.items()})
-    loop.run()
+    for step in loop:
+        loop.add(backward(step))
+        loop.step()
+        seen.append({name: float(module.weight[0, 0]) for name, module in modules.items()})
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1]
     assert seen[2]["ill"] == seen[1]["ill"] != seen[0]["ill"]
     assert len({step["well"] for step in seen}) == 4
