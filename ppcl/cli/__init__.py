@@ -315,6 +315,24 @@ def study(
 
 
 @_command
+def teacher(
+    model: Annotated[str, typer.Argument(help="a transformer's folder, .safetensors or .gguf file; or a pipeline")],
+    out: Annotated[Path, typer.Option("--out", help="the pipeline folder to write")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="the pipeline that the transformer belongs to, e.g. Qwen/Qwen-Image")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="fold it in; may be given several times")] = None,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", help="of each --lora")] = 1.0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Put together a pipeline that can be compressed: of one file, a GGUF, quantised weights, with LoRAs folded in."""
+    quiet_libraries()
+    from ppcl.export.assembled import assemble_teacher
+
+    typer.echo(f"ppcl compress {assemble_teacher(model, out, base, lora or [], lora_scale, dtype)} --out RUN")
+
+
+@_command
 def inspect(
     model: Annotated[str, typer.Argument(help="'emoji', a pipeline folder, a hub id, or a transformer's config.json")],
     settings: Settings,

@@ -77,10 +77,13 @@ def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
         here or hold something else (quantised weights).
     """
     folder = stored_folder(model)
-    if folder is None:
-        return None
+    return None if folder is None else dtype_in(folder / "transformer", variant)
+
+
+def dtype_in(place: Path, variant: str | None = None) -> torch.dtype | None:
+    """The dtype that most bytes of a component's files have; see :func:`stored_dtype`."""
     sizes: Counter[str] = Counter()
-    for file in loaded_weights(folder / "transformer", variant):
+    for file in loaded_weights(place, variant):
         for entry in read_tensor_header(file).values():
             begin, end = entry["data_offsets"]
             sizes[entry["dtype"]] += end - begin

@@ -73,7 +73,7 @@ def check_stored(folder: Path) -> None:
         if not files and not any(file.suffix in _WEIGHTS and file.is_file() for file in place.iterdir()):
             raise ModelError(f"{place} holds no weights (config.json alone); fetch the pipeline again")
         for file in files:
-            _check_names(file, read_tensor_header(file))
+            check_weight_names(file, read_tensor_header(file))
 
 
 def check_trainable(folder: Path) -> None:
@@ -87,7 +87,7 @@ def check_trainable(folder: Path) -> None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
         raise ModelError(
             f"{place} is stored quantised ({method}), and such weights cannot be trained; give the pipeline that it "
-            f"was made from, or load this one where {method} is installed, pipe.transformer.dequantize(), {_WHOLE}"
+            f"was made from, or multiply them out where {method} is installed: ppcl teacher {folder} --out DIR"
         )
 
 
@@ -102,8 +102,12 @@ def _check_shards_of(place: Path, variant: str | None) -> None:
         check_shards(listing)
 
 
-def _check_names(file: Path, names: Iterable[str]) -> None:
-    """Refuse weights under names that loading passes over in silence."""
+def check_weight_names(file: Path, names: Iterable[str]) -> None:
+    """Refuse weights under names that loading passes over in silence.
+
+    Raises:
+        ModelError: There is one.
+    """
     for name in names:
         if ".base_layer." in name or ".lora_A." in name:
             raise ModelError(
@@ -139,25 +143,22 @@ def weight_map(listing: Path) -> dict[str, str]:
 
 def not_a_pipeline(path: Path) -> str:
     """What a path is that is no pipeline folder, and how to make one of it."""
-    put = f"put it into its pipeline once: pipe = DiffusionPipeline.from_pretrained(BASE, transformer=IT), {_WHOLE}"
+    put = f"put it into its pipeline once: ppcl teacher {path} --base PIPELINE --out DIR, and compress DIR"
     if path.is_file():
         if path.name == INDEX:
             return f"{path} is a pipeline's index; give its folder, {path.parent}"
-        if path.suffix == ".gguf":
-            return f"{path} is a GGUF file; its quantised weights cannot be trained: give the pipeline in bf16 or fp16"
-        what = "one file, and a pipeline folder is needed; IT = TransformerClass.from_single_file(FILE)"
-        return f"{path} is {what}: {put}"
+        return f"{path} is one file, and a pipeline folder of plain weights is needed; {put}"
     if (path.parent / INDEX).is_file() and path.name in components(path.parent):
         return f"{path} is the {path.name} of a pipeline; give its folder, {path.parent}"
     if (path / "config.json").is_file():
-        return f"{path} is a model without its pipeline; IT = AutoModel.from_pretrained(FOLDER): {put}"
+        return f"{path} is a model without its pipeline; {put}"
     if (path / "snapshots").is_dir():
         name = path.name.removeprefix("models--").replace("--", "/")
         return f"{path} is the hub's cache of {name}; give {name}, or one of the folders in {path / 'snapshots'}"
     if (path / "stages.json").is_file():
         return f"{path} is a run of ppcl, not a diffusers pipeline; give {path / 'pipeline'}"
     if any((path / name).is_file() for name in ("adapter_config.json", "pytorch_lora_weights.safetensors")):
-        return f"{path} is a LoRA, not a diffusers pipeline; fuse it into its pipeline: pipe.fuse_lora(), {_WHOLE}"
+        return f"{path} is a LoRA, not a diffusers pipeline; fold it in: ppcl teacher PIPELINE --lora {path} --out DIR"
     return f"{path} is not a diffusers pipeline: {INDEX} is missing; give the pipeline's top folder"
 
 

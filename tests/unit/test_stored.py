@@ -97,7 +97,7 @@ def test_float8_is_read_and_exported_in_bfloat16(model: Path) -> None:
 def test_a_quantised_transformer_is_refused(model: Path, method: str) -> None:
     path = model / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
-    assert f"stored quantised ({method})" in refused(model) and "dequantize(), pipe.save_pretrained" in refused(model)
+    assert f"stored quantised ({method})" in refused(model) and f"ppcl teacher {model} --out DIR" in refused(model)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
@@ -127,13 +127,13 @@ def test_what_is_no_pipeline_names_the_way(model: Path, tmp_path: Path) -> None:
         folder.mkdir()
         (folder / name).write_text("{}")
     ways = {
-        alone / "diffusion_pytorch_model.safetensors": "TransformerClass.from_single_file(FILE)",
-        tmp_path / "x.gguf": "is a GGUF file; its quantised weights cannot be trained",
-        alone: "is a model without its pipeline; IT = AutoModel.from_pretrained(FOLDER)",
+        alone / "diffusion_pytorch_model.safetensors": "--base PIPELINE --out DIR, and compress DIR",
+        tmp_path / "x.gguf": "is one file, and a pipeline folder of plain weights is needed; put it into its pipeline",
+        alone: f"is a model without its pipeline; put it into its pipeline once: ppcl teacher {alone} --base",
         model / "transformer": f"is the transformer of a pipeline; give its folder, {model}",
         model / "model_index.json": f"is a pipeline's index; give its folder, {model}",
         cache: "is the hub's cache of owner/name; give owner/name",
-        lora: "is a LoRA, not a diffusers pipeline; fuse it",
+        lora: f"is a LoRA, not a diffusers pipeline; fold it in: ppcl teacher PIPELINE --lora {lora}",
         run: f"is a run of ppcl, not a diffusers pipeline; give {run / 'pipeline'}",
         empty: "model_index.json is missing; give the pipeline's top folder",
     }
