@@ -93,6 +93,30 @@ def test_scaling_counts_the_processes(benchmark):
         assert float(cells(part, "2")[1]) > 0
 
 
+def test_ways_of_recovery(monkeypatch, tiny_model, finished_run, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    arguments = [
+        finished_run,
+        tmp_path / "table.md",
+        "--model",
+        tiny_model,
+        "--keeps",
+        "0.8",
+        "--states",
+        "8",
+        "--quick",
+    ]
+    importlib.import_module("correction").main([*map(str, arguments)])
+    torch.set_num_threads(threads)
+    text = (tmp_path / "table.md").read_text()
+    assert cells(text, "nothing")[1] == cells(text, "nothing")[4] == ""
+    carried, output, light = (cells(text, f"local, {way} ") for way in ("carried for", "output for", "output by LoRA,"))
+    assert (carried[1], output[1]) == ("60", "120")
+    peaks = [float(row[4]) for row in (carried, light, output)]
+    assert peaks[0] < peaks[2] and peaks[1] < peaks[2]
+
+
 def test_streamed_run(benchmark):
     text = benchmark("streamed_run", "--blocks", "4", "--until", "analyze")
     rows = [line for line in text.splitlines() if line.startswith("| 4 (")]
