@@ -135,7 +135,8 @@ class Recipe:
             step: Number of the step.
             blocks: That ``distill.compile`` compiles.
         """
-        generator = step_generator(self.seed, step, BATCHES[stage])
+        stream = BATCHES[stage]
+        generator = step_generator(self.seed, step, stream)
         parts = list(self.states.parts(self.settings.batch_size, generator, self.group, self.settings.accumulate))
         with self._compiler.on(blocks):
             for number, (call, share) in enumerate(parts, start=1):
