@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl.common.reading import parse_json
 from ppcl.errors import ModelError, UserError, nearest
+from ppcl.pipelines.lora_back import lora_for_teacher
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
@@ -33,7 +34,7 @@ from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
 if TYPE_CHECKING:
     from torch import Tensor
 
-RUNS = ("drop", "start")
+RUNS, TO = ("drop", "start"), ("student", "teacher")
 CONVERTED_KEY = "ppcl_kept_blocks"  # marks files whose blocks are already those of a compressed model
 # What may stand before a block list's name: nothing, diffusers' component, PEFT's wrapper, both.
 _PREFIX = r"(?P<prefix>(?:base_model\.model\.)?(?:transformer\.)?)"
@@ -225,19 +226,23 @@ def _load_into_second(
     return MappingReport({}, (), keys, (), ())
 
 
-def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, runs: str = "drop") -> MappingReport:
-    """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads.
+def convert_lora(
+    src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, runs: str = "drop", to: str = "student"
+) -> MappingReport:
+    """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads; or one for the teacher.
 
     The file's metadata is kept, with the block names inside the adapter's metadata
     (``rank_pattern``, ``alpha_pattern``, ``target_modules``) renamed as well. A file cannot widen layers of low
     rank: their LoRA is folded, and the report says what is left of it.
 
     Args:
-        src: A safetensors file made for the teacher.
+        src: A safetensors file made for the teacher, or trained on the compressed pipeline.
         dst: The file to write (atomically).
         pipe_or_kept_blocks: The compressed pipeline, or its kept blocks; formats that diffusers has to
-            convert, and the check against the transformer, need the pipeline.
+            convert, the way back, and the check against the transformer need the pipeline.
         runs: See :func:`remap_lora`.
+        to: ``student``; or ``teacher``, for what was trained on the compressed pipeline
+            (:mod:`ppcl.pipelines.lora_back`).
 
     Returns:
         What became of each tensor.
@@ -249,6 +254,15 @@ def convert_lora(src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, 
 
     from ppcl.common.files import atomic_path
 
+    if to not in TO:
+        raise UserError(f"to is {to!r}; expected one of {', '.join(TO)}")
+    if to == "teacher":
+        tensors, header = _read(Path(src))
+        adapter = _metadata(header, src) if METADATA_KEY in header else {}
+        back, report = lora_for_teacher(tensors, adapter, pipe_or_kept_blocks)
+        with atomic_path(dst) as temporary:
+            save_file(_storable(back), temporary, {"format": "pt"})
+        return report
     strength = _check_source(src, None)
     tensors, header = _read(Path(src))
     record: Mapping[str, Sequence[Any]]

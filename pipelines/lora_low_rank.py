@@ -59,7 +59,7 @@ def fold(tensors: Mapping[str, Tensor], transformer: Any) -> tuple[dict[str, Ten
 
     out, shares = dict(tensors), {}
     for path, (keys_a, keys_b) in _pairs(tensors, transformer).items():
-        up = _plain_weight(transformer.get_submodule(path).up.weight.detach(), path).double().cpu()
+        up = plain_weight(transformer.get_submodule(path).up.weight.detach(), path).double().cpu()
         inverse = torch.linalg.pinv(up)
         for key in keys_b:
             whole = tensors[key].double().cpu()
@@ -121,7 +121,7 @@ def widen(tensors: Mapping[str, Tensor], transformer: Any) -> dict[str, Tensor]:
     return out
 
 
-def _plain_weight(weight: Tensor, path: str) -> Tensor:
+def plain_weight(weight: Tensor, path: str) -> Tensor:
     """The numbers behind a weight, quantised ones as well."""
     import torch
 
