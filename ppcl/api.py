@@ -34,7 +34,6 @@ def compress(
     """
     from ppcl.export.card import PLACEHOLDER
     from ppcl.export.hub import check_repo_id, push
-    from ppcl.teacher.loading import stored_folder
 
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
@@ -43,5 +42,5 @@ def compress(
     for stage in STAGES:
         run.run(stage)
     if push_to_hub is not None:
-        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER, stored_folder(model))
+        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER)
     return run.out / "pipeline"

@@ -28,7 +28,6 @@ from ppcl.cli.options import (
     resolve,
     skip_peft,
 )
-from ppcl.common.files import read_json
 from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds
 from ppcl.errors import ConfigError
 from ppcl.run.stages import STAGES
@@ -69,7 +68,7 @@ def compress(
             print_prediction(run.out)
     if run.group.is_main:
         print_summary(run.out)
-        push.upload(run.out / "pipeline", model)
+        push.upload(run.out / "pipeline")
     run.group.close()
 
 
@@ -122,13 +121,13 @@ def _export_command(
             raise ConfigError("--prompts and --mode are the run's own; leave them out to export another size")
         config = load_config(settings.config or [], settings.overrides or [])
         _export_size(Path(model), out, budget, config, teacher)
-        push.upload(out, str(read_json(Path(model) / "stages.json")["model"]))
+        push.upload(out)
         return
     if teacher is not None:
         logger.warning("--teacher has no effect without a run in the model's place")
     run = open_run(model, out, settings, budget)
     _run_stage(run, "export")
-    push.upload(run.out / "pipeline", model)
+    push.upload(run.out / "pipeline")
 
 
 def _export_format(model: str, out: Path, other: OtherFormat) -> None:

@@ -100,20 +100,14 @@ class Push:
         if not has_token():
             logger.warning("no token for the hub yet: log in with `hf auth login` before the push, or set HF_TOKEN")
 
-    def upload(self, folder: Path, model: str) -> None:
-        """Upload a pipeline folder, if a repository was given.
-
-        Args:
-            folder: The pipeline.
-            model: The teacher it was made from, whose files may be linked.
-        """
+    def upload(self, folder: Path) -> None:
+        """Upload a pipeline folder, if a repository was given."""
         if self.push_to_hub is None:
             return
         from ppcl.export.card import PLACEHOLDER
         from ppcl.export.hub import push
-        from ppcl.teacher.loading import stored_folder
 
-        url = push(folder, self.push_to_hub, self.private, PLACEHOLDER, stored_folder(model))
+        url = push(folder, self.push_to_hub, self.private, PLACEHOLDER)
         typer.echo(f"pushed:  {url}")
 
 

@@ -508,20 +508,13 @@ def file_digest(path: Path) -> str:
 
 
 def link_file(source: Path, place: Path) -> bool:
-    """Make ``place`` another name of a file: a hard link, or else a relative symbolic link.
-
-    A hard link outlives the source folder (and a cleaned cache). The relative path holds after
-    the folder of ``place`` is renamed beside itself.
+    """Make ``place`` another name of a file: a hard link, which outlives the source folder (and a cleaned cache).
 
     Returns:
-        Whether the file system allowed either.
+        Whether the file system allowed it.
     """
-    real = source.resolve()  # files of the hub's cache are links themselves
     try:
-        place.hardlink_to(real)
+        place.hardlink_to(source.resolve())  # files of the hub's cache are links themselves
     except OSError:  # another file system, another owner, or no links at all
-        try:
-            place.symlink_to(os.path.relpath(real, place.parent.resolve()))
-        except (OSError, ValueError):  # ValueError: another drive
-            return False
+        return False
     return True

@@ -272,7 +272,7 @@ class ExportConfig(Section):
     )
     max_shard_size: str = Field("10GB", description="of one file of weights, e.g. 5GB or 800MB")
     components: Literal["copy", "link"] = Field(
-        "copy", description="link: the other components' weights are the teacher's files, not copies of them"
+        "copy", description="link: the other components' weights are the teacher's files (on one file system)"
     )
     remote_code: bool = Field(
         False, description="smaller modules: their code goes along, for trust_remote_code=True without ppcl"

@@ -46,8 +46,8 @@ def has_token() -> bool:
     return bool(get_token())
 
 
-def push(folder: Path, repo_id: str, private: bool = False, placeholder: str = "", source: Path | None = None) -> str:
-    """Upload a pipeline folder; linked files go up as files, what the hub has already is not sent again.
+def push(folder: Path, repo_id: str, private: bool = False, placeholder: str = "") -> str:
+    """Upload a pipeline folder; what the hub has already is not sent again.
 
     Weights of an older push are removed from the repository's ``transformer`` folder; nothing else is.
 
@@ -56,20 +56,19 @@ def push(folder: Path, repo_id: str, private: bool = False, placeholder: str = "
         repo_id: ``user/name``; created if it is not there.
         private: Create it private; one that is there and public is refused.
         placeholder: Text in the card that ``repo_id`` takes the place of.
-        source: The teacher's folder, which links may lead to.
 
     Returns:
         The repository's address.
 
     Raises:
         HubError: There is no token, no network, or the hub refused.
-        ArtifactError: A link leads elsewhere.
+        ArtifactError: A link leads out of the folder.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     check_repo_id(repo_id)
-    check_links([folder], [place for root in (folder, source) if root is not None for place in real_places(root)])
+    check_links([folder], real_places(folder))
     api = huggingface_hub.HfApi()
     failures: tuple[type[Exception], ...] = (HfHubHTTPError, OSError, ValueError, RuntimeError, *_network_errors())
     try:

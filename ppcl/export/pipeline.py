@@ -198,7 +198,7 @@ def write_components(pipeline: Any, folder: Path | None, target: Path, link: boo
         pipeline: The teacher's pipeline.
         folder: Where its files are; None if they are not here.
         target: The new pipeline's folder; it exists.
-        link: Link the weights where the file system allows, see ``WEIGHTS``.
+        link: Link the weights where the file system allows, see ``WEIGHTS``; else they are copied, with a warning.
     """
     if folder is None:
         pipeline.save_config(target)
