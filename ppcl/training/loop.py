@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,13 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import read_tensors, write_tensors
 from ppcl.common.parts import is_part, part_of
 from ppcl.common.progress import Progress
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.training import stopping
+from ppcl.training.checkpoints import (
+    load_optimizer_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    write_checkpoint,
+)
 from ppcl.training.distributed import SINGLE, Group, add_up
-from ppcl.training.eight_bit import joined_states, plain_states, set_rate
+from ppcl.training.eight_bit import set_rate
 from ppcl.training.optimizers import new_optimizers
 from ppcl.training.settings import LoopSettings
 from ppcl.training.sharding import average_into, whole
@@ -299,11 +303,7 @@ class TrainingLoop:
     def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model/{k}": p for k, p in self.parameters.items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        for key, parameter in self.parameters.items():
-            for optimizer in self.optimizers:
-                for slot, value in plain_states(optimizer.state.get(parameter, {})).items():
-                    tensors[f"optimizer/{slot}/{key}"] = value
-        return tensors
+        return tensors | optimizer_tensors(self.optimizers, self.parameters)
 
     def _write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         meta = {
@@ -313,50 +313,22 @@ class TrainingLoop:
             "bad_steps": self.bad_steps,
             "usual_loss": [self._counted, self._usual],
         }
-        target = self.folder / f"step-{step}" / "state.safetensors"
-        write_tensors(target, tensors, meta)
-        checkpoints = self._checkpoints()  # those of later steps are of another run
-        kept = [folder for number, folder in checkpoints if number <= step][-self.settings.keep_checkpoints :]
-        for _, folder in checkpoints:
-            if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        files = self.folder.glob("step-*/state.safetensors")
-        return sorted((int(p.parent.name.split("-")[1]), p.parent) for p in files)
-
-    def _load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
-        saved: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, *rest = name.split("/", 2)
-            if kind == "optimizer":
-                saved.setdefault(rest[1], {})[rest[0]] = tensor
-        names = {parameter: key for key, parameter in self.parameters.items()}
-        for optimizer in self.optimizers:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
-                slots = saved.get(names[parameter], {})
-                if slots:
-                    placed = {slot: part_of(value, parameter) for slot, value in slots.items()}
-                    optimizer.state[parameter] = joined_states(placed)
+        write_checkpoint(self.folder, step, tensors, meta, self.settings.keep_checkpoints)
 
     @torch.no_grad()
     def resume(self) -> int:
         """Load the newest checkpoint of this fingerprint; return the step to go on from (0 without one)."""
         self.group.barrier()  # nobody writes any more
-        checkpoints = self._checkpoints()
-        if not checkpoints:
+        newest = newest_checkpoint(self.folder, self.fingerprint)
+        if newest is None:
             return 0
-        path = checkpoints[-1][1] / "state.safetensors"
-        tensors, meta = read_tensors(path)
-        if not meta or meta.get("fingerprint") != self.fingerprint:
-            return 0
+        path, tensors, meta = newest
         wanted = {*(f"model/{key}" for key in self.parameters), *(f"ema/{key}" for key in self.ema)}
         if not wanted <= tensors.keys() or not isinstance(meta.get("step"), int):
             raise ArtifactError(f"{path} belongs to another model; delete {self.folder} and run again")
         for key, parameter in self.parameters.items():
             parameter.copy_(part_of(tensors[f"model/{key}"], parameter))
-        self._load_optimizers(tensors)
+        load_optimizer_tensors(self.optimizers, self.parameters, tensors)
         for key, average in self.ema.items():
             average.copy_(part_of(tensors[f"ema/{key}"], average))
         self.bad_steps = int(meta.get("bad_steps", 0))
