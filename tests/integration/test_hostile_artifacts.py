@@ -364,6 +364,7 @@ def test_config_files_that_are_none(refuses, common, tmp_path, kind):
         ("--set", "capture.height=-16"),
         ("--set", "distill.local_steps=1e9"),
         ("--set", "seed=1e23"),
+        ("--set", "seed=99999999999999999999999"),
         ("--set", "analyze.ridges=[]"),
         ("--set", "a=" + "[" * 20_000),
     ],
@@ -372,6 +373,27 @@ def test_config_files_that_are_none(refuses, common, tmp_path, kind):
 def test_options_that_would_fail_late(refuses, common, tmp_path, option):
     refuses("compress", *common, *option, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": ' * 50_000], ids=["[", "1", "{"])
+def test_files_of_a_model_that_are_none(tiny_model, tmp_path, text):
+    """Every JSON file of a pipeline is read by somebody: by us, diffusers, transformers or tokenizers."""
+    from ppcl.teacher.loading import load_pipeline
+
+    names = [path.relative_to(tiny_model) for path in sorted(tiny_model.rglob("*.json"))]
+    assert len(names) > 5
+    refused = set()
+    for name in names:
+        model = shutil.copytree(tiny_model, tmp_path / "model")
+        (model / name).write_text(text)
+        with bounded():
+            try:
+                load_pipeline(str(model), torch.device("cpu"))
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 2000
+                refused.add(name.name)
+        shutil.rmtree(model)
+    assert {"model_index.json", "config.json", "tokenizer.json", "scheduler_config.json"} <= refused
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"_class_name": ' + "1" * 5000 + "}", "[1]", "\x00"])

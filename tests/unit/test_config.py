@@ -246,6 +246,7 @@ def test_what_changed_is_said_of_a_file_of_the_users(tmp_path: Path, section: st
         "distill.accumulate=1e9",
         "threads=1e9",
         "seed=1e23",
+        "seed=99999999999999999999999",
         "seed=-1",
         "seed=" + "1" * 5000,
         "analyze.ridges=[]",
