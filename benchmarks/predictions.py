@@ -29,11 +29,10 @@ from ppcl.common.tables import markdown_table
 from ppcl.config import DistillConfig, PlanConfig, for_model, load_config
 from ppcl.distill.streamed import Starts
 from ppcl.eval.velocity import state_errors
-from ppcl.pruning import exchanges
 from ppcl.pruning.artifacts import Candidates, load_candidates
-from ppcl.pruning.exchanges import JointErrors
 from ppcl.pruning.knapsack import Edge, Route, edges_of, layout_of
 from ppcl.pruning.planner import plan
+from ppcl.student import prediction
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import members
 from ppcl.student.plan import CompressionPlan
@@ -100,9 +99,9 @@ class Judge:
 def random_plans(judge: Judge, analysis: Analysis, candidates: Candidates, plans: int) -> list[list[str]]:
     """Rows of the first table."""
     fitted = [run for run in candidates.candidates if run.fitted_error is not None]
-    edges = edges_of(analysis.model, fitted, candidates.width, False)
+    edges = edges_of(analysis.model, fitted, candidates.width, False, candidates.vectors)
     edges = [edge for edge in edges if not (edge.segment.is_run and edge.segment.width)]  # runs stay whole
-    joint, generator = JointErrors(edges, candidates.vectors), np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     rows = []
     for kind, sizes in KINDS.items():
         found = []
@@ -111,7 +110,7 @@ def random_plans(judge: Judge, analysis: Analysis, candidates: Candidates, plans
             layout = layout_of(analysis.model, [edges[n] for n in route])
             made = CompressionPlan(analysis.model, "optimal", {"keep": 1.0}, layout, predict(analysis.model, layout))
             squares = math.sqrt(sum(edges[n].cost for n in route))
-            found.append((judge.error(made), squares, math.sqrt(max(0.0, joint.of(route)))))
+            found.append((judge.error(made), squares, made.predicted.error))
         measured, alone, together = np.array(found).T
         for name, predicted in (("sum of squares", alone), ("joint", together)):
             ratio = np.quantile(measured / predicted, [0.5, 0.05, 0.95])
@@ -142,9 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--plans", type=int, default=24, help="of each kind")
-    parser.add_argument("--share", type=float, default=exchanges.SHARE, help="of two options' products that counts")
+    parser.add_argument("--share", type=float, default=prediction.SHARE, help="of two options' products that counts")
     given = parser.parse_args(argv)
-    exchanges.SHARE = given.share
+    prediction.SHARE = given.share
     judge = Judge(given.run)
     analysis, candidates = load_artifact(Analysis, given.run / "analysis.json"), load_candidates(given.run)
     header = ["plans of", "prediction", "measured", "rank correlation", "measured / predicted: median", "5% to 95%"]
@@ -156,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         f"RUN {given.out} --share {given.share:g}`: {given.plans} random plans of each kind, of briefly fitted blocks "
         f"and untrained smaller modules, on the {judge.config.fit.eval_states} held-out states of the prices. "
         "The sum of squares takes "
-        "options for unrelated; jointly, products of their vectors say how they add up (ppcl/pruning/exchanges.py)."
+        "options for unrelated; jointly, products of their vectors say how they add up (ppcl/student/prediction.py)."
         f"\n\n{table}\n\n## Plans that are chosen\n\nThe same budgets with either prediction; nothing is trained."
         f"\n\n{markdown_table(header, best_plans(judge, analysis, candidates))}\n"
     )

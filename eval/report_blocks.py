@@ -299,6 +299,5 @@ def _candidate_card(run: RunData) -> str:
         "What replacing each run costs",
         figures.candidate_bars(runs, in_plan),
         "How to read: how far the model's final output moves when this run alone is replaced; short bars are cheap, "
-        "and the planner picks runs that do not overlap and meet the budget at the least total of squared errors."
-        + rest,
+        "and the planner picks runs that do not overlap, meet the budget and together move it least." + rest,
     )

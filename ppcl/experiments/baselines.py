@@ -33,9 +33,9 @@ def nearest_rung(ladder: Sequence[Runs], count: int) -> Runs:
 
 def plan_from_runs(model: ModelInfo, runs: Runs, mode: str, candidates: Candidates) -> CompressionPlan:
     """Turn runs into a plan with its prediction; its budget is the number of removed blocks."""
-    layout, error = layout_of_runs(model, runs, candidates)
+    layout = layout_of_runs(model, runs, candidates)
     budget = {"removed_blocks": float(removed_blocks(runs))}
-    return CompressionPlan(model, mode, budget, layout, predict(model, layout, error))
+    return CompressionPlan(model, mode, budget, layout, predict(model, layout))
 
 
 def plans_of_equal_size(

@@ -127,7 +127,7 @@ def _paragraphs(runner: RowRunner, rows: Sequence[tuple[float, CompressionPlan, 
     plans = "\n".join(f"* keep {keep:g}: {describe_plan(plan)}" for keep, plan, _ in rows)
     reading = (
         f"All sizes are one bundle, trained once: substitutes are put in or left out, nothing is trained again. "
-        f"{measured_with(runner)} The predicted error is the root of the summed squares of the single substitutes' "
-        f"errors before distillation. {READING} `~`: the drop cannot be told apart from that of the size above."
+        f"{measured_with(runner)} The predicted error is that of the substitutes in it together, by how each moves the "
+        f"velocity, before distillation. {READING} `~`: the drop cannot be told apart from that of the size above."
     )
     return ["# One bundle, many sizes", table(COLUMNS, lines), reading, plans]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ppcl.config.extensions import ALLOCATIONS
 from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning.artifacts import WidthOption
-from ppcl.pruning.knapsack import Layout, put_in
+from ppcl.pruning.knapsack import Layout, Vectors, put_in
 from ppcl.student.plan import Segment
 from ppcl.teacher.model_info import ModelInfo
 
@@ -229,16 +229,15 @@ def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
     return modules
 
 
-def layout_of(model: ModelInfo, options: Sequence[WidthOption]) -> tuple[Layout, float]:
-    """The segments that put options into the teacher's own blocks, and the root of the sum of their squared errors."""
+def layout_of(model: ModelInfo, options: Sequence[WidthOption], vectors: Vectors) -> Layout:
+    """The segments that put options, of which vectors are known by name, into the teacher's own blocks."""
     inside: dict[tuple[str, int], list[WidthOption]] = {}
     for option in options:
         inside.setdefault((option.stack, option.block), []).append(option)
-    layout = {
+    return {
         stack.name: tuple(
-            put_in(Segment(index, index), 0.0, tuple(inside.get((stack.name, index), ())))[0]
+            put_in(Segment(index, index), None, tuple(inside.get((stack.name, index), ())), vectors)[0]
             for index in range(stack.num_blocks)
         )
         for stack in model.stacks
     }
-    return layout, math.sqrt(sum(option.error**2 for option in options))

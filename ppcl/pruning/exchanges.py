@@ -1,45 +1,25 @@
 """Plans that know how errors add up: what is in them is exchanged while that lowers the error of all of it together.
 
-Squared errors of options add up only where they move the velocity in unrelated directions. With the vectors of
-:mod:`ppcl.analysis.prices` a plan x costs x^T G x: off its diagonal G has the products of two options' vectors, on it
-their squared errors as measured, which a vector's own norm underrates where they are not small. That is no sum over the
-edges of a path any more. The cheapest paths by the diagonal alone (:mod:`ppcl.pruning.knapsack`) are where this starts.
-Of the products half counts (docs/decisions.md): whoever looks for the least estimate finds what its noise flatters, and
-large errors add up to less than their sum. No torch here.
+The error of :func:`ppcl.student.prediction.joint_error` is no sum over the edges of a path. The cheapest paths by each
+edge's own squared error (:mod:`ppcl.pruning.knapsack`) are where this starts. No torch here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppcl.pruning.knapsack import Edge, Route
+from ppcl.student import prediction
 
-SHARE = 0.5  # of the products of two options' vectors that counts
 AT_ONCE = 4_000_000  # pairs of moves that are looked at together
 MOST = 500  # exchanges; each lowers the error, and a few dozen are usual
 LEAST = 1e-9  # of a squared error, that an exchange must bring
 
-Vectors = Mapping[str, NDArray[Any]]
 Numbers = NDArray[np.float64]
-
-
-def own_and_vectors(cost: float, options: Sequence[str], vectors: Vectors) -> tuple[float, Numbers]:
-    """What options of a squared error add to that of a plan by themselves, and to the sum of vectors."""
-    size = max((vector.size for vector in vectors.values()), default=1)
-    known = [SHARE**0.5 * vectors[name].astype(float).ravel() for name in options if name in vectors]
-    return cost - sum(float(vector @ vector) for vector in known), sum(known, np.zeros(size))
-
-
-def joint_error(costs: Mapping[str, float], vectors: Vectors) -> float:
-    """The error of options together, from the squared error of each by its name."""
-    parts = [own_and_vectors(cost, [name], vectors) for name, cost in costs.items()]
-    together = sum((vector for _, vector in parts), np.zeros(1))
-    return math.sqrt(max(0.0, sum(own for own, _ in parts) + float(together @ together)))
 
 
 class _Moves(NamedTuple):
@@ -67,17 +47,14 @@ class JointErrors:
 
     Args:
         edges: What may stand in the place of blocks.
-        vectors: Of the options in them, by name.
     """
 
-    def __init__(self, edges: Sequence[Edge], vectors: Vectors) -> None:
+    def __init__(self, edges: Sequence[Edge]) -> None:
         self.first = np.array([edge.first for edge in edges])
         self.last = np.array([edge.last for edge in edges])
         self.saved = np.array([edge.saved for edge in edges], dtype=float)
-        size = max((vector.size for vector in vectors.values()), default=1)
-        self.vectors, self.own = np.zeros((len(edges), size)), np.zeros(len(edges))
-        for number, edge in enumerate(edges):
-            self.own[number], self.vectors[number] = own_and_vectors(edge.cost, edge.options, vectors)
+        self.vectors = prediction.SHARE**0.5 * prediction.padded([edge.segment.vector for edge in edges])
+        self.own = np.array([edge.alone for edge in edges]) - (self.vectors**2).sum(1)
 
     def of(self, route: Route) -> float:
         """The squared error of a path."""

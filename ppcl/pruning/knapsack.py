@@ -1,22 +1,23 @@
 """Depth and width under one budget: which runs become one block, which modules become smaller.
 
 A graph over a line of blocks: an edge is something smaller in the place of some blocks, which saves something and costs
-a squared velocity error; the teacher's own blocks are free. Squares add, so a model is a path and its cost the sum of
-its edges'. One dynamic programme over the blocks finds the cheapest paths for every class of savings
+a squared velocity error; the teacher's own blocks are free. A model is a path; as far as squares add, its cost is the
+sum of its edges'. One dynamic programme over the blocks finds the cheapest paths for every class of savings
 (:class:`CheapestPaths`); plans, sizes of a bundle and path search all ask it. No torch here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import Segment, start_index
+from ppcl.student.prediction import joint_error, padded
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 CLASSES = 1000  # of savings, from nothing to the whole model
@@ -33,10 +34,9 @@ class Edge:
         first: First block, numbered through all stacks.
         last: Last block, inclusive.
         saved: What it saves, in the budget's unit.
-        cost: Squared relative velocity error when it alone is put in.
+        cost: Sum of the squared relative velocity errors of what is in it: its run, and its smaller modules.
         stack: Its stack.
         segment: What it is in a plan.
-        options: Names of what is in it: its run, and its smaller modules.
     """
 
     first: int
@@ -45,7 +45,12 @@ class Edge:
     cost: float
     stack: str
     segment: Segment
-    options: tuple[str, ...] = ()
+
+    @property
+    def alone(self) -> float:
+        """Squared relative velocity error when it alone is put in: what is in it taken together, if that is known."""
+        error = self.segment.error
+        return self.cost if error is None else error * error
 
 
 class _Ways(NamedTuple):
@@ -130,10 +135,8 @@ class CheapestPaths:
         return tuple(reversed(numbers))
 
 
-def best_routes(
-    model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES
-) -> list[tuple[Route, float]]:
-    """Return the cheapest path for each class of savings, and its cost.
+def best_routes(model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES) -> list[Route]:
+    """Return the cheapest path for each class of savings.
 
     Args:
         model: The teacher.
@@ -142,20 +145,18 @@ def best_routes(
         classes: How many classes of savings are told apart.
 
     Returns:
-        Paths with their summed squared errors, from nothing saved to as much as possible.
+        Paths, from nothing saved to as much as possible.
     """
     whole = model.flops if by_flops and model.flops else model.params  # edges save parameters where no FLOPs are known
     unit = max(1.0, whole / classes)
     paths = CheapestPaths(sum(stack.num_blocks for stack in model.stacks), edges, unit)
-    return [(paths.route(index), float(cost)) for index, cost in enumerate(paths.cost)]
+    return [paths.route(index) for index in range(len(paths.cost))]
 
 
-def best_layouts(
-    model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES
-) -> list[tuple[Layout, float]]:
-    """:func:`best_routes` as layouts, with the square roots of their costs."""
+def best_layouts(model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classes: int = CLASSES) -> list[Layout]:
+    """:func:`best_routes` as layouts."""
     routes = best_routes(model, edges, by_flops, classes)
-    return [(layout_of(model, [edges[number] for number in route]), math.sqrt(cost)) for route, cost in routes]
+    return [layout_of(model, [edges[number] for number in route]) for route in routes]
 
 
 def layout_of(model: ModelInfo, edges: Iterable[Edge]) -> Layout:
@@ -171,7 +172,13 @@ def layout_of(model: ModelInfo, edges: Iterable[Edge]) -> Layout:
     return layout
 
 
-def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[WidthOption], by_flops: bool) -> list[Edge]:
+def edges_of(
+    model: ModelInfo,
+    runs: Sequence[Candidate],
+    options: Sequence[WidthOption],
+    by_flops: bool,
+    vectors: Vectors | None = None,
+) -> list[Edge]:
     """Everything that may stand for blocks; of the choices of smaller modules only the undominated ones.
 
     Args:
@@ -179,6 +186,7 @@ def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[Widt
         runs: Allowed runs; those without a finite cost are left out.
         options: Allowed smaller modules.
         by_flops: Save time instead of parameters: FLOPs of blocks, and what was measured of smaller modules.
+        vectors: How each of them moves the velocity, by its name.
     """
     edges: list[Edge] = []
     offset = 0
@@ -194,15 +202,14 @@ def edges_of(model: ModelInfo, runs: Sequence[Candidate], options: Sequence[Widt
         for index in range(stack.num_blocks):
             kept = Segment(index, index)
             choices = choices_of(by_block[index], by_flops)
-            filled = [(*put_in(kept, 0.0, choice), tuple(o.name for o in choice)) for choice in choices]
+            filled = [put_in(kept, None, choice, vectors) for choice in choices]
             for run in by_first[index]:
                 # a substitute carries several blocks' work: it keeps its feed-forward networks
                 start = by_block[start_index(run.first, run.last, run.start)]
                 inside = [option for option in start if option.family == "modulation"]
                 whole = Segment(run.first, run.last, run.start or "middle")
-                for choice in choices_of(inside, by_flops):
-                    filled.append((*put_in(whole, run.cost, choice), (run.name, *(o.name for o in choice))))
-            edges += [_edge(stack, offset, s, c, by_flops, names) for s, c, names in filled if s.is_substitute]
+                filled += [put_in(whole, run, choice, vectors) for choice in choices_of(inside, by_flops)]
+            edges += [_edge(stack, offset, s, c, by_flops) for s, c in filled if s.is_substitute]
         offset += stack.num_blocks
     return edges
 
@@ -211,29 +218,41 @@ def edges_of_plan(model: ModelInfo, plan: Layout, by_flops: bool) -> list[Edge]:
     """The substitutes of one plan; those without a measured error come last."""
     offsets = [sum(stack.num_blocks for stack in model.stacks[:i]) for i in range(len(model.stacks))]
     return [
-        _edge(stack, offset, s, (1.0 if s.error is None else s.error) ** 2, by_flops)
+        _edge(stack, offset, s, 1.0 if s.error is None else s.error * s.error, by_flops)
         for stack, offset in zip(model.stacks, offsets, strict=True)
         for s in plan[stack.name]
         if s.is_substitute
     ]
 
 
-def _edge(
-    stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bool, options: tuple[str, ...] = ()
-) -> Edge:
+def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bool) -> Edge:
     sizes = stack.block_flops if by_flops and stack.block_flops else stack.block_params
     start = start_index(segment.first, segment.last, segment.start)
     saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
     saved += segment.saved_speed if by_flops else segment.saved_params
-    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment, options)
+    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment)
 
 
 Choice = tuple[WidthOption, ...]
+Vectors = Mapping[str, Any]  # (K, N) of each run and smaller module, by its name
 
 
-def put_in(segment: Segment, cost: float, choice: Choice) -> tuple[Segment, float]:
-    """Put smaller modules into a segment; returns it and its squared error."""
-    total = cost + sum(option.error**2 for option in choice)
+def put_in(
+    segment: Segment, run: Candidate | None, choice: Choice, vectors: Vectors | None = None
+) -> tuple[Segment, float]:
+    """Put what was measured into a segment.
+
+    Args:
+        segment: A kept block, or a run.
+        run: What is known of the run; None of a kept block.
+        choice: The smaller modules.
+        vectors: How each moves the velocity, by its name.
+
+    Returns:
+        The segment with its error, and the sum of the squares of the single errors.
+    """
+    measured = [*([] if run is None else [(run.name, math.sqrt(run.cost))]), *((o.name, o.error) for o in choice)]
+    moves = [np.ravel((vectors or {}).get(name, ())).tolist() for name, _ in measured]
     timed = any(option.saved_time is not None for option in choice)
     filled = Segment(
         segment.first,
@@ -242,10 +261,11 @@ def put_in(segment: Segment, cost: float, choice: Choice) -> tuple[Segment, floa
         width={path: dict(part) for option in choice for path, part in option.parts.items()},
         saved_params=sum(option.saved_params for option in choice),
         saved_flops=sum(option.saved_flops for option in choice),
-        error=math.sqrt(total) if choice or segment.is_run else None,
+        error=joint_error([error for _, error in measured], moves) if measured else None,
+        vector=tuple(padded(moves).sum(0).tolist()),
         saved_time=sum(option.saved_speed for option in choice) if timed else None,
     )
-    return filled, total
+    return filled, sum(error * error for _, error in measured)
 
 
 def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:

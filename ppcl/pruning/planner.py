@@ -20,17 +20,19 @@ from ppcl.errors import BudgetError, ConfigError
 from ppcl.pruning import allocations
 from ppcl.pruning.allocations import allotted_layouts
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
-from ppcl.pruning.exchanges import JointErrors, joint_error
+from ppcl.pruning.exchanges import JointErrors
 from ppcl.pruning.knapsack import (
     CLASSES,
     DEPTH_CLASSES,
+    Edge,
     Layout,
-    Route,
+    Vectors,
     best_layouts,
     best_routes,
     edges_of,
     edges_of_plan,
     layout_of,
+    put_in,
 )
 from ppcl.student.plan import CompressionPlan, Prediction, Segment, free_blocks
 from ppcl.student.prediction import predict
@@ -99,30 +101,17 @@ def plan(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> Co
 def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) -> CompressionPlan:
     """Least velocity error of all together, over runs that do not overlap and smaller modules.
 
-    The cheapest paths by summed squared errors are the start; of those that meet the budget the one of least joint
-    error is improved by exchanges (:mod:`ppcl.pruning.exchanges`). Fitted and probe costs are on different scales (a
-    probe can beat a briefly fitted block), so unfitted runs come in only where the fitted ones cannot meet the budget.
+    Fitted and probe costs are on different scales (a probe can beat a briefly fitted block), so unfitted runs come in
+    only where the fitted ones cannot meet the budget.
     """
     model, by_flops = analysis.model, settings.budget[0] == "speedup"
     runs, options = usable(model, candidates, settings)
 
     def cheapest(runs: Sequence[Candidate]) -> CompressionPlan:
-        edges = edges_of(model, runs, options, by_flops)
-        joint = JointErrors(edges, candidates.vectors)
-
-        def laid_out(route: Route) -> tuple[Layout, float]:
-            return layout_of(model, [edges[n] for n in route]), math.sqrt(max(0.0, joint.of(route)))
-
-        routes = [route for route, _ in best_routes(model, edges, by_flops, CLASSES if options else DEPTH_CLASSES)]
-        layouts = [laid_out(route) for route in routes]
-        enough = _within_budget(model, layouts, settings.budget, partial(infeasible, settings))
-        wanted = min(sum(edges[n].saved for n in routes[number]) for number in enough)
-        start = _least_error(enough)
-        best = joint.improved(routes[start], wanted)
-        try:
-            return plan_of(model, [laid_out(best)], settings)
-        except BudgetError:  # what edges save is rounded otherwise than what a plan is predicted to
-            return plan_of(model, [layouts[start]], settings)
+        edges = edges_of(model, runs, options, by_flops, candidates.vectors)
+        classes = CLASSES if options else DEPTH_CLASSES
+        layout, found = least_layout(model, edges, settings.budget, classes, partial(infeasible, settings))
+        return CompressionPlan(model, settings.mode, dict([settings.budget]), layout, found)
 
     try:
         return cheapest([run for run in runs if run.fitted_error is not None])
@@ -159,7 +148,8 @@ def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig)
             "plan.mode=allocation cuts neurons and heads, and none were measured; add ffn or attention to fit.width "
             "(and plan.width, if it is set) and fit again"
         )
-    return plan_of(analysis.model, [allocations.layout_of(analysis.model, choice) for choice in ladder], settings)
+    layouts = [allocations.layout_of(analysis.model, choice, candidates.vectors) for choice in ladder]
+    return plan_of(analysis.model, layouts, settings)
 
 
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:
@@ -191,20 +181,20 @@ def from_ladder(
     return plan_of(model, [layout_of_runs(model, runs, candidates, start) for runs in ladder], settings)
 
 
-def plan_of(model: ModelInfo, layouts: Sequence[tuple[Layout, float | None]], settings: PlanConfig) -> CompressionPlan:
-    """Of layouts and their errors take the largest that meets the budget.
+def plan_of(model: ModelInfo, layouts: Sequence[Layout], settings: PlanConfig) -> CompressionPlan:
+    """Of layouts take the largest that meets the budget.
 
     Raises:
         BudgetError: None meets it; the message names the nearest feasible budget.
     """
     enough = _within_budget(model, layouts, settings.budget, partial(infeasible, settings))
     best = min(enough, key=lambda number: -enough[number].params)
-    return CompressionPlan(model, settings.mode, dict([settings.budget]), layouts[best][0], enough[best])
+    return CompressionPlan(model, settings.mode, dict([settings.budget]), layouts[best], enough[best])
 
 
 def _within_budget(
     model: ModelInfo,
-    layouts: Sequence[tuple[Layout, float | None]],
+    layouts: Sequence[Layout],
     budget: tuple[str, float],
     refuse: Callable[[str], str],
 ) -> dict[int, Prediction]:
@@ -213,20 +203,48 @@ def _within_budget(
     Raises:
         BudgetError: None meets it.
     """
-    predictions = [predict(model, layout, error) for layout, error in layouts]
+    predictions = [predict(model, layout) for layout in layouts]
     enough = {number: found for number, found in enumerate(predictions) if meets(found, *budget)}
     if not enough:
         raise BudgetError(refuse(nearest_budget(predictions, budget[0])))
     return enough
 
 
-def _least_error(predictions: Mapping[int, Prediction]) -> int:
-    """The one of least error, of equals the largest."""
-    return min(predictions, key=lambda number: (predictions[number].error or 0.0, -predictions[number].params))
+def least_layout(
+    model: ModelInfo, edges: Sequence[Edge], budget: tuple[str, float], classes: int, refuse: Callable[[str], str]
+) -> tuple[Layout, Prediction]:
+    """Of everything that meets a budget find what has the least joint error, about, and of equals the largest.
+
+    The cheapest paths by summed squared errors are the start; of those that meet the budget the one of least joint
+    error is improved by exchanges (:mod:`ppcl.pruning.exchanges`).
+
+    Args:
+        model: The teacher.
+        edges: What may stand in the place of its blocks.
+        budget: Kind and value.
+        classes: How many classes of savings are told apart.
+        refuse: The message, from the nearest budget that is met.
+
+    Raises:
+        BudgetError: Nothing meets it.
+    """
+    joint = JointErrors(edges)
+    routes = best_routes(model, edges, budget[0] == "speedup", classes)
+    layouts = [layout_of(model, [edges[n] for n in route]) for route in routes]
+    enough = _within_budget(model, layouts, budget, refuse)
+    wanted = min(sum(edges[n].saved for n in routes[number]) for number in enough)
+    start = min(enough, key=lambda number: (joint.of(routes[number]), -enough[number].params))
+    best = layout_of(model, [edges[n] for n in joint.improved(routes[start], wanted)])
+    found = predict(model, best)
+    if meets(found, *budget):
+        return best, found
+    return layouts[start], enough[start]  # what edges save is rounded otherwise than what a plan is predicted to
 
 
 def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
-    """Choose, of a plan's substitutes, those that meet another budget; the teacher's blocks stay in the others.
+    """Choose, of a plan's substitutes, those of least joint error that meet another budget.
+
+    The teacher's blocks stay in the place of the others.
 
     Args:
         plan: A plan whose substitutes are trained.
@@ -236,15 +254,14 @@ def select(plan: CompressionPlan, kind: str, value: float) -> CompressionPlan:
     Raises:
         BudgetError: Even all of them do not meet it.
     """
-    model, by_flops = plan.model, kind == "speedup"
+    model = plan.model
 
     def refuse(nearest: str) -> str:
         return f"the substitutes of this bundle do not give {value:g} {UNITS[kind]}; all of them put in it is {nearest}"
 
-    layouts = best_layouts(model, edges_of_plan(model, plan.stacks, by_flops), by_flops)
-    enough = _within_budget(model, layouts, (kind, value), refuse)
-    best = _least_error(enough)
-    return CompressionPlan(model, plan.mode, {kind: value}, layouts[best][0], enough[best])
+    edges = edges_of_plan(model, plan.stacks, kind == "speedup")
+    layout, found = least_layout(model, edges, (kind, value), CLASSES, refuse)
+    return CompressionPlan(model, plan.mode, {kind: value}, layout, found)
 
 
 def is_allowed(model: ModelInfo, candidate: Candidate, settings: PlanConfig) -> bool:
@@ -270,7 +287,7 @@ def optimal_ladder(model: ModelInfo, candidates: Sequence[Candidate]) -> list[Ru
     layouts = best_layouts(model, edges_of(model, candidates, (), False), False, DEPTH_CLASSES)
     return [
         tuple((name, s.first, s.last) for name, segments in layout.items() for s in segments if s.is_run)
-        for layout, _ in layouts
+        for layout in layouts
     ]
 
 
@@ -348,26 +365,25 @@ def removal_ladder(order: Sequence[tuple[str, int]]) -> list[Runs]:
     return ladder
 
 
-def segments(stack: Stack, runs: Sequence[RunKey], costs: Costs, start: str | None = None) -> tuple[Segment, ...]:
+def segments(
+    stack: Stack, runs: Sequence[RunKey], costs: Costs, start: str | None = None, vectors: Vectors | None = None
+) -> tuple[Segment, ...]:
     """Turn runs of one stack into its segments; the start of a substitute is the given or the best known one."""
     pieces, position = [], 0
     for name, first, last in sorted(runs):
         pieces += [Segment(i, i) for i in range(position, first)]
         run = costs.get((name, first, last))
-        error = math.sqrt(run.cost) if run else None
-        pieces.append(Segment(first, last, start or (run.start if run else None) or "middle", error=error))
+        known = run if math.isfinite(cost_of(run)) else None
+        segment = Segment(first, last, start or (run.start if run else None) or "middle")
+        pieces.append(put_in(segment, known, (), vectors)[0])
         position = last + 1
     return (*pieces, *(Segment(i, i) for i in range(position, stack.num_blocks)))
 
 
-def layout_of_runs(
-    model: ModelInfo, runs: Runs, candidates: Candidates, start: str | None = None
-) -> tuple[Layout, float | None]:
-    """Segments of a set of runs, whose substitutes have the given or the best known start, and their error if known."""
-    costs = costs_of(candidates)
-    known = {costs[run].name: costs[run].cost for run in runs if math.isfinite(cost_of(costs.get(run)))}
-    error = joint_error(known, candidates.vectors) if len(known) == len(runs) else None
-    return {s.name: segments(s, [r for r in runs if r[0] == s.name], costs, start) for s in model.stacks}, error
+def layout_of_runs(model: ModelInfo, runs: Runs, candidates: Candidates, start: str | None = None) -> Layout:
+    """Segments of a set of runs, whose substitutes have the given or the best known start."""
+    costs, vectors = costs_of(candidates), candidates.vectors
+    return {s.name: segments(s, [r for r in runs if r[0] == s.name], costs, start, vectors) for s in model.stacks}
 
 
 def meets(prediction: Prediction, kind: str, value: float) -> bool:

@@ -57,7 +57,7 @@ def shortlist(
     for smaller, by_flops in product((options, ()), (False, True) if model.flops else (False,)):
         edges = edges_of(model, candidates, smaller, by_flops)
         layouts = best_layouts(model, edges, by_flops, CLASSES if smaller else DEPTH_CLASSES)
-        for layout, _ in layouts:
+        for layout in layouts:
             for stack, segments in layout.items():
                 for segment in segments:
                     if segment.is_run:

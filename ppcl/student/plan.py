@@ -43,6 +43,8 @@ class Segment:
         saved_flops: Forward FLOPs that ``width`` saves for one sample.
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
+        vector: How it moves the velocity, by which errors of several are added up (:func:`ppcl.student.prediction
+            .joint_error`); what follows the last number is 0.
         saved_time: See :class:`ppcl.pruning.artifacts.WidthOption`.
         sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.pruning.sparsity`).
     """
@@ -56,6 +58,7 @@ class Segment:
     saved_params: Count = 0
     saved_flops: Count = 0
     error: Error | None = None
+    vector: tuple[float, ...] = ()
     saved_time: Amount | None = None
     sparsity: Share = 0.0
 
@@ -89,7 +92,7 @@ class Prediction:
         speedup: Estimate of the transformer's speed-up: teacher FLOPs / student FLOPs, smaller modules by their
             measured time.
         bytes: Bytes of the whole pipeline's weights.
-        error: Square root of the summed squared velocity errors of the single substitutes (an estimate).
+        error: Velocity error of all substitutes together (an estimate).
     """
 
     __pydantic_config__ = STRICT

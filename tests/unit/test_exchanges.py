@@ -11,34 +11,36 @@ import numpy as np
 import pytest
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.common.artifacts import save_artifact
+from ppcl.common.artifacts import load_artifact, save_artifact
 from ppcl.common.files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import ArtifactError
-from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates, load_candidates
-from ppcl.pruning.exchanges import SHARE, JointErrors
+from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates, WidthOption, load_candidates
+from ppcl.pruning.exchanges import JointErrors
 from ppcl.pruning.knapsack import Edge, Route
-from ppcl.pruning.planner import layout_of_runs, plan
-from ppcl.student.plan import Segment
+from ppcl.pruning.planner import layout_of_runs, plan, select
+from ppcl.pruning.searches import Context, choose
+from ppcl.student.plan import CompressionPlan, Segment
+from ppcl.student.prediction import SHARE, joint_error, predict, with_short_vectors
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 BLOCKS = 7
 MODEL = ModelInfo("Tiny", "0", 700, 700, 4, 0, (Stack("a", "blocks", BLOCKS, (100,) * BLOCKS, (100,) * BLOCKS),))
 
 
-def random_edges(seed: int) -> tuple[list[Edge], dict[str, np.ndarray]]:
+def random_edges(seed: int) -> list[Edge]:
     """Runs of two and three blocks and smaller modules in single ones, whose vectors have much in common."""
     generator = np.random.default_rng(seed)
     common = generator.normal(size=(2, 3))
-    edges, vectors = [], {}
+    edges = []
     spans = [(i, i + n) for n in (0, 0, 1, 2) for i in range(BLOCKS - n)]
-    for number, (first, last) in enumerate(spans):
+    for first, last in spans:
         vector = (last - first + 0.4) * (generator.normal(size=(2, 3)) + 1.5 * common * generator.normal())
-        vectors[name := str(number)] = vector
         cost = float((vector**2).sum()) * generator.uniform(0.9, 1.4)  # a vector underrates what is not small
         saved = 100.0 * (last - first) if last > first else generator.uniform(10, 60)
-        edges.append(Edge(first, last, saved, cost, "a", Segment(first, last), (name,)))
-    return edges, vectors
+        segment = Segment(first, last, error=cost**0.5, vector=tuple(vector.ravel()))
+        edges.append(Edge(first, last, saved, cost, "a", segment))
+    return edges
 
 
 def paths(edges: list[Edge], most: int) -> Iterator[Route]:
@@ -50,28 +52,32 @@ def paths(edges: list[Edge], most: int) -> Iterator[Route]:
                 yield tuple(sorted(chosen, key=lambda n: edges[n].first))
 
 
-def by_hand(edges: list[Edge], vectors: dict[str, np.ndarray], route: Route) -> float:
+def by_hand(edges: list[Edge], route: Route) -> float:
     """x^T G x, with measured squares on the diagonal and a share of the products off it."""
     total = sum(edges[n].cost for n in route)
     for a, b in itertools.permutations(route, 2):
-        total += SHARE * float((vectors[str(a)] * vectors[str(b)]).sum())
+        total += SHARE * float(np.dot(edges[a].segment.vector, edges[b].segment.vector))
     return total
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_error_of_a_path_is_the_quadratic_form(seed: int) -> None:
-    edges, vectors = random_edges(seed)
-    joint = JointErrors(edges, vectors)
+    edges = random_edges(seed)
+    joint = JointErrors(edges)
     for route in itertools.islice(paths(edges, 4), 0, None, 97):
-        assert joint.of(route) == pytest.approx(by_hand(edges, vectors, route), abs=1e-9)
+        known = by_hand(edges, route)
+        assert joint.of(route) == pytest.approx(known, abs=1e-9)
+        segments = [edges[n].segment for n in route]
+        errors = [s.error for s in segments if s.error is not None]
+        assert joint_error(errors, [s.vector for s in segments]) ** 2 == pytest.approx(max(0.0, known), abs=1e-9)
 
 
 def test_exchanges_come_near_the_best_of_all() -> None:
     """From the cheapest by summed squares; where that is not the best, exchanges get most of the difference."""
     left = []
     for seed in range(12):
-        edges, vectors = random_edges(seed)
-        joint, wanted = JointErrors(edges, vectors), 180.0
+        edges = random_edges(seed)
+        joint, wanted = JointErrors(edges), 180.0
         enough = [route for route in paths(edges, 5) if sum(edges[n].saved for n in route) >= wanted]
         start = min(enough, key=lambda route: sum(edges[n].cost for n in route))
         best, found = min(map(joint.of, enough)), joint.improved(start, wanted)
@@ -101,10 +107,8 @@ def test_a_plan_avoids_options_whose_errors_add_up(parallel: bool) -> None:
     assert 4 in firsts or not parallel
     squares = 0.1**2 + (0.12**2 if parallel else 0.1**2)
     assert chosen.predicted.error == pytest.approx(squares**0.5)
-    assert (
-        plan(analysis, replace(candidates_of(parallel), vectors={}), settings).runs
-        == plan(analysis, candidates_of(False), settings).runs
-    )  # without vectors squares are summed
+    unknown = plan(analysis, replace(candidates_of(parallel), vectors={}), settings)
+    assert {segment.first for _, segment in unknown.runs} == {0, 2}  # without vectors squares are summed
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -112,11 +116,56 @@ def test_baselines_are_predicted_as_the_optimal_plan_is(parallel: bool) -> None:
     analysis, candidates = Analysis(MODEL, (), 1, {}, 0.0), candidates_of(parallel)
     settings = PlanConfig(mode="uniform", keep=3 / 7, protect_first=0, protect_last=0)
     runs = [("a", 0, 1), ("a", 2, 3)]
-    _, error = layout_of_runs(MODEL, tuple(runs), candidates)
+    error = predict(MODEL, layout_of_runs(MODEL, tuple(runs), candidates)).error
     assert error == pytest.approx((0.02 + (2 * SHARE * 0.01 if parallel else 0)) ** 0.5)
     chosen = plan(analysis, candidates, settings)
     known = {f"{stack}/{s.first}-{s.last}" for stack, s in chosen.runs} <= {c.name for c in candidates.candidates}
     assert (chosen.predicted.error is not None) is known
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_bundle_leaves_out_what_adds_up(parallel: bool, tmp_path: Path) -> None:
+    """Its sizes are planned, and predicted, by the joint errors of the search, from what the plan's file says."""
+    settings = PlanConfig(keep=4 / 7, protect_first=0, protect_last=0)
+    context = Context(Analysis(MODEL, (), 1, {}, 0.0), candidates_of(parallel), settings)
+    save_artifact(choose("optimal", context), tmp_path / "plan.json")
+    whole = load_artifact(CompressionPlan, tmp_path / "plan.json")
+    assert len(whole.runs) == 3
+    size = select(whole, "keep", 5 / 7)
+    assert ({segment.first for _, segment in size.runs} == {0, 2}) is not parallel
+    for keep in (6 / 7, 5 / 7, 4 / 7):
+        settings = settings.model_copy(update={"keep": keep})
+        planned, selected = plan(context.analysis, context.candidates, settings), select(whole, "keep", keep)
+        assert selected.predicted.error == pytest.approx(planned.predicted.error)
+        assert len(selected.runs) == len(planned.runs)
+    unrelated = replace(whole, stacks={"a": tuple(replace(s, vector=()) for s in whole.stacks["a"])})
+    assert {segment.first for _, segment in select(unrelated, "keep", 5 / 7).runs} == {0, 2}
+
+
+def test_smaller_modules_of_one_block_are_predicted_together() -> None:
+    """Two of one block that push the velocity the same way cost more than their squares; a measured diagonal stays."""
+    options = [WidthOption("a", 3, g, {g: {"kind": "low_rank", "size": 1}}, 20, 0, 0.1) for g in ("x", "y")]
+    vectors = {option.name: np.array([[0.08, 0.0]]) for option in options}
+    settings = PlanConfig(keep=1 - 40 / 700, protect_first=0, protect_last=0)
+    analysis = Analysis(MODEL, (), 1, {}, 0.0)
+    chosen = plan(analysis, Candidates((), 1, 0.0, tuple(options), vectors=vectors), settings)
+    segment = chosen.stacks["a"][3]
+    assert segment.width.keys() == {"x", "y"}
+    assert segment.error == chosen.predicted.error == pytest.approx((0.02 + 2 * SHARE * 0.08**2) ** 0.5)
+
+
+def test_short_vectors_tell_the_products_of_long_ones() -> None:
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(3, 40)) * [[1e-3], [1.0], [1e3]]
+    rows[1] += rows[0] * 500
+    pieces = [Segment(i, i + 1, error=1.0, vector=tuple(row)) for i, row in zip((0, 2, 5), rows, strict=True)]
+    short = with_short_vectors({"a": [pieces[0], pieces[1], Segment(4, 4), pieces[2]]})["a"]
+    assert [len(segment.vector) for segment in short] == [1, 2, 0, 3]
+    for a, b in itertools.combinations([0, 1, 3], 2):
+        n = len(short[a].vector)
+        exact = rows[min(a, 2)] @ rows[min(b, 2)]
+        scale = np.linalg.norm(rows[min(a, 2)]) * np.linalg.norm(rows[min(b, 2)])
+        assert np.dot(short[a].vector, short[b].vector[:n]) == pytest.approx(exact, abs=1e-6 * scale)
 
 
 def test_vectors_are_read_with_the_candidates_and_their_absence_is_said(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_baselines_stop_at_the_first_rung_that_fits(mode: str) -> None:
         "influence": lambda: planner.influence_ladder(analysis, settings),
     }[mode]()
     ratios = [
-        predict(MODEL, *planner.layout_of_runs(MODEL, runs, Candidates((), 0, 0.0))).param_ratio for runs in ladder
+        predict(MODEL, planner.layout_of_runs(MODEL, runs, Candidates((), 0, 0.0))).param_ratio for runs in ladder
     ]
     assert found.predicted.param_ratio == max(ratio for ratio in ratios if ratio <= 0.8)
 

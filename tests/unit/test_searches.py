@@ -71,7 +71,7 @@ def test_orders_remove_as_few_as_the_budget_asks(budget: dict[str, float]) -> No
         fewer = [block for block in gone(plan) if block != last]
         runs = planner.removal_ladder(fewer)[-1]
         assert not planner.meets(
-            predict(MODEL, *planner.layout_of_runs(MODEL, runs, Candidates((), 0, 0.0))), kind, value
+            predict(MODEL, planner.layout_of_runs(MODEL, runs, Candidates((), 0, 0.0))), kind, value
         )
 
 

@@ -17,7 +17,7 @@ from ppcl.errors import ConfigError
 from ppcl.pruning.planner import is_allowed_segment, meets
 from ppcl.pruning.searches.base import Context, Search
 from ppcl.student.plan import CompressionPlan
-from ppcl.student.prediction import predict
+from ppcl.student.prediction import predict, with_short_vectors
 
 __all__ = ["SEARCHES", "Context", "Search", "choose"]
 
@@ -87,4 +87,5 @@ def checked(plan: Any, context: Context) -> CompressionPlan:
             f"{where}: the plan misses the budget plan.{kind}={value:g} (it keeps {prediction.param_ratio:.3f} of the "
             f"parameters, {prediction.speedup:.2f} times as fast); expected one that meets it, or a BudgetError"
         )
-    return dataclasses.replace(plan, budget={kind: value}, predicted=prediction)
+    stacks = with_short_vectors(plan.stacks)
+    return dataclasses.replace(plan, budget={kind: value}, stacks=stacks, predicted=prediction)

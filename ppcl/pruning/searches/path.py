@@ -86,7 +86,7 @@ def build_graph(context: Context) -> tuple[Graph, list[bool]]:
     kind, value = settings.budget
     runs, options = usable(model, context.candidates, settings)
     for costed in ([run for run in runs if run.fitted_error is not None], runs):
-        edges = edges_of(model, costed, options, by_flops=kind == "speedup")
+        edges = edges_of(model, costed, options, kind == "speedup", context.candidates.vectors)
         graph = Graph(sum(stack.num_blocks for stack in model.stacks), edges, context.needed_savings)
         most = predict(model, layout_of(model, [edges[number] for number in graph.most()]))
         if meets(most, kind, value):
