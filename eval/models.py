@@ -35,7 +35,7 @@ from ppcl.teacher.loading import (
     read_index,
     source_name,
 )
-from ppcl.teacher.origin import teacher_of, weights_digest
+from ppcl.teacher.origin import first_round, teacher_of, weights_digest
 from ppcl.teacher.pipeline_call import guidance_arguments, picture_arguments
 from ppcl.teacher.stored import check_stored, not_a_pipeline
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
@@ -94,7 +94,7 @@ def sources(arguments: Sequence[str], teacher: str | None = None) -> list[ModelS
         path = Path(argument)
         if is_run(argument):
             if len(arguments) == 1:
-                model = teacher_of(path, teacher)
+                model = teacher_of(first_round(path), teacher)
                 found.append(ModelSource("teacher", model, source_name(model)))
             if not (path / "pipeline" / "model_index.json").is_file():
                 raise UserError(f"{path} is a run without a pipeline; run ppcl export (or compress) first")
@@ -262,7 +262,7 @@ def _of_pictures(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_embedded(arguments: Sequence[str]) -> bool:
     """Whether the embedded model, or a run of it, is among the arguments."""
-    return any(a == "emoji" or (is_run(a) and model_of_run(Path(a)) == "emoji") for a in arguments)
+    return any(a == "emoji" or (is_run(a) and model_of_run(first_round(Path(a))) == "emoji") for a in arguments)
 
 
 def evaluation_prompts(arguments: Sequence[str], file: Path | None, config: RunConfig) -> Sequence[str]:

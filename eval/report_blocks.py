@@ -73,8 +73,12 @@ def _first_teacher(plan: CompressionPlan) -> str:
         return ""
     from ppcl.export.card import draw_plan  # torch comes with it
 
+    share = (
+        f"{percent(plan.share_of_first)} of the first teacher's parameters are left. " if plan.share_of_first else ""
+    )
     words = (
-        "The teacher of this run was compressed before. Of the first teacher's blocks, which LoRA and ControlNet name:"
+        f"The teacher of this run was compressed before. {share}Of the first teacher's blocks, which LoRA and "
+        "ControlNet name:"
     )
     return paragraph(text(words)) + f"<pre><code>{text(draw_plan(plan))}</code></pre>"
 

@@ -75,6 +75,12 @@ class RunData:
         """The student against the teacher, in a run that is evaluated."""
         return self.evaluation.comparisons[0] if self.evaluation and self.evaluation.comparisons else None
 
+    @property
+    def is_against_first(self) -> bool:
+        """Whether the student of a later round is compared with the first teacher, and not with its own, as planned."""
+        first = self.evaluation.models[0].params if self.evaluation and self.comparison else None
+        return bool(self.plan and first and first == self.plan.model.first_params)
+
     def runs_of(self, stack: str) -> list[tuple[int, int]]:
         """The plan's runs (first, last) in one stack; empty without a plan."""
         return [(s.first, s.last) for name, s in self.plan.runs if name == stack] if self.plan else []

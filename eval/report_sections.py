@@ -66,22 +66,23 @@ def _tile(name: str, value: str, *lines: str) -> str:
 def _tiles(run: RunData) -> str:
     """The main numbers, measured and predicted."""
     row, predicted, tiles = run.comparison, run.plan.predicted if run.plan else None, []
+    of_given = predicted if not run.is_against_first else None  # what is predicted of speed and error
     before, after = (model.params for model in run.evaluation.models[:2]) if run.evaluation and row else (None, None)
     before = before or (run.plan.model.params if run.plan else None)
     after = after or (predicted.params if predicted else None)
     if before and after:
-        planned = f"predicted {percent(predicted.param_ratio)}" if predicted else ""
+        planned = f"predicted {percent(predicted.params / before)}" if predicted else ""
         change = f"{count(before)} \N{RIGHTWARDS ARROW} {count(after)}"
         tiles.append(_tile("Parameters", percent(after / before), change, planned))
     if predicted or (row and row.speedup is not None):
-        planned = f"predicted {number(predicted.speedup)}{TIMES}" if predicted else ""
+        planned = f"predicted {number(of_given.speedup)}{TIMES}" if of_given else ""
         whole = row.speedup_end_to_end if row else None
         end = f"{number(whole)}{TIMES} end to end" if whole is not None else ""
         shown = f"{number(row.speedup)}{TIMES}" if row and row.speedup is not None else "not measured"
         tiles.append(_tile("Transformer speed", shown, end, planned))
     error = row.fidelity.get("velocity_error") if row else None
     if error is not None or (predicted and predicted.error is not None):
-        planned = f"predicted {number(predicted.error)} before distillation" if predicted and predicted.error else ""
+        planned = f"predicted {number(of_given.error)} before distillation" if of_given and of_given.error else ""
         undistilled = row.scale.get("velocity_error") if row else None
         start = f"{number(undistilled)} before distillation" if undistilled is not None else ""
         tiles.append(_tile("Velocity error", number(error.value) if error else "not measured", start, planned))
@@ -248,13 +249,15 @@ def _cost_rows(run: RunData) -> list[list[str]]:
         if any(value is not None for value in values):
             rows.append([name, *map(show, values), _ratio(*values), predicted])
 
-    faster = percent(1 / plan.predicted.speedup) if plan else number(None)
-    row("Parameters of the transformer", "params", count, percent(plan.predicted.param_ratio) if plan else number(None))
+    of_given = plan is not None and not run.is_against_first
+    faster = percent(1 / plan.predicted.speedup) if plan and of_given else number(None)
+    share = (plan.predicted.param_ratio if of_given else plan.share_of_first) if plan else None
+    row("Parameters of the transformer", "params", count, percent(share))
     row("FLOPs of a call for one prompt", "flops", count)
     if plan and plan.model.flops and not (models and models[1].costs.get("flops") is not None):
         student = f"{count(plan.model.flops / plan.predicted.speedup)} (predicted)"
         rows.append(["FLOPs a transformer call", count(plan.model.flops), student, number(None), faster])
-    if plan:
+    if plan and of_given:
         whole = plan.model.params * plan.model.bytes_per_param + plan.model.other_bytes
         shown = f"{size_bytes(plan.predicted.bytes)} (predicted)"
         kept = _ratio(whole, plan.predicted.bytes)

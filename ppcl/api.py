@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppcl.config import RunConfig, load_config
-from ppcl.run import STAGES, open_run
+from ppcl.run import open_rounds
 
 
 def compress(
@@ -38,9 +38,10 @@ def compress(
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
     settings, prompts_file = config or load_config([], []), Path(prompts) if prompts else None
-    run = open_run(model, Path(out), settings, prompts_file, "ppcl.compress(...)")
-    for stage in STAGES:
-        run.run(stage)
+    for step in open_rounds(model, Path(out), settings, prompts_file, "ppcl.compress(...)"):
+        for stage in step.stages:
+            step.run.run(stage)
+    pipeline = Path(out) / "pipeline"
     if push_to_hub is not None:
-        push(run.out / "pipeline", push_to_hub, private, PLACEHOLDER)
-    return run.out / "pipeline"
+        push(pipeline, push_to_hub, private, PLACEHOLDER)
+    return pipeline

@@ -18,11 +18,13 @@ from ppcl.cli.options import (
     Out,
     Processes,
     Push,
+    Rounds,
     Seeds,
     Settings,
     Table,
     Teacher,
     expanded,
+    open_rounds,
     open_run,
     quiet_libraries,
     resolve,
@@ -51,21 +53,30 @@ def _command(function: Any) -> Any:
 
 @_command
 def compress(
-    model: Model, out: Out, settings: Settings, budget: Budget, push: Push, processes: Processes = None
+    model: Model,
+    out: Out,
+    settings: Settings,
+    budget: Budget,
+    push: Push,
+    rounds: Rounds = None,
+    processes: Processes = None,
 ) -> None:
     """Run all stages: capture, analyze, fit, plan, distill, export, evaluate, report."""
     from ppcl.run.summary import print_prediction, print_summary
 
     push.check()
-    run = open_run(model, out, settings, budget, processes)
-    if not run.is_done("fit"):
-        _look_ahead(run)
-    for number, stage in enumerate(STAGES, 1):
-        typer.echo(f"[{number}/{len(STAGES)}] {stage}", err=True, nl=False)
-        typer.echo(": done before" if run.is_done(stage) else "", err=True)
-        run.run(stage)
-        if stage == "plan":
-            print_prediction(run.out)
+    for step in open_rounds(model, out, settings, budget, processes, rounds):
+        run = step.run
+        if step.title:
+            typer.echo(step.title, err=True)
+        if not (run.first or run.is_done("fit")):
+            _look_ahead(run)
+        for number, stage in enumerate(step.stages, 1):
+            typer.echo(f"[{number}/{len(step.stages)}] {stage}", err=True, nl=False)
+            typer.echo(": done before" if run.is_done(stage) else "", err=True)
+            run.run(stage)
+            if stage == "plan":
+                print_prediction(run.out)
     if run.group.is_main:
         print_summary(run.out)
         push.upload(run.out / "pipeline")

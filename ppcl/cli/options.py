@@ -14,7 +14,7 @@ import shlex
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ Table = Annotated[Path | None, typer.Option("--table", help="also write it here,
 Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2")]
 Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="where a moved run finds its teacher now")]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="times to prune and recover on the way to the budget")]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 
 
@@ -165,7 +166,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def resolve(model: str, settings: Settings, budget: Budget, processes: int | None = None) -> Any:
+def resolve(
+    model: str, settings: Settings, budget: Budget, processes: int | None = None, rounds: int | None = None
+) -> Any:
     """Build the config: the model's own defaults, files, overrides, budget options.
 
     Raises:
@@ -181,6 +184,8 @@ def resolve(model: str, settings: Settings, budget: Budget, processes: int | Non
         overrides = [f"plan.{name}={given.get(name, 'null')}" for name in BUDGETS] + overrides
     if budget.mode is not None:
         overrides.append(f"plan.mode={budget.mode}")
+    if rounds is not None:
+        overrides.append(f"plan.rounds={rounds}")
     if processes:
         overrides.append(f"processes={processes}")
     return for_model(model, load_config(settings.config or [], overrides))
@@ -195,8 +200,29 @@ def open_run(
 
     quiet_libraries()
     silence_others()
-    run = ppcl.run.open_run(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]]))
-    if run.group.size > 1 or config.processes:
+    return _said(ppcl.run.open_run(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]])))
+
+
+def open_rounds(
+    model: str, out: Path, settings: Settings, budget: Budget, processes: int | None, rounds: int | None
+) -> Iterator[Any]:
+    """Open the rounds of ``ppcl compress``, one after the other; see :func:`open_run`."""
+    config = resolve(model, settings, budget, processes, rounds)
+    import ppcl.run
+
+    quiet_libraries()
+    silence_others()
+    for number, step in enumerate(
+        ppcl.run.open_rounds(model, out, config, settings.prompts, shlex.join(["ppcl", *sys.argv[1:]]))
+    ):
+        if not number:
+            _said(step.run)
+        yield step
+
+
+def _said(run: Any) -> Any:
+    """The run, after saying how many processes train it."""
+    if run.group.size > 1 or run.config.processes:
         typer.echo(f"{run.group.size} process{'es' * (run.group.size > 1)} training", err=True)
     return run
 

@@ -507,6 +507,15 @@ def file_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def share_folder(source: Path, place: Path) -> None:
+    """Make ``place`` a folder of the same files, which nobody changes: links, or copies where there are none."""
+    with atomic_path(place) as temporary:
+        temporary.mkdir()
+        for file in sorted(source.iterdir()):
+            if not link_file(file, temporary / file.name):
+                shutil.copyfile(file, temporary / file.name)
+
+
 def link_file(source: Path, place: Path) -> bool:
     """Make ``place`` another name of a file: a hard link, which outlives the source folder (and a cleaned cache).
 

@@ -36,7 +36,8 @@ def check_claim(folder: Path, marker: str, kind: str) -> None:
     try:
         if (folder / marker).is_file() or not folder.is_dir():
             return
-        strangers = sorted(path.name for path in folder.iterdir() if not _is_of_a_start(path.name, marker))
+        strange = (p for p in folder.iterdir() if not (_is_of_a_start(p.name, marker) or _is_round(p, marker)))
+        strangers = sorted(path.name for path in strange)
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}; choose another --out") from error
     if strangers:
@@ -50,6 +51,13 @@ def _is_of_a_start(name: str, marker: str) -> bool:
     """Whether something is left of a process that was killed before it wrote its marker."""
     leftover = LEFTOVER.fullmatch(name)
     return name == LOCK or (leftover is not None and leftover["name"] == marker)
+
+
+def _is_round(path: Path, marker: str) -> bool:
+    """Whether something is an earlier round of a run whose last one has not begun."""
+    if marker != LEDGER or not re.fullmatch(r"round-\d+", path.name) or not path.is_dir():
+        return False
+    return (path / LEDGER).is_file() or all(_is_of_a_start(inner.name, LEDGER) for inner in path.iterdir())
 
 
 def check_apart(out: Path, others: Iterable[Path]) -> None:

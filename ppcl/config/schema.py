@@ -118,6 +118,12 @@ class PlanConfig(SearchConfig):
     keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="of ppcl compress: times that it prunes and recovers, on the way to one budget (docs/compress.md)",
+    )
     width: tuple[Width, ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
@@ -133,7 +139,15 @@ class PlanConfig(SearchConfig):
         given = [n for n in BUDGETS if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"plan: {' and '.join(given)} are both set; give one budget")
+        if self.rounds > 1 and self.fit_gb is not None:
+            raise ValueError(
+                "plan.rounds divides plan.keep or plan.speedup among the rounds; leave it out, or plan.fit_gb"
+            )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without the number of rounds, each of which is a run with a budget of its own."""
+        return {name: value for name, value in super().identity().items() if name != "rounds"}
 
     @property
     def budget(self) -> tuple[str, float]:
@@ -357,4 +371,13 @@ class RunConfig(Section):
     def _fresh_needs_pictures(self) -> RunConfig:
         if self.distill.fresh and self.capture.data == PROMPTS:
             raise ValueError("distill.fresh noises pictures anew; set capture.data to some, or distill.fresh=0")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_on_recorded_states(self) -> RunConfig:
+        if self.distill.fresh and self.plan.rounds > 1:
+            raise ValueError(
+                "plan.rounds trains later rounds on what the first teacher answered when it was recorded, which "
+                "distill.fresh has none of; leave one of them out"
+            )
         return self

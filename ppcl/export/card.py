@@ -237,6 +237,8 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         base = plain(facts.first)
         whose = f"first teacher's, `{base}`"
         of_what = f"the model that it was made of, which is `{base}` compressed (this is round {facts.round})"
+        if plan.share_of_first:
+            of_what += f", {plan.share_of_first:.1%} of those of `{base}` itself"
     return [
         f"# {(plain(facts.first) or name).rpartition('/')[2]}, compressed by ppcl",
         f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of {of_what}. It is a "
@@ -249,7 +251,8 @@ def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
         REMOTE_LIMITS if trusting else "",
         "## Blocks",
         f"Block numbers are the {whose}; those in brackets were replaced by one block, distilled against the "
-        f"teacher's activations. Plan: {plain(without_folders(plan.mode))}, {kind} {value:g}.",
+        f"teacher's activations. Plan: {plain(without_folders(plan.mode))}, {kind} {value:.4g}"
+        f"{' of the model of the round before' if facts.first else ''}.",
         fenced(draw_plan(plan)),
         *_sparse(plan),
         "## Measured",

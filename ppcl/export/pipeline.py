@@ -180,8 +180,10 @@ def register_source(student: Any, plan: CompressionPlan, source: str) -> None:
     """
     record = dict(student.config.get(RECORD) or {})
     first = next((former["source_model"] for former in record.get("rounds", ()) if "source_model" in former), None)
+    params = plan.model.first_params if record.get("rounds") else plan.model.params
     record |= {
         "source_model": first or source_name(source),
+        **({"source_params": params} if params else {}),
         "plan_sha256": plan_digest(plan),
         "ppcl_version": __version__,
     }

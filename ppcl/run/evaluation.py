@@ -27,35 +27,41 @@ from ppcl.teacher.streaming import STREAMED, load_streamed
 NOT_UNDISTILLED = (
     "the velocity error before distillation is left out: it needs all substitutes in memory (blocks=resident has them)"
 )
+ROUND_UNDISTILLED = (
+    "the velocity error before distillation is left out: of a later round it needs the model of the round before in "
+    "memory, too"
+)
 
 
 def evaluate_session(session: Session, student: Any) -> Evaluation:
-    """Evaluate ``RUN/pipeline`` against the teacher; write ``RUN/eval/metrics.json``.
+    """Evaluate ``RUN/pipeline`` against the teacher, of several rounds the first; write ``RUN/eval/metrics.json``.
 
     Args:
         session: Of a run whose export stage is done.
         student: That pipeline, see :func:`load_student`.
     """
-    teacher, folder, settings = session.teacher, session.out / "pipeline", session.config.evaluate
-    is_streamed = session.blocks == STREAMED
+    origin = session.origin
+    teacher, folder, settings = origin.teacher, session.out / "pipeline", session.config.evaluate
+    is_streamed = origin.blocks == STREAMED
     held_out = States(session.calibration, "held-out")
     count = settings.velocity_states
     extractor = session.extractor
-    reference = real_reference(session.model, extractor)
+    reference = real_reference(origin.model, extractor)
     judge = Judge(session.out / "eval", session.evaluation_prompts, session.config, extractor, reference)
     judge.note(session.feature_note)
     if is_streamed:
         judge.note(TIMES_OF_STREAMED)
-        judge.note(NOT_UNDISTILLED)
+    if is_streamed or session.first:
+        judge.note(NOT_UNDISTILLED if is_streamed else ROUND_UNDISTILLED)
     first = judge.side(
-        Entrant("teacher", source_name(session.model), weights_digest(session.model), lambda: teacher),
+        Entrant("teacher", source_name(origin.model), weights_digest(origin.model), lambda: teacher),
         settings.teacher_seeds,
     )
     second = judge.side(Entrant("student", "pipeline", file_digest(folder / "transformer"), lambda: student))
     errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
     state = to_device(held_out.alike(settings.batch_size), session.device)  # whose speed is measured
     calls = (lambda: velocity(teacher.transformer, state), lambda: velocity(student.transformer, state))
-    undistilled = None if is_streamed else undistilled_error(session, held_out)
+    undistilled = None if is_streamed or session.first else undistilled_error(session, held_out)
     comparison, cost = judge.compare(first, second, errors, calls, undistilled)
     models = [described(first, cost.teacher, cost.speed[0]), described(second, cost.student, cost.speed[1])]
     result = judge.result(models, [comparison], cost.memory_measure)
@@ -66,9 +72,10 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
 
 def load_student(session: Session, folder: Path) -> Any:
     """The exported pipeline; a streamed one has the teacher's text encoders and VAE, whose files are its own."""
-    dtype, variant = session.teacher.transformer.dtype, weights_variant(folder)
-    if session.blocks == STREAMED:
-        return load_streamed(str(folder), session.device, dtype, variant, session.teacher)
+    teacher, variant = session.origin.teacher, weights_variant(folder)
+    dtype = teacher.transformer.dtype
+    if session.origin.blocks == STREAMED:
+        return load_streamed(str(folder), session.device, dtype, variant, teacher)
     return load_pipeline(str(folder), session.device, dtype, variant)
 
 

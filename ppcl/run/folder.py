@@ -45,13 +45,22 @@ class RunFolder:
         model: What the run compresses, for people who read the ledger.
         identity: Digest of the weights, prompts and seed.
         made_of: The same part by part, to say what differs: ``files`` of the model, ``prompts``, ``seed``.
+        first_round: Of a later round, where the first one lies, as seen from this directory.
 
     Raises:
         ArtifactError: The directory is another run's, holds something else, or cannot be read.
     """
 
-    def __init__(self, path: Path, model: str, identity: str, made_of: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: str,
+        identity: str,
+        made_of: Mapping[str, Any] | None = None,
+        first_round: str | None = None,
+    ) -> None:
         self.path, self.model, self.identity, self.made_of = path, model, identity, dict(made_of or {})
+        self.first_round = first_round
         self._is_locked = False
         self.ledger: dict[str, Any] = self._read_ledger()
 
@@ -65,7 +74,8 @@ class RunFolder:
     def _where(self) -> dict[str, str]:
         """The teacher's place: by itself, and as seen from the run, should both be moved together."""
         here = os.path.relpath(self.model, self.path) if Path(self.model).is_absolute() else None
-        return {"model": self.model, **({"teacher_from_here": here} if here else {})}
+        places = {"model": self.model, "teacher_from_here": here, "first_round": self.first_round}
+        return {name: place for name, place in places.items() if place is not None}
 
     def _own_ledger(self) -> dict[str, Any]:
         try:

@@ -7,6 +7,7 @@ got wrong is found before anything older is removed.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,19 @@ class Run(Session):
     """
 
     def __init__(
-        self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
+        self,
+        model: str,
+        out: Path,
+        config: RunConfig,
+        prompts: Path | None = None,
+        command: str = "",
+        first: Session | None = None,
     ) -> None:
-        super().__init__(model, out, config, prompts, command)
+        super().__init__(model, out, config, prompts, command, first)
         from ppcl.teacher.origin import lasting_name
 
-        self.folder = RunFolder(out, lasting_name(model), self.identity, self.made_of)
+        first_round = os.path.relpath(first.out, out) if first else None
+        self.folder = RunFolder(out, lasting_name(model), self.identity, self.made_of, first_round)
         self.group.barrier()  # all have looked at the directory before the first one writes into it
 
     def is_done(self, name: str) -> bool:
@@ -100,7 +108,7 @@ class Run(Session):
         later = [STAGES[name] for name in ORDER[position + 1 :]]
         changes = changed_settings(self.out / "config.yaml", self.config, stage.name)
         self.folder.begin(stage, self.depends(stage.name), later, changes)
-        write_text(self.out / "config.yaml", record_of(self.model, self.command, self.config, str(self.device)))
+        write_text(self.out / "config.yaml", record_of(self.origin.model, self.command, self.config, str(self.device)))
         return True, prepared
 
     def _check_inputs(self, stage: Stage) -> None:

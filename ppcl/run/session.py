@@ -13,12 +13,14 @@ from ppcl.common.files import append_row, digest, read_mapping
 from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config import PlanConfig, RunConfig, for_model
 from ppcl.config.sections import PROMPTS
+from ppcl.errors import ConfigError
 from ppcl.run.stage import ORDER
 from ppcl.training.launch import world
 from ppcl.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from ppcl.pruning.artifacts import Candidates
+    from ppcl.training.distributed import Group
 
 
 class Session:
@@ -30,31 +32,50 @@ class Session:
         config: What it does not set is the model's default.
         prompts: The user's prompts file, if any.
         command: The command line, for the record.
+        first: Of a later round (:mod:`ppcl.run.rounds`): the first one, whose teacher this one is held to as well.
 
     Raises:
+        ConfigError: Several rounds are asked for, and this is one run.
         ModelError: There is no such model.
         ArtifactError: The run directory lies in the model's.
         UserError: The prompts cannot be used, or other processes do not answer.
     """
 
     def __init__(
-        self, model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
+        self,
+        model: str,
+        out: Path,
+        config: RunConfig,
+        prompts: Path | None = None,
+        command: str = "",
+        first: Session | None = None,
     ) -> None:
-        self.model, self.out, self.prompts, self.command = model, out, prompts, command
+        if config.plan.rounds > 1:
+            raise ConfigError(
+                f"plan.rounds={config.plan.rounds}: ppcl compress alone runs several rounds; leave it out of other "
+                "commands"
+            )
+        self.model, self.out, self.prompts, self.command, self.first = model, out, prompts, command, first
         self.config = for_model(model, config)
         from ppcl.common.devices import resolve_device
         from ppcl.teacher.loading import check_folder, check_model, fetch_files, model_path
         from ppcl.teacher.origin import model_files
         from ppcl.training.distributed import connect
 
-        self.group = connect(world() > 1 and resolve_device(config.device).type == "cpu", config.processes)
+        on_cpu = world() > 1 and resolve_device(config.device).type == "cpu"
+        self.group: Group = first.group if first else connect(on_cpu, config.processes)
         check_model(model)
         check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
-        self._texts = prompts_for(model, prompts, config.evaluate.num_prompts)
+        self._texts = prompts_for(self.origin.model, prompts, config.evaluate.num_prompts)
         check_folder(fetch_files(model))  # of a hub model, before its files are what the run is made of
         every = sorted(text for texts in self._texts for text in texts)
         self.made_of = {"files": model_files(model), "prompts": digest(every), "seed": config.seed}
         self.identity = digest(self.made_of, *self._texts)
+
+    @property
+    def origin(self) -> Session:
+        """The session of the first teacher: that of the first round, or this one."""
+        return self.first or self
 
     def depends(self, stage: str) -> str:
         """Digest of everything a stage depends on: its settings, the seed, the model, the stages before it."""
@@ -78,6 +99,8 @@ class Session:
 
     @cached_property
     def _prompts(self) -> Any:
+        if self.first:
+            return self.first._prompts
         if not self.is_pictured:
             return self._texts
         return pictured_prompts(self.config.capture, self.config.evaluate.num_prompts, self.config.seed)
@@ -232,7 +255,7 @@ class Session:
     def _features(self) -> Any:
         from ppcl.eval.feature_choice import extractor_with_note
 
-        return extractor_with_note(self.model, self.config.evaluate.features, str(self.device))
+        return extractor_with_note(self.origin.model, self.config.evaluate.features, str(self.device))
 
     @property
     def extractor(self) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import StoredTensors, read_json, write_text
+from ppcl.common.files import StoredTensors, read_json, share_folder, write_text
 from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config.sections import PROMPTS
 from ppcl.pruning.artifacts import Candidates
@@ -32,6 +32,8 @@ def _check_capture(session: Session) -> None:
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
     check_source(session.model)
+    if session.first:
+        return
     settings = session.config.capture
     data = Path(settings.data)
     if settings.data != PROMPTS and data.is_dir() and not (data / "metadata.jsonl").is_file():
@@ -46,6 +48,9 @@ def _capture(session: Session, _: None) -> None:
     from ppcl.capture.pictures import capture_pictures
     from ppcl.capture.trajectories import capture
 
+    if session.first:
+        share_folder(session.first.calibration, session.calibration)
+        return
     settings, seed = session.config.capture, session.config.seed
     if settings.data == PROMPTS or session.is_pictured:
         capture(session.teacher, session.calibration_prompts, session.calibration, settings, seed)
@@ -266,6 +271,8 @@ def _load_student(session: Session) -> Any:
     from ppcl.run.evaluation import load_student
 
     _ = session.extractor
+    if session.first:
+        session.release_teacher()  # the first teacher is compared with
     return load_student(session, session.out / PIPELINE)
 
 

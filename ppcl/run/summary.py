@@ -53,10 +53,11 @@ def print_prediction(out: Path) -> None:
     """Print what a plan should give, before any training."""
     plan = load_artifact(CompressionPlan, out / "plan.json")
     p = plan.predicted
+    total = f", {plan.share_of_first:.1%} of the first teacher's" if plan.share_of_first else ""
     error = f", velocity error about {p.error:.3f} before distillation" if p.error is not None else ""
     Console(stderr=True, highlight=False, markup=False).print(
         f"  plan: {describe_plan(plan)}\n"
-        f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}), {p.speedup:.2f}x as fast{error}"
+        f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}{total}), {p.speedup:.2f}x as fast{error}"
     )
 
 

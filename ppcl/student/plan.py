@@ -166,6 +166,11 @@ class CompressionPlan:
         return any(segment.width for segments in self.stacks.values() for segment in segments)
 
     @property
+    def share_of_first(self) -> float | None:
+        """Share of the first teacher's parameters, where the teacher was compressed before and says how many it had."""
+        return self.predicted.params / self.model.first_params if self.model.first_params else None
+
+    @property
     def own_class(self) -> bool:
         """Whether the student is of no stock class: it has smaller modules, or its teacher had some before."""
         return self.has_width or self.model.transformer_class.startswith(PREFIX)

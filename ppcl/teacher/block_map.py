@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppcl.common.reading import MOST_NUMBER
 from ppcl.errors import ModelError
 
 RECORD = "_ppcl"  # entry of the config; diffusers does not warn of a key with a leading underscore
@@ -141,6 +142,13 @@ def recorded_maps(config: Mapping[str, Any], counts: Mapping[str, int] | None = 
                 f"are {count}; export the model again, or take '{RECORD}' out of the config to compress it as another"
             )
     return maps
+
+
+def first_params(config: Mapping[str, Any]) -> int:
+    """Parameters of the first teacher's transformer, by the config of a compressed one; 0 where it does not say."""
+    record = config.get(RECORD)
+    params = record.get("source_params") if isinstance(record, Mapping) else None
+    return params if type(params) is int and 0 < params < MOST_NUMBER else 0
 
 
 def pipeline_record(pipeline: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ppcl.common.files import digest
-from ppcl.teacher.block_map import recorded_maps
+from ppcl.teacher.block_map import first_params, recorded_maps
 from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
@@ -50,4 +50,5 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
         bytes_per_param=main_dtype(transformer).itemsize,
         other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
         stacks=tuple(stacks),
+        first_params=first_params(transformer.config),
     )

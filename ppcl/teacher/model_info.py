@@ -49,6 +49,8 @@ class ModelInfo:
         stacks: The block lists in execution order.
         weights_digest: Of the pipeline's files (:func:`ppcl.teacher.origin.weights_digest`); what was made of other
             weights is refused by it. Empty where it is not known.
+        first_params: Where it is a compressed model itself, the parameters of the first teacher's transformer; 0 where
+            they are not known.
     """
 
     __pydantic_config__ = STRICT
@@ -61,6 +63,7 @@ class ModelInfo:
     other_bytes: Count
     stacks: tuple[Stack, ...]
     weights_digest: str = ""
+    first_params: Count = 0
 
     def stack(self, name: str) -> Stack:
         """Return a stack by its name.

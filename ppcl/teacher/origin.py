@@ -34,6 +34,12 @@ def lasting_name(model: str) -> str:
     return str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
 
 
+def first_round(run: Path) -> Path:
+    """Of a run of several rounds the run of the first one, whose teacher the last one is held to; else the run."""
+    place = read_mapping(run / "stages.json").get("first_round")
+    return Path(os.path.normpath(run / place)) if isinstance(place, str) else run
+
+
 def teacher_of(run: Path, given: str | None = None) -> str:
     """Find the teacher of a run, which may have been moved, and make sure that it is that one.
 

@@ -140,7 +140,7 @@ def test_errors_are_one_line(monkeypatch, capsys, error, code, says):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "open_run", fail)
+    monkeypatch.setattr(cli, "open_rounds", fail)
     monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -152,7 +152,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(*_):
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(cli, "open_run", fail)
+    monkeypatch.setattr(cli, "open_rounds", fail)
     monkeypatch.setattr(sys, "argv", ["ppcl", "compress", "x/y", "--out", "z"])
     with pytest.raises(RuntimeError, match="bug"):
         cli.main()

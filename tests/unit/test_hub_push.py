@@ -14,6 +14,8 @@ from ppcl import api, cli
 from ppcl.cli.options import Budget, Push, Settings
 from ppcl.errors import ArtifactError, HubError
 from ppcl.export.hub import check_repo_id, push
+from ppcl.run.rounds import Round
+from ppcl.run.stages import STAGES
 from ppcl.training.distributed import SINGLE
 
 CARD = 'from_pretrained("HERE")'
@@ -161,7 +163,7 @@ class FinishedRun:
     """A run whose stages are done."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.ran, self.group = out, 0, SINGLE
+        self.out, self.ran, self.group, self.first = out, 0, SINGLE, None
 
     def is_done(self, stage: str) -> bool:
         return True
@@ -178,7 +180,9 @@ def test_the_command_pushes_and_fails_with_code_2(
     caplog: pytest.LogCaptureFixture,
     command: str,
 ) -> None:
-    monkeypatch.setattr(cli, "open_run", lambda *_: FinishedRun(pipeline.parent))
+    run = FinishedRun(pipeline.parent)
+    monkeypatch.setattr(cli, "open_run", lambda *_: run)
+    monkeypatch.setattr(cli, "open_rounds", lambda *_: [Round(run, tuple(STAGES))])
     monkeypatch.setattr("ppcl.run.summary.print_summary", lambda _: None)
     monkeypatch.setattr("ppcl.run.summary.print_prediction", lambda _: None)
     monkeypatch.setattr("ppcl.export.hub.has_token", lambda: False)
