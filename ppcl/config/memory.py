@@ -75,7 +75,7 @@ class MemorySettings(Section):
 
 
 STEPS = ("local_steps", "carried_steps", "alternating_steps", "output_steps")  # of the stages, in their order
-UNTRAINED: dict[str, Any] = {**dict.fromkeys(STEPS, 0), "correct": False}
+UNTRAINED: dict[str, Any] = {**dict.fromkeys(STEPS, 0), "correct": False, "carried_kept": False}
 # what does not change what is trained, beyond rounding
 HOW_NOT_WHAT = {
     *("checkpoint_every", "keep_checkpoints", "accumulate", "shard", "max_bad_steps", "spike_factor"),

@@ -168,6 +168,11 @@ class DistillConfig(MemorySettings):
         description="after stage 1, of each substitute in turn: on the student's own states with the teacher's as "
         "targets, one block in memory (docs/training.md)",
     )
+    carried_kept: bool = Field(
+        False,
+        description="of train=lora: carried steps train the blocks that stay, too, those behind the first substitute, "
+        "each in its turn and through LoRA (docs/training.md)",
+    )
     correct: bool = Field(
         False,
         description="before carried steps, of each substitute in turn: its last linear layers in closed form, on the "
@@ -240,6 +245,11 @@ class DistillConfig(MemorySettings):
                     f"distill.{'carried_steps' if self.carried_steps else 'correct'} takes one substitute after the "
                     f"other on recorded states, with whole blocks and no zeros to hold; leave it out, or {names[0]}"
                 )
+        if self.carried_kept and (not self.carried_steps or self.train != "lora" or self.offload != "none"):
+            raise ValueError(
+                "distill.carried_kept trains the blocks that stay in carried steps, through LoRA: it needs "
+                "distill.carried_steps, distill.train=lora and distill.offload=none; set these, or leave it out"
+            )
         if self.fresh and self.one_at_a_time:
             raise ValueError("distill.one_at_a_time keeps states on disk, which distill.fresh has none of; set one")
         if released and self.spike_factor:
@@ -270,7 +280,7 @@ class DistillConfig(MemorySettings):
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
         zeros = {"sparsity": sparsity} if (sparsity := self.sparsity.identity()) else {}
-        off = {name for name in ("fresh", "carried_steps", "correct") if not getattr(self, name)}
+        off = {name for name in ("fresh", "carried_steps", "carried_kept", "correct") if not getattr(self, name)}
         unread = {*HOW_NOT_WHAT, "sparsity", *off}
         return {**self.model_dump(exclude=unread), **zeros}
 

@@ -11,11 +11,16 @@ block (two where they are streamed), and one substitute with its optimizer.
 
 The student's states lie beside the teacher's in one store, so a killed stage goes on at the block for both of them.
 Inside a run they are those that enter it.
+
+With ``distill.carried_kept`` a kept block behind the first substitute is treated as a run of its own: a copy that
+shares the teacher's weights learns through LoRA, so that beside the block no more than factors and their optimizer are
+in memory.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -27,17 +32,21 @@ from ppcl.analysis.sweep import Batch, Course, Seen, forward_sweep
 from ppcl.capture.states import States as Recorded
 from ppcl.capture.store import StateStore
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_tensors, remove
+from ppcl.common.files import read_tensors, remove, write_tensors
 from ppcl.common.progress import announce
+from ppcl.common.streams import Stream, step_generator
 from ppcl.distill.correction import correct
 from ppcl.distill.in_sweep import Ends, in_precision_of
 from ppcl.distill.recipe import Recipe
 from ppcl.distill.run_by_run import RunByRun, say_start_is_kept
 from ppcl.errors import ArtifactError
 from ppcl.student.assembly import RunKey, run_name
+from ppcl.student.bundle import members
+from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.blocks import Blocks
 from ppcl.teacher.families import StackSpec
 from ppcl.teacher.trace import BlockCall
+from ppcl.training.lora import factors, load_factors, with_lora
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,7 @@ class CarriedRecovery(RunByRun):
     Args:
         recipe: How a substitute is trained; several processes share each batch.
         source: The teacher's blocks.
-        load: The substitute of a run as the stage before left it, on the device.
+        load: The substitute of a run as the stage before left it, on the device. Kept blocks are taken from ``source``.
         held_out: See :class:`RunByRun`; ``distill.correct`` needs them.
         finished: Called in the first process for a run whose weights are on disk.
 
@@ -70,9 +79,11 @@ class CarriedRecovery(RunByRun):
                 "distill.correct needs held-out states, and the calibration has none; run capture again"
             )
         self.load, self.finished = load, finished
+        self.kept = kept_behind(recipe.plan, source) if recipe.settings.carried_kept else {}
 
     def run(self, runs: Sequence[RunKey]) -> None:
         """Train what is not finished yet; after it the weights of all runs are on disk."""
+        runs = [*runs, *self.kept]
         if not all([self.is_finished(run) for run in runs]):
             course = self.course()
             walk = StudentWalk(course, runs, self._trained)
@@ -88,13 +99,37 @@ class CarriedRecovery(RunByRun):
             recipe.group.on_main(lambda: self.write(run, block))
             recipe.group.on_main(lambda: remove(self.checkpoints(run)))
             recipe.group.on_main(lambda: self.finished(run))
+        elif run in self.kept:
+            load_factors(block := self._with_lora(run), read_tensors(self.path(run))[0])
         else:
             block = self.load(run)
             block.load_state_dict(read_tensors(self.path(run))[0])
         return block.to(recipe.device)
 
+    def write(self, run: RunKey, block: nn.Module) -> None:
+        """Write what is trained of a block: a finished substitute, or a kept block's factors."""
+        if run not in self.kept:
+            super().write(run, block)
+            return
+        own = {name.removeprefix("."): tensor for name, tensor in factors({"": block}).items()}
+        write_tensors(self.path(run), own, {"fingerprint": self.fingerprint})
+
+    def factors(self) -> dict[str, Tensor]:
+        """The LoRA of kept blocks, by their path in the student."""
+        read = {path: read_tensors(self.path(run))[0] for run, path in self.kept.items()}
+        return {f"{path}.{name}": tensor for path, tensors in read.items() for name, tensor in tensors.items()}
+
+    def _with_lora(self, run: RunKey) -> nn.Module:
+        """A kept block, which is lent now, with LoRA that does nothing yet."""
+        recipe, number = self.recipe, self.source.order.index(run[:2])
+        generator = step_generator(recipe.seed, 1 + number, Stream.STUDENT_LORA)  # 0 is of the whole student's
+        block = self.source.module(run[:2]).requires_grad_(False)
+        return with_lora(block, recipe.settings.lora_rank, {}, generator)
+
     def _start(self, run: RunKey, ends: Ends) -> nn.Module:
-        """A run's substitute before its training, corrected if that is asked for."""
+        """What is trained before its training: a substitute is corrected if that is asked for."""
+        if run in self.kept:
+            return self._with_lora(run)
         block, group = self.load(run), self.recipe.group
         if self.recipe.settings.correct:
             losses = correct(block, ends, lambda: self.held_out_loss(block, ends), group)
@@ -109,14 +144,26 @@ class CarriedRecovery(RunByRun):
     def _train(self, run: RunKey, ends: Ends) -> nn.Module:
         block, recipe, settings = self._start(run, ends), self.recipe, self.recipe.settings
         before, judged = self.held_out_loss(block, ends), settings.keep_start and self.held_out is not None
-        start = {n: t.to("cpu", copy=True) for n, t in block.state_dict().items()} if judged else {}
+        trained = {n for n in block.state_dict() if run not in self.kept or ".lora_" in n}
+        start = {n: t.to("cpu", copy=True) for n, t in block.state_dict().items() if judged and n in trained}
         with torch.enable_grad():
             self.train(recipe, block, ends, settings.carried_steps)
         after = self.held_out_loss(block, ends)
         if judged and recipe.group.any(after > before):
             say_start_is_kept(run, before, after)
-            block.load_state_dict(start)
+            block.load_state_dict(start, strict=run not in self.kept)
         return block
+
+
+def kept_behind(plan: CompressionPlan, source: Blocks) -> dict[RunKey, str]:
+    """Kept blocks that are handed another state than the teacher's, by their path in the student."""
+    substitutes = [source.order.index(run[:2]) for run, _ in members(plan)]
+    return {
+        (name, segment.first, segment.last): f"{name}.{position}"
+        for name in source.stacks
+        for position, segment in enumerate(plan.stacks[name])
+        if not segment.is_substitute and source.order.index((name, segment.first)) > min(substitutes, default=math.inf)
+    }
 
 
 class StudentWalk:
@@ -124,7 +171,7 @@ class StudentWalk:
 
     Args:
         course: The teacher's sweep.
-        runs: All runs of the student; they do not overlap.
+        runs: All runs of the student, kept blocks that are trained included; they do not overlap.
         trained: The trained substitute of a run, given the states at its ends, the student's before and the
             teacher's after it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
@@ -86,6 +86,7 @@ def distill_streamed(
     recipe = Recipe(plan, settings, seed, states, out / "checkpoints", source.device, precision, log, group)
     held_out = States(calibration, "held-out") if has_held_out else None
     starts, runs = Starts(source, plan, out, settings), [run for run, _ in members(plan)]
+    lora: dict[str, Tensor] = {}
     stage: RunByRun = (local := OneAtATime(recipe, source, starts, held_out))
     if not (runs and settings.walks):
         local.run(runs)
@@ -100,8 +101,9 @@ def distill_streamed(
         stage = (carried := CarriedRecovery(recipe, source, load, held_out, lambda run: remove(local.path(run))))
         local.run([run for run in runs if not carried.is_finished(run)])
         carried.run(runs)
+        lora = carried.factors()
     how: dict[str, Any] = {"distill": to_jsonable(settings.model_dump()), "left_out": sorted(skipped)}
-    group.on_main(lambda: save_stored_bundle(plan, stage.path, out / "bundle", how))
+    group.on_main(lambda: save_stored_bundle(plan, stage.path, out / "bundle", how, lora))
     group.barrier()
 
 

@@ -40,7 +40,7 @@ from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo
 from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group
-from ppcl.training.lora import factors
+from ppcl.training.lora import factored, factors, load_factors
 from ppcl.training.losses import velocity_loss
 from ppcl.training.offload import streamed
 from ppcl.training.sharding import shard, split_blocks, unshard
@@ -256,6 +256,19 @@ class Distiller:
         self._read(stage)
         for run, block in self.substitutes.items():
             block.to(homes[run])
+        if self.settings.carried_kept:
+            self._add_lora(stage.factors())
+
+    def _add_lora(self, known: Mapping[str, Tensor]) -> None:
+        """Give the student's kept blocks LoRA, if they have none: known factors, or such that do nothing yet."""
+        if factored(kept_blocks(self.student, self.adapter, self.plan).values()):
+            return
+        rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, Stream.STUDENT_LORA)
+        self.student = with_factors(self.student, self.adapter, self.plan, rank, generator)
+        for path, block in kept_blocks(self.student, self.adapter, self.plan).items():
+            own = {n.removeprefix(f"{path}."): t for n, t in known.items() if n.startswith(f"{path}.")}
+            if own:
+                load_factors(block, own)
 
     def _read(self, stage: RunByRun) -> None:
         """Read what a stage trained, in another process or an earlier attempt, too."""
@@ -286,8 +299,7 @@ class Distiller:
             self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
             modules = {"student": self.student}
         elif self.settings.train == "lora":
-            rank, generator = self.settings.lora_rank, step_generator(self.seed, 0, Stream.STUDENT_LORA)
-            self.student = with_factors(self.student, self.adapter, self.plan, rank, generator)
+            self._add_lora({})
             runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
             modules = runs | kept_blocks(self.student, self.adapter, self.plan)
         if split:

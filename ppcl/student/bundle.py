@@ -120,7 +120,11 @@ def save_bundle(bundle: Bundle, folder: Path, how: dict[str, Any], transformer: 
 
 
 def save_stored_bundle(
-    plan: CompressionPlan, stored: Callable[[RunKey], Path], folder: Path, how: dict[str, Any]
+    plan: CompressionPlan,
+    stored: Callable[[RunKey], Path],
+    folder: Path,
+    how: dict[str, Any],
+    lora: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a bundle folder as :func:`save_bundle` does, with one weight in memory at a time.
 
@@ -129,6 +133,7 @@ def save_stored_bundle(
         stored: Where the weights of a run's substitute are, by their names inside it.
         folder: The bundle.
         how: How it was trained.
+        lora: See :class:`Bundle`.
     """
     tensors: dict[str, Unread] = {}
     for key, segment in members(plan):
@@ -138,7 +143,13 @@ def save_stored_bundle(
     # large numbers first, then by name, as safetensors itself has them
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     ordered = {name: tensors[name] for name in order}
-    _publish(plan, folder, how, lambda inside: write_one_by_one(inside / SUBSTITUTES, ordered))
+
+    def write(inside: Path) -> None:
+        write_one_by_one(inside / SUBSTITUTES, ordered)
+        if lora:
+            write_tensors(inside / "lora.safetensors", dict(lora))
+
+    _publish(plan, folder, how, write)
 
 
 def _publish(plan: CompressionPlan, folder: Path, how: dict[str, Any], write: Callable[[Path], None]) -> None:

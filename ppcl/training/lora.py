@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 
@@ -51,6 +51,16 @@ def with_lora(block: nn.Module, rank: int, replaced: Mapping[str, object], gener
     return adapted
 
 
+def factored(blocks: Iterable[nn.Module]) -> bool:
+    """Whether any of some blocks has LoRA."""
+    return any(hasattr(block, "peft_config") for block in blocks)
+
+
+def load_factors(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a block with LoRA the factors that :func:`factors` returned, by their layers' paths inside it."""
+    set_peft_model_state_dict(block, dict(tensors))
+
+
 def factors(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The LoRA of some blocks.
 
@@ -63,7 +73,7 @@ def factors(blocks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path, block in blocks.items():
-        if not hasattr(block, "peft_config"):
+        if not factored([block]):
             continue
         of_block = {f"{path}.{name}": tensor.detach() for name, tensor in get_peft_model_state_dict(block).items()}
         for name, b in of_block.items():

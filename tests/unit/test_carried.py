@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,18 @@ import pytest
 import torch
 from test_distributed import assert_close
 from test_streamed_distill import SETTINGS, flux, qwen, saved, streamed
-from tiny_models import DUAL, qwen_call, tiny_qwen, write_states
+from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
 from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
 from ppcl.common.files import read_tensors
 from ppcl.config import DistillConfig, load_config
-from ppcl.distill.carried import StudentWalk
+from ppcl.distill.carried import StudentWalk, kept_behind
 from ppcl.distill.in_sweep import Ends, training_course
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError
 from ppcl.student.assembly import assemble_student
-from ppcl.student.bundle import load_bundle, members
+from ppcl.student.bundle import build_student, load_bundle, members
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.blocks import ResidentBlocks, StreamedBlocks
@@ -173,3 +174,115 @@ def test_settings_that_it_does_not_go_with_are_refused() -> None:
     assert DistillConfig(carried_steps=3).identity() != DistillConfig().identity()
     assert "correct" not in DistillConfig().identity()
     assert DistillConfig(correct=True).identity() != DistillConfig().identity()
+
+
+KEPT: dict[str, Any] = {"carried_kept": True, "train": "lora", "lora_rank": 3, "carried_steps": 3, "local_steps": 1}
+
+
+def with_kept(folder: Path) -> tuple[Any, CompressionPlan]:
+    """Two runs, and kept blocks before, between and after them."""
+    teacher, calls = tiny_qwen(8), [qwen_call(batch=7, seed=3, padded=True), qwen_call(batch=2, text=4, seed=5)]
+    return teacher, saved(folder, teacher, calls, {(DUAL, 1, 2): "first", (DUAL, 4, 5): "middle"})
+
+
+def flux_with_kept(folder: Path) -> tuple[Any, CompressionPlan]:
+    """A run in each stack; the second one has kept blocks behind it."""
+    teacher = tiny_flux()
+    return teacher, saved(folder, teacher, [flux_call(batch=7)], {(DUAL, 1, 2): "last", (SINGLE, 0, 1): "middle"})
+
+
+@pytest.mark.parametrize("new", [with_kept, flux_with_kept])
+def test_kept_blocks_learn_through_lora_alike_streamed_and_resident(new: Any, tmp_path: Path) -> None:
+    teacher, plan = new(tmp_path)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    found = streamed(tmp_path, plan, "streamed", rows.append, **KEPT)
+    single = resident(tmp_path, teacher, plan, "single", one_at_a_time=True, **KEPT)
+    for name in (NAME, "lora.safetensors"):
+        tensors, others = (read_tensors(folder / name)[0] for folder in (found, single))
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(value, others[key]) for key, value in tensors.items())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    adapter = adapter_for(teacher)
+    behind = kept_behind(plan, ResidentBlocks(teacher))
+    assert {".".join(name.split(".")[:2]) for name in tensors} == set(behind.values())
+    carried = [row for row in rows if row["stage"] == "distill.carried"]
+    assert len(carried) == 3 * (len(members(plan)) + len(behind))
+    bundle = load_bundle(found, teacher, adapter)
+    student = build_student(teacher, adapter, bundle)
+    bare = build_student(teacher, adapter, replace(bundle, lora={}))
+    call = next(States(tmp_path / "states", "held-out").batches(2))
+    with torch.no_grad():
+        assert not torch.equal(velocity(student, call), velocity(bare, call))
+
+
+def test_only_blocks_behind_the_first_substitute_are_handed_something_else(tmp_path: Path) -> None:
+    teacher, plan = with_kept(tmp_path)
+    behind = {(DUAL, 3, 3): f"{DUAL}.2", (DUAL, 6, 6): f"{DUAL}.4", (DUAL, 7, 7): f"{DUAL}.5"}
+    assert kept_behind(plan, ResidentBlocks(teacher)) == behind
+    assert kept_behind(plan_for(teacher, []), ResidentBlocks(teacher)) == {}
+
+
+@pytest.mark.parametrize("row", [4, 7, 14])
+def test_a_stage_killed_in_a_kept_block_goes_on_with_the_same_bits(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = with_kept(tmp_path)
+    whole = streamed(tmp_path, plan, "whole", **KEPT)
+    rows: list[str] = []
+
+    def die(entry: dict[str, Any]) -> None:
+        rows.append(entry["stage"])
+        if rows.count("distill.carried") == row:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamed(tmp_path, plan, "killed", die, **KEPT)
+    again: list[str] = []
+    torch.manual_seed(99)
+    killed = streamed(tmp_path, plan, "killed", lambda entry: again.append(entry["stage"]), **KEPT)
+    assert again == ["distill.carried"] * (15 - row + 1)
+    for name in (NAME, "lora.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_output_stage_goes_on_from_the_factors(tmp_path: Path) -> None:
+    teacher, plan = with_kept(tmp_path)
+    first = read_tensors(resident(tmp_path, teacher, plan, "first", **KEPT) / "lora.safetensors")[0]
+    settings = {**KEPT, "output_steps": 1, "output_learning_rate": 1e-9}
+    second = read_tensors(resident(tmp_path, teacher, plan, "second", **settings) / "lora.safetensors")[0]
+    assert first.keys() <= second.keys()
+    assert_close({name: second[name] for name in first}, first, 1e-4)
+
+
+def test_kept_blocks_that_learn_bring_the_student_nearer(tmp_path: Path) -> None:
+    teacher, calls = tiny_qwen(6), [qwen_call(batch=16, seed=seed) for seed in (3, 30, 60)]
+    plan = saved(tmp_path, teacher, calls, {(DUAL, 0, 1): "first", (DUAL, 3, 4): "middle"})
+    write_states(tmp_path / "states", "held-out", [qwen_call(batch=16, seed=200)], teacher)
+    for path in (tmp_path / "states").glob("held-out-000[12]*"):
+        path.unlink()
+    held_out, errors = States(tmp_path / "states", "held-out"), {}
+    common = {"batch_size": 16, "local_learning_rate": 2e-3, "checkpoint_every": 100, "clip_norm": 1.0}
+    for kept in (False, True):
+        steps = {"local_steps": 0, "carried_steps": 30, "carried_kept": kept, "train": "lora", "lora_rank": 8}
+        bundle = load_bundle(streamed(tmp_path, plan, f"kept-{kept}", **common, **steps), teacher, adapter_for(teacher))
+        student, error = build_student(teacher, adapter_for(teacher), bundle), VelocityErrors()
+        with torch.no_grad():
+            for call in held_out.answered(8):
+                error.add(call.velocity, velocity(student, call.arguments))
+        errors[kept] = error.relative
+    print(f"velocity error: {errors}")
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize(
+    "others", [(), ("distill.carried_steps=3",), ("distill.train=lora",), ("distill.offload=cpu",)]
+)
+def test_kept_blocks_need_carried_steps_and_lora(others: tuple[str, ...]) -> None:
+    both = ("distill.carried_steps=3", "distill.train=lora") if others == ("distill.offload=cpu",) else ()
+    with pytest.raises(
+        ConfigError, match=r"distill\.carried_kept .* needs distill\.carried_steps, distill\.train=lora"
+    ):
+        load_config([], ["distill.carried_kept=true", *others, *both])
+    assert "carried_kept" not in DistillConfig(carried_steps=3, train="lora").identity()
+    assert DistillConfig(carried_steps=3, train="lora", carried_kept=True).identity()["carried_kept"] is True
