@@ -28,7 +28,6 @@ from ppcl.run.run import Run
 from ppcl.run.stage import ORDER
 from ppcl.run.stages import PIPELINE, STAGES
 from ppcl.student.plan import CompressionPlan
-from ppcl.teacher.origin import model_files
 
 logger = logging.getLogger(__name__)
 PRUNING = ORDER[: ORDER.index("export") + 1]  # the stages of a round that another one follows
@@ -118,6 +117,8 @@ def _check_place(out: Path, before: Path) -> None:
 
 def make_way(out: Path, model: str) -> None:
     """Remove what a later round made of another model: the round before was made again with other settings."""
+    from ppcl.teacher.origin import model_files
+
     held = (read_mapping(out / LEDGER) if (out / LEDGER).is_file() else {}).get("made_of")
     if not isinstance(held, dict) or held.get("files") == model_files(model):
         return

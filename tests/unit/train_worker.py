@@ -22,12 +22,14 @@ from ppcl.common.parts import is_part
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.fit import fit
+from ppcl.distill.trainable import kept_blocks
 from ppcl.distill.trainer import Distiller
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import Group, connect
 from ppcl.training.launch import guarded
+from ppcl.training.lora import factors
 
 RUNS = [(DUAL, 0, 1), (DUAL, 3, 4)]
 BATCH = 5  # not a multiple of two, and padded texts: the parts do not count the same
@@ -36,6 +38,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "local": {"local_steps": 2, "output_steps": 0},
     "single": {"local_steps": 2, "output_steps": 0, "one_at_a_time": True},
     "carried": {"local_steps": 1, "carried_steps": 2, "output_steps": 0},
+    "kept": {
+        **{"local_steps": 0, "carried_steps": 2, "carried_kept": True, "output_steps": 0},
+        **{"train": "lora", "lora_rank": 2},
+    },
     "corrected": {"local_steps": 0, "correct": True, "output_steps": 0, "keep_start": False},
     "sequential": {"local_steps": 2, "output_steps": 0, "sequence": "sequential"},
     "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
@@ -61,7 +67,8 @@ def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
     """What was trained."""
     found = {f"{run}/{k}": v for run, block in distiller.substitutes.items() for k, v in block.state_dict().items()}
     tuned = {k: v for k, v in distiller._tuned().items()}
-    return {name: tensor.clone() for name, tensor in {**found, **tuned}.items()}
+    lora = factors(kept_blocks(distiller.student, distiller.adapter, distiller.plan))
+    return {name: tensor.clone() for name, tensor in {**found, **tuned, **lora}.items()}
 
 
 def train_all(folder: Path, group: Group, stages: Iterable[str] = STAGES, **changes: Any) -> dict[str, torch.Tensor]:
@@ -152,7 +159,7 @@ def train_beside_split_teacher(folder: Path, group: Group) -> dict[str, torch.Te
         *(
             (name, name, {"sample_every": 1})
             for name in STAGES
-            if name not in ("all", "single", "carried", "corrected")
+            if name not in ("all", "single", "carried", "kept", "corrected")
         ),
         ("all", "all", {"sample_every": 1, "shard": True, "accumulate": 2}),
         ("all", "whole", {"sample_every": 1, "checkpointing": True}),
