@@ -26,6 +26,7 @@ class Stream(IntEnum):
     CARRIED_BATCH = 38  # batches of carried recovery
     ALTERNATING_BATCH = 41  # batches of alternating distillation
     ALTERNATING_ACTIVE = 43  # which substitutes are in place in a step of it
+    CARRIED_LORA = 44  # first weights of LoRA on kept blocks in carried recovery
     STUDENT_LORA = 47  # first weights of LoRA on the student
     OUTPUT_SIGNS = 61  # signs in front of the output that first-order criteria differentiate
     SAMPLE_ORDER = 62  # the order in which samples of captioned pictures are looked at

@@ -122,7 +122,7 @@ class CarriedRecovery(RunByRun):
     def _with_lora(self, run: RunKey) -> nn.Module:
         """A kept block, which is lent now, with LoRA that does nothing yet."""
         recipe, number = self.recipe, self.source.order.index(run[:2])
-        generator = step_generator(recipe.seed, 1 + number, Stream.STUDENT_LORA)  # 0 is of the whole student's
+        generator = step_generator(recipe.seed, number, Stream.CARRIED_LORA)
         block = self.source.module(run[:2]).requires_grad_(False)
         return with_lora(block, recipe.settings.lora_rank, {}, generator)
 
