@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import nn
 
 from ppcl.errors import ModelError, UserError
-from ppcl.modules.slicing import features_of_units
+from ppcl.modules.slicing import kept_features
 from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _fit_heads(attention: Any, part: Mapping[str, Any]) -> None:
 
 
 def _rows(linear: nn.Linear, part: Mapping[str, Any]) -> nn.Linear:
-    index = features_of_units(part, linear.out_features).to(linear.weight.device)
+    index = kept_features(part, linear.out_features).to(linear.weight.device)
     rows = nn.Linear(linear.in_features, len(index), linear.bias is not None).to(linear.weight)
     with torch.no_grad():
         rows.weight.copy_(linear.weight[index])
@@ -133,7 +133,7 @@ class CutFluxIPAdapter(FluxIPAdapterAttnProcessor):  # type: ignore[misc]
         self.to_k_ip, self.to_v_ip = (
             nn.ModuleList(_rows(m, part) for m in ms) for ms in (whole.to_k_ip, whole.to_v_ip)
         )
-        self.register_buffer("features", features_of_units(part, whole.hidden_size), persistent=False)
+        self.register_buffer("features", kept_features(part, whole.hidden_size), persistent=False)
 
     def __call__(
         self,

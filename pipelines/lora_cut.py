@@ -13,10 +13,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ppcl.modules.parts import SLICED, cuts_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-SLICED = ("narrow", "heads")  # kinds of replacements that keep some of a module's units
 _OUT = re.compile(r"\.(?:lora_B|lora_up|lora\.up|lora_magnitude_vector|dora_scale)(?:\.|$)")
 _IN = re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.|$)")
 _PRODUCT = re.compile(r"\.lokr_")
@@ -42,7 +43,8 @@ def fit_replaced(
     if not path or part.get("kind") not in SLICED:
         return (None if path else tensor), path, False
     inside = name.removeprefix(f"{path}.")
-    if _PRODUCT.search(inside) or (is_dora and any(inside.startswith(f"{layer}.") for layer in part["columns"])):
+    readers = [layer for cut in cuts_of(part) for layer in cut["columns"]]
+    if _PRODUCT.search(inside) or (is_dora and any(inside.startswith(f"{layer}.") for layer in readers)):
         return None, path, False
     cut, changed = cut_lora(tensor, inside, part)
     return cut, path, changed
@@ -62,10 +64,11 @@ def cut_lora(tensor: Tensor, name: str, part: Mapping[str, Any]) -> tuple[Tensor
     Raises:
         ModelError: Its size does not divide into the units.
     """
-    from ppcl.modules.slicing import features_of_units
+    from ppcl.modules.slicing import kept_features
 
-    for layers, pattern, axis in ((part["rows"], _OUT, 0), (part["columns"], _IN, 1)):
-        if any(name.startswith(f"{layer}.") for layer in layers) and pattern.search(name) and tensor.ndim > axis:
-            index = features_of_units(part, tensor.shape[axis]).to(tensor.device)
+    for pattern, axis, side in ((_OUT, 0, "rows"), (_IN, 1, "columns")):
+        layers = [layer for cut in cuts_of(part) for layer in cut[side] if name.startswith(f"{layer}.")]
+        if layers and pattern.search(name) and tensor.ndim > axis:
+            index = kept_features(part, tensor.shape[axis], layers[0]).to(tensor.device)
             return tensor.index_select(axis, index), True
     return tensor, False

@@ -46,18 +46,10 @@ from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.in_sweep import Ends, Trainees, training_course
 from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates
 from ppcl.pruning.criteria.draws import draw_states
-from ppcl.pruning.fewer_units import (
-    KIND,
-    CutSite,
-    Parts,
-    UnitSums,
-    criterion_cost,
-    find_sites,
-    scores_of_all,
-    text_blocks,
-)
+from ppcl.pruning.fewer_units import KIND, Parts, UnitSums, criterion_cost, scores_of_all, text_blocks
 from ppcl.pruning.options import Meter, WidthJobs, width_option
 from ppcl.pruning.runs import all_runs, shortlist
+from ppcl.pruning.unit_search import CutSite, find_sites
 from ppcl.student.assembly import LinearRun, RunKey, in_dtypes_of, run_name, start_block
 from ppcl.student.plan import start_index
 from ppcl.teacher.blocks import Blocks, Place

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from ppcl.common.files import StoredTensors, Unread, read_json, read_tensor_header
 from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError
-from ppcl.modules.parts import SLICED
-from ppcl.modules.slicing import features_of_units, neurons_of
+from ppcl.modules.parts import SLICED, cuts_of, join
+from ppcl.modules.slicing import kept_features, neurons_of
 from ppcl.teacher.blocks import without_weights
 from ppcl.teacher.loading import check_folder, weight_files
 
@@ -185,11 +185,12 @@ def _of_low_rank(path: str, module: nn.Module, stored: StoredTensors) -> Tensors
 
 def _of_sliced(path: str, part: Mapping[str, Any], module: nn.Module, stored: StoredTensors) -> Tensors:
     tensors = {}
-    for names, side in ((part["rows"], 0), (part["columns"], 1)):
+    sides = [((*cut["rows"], *cut.get("between", ())), cut["columns"]) for cut in cuts_of(part)]
+    for side, names in ((side, names) for pair in sides for side, names in enumerate(pair)):
         for name in names:
-            index = features_of_units(part, module.get_submodule(name).get_parameter("weight").shape[side])
+            index = kept_features(part, module.get_submodule(name).get_parameter("weight").shape[side], name)
             for kind, parameter in module.get_submodule(name).named_parameters():
-                key = f"{path}.{name}.{kind}"
+                key = join(path, name, kind)
                 small, cut = stored.unread(key), side < parameter.ndim
                 read = partial(_spread, small.read, index, tuple(parameter.shape), side) if cut else small.read
                 tensors[key] = Unread(parameter.shape, small.dtype, read)

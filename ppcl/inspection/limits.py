@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from ppcl.config import FitConfig, PlanConfig, RunConfig
 from ppcl.config.names import Width
 from ppcl.errors import BudgetError
 from ppcl.modules.replacements import apply_width, replacement
-from ppcl.pruning.fewer_units import sizes_of, units_of
+from ppcl.modules.slicing import Units, is_matrix, matrix_of, neurons_of
+from ppcl.pruning.fewer_units import sizes_of
 from ppcl.pruning.knapsack import overlap
 from ppcl.pruning.planner import UNITS
 from ppcl.student.plan import free_blocks
@@ -122,10 +123,11 @@ class _Thin:
         shapes = (spec.name, tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
         if shapes not in self.known:
             ranks, rest = self._modulation(spec, block), self._networks(spec, block)
-            counts = [_count(block, {**rest, **ranks}), count_params(block)]
+            others = self._others(spec, block, [*ranks, *rest])
+            counts = [_count(block, {**rest, **ranks}) - others, count_params(block)]
             if "text" in self.groups and (text := self._text(spec, block)):
-                others = {p: part for p, part in {**rest, **ranks}.items() if not overlap([p], text)}
-                counts.append(_count(block, {**text, **others}))
+                apart = {p: part for p, part in {**rest, **ranks}.items() if not overlap({p: part}, text)}
+                counts.append(_count(block, {**text, **apart}) - others)
             self.known[shapes] = min(counts), min(count_params(block), _count(block, ranks))
         return self.known[shapes]
 
@@ -135,15 +137,37 @@ class _Thin:
 
     def _networks(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
         parts: dict[str, Part] = {}
-        for group, path, units in units_of(spec, block, self.groups):
-            sizes = sizes_of(units, self.settings.width_shares, self.settings.width_multiple)
-            choices: list[Part] = [units.part(range(sizes[0]))] if sizes else []
-            if group.startswith("ffn"):
+        for path in spec.of(block).ffn.values() if "ffn" in self.groups else ():
+            module = block.get_submodule(path)
+            units = neurons_of(module)
+            sizes = sizes_of(units, self.settings.width_shares, self.settings.width_multiple) if units else []
+            choices: list[Part] = [units.part(range(sizes[0]))] if units and sizes else []
+            if any(isinstance(layer, nn.Linear) for layer in module.modules()):
                 choices.append({"kind": "linear", "size": 0})
             if choices:
-                sizes_left = [count_params(replacement(block.get_submodule(path), part)) for part in choices]
-                parts[path] = choices[sizes_left.index(min(sizes_left))]
+                parts[path] = min(choices, key=lambda part: count_params(replacement(module, part)))
         return parts
+
+    def _others(self, spec: StackSpec, block: nn.Module, replaced: Collection[str]) -> int:
+        """What layers may lose whose units are only found by a call: all of them are taken to have some."""
+        of_ffn, of_attention = "ffn" in self.groups and not spec.ffn, "attention" in self.groups
+        if not of_ffn and not of_attention:
+            return 0
+        saved = 0.0
+        for name, layer in block.named_modules():
+            known = any(f"{name}.".startswith(f"{path}.") for path in (*replaced, *spec.modulation.values()))
+            if is_matrix(layer) and not known:
+                saved += (1 - self._least_share(block, name)) * matrix_of(layer).numel()
+        return math.floor(saved)
+
+    def _least_share(self, block: nn.Module, name: str) -> float:
+        """The smallest share of a layer's units that options keep: heads are rounded, and so are neurons."""
+        wanted, size = min(self.settings.width_shares, default=1.0), max(matrix_of(block.get_submodule(name)).shape)
+        parent = block.get_submodule(name.rpartition(".")[0])
+        heads = [n for key, n in vars(parent).items() if key.endswith("heads") and type(n) is int and n > 1]
+        sizes = sizes_of(Units("narrow", size, (), ()), self.settings.width_shares, self.settings.width_multiple)
+        neurons = [sizes[0] / size] if sizes else []
+        return min(wanted, *(max(1, round(wanted * n)) / n for n in heads), *neurons, 1.0)
 
     def _text(self, spec: StackSpec, block: nn.Module) -> dict[str, Part]:
         parts = spec.of(block).text_parts

@@ -5,7 +5,7 @@ stands for, so that a config can carry it and a class can rebuild it without its
 
 * ``low_rank``: a linear layer W as up @ down, ``size`` is the rank (modulation layers);
 * ``linear``: a feed-forward network as one affine map (eq. 9), ``size`` is not used;
-* ``narrow``, ``heads``: fewer neurons or heads, ``size`` is how many stay (:mod:`ppcl.modules.slicing`);
+* ``narrow``, ``heads``, ``parallel``: fewer neurons or heads, ``size`` is how many stay (:mod:`ppcl.modules.slicing`);
 * the modules that make a text stream two linear maps (eq. 8, :mod:`ppcl.modules.text_stream`).
 
 All have closed-form starts. No forward of a block is touched: a replacement is called as the
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ppcl.errors import ModelError
 from ppcl.modules.parts import KINDS, SLICED, TEXT_KINDS, check_part
-from ppcl.modules.slicing import neurons_of, sliced
+from ppcl.modules.slicing import neurons_of, slice_units, sliced
 from ppcl.modules.text_stream import text_replacement
 
 
@@ -125,12 +125,16 @@ def apply_width(root: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None
     if not isinstance(parts, Mapping):
         raise ModelError(f"smaller modules are {str(parts)[:100]}, expected a description by each module's path")
     for path, part in parts.items():
+        is_cut = isinstance(part, Mapping) and part.get("kind") in SLICED
         try:
-            module = root.get_submodule(path) if path else None
+            module = root.get_submodule(path) if path or is_cut else None
         except AttributeError:
             module = None
         if module is None:
             raise ModelError(f"{type(root).__name__} has no module '{path}'")
+        if is_cut:
+            slice_units(module, part)
+            continue
         smaller = replacement(module, part)
         if next(module.parameters(), None) is None:  # a norm without weights: those around it tell where it is
             like = next(root.get_submodule(path.rpartition(".")[0]).parameters(), next(root.parameters()))

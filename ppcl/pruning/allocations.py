@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ppcl.config.extensions import ALLOCATIONS
 from ppcl.errors import BudgetError, ConfigError
+from ppcl.modules.parts import cuts_of
 from ppcl.pruning.artifacts import WidthOption
 from ppcl.pruning.knapsack import Layout, Vectors, put_in
 from ppcl.student.plan import Segment
@@ -218,12 +219,13 @@ def _modules(model: ModelInfo, options: Sequence[WidthOption]) -> list[_Module]:
     by_module: dict[tuple[int, int, str], list[WidthOption]] = {}
     order = {stack.name: number for number, stack in enumerate(model.stacks)}
     for option in options:
-        if all(part["kind"] in ("narrow", "heads") for part in option.parts.values()):
+        cuts = [cut for part in option.parts.values() for cut in cuts_of(part)]
+        if cuts and len(cuts) >= len(option.parts) and all(cut["size"] < cut["of"] for cut in cuts):
             by_module.setdefault((order[option.stack], option.block, option.group), []).append(option)
     modules = []
     for (_, _, group), members in sorted(by_module.items()):
         sizes = sorted(members, key=lambda o: o.saved_params)
-        part = next(iter(sizes[-1].parts.values()))
+        part = cuts_of(next(iter(sizes[-1].parts.values())))[0]
         whole = sizes[-1].saved_params * part["of"] / (part["of"] - part["size"])
         modules.append(_Module(group, whole, tuple(sizes)))
     return modules

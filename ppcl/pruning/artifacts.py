@@ -13,7 +13,7 @@ import numpy as np
 from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, Index, load_artifact
 from ppcl.common.files import open_tensors
 from ppcl.errors import ArtifactError
-from ppcl.modules.parts import check_part
+from ppcl.modules.parts import check_part, label
 from ppcl.student.plan import StartName
 from ppcl.teacher.model_info import ModelInfo
 
@@ -58,7 +58,7 @@ class Candidate:
 
 def option_name(stack: str, block: int, group: str, parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Name smaller modules: ``stack/block/group/kind-size``, with a ``+`` between several kinds and sizes."""
-    return f"{stack}/{block}/{group}/" + "+".join(f"{part['kind']}-{part['size']}" for part in parts.values())
+    return f"{stack}/{block}/{group}/" + "+".join(label(part) for part in parts.values())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class WidthOption:
     """Smaller modules inside one block, and what they cost.
 
     Attributes:
-        group: What is made smaller (``modulation``, ``ffn.image``, ``ffn.text``); a block takes one option a group.
+        group: What is made smaller (``modulation``, ``ffn.image``, ``ffn.text``, ``attention``; ``ffn+attention`` where
+            one layer reads both); a block takes one option a group.
         parts: Path inside the block -> ``kind`` and ``size`` of the replacement (:mod:`ppcl.modules.replacements`).
         saved_params: Parameters fewer, exactly.
         saved_flops: Forward FLOPs fewer for one sample of the calibration's shape.
@@ -95,6 +96,11 @@ class WidthOption:
     def family(self) -> str:
         """What is made smaller, as ``fit.width`` and ``plan.width`` name it: the group without its stream."""
         return self.group.partition(".")[0]
+
+    @property
+    def slot(self) -> str:
+        """Of options with one slot a block takes one: they are of one group, or cut one module."""
+        return "parallel" if any(part["kind"] == "parallel" for part in self.parts.values()) else self.group
 
     @property
     def saved_speed(self) -> int:

@@ -1,17 +1,9 @@
-"""Which modules can lose units, which units go, and what their closed forms are.
-
-A module is offered only where cutting a unit out of it gives what the block gives with the
-unit's columns set to zero, on a recorded call: that holds for ordinary feed-forward networks and
-attentions and is not taken from their names.
-"""
+"""Which units of a module go, and what the closed forms of what stays are."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,103 +15,23 @@ from ppcl.common.progress import announce
 from ppcl.config import FitConfig
 from ppcl.config.extensions import CRITERIA
 from ppcl.errors import ConfigError
-from ppcl.modules.replacements import set_module
-from ppcl.modules.slicing import Units, corrected, heads_of, masked, neurons_of, sliced
+from ppcl.modules.parts import FAMILIES, join, label
+from ppcl.modules.slicing import Units, corrected, features_last, joined, matrix_of
 from ppcl.modules.text_stream import plain_norm, text_replacement
 from ppcl.pruning.criteria import Site, checked_site_scores, unit_cost, unit_scores
 from ppcl.pruning.criteria.base import Batches, InputSums, SumCriterion
 from ppcl.pruning.criteria.draws import best_draw, cut_error
+from ppcl.pruning.unit_search import CutSite
 from ppcl.teacher.blocks import Blocks, Place, ResidentBlocks
 from ppcl.teacher.call_arguments import batch_size
-from ppcl.teacher.families import Adapter, StackSpec
+from ppcl.teacher.families import StackSpec
 from ppcl.teacher.families.masks import valid_of, valid_rows
-from ppcl.teacher.trace import BlockCall
 from ppcl.training.distributed import SINGLE, Group
 
-logger = logging.getLogger(__name__)
-Calls = Mapping[Place, BlockCall]
 Tensors = dict[str, Tensor]
 Parts = dict[str, dict[str, Any]]  # replacements by path
 TEXT_RIDGE = 1e-4
 KIND = "units"  # of findings
-
-
-@dataclass(frozen=True)
-class CutSite:
-    """A module that can lose units.
-
-    Attributes:
-        group: Of its options: ``ffn.image``, ``attention``.
-        site: The module.
-    """
-
-    group: str
-    site: Site
-
-    def layers(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """The linear layers that read the units, by path inside the module, given its block."""
-        module = block.get_submodule(self.site.path)
-        layers = {name: module.get_submodule(name) for name in self.site.units.columns}
-        return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-
-
-def find_sites(source: Blocks, calls: Calls, groups: Sequence[str]) -> list[CutSite]:
-    """Find the modules whose units may go.
-
-    Args:
-        source: The teacher's blocks.
-        calls: A recorded call of the first block of each stack.
-        groups: ``ffn`` and ``attention`` are looked for.
-    """
-    sites: list[CutSite] = []
-    for spec in source.adapter.stacks:
-        refused: dict[str, bool] = {}  # by group: tested on the first block that has it
-        for index, block in enumerate(source.adapter.blocks(source.transformer, spec)):
-            for group, path, units in units_of(spec, block, groups):
-                if group not in refused:
-                    with source.block(spec.name, index) as lent:
-                        clean = cuts_cleanly(source.adapter, spec, lent, path, units, calls[spec.name, 0])
-                    refused[group] = not clean
-                    if refused[group]:
-                        logger.warning("%s.%s: %s cannot be cut here; not offered", spec.name, path, units.kind)
-                if not refused[group]:
-                    sites.append(CutSite(group, Site(spec.name, index, path, units)))
-    return sites
-
-
-def units_of(spec: StackSpec, block: nn.Module, groups: Sequence[str]) -> Iterator[tuple[str, str, Units]]:
-    """Group, path and units of the modules of one block."""
-    if "ffn" in groups:
-        for stream, path in spec.of(block).ffn.items():
-            units = neurons_of(block.get_submodule(path))
-            if units is not None:
-                yield f"ffn.{stream}", path, units
-    if "attention" in groups:
-        named = {name: heads_of(child) for name, child in block.named_children()}
-        several = sum(units is not None for units in named.values()) > 1
-        for name, units in named.items():
-            if units is not None:
-                yield f"attention.{name}" if several else "attention", name, units
-
-
-@torch.no_grad()
-def cuts_cleanly(adapter: Adapter, spec: StackSpec, block: nn.Module, path: str, units: Units, call: BlockCall) -> bool:
-    """Whether a block without half of the units gives what it gives with their columns zeroed."""
-    part = units.part(range(0, units.count, 2))
-    outputs = [adapter.call(spec, block, call.inputs, call.arguments)]
-    for make in (masked, sliced):
-        changed = copy.deepcopy(block)
-        set_module(changed, path, make(block.get_submodule(path), part))
-        try:
-            outputs.append(adapter.call(spec, changed, call.inputs, call.arguments))
-        except (RuntimeError, ValueError, IndexError):  # a shape that the block's code takes for granted
-            return False
-    for whole, zeroed, cut in zip(*(states.values() for states in outputs), strict=True):
-        if zeroed is not None:
-            rounding = 4 * torch.finfo(zeroed.dtype).eps * float(zeroed.float().norm())
-            if float((cut - zeroed).float().norm()) > 0.05 * float((zeroed - whole).float().norm()) + rounding:
-                return False
-    return True
 
 
 def sizes_of(units: Units, shares: Sequence[float], multiple: int = 64) -> list[int]:
@@ -131,6 +43,24 @@ def sizes_of(units: Units, shares: Sequence[float], multiple: int = 64) -> list[
         step = multiple if multiple > 64 else min(step, multiple)
     sizes = {max(step, round(share * units.count / step) * step) for share in shares}
     return sorted(size for size in sizes if size < units.count)
+
+
+def choices_of_sizes(kinds: Sequence[Units], settings: FitConfig) -> list[tuple[int, ...]]:
+    """How many units of each kind the options of a module keep.
+
+    Where heads and neurons go together, an option cuts both to the same share, or one of them, as ``fit.width`` has it.
+    """
+    families = [FAMILIES[units.kind] for units in kinds]
+    sizes = [
+        sizes_of(units, settings.width_shares, settings.width_multiple) if family in settings.width else []
+        for units, family in zip(kinds, families, strict=True)
+    ]
+    alone = [
+        tuple(size if i == number else units.count for i, units in enumerate(kinds))
+        for number, of_kind in enumerate(sizes)
+        for size in of_kind
+    ]
+    return alone if len(kinds) == 1 else [*alone, *zip(*sizes, strict=False)]
 
 
 def criterion_cost(settings: FitConfig, sets: Sequence[Batches], held_out: Batches) -> float | None:
@@ -165,7 +95,7 @@ def scores_of_all(
 
     Args:
         source: The teacher's blocks.
-        sites: See :func:`find_sites`.
+        sites: See :func:`ppcl.pruning.unit_search.find_sites`.
         sets: Sets of training states; of several the best is taken (:mod:`ppcl.pruning.criteria.draws`).
         settings: ``criterion`` and ``width_shares``.
         seed: For the criterion.
@@ -186,7 +116,7 @@ def scores_of_all(
             "once, and they are read from files one by one; use fit.criterion=activation with one draw, or "
             "blocks=resident on a device that holds the teacher"
         )
-    modules, shares = [site.site for site in sites], sorted(settings.width_shares)
+    modules, shares = [one for site in sites for one in site.sites], sorted(settings.width_shares)
     adapter = source.adapter
     with source.whole() as transformer:
         scores = best_draw(
@@ -217,7 +147,7 @@ class UnitSums:
     """A consumer of the forward sweep: which units of a block stay, the columns that read them, and the text's l_z.
 
     Args:
-        sites: See :func:`find_sites`.
+        sites: See :func:`ppcl.pruning.unit_search.find_sites`.
         texts: The blocks whose text input map is wanted.
         settings: ``criterion``, ``width_shares`` and ``width_ridge``.
         scores: Of the units; None: by the criterion, from the sums of this sweep.
@@ -247,9 +177,9 @@ class UnitSums:
     def begin(self, stack: StackSpec, index: int, block: nn.Module) -> Sequence[str] | None:
         """The layers that read units, and the text's projection."""
         self.place, self.block, self.moments = (stack.name, index), block, {}
-        self.here = [site for site in self.sites if (site.site.stack, site.site.block) == self.place]
+        self.here = [site for site in self.sites if site.place == self.place]
         self.norm = _text_norm(stack, block) if self.place in self.texts else None
-        paths = [f"{site.site.path}.{name}" for site in self.here for name in site.layers(block)]
+        paths = [path for site in self.here for path in _readers(site)]
         self.text_path = stack.text_qkv or ""
         return paths if self.norm is None else [*paths, self.text_path]
 
@@ -257,7 +187,7 @@ class UnitSums:
         """Add a batch."""
         spec, arguments = seen.call.stack, seen.call.arguments
         for path, calls in seen.layers.items():
-            x = calls[-1].input
+            x = features_last(self.block.get_submodule(path), calls[-1].input)
             valid = valid_of(spec, arguments, path, x)
             rows = valid_rows(x, valid)
             if self.norm is not None and path == self.text_path:
@@ -278,10 +208,7 @@ class UnitSums:
         tensors: Tensors = {}
         parts: dict[str, list[dict[str, Any]]] = {}
         for site in self.here:
-            layers = {
-                name: (layer, moments[f"{site.site.path}.{name}"]) for name, layer in site.layers(self.block).items()
-            }
-            parts[site.site.path], corrections = self._cut(site.site, layers)
+            parts[site.path], corrections = self._cut(site, {path: moments[path] for path in _readers(site)})
             tensors |= corrections
         if self.norm is not None:
             weight, bias = moments[self.text_path].ridge(TEXT_RIDGE)
@@ -290,29 +217,46 @@ class UnitSums:
             self.findings.write(KIND, self.place, tensors, parts)
         self.block = nn.Module()
 
-    def _cut(self, site: Site, layers: Mapping[str, tuple[nn.Linear, Moments]]) -> tuple[list[dict[str, Any]], Tensors]:
-        """The replacements of a site, and the columns of each."""
+    def _order(self, site: Site, layers: Mapping[str, Moments]) -> list[int]:
+        """The units of a site, the best first; of equals the first."""
         if self.scores is None:
             sums = [
-                (layer, InputSums(moments.count, moments.sum_x, moments.xx.diagonal()))
-                for layer, moments in layers.values()
+                (self._layer(path), InputSums(moments.count, moments.sum_x, moments.xx.diagonal()))
+                for path, moments in layers.items()
             ]
             criterion = CRITERIA.named(self.settings.criterion)
             score = checked_site_scores(self.settings.criterion, criterion.score_sums(site, sums), site)
         else:
             score = self.scores[site]
-        order = torch.argsort(score, descending=True, stable=True).tolist()  # of equals the first stays
-        sizes = sizes_of(site.units, self.settings.width_shares, self.settings.width_multiple)
-        parts = [site.units.part(sorted(order[:size])) for size in sizes]
+        order: list[int] = torch.argsort(score, descending=True, stable=True).tolist()
+        return order
+
+    def _cut(self, site: CutSite, layers: Mapping[str, Moments]) -> tuple[list[dict[str, Any]], Tensors]:
+        """The replacements of a module, and the columns of each."""
+        orders = [self._order(one, layers) for one in site.sites]
+        kinds = [one.units for one in site.sites]
+        parts = [
+            joined([u.part(sorted(o[:size])) for u, o, size in zip(kinds, orders, sizes, strict=True)])
+            for sizes in choices_of_sizes(kinds, self.settings)
+        ]
         tensors: Tensors = {}
-        for name, (layer, moments) in layers.items():
+        for name, (path, moments) in zip(kinds[0].columns, layers.items(), strict=True):
+            layer = self._layer(path)
             for part in parts:
-                columns = corrected(layer.weight, layer.bias, part, _moment(moments), self.settings.width_ridge)
+                weight, ridge = matrix_of(layer), self.settings.width_ridge
+                columns = corrected(weight, layer.bias, part, _moment(moments), ridge, name)
                 for kind, value in zip(("weight", "bias"), columns, strict=True):
                     if value is not None:
-                        prefix = f"{site.path}/{part['kind']}-{part['size']}/{name}"
-                        tensors[f"{prefix}.{kind}"] = value.to(layer.weight.dtype).cpu()
+                        tensors[f"{site.path}/{label(part)}/{name}.{kind}"] = value.to(weight.dtype).cpu()
         return parts, tensors
+
+    def _layer(self, path: str) -> nn.Linear:
+        return cast(nn.Linear, self.block.get_submodule(path))
+
+
+def _readers(site: CutSite) -> list[str]:
+    """Paths inside the block of the layers that read a module's units."""
+    return [join(site.path, name) for name in site.sites[0].units.columns]
 
 
 def _moment(moments: Moments) -> tuple[Tensor, Tensor]:

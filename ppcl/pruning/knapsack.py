@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppcl.modules.parts import changed
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import Segment, start_index
 from ppcl.student.prediction import joint_error, padded
@@ -22,6 +23,7 @@ from ppcl.teacher.model_info import ModelInfo, Stack
 
 CLASSES = 1000  # of savings, from nothing to the whole model
 DEPTH_CLASSES = 10_000  # of depth alone, where few savings differ: so many that hardly two share a class
+Parts = Mapping[str, Mapping[str, Any]]  # replacements by path
 Layout = dict[str, tuple[Segment, ...]]
 Route = tuple[int, ...]  # numbers of edges, in execution order
 
@@ -284,7 +286,7 @@ def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
 def _merge(base: Choice, options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:
     groups: dict[str, list[WidthOption]] = {}
     for option in options:
-        groups.setdefault(option.group, []).append(option)
+        groups.setdefault(option.slot, []).append(option)
     choices = [base]
     for members in groups.values():
         choices = _undominated([*choices, *((*choice, o) for choice in choices for o in members)], by_flops)
@@ -305,6 +307,7 @@ def _undominated(choices: Sequence[Choice], by_flops: bool) -> list[Choice]:
     return kept
 
 
-def overlap(paths: Iterable[str], others: Iterable[str]) -> bool:
-    """Whether a module of one is, or lies in, a module of the other."""
-    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in paths for b in others)
+def overlap(parts: Parts, others: Parts) -> bool:
+    """Whether a module that one changes is, or lies in, a module that the other does."""
+    pairs = ((f"{a}.", f"{b}.") for a in changed(parts) for b in changed(others))
+    return any(a.startswith(b) or b.startswith(a) for a, b in pairs)

@@ -24,9 +24,11 @@ from ppcl.analysis.artifacts import Analysis, StackAnalysis
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.prices import Job
 from ppcl.config import FitConfig
+from ppcl.modules.parts import FAMILIES, cuts_of, label
 from ppcl.modules.replacements import apply_width
 from ppcl.pruning.artifacts import WidthOption, option_name
-from ppcl.pruning.fewer_units import KIND, CutSite, Parts
+from ppcl.pruning.fewer_units import KIND, Parts
+from ppcl.pruning.unit_search import CutSite
 from ppcl.student.assembly import fill_width, with_blocks
 from ppcl.teacher.blocks import Blocks, Place, ResidentBlocks
 from ppcl.teacher.calls import velocity
@@ -117,13 +119,20 @@ class WidthJobs:
         for stack in self.analysis.stacks:
             if stack.name == spec.name:
                 yield from _closed_forms(spec, stack, place[1], self.settings)
-        here = [site for site in self.sites if (site.site.stack, site.site.block) == place]
+        here = [site for site in self.sites if site.place == place]
         if here:
             sizes: Mapping[str, list[dict[str, Any]]] = self.findings.numbers(KIND, place)
             for site in here:
-                yield from (Proposal(site.group, {site.site.path: part}) for part in sizes[site.site.path])
+                yield from (Proposal(_group(site, part), {site.path: part}) for part in sizes[site.path])
         if place in self.texts:
             yield Proposal("text", self.texts[place])
+
+
+def _group(site: CutSite, part: Mapping[str, Any]) -> str:
+    """The group of an option; where heads and neurons go together, of what it cuts."""
+    if site.group != "parallel":
+        return site.group
+    return "+".join(FAMILIES[cut["kind"]] for cut in reversed(cuts_of(part)) if cut["size"] < cut["of"])
 
 
 def _given(module: nn.Module, _: nn.Module) -> nn.Module:
@@ -216,7 +225,7 @@ class Meter:
         """Measure what a smaller block saves."""
         call = self.calls[stack, 0]
         shape = (stack, _shapes(block))
-        kinds = [(path, part["kind"], part["size"]) for path, part in parts.items()]
+        kinds = [(path, part["kind"], label(part)) for path, part in parts.items()]
         alike = (shape, *kinds)
         if shape not in self.whole:
             self.whole[shape] = self._flops(block, call)

@@ -155,7 +155,9 @@ def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig)
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:
     """Runs that leave the protected blocks alone, and smaller modules of the groups that the settings allow."""
     runs = [run for run in candidates.candidates if is_allowed(model, run, settings)]
-    return runs, [o for o in candidates.width if settings.width is None or o.family in settings.width]
+    return runs, [
+        o for o in candidates.width if settings.width is None or set(o.family.split("+")) <= set(settings.width)
+    ]
 
 
 def costs_of(candidates: Candidates) -> dict[RunKey, Candidate]:

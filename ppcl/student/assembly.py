@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppcl.config.names import Start
 from ppcl.errors import ArtifactError
-from ppcl.modules.parts import SLICED
+from ppcl.modules.parts import SLICED, changed, label
 from ppcl.modules.replacements import (
     InputStatistics,
     LinearFeedForward,
@@ -110,7 +110,7 @@ def fill_width(
         elif isinstance(module, LinearFeedForward):
             fill_linear(module, tensors[f"{prefix}/weight"], tensors[f"{prefix}/bias"])
         elif part["kind"] in SLICED:
-            cut = f"{here}/{path}/{part['kind']}-{part['size']}/"
+            cut = f"{here}/{path}/{label(part)}/"
             fill_sliced(module, old, part, {n.removeprefix(cut): tensors[n] for n in tensors if n.startswith(cut)})
         elif part["kind"] in ("text_input", "text_output"):
             name = f"{here}/text_input" if part["kind"] == "text_input" else f"{here}/text"
@@ -126,7 +126,7 @@ def substitute_block(blocks: Sequence[nn.Module] | nn.ModuleList, segment: Segme
     apply_width(block, segment.width)
     if not segment.is_run and not segment.sparsity:
         block.requires_grad_(False)
-        for path in segment.width:
+        for path in changed(segment.width):
             block.get_submodule(path).requires_grad_(True)
     return block
 
@@ -147,7 +147,8 @@ def in_dtypes_of(state: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tens
 def own_names(segment: Segment, names: Sequence[str]) -> list[str]:
     """Of a substitute's weight names, those that are not simply the teacher's block's."""
     whole = segment.is_run or segment.sparsity
-    return [n for n in names if whole or any(n.startswith(f"{path}.") for path in segment.width)]
+    paths = changed(segment.width)
+    return [n for n in names if whole or any(n.startswith(f"{path}.") for path in paths)]
 
 
 def with_blocks(transformer: nn.Module, lists: Mapping[str, Sequence[nn.Module]], own: bool = False) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 from ppcl.common.artifacts import to_jsonable
 from ppcl.config.names import PREFIX
 from ppcl.modules.compressed import compress_class
-from ppcl.modules.parts import SLICED
-from ppcl.modules.slicing import kept_units, pack_kept
+from ppcl.modules.parts import SLICED, cuts_of, join
+from ppcl.modules.slicing import joined, kept_units, pack_kept
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 from ppcl.teacher.block_map import RECORD, BlockMap, recorded_maps
 from ppcl.teacher.families import Adapter
@@ -50,7 +50,7 @@ def register_plan(
         for position, segment in enumerate(segments):
             start = start_index(segment.first, segment.last, segment.start)
             parts = composed(_below(before, f"{spec.name}.{start}"), segment.width)
-            pruning |= {f"{spec.name}.{position}.{path}": part for path, part in parts.items()}
+            pruning |= {join(spec.name, str(position), path): part for path, part in parts.items()}
     if pruning or type(student).__name__.startswith(PREFIX):
         compress_class(student, pruning)
     record: dict[str, Any] = {"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget)}
@@ -80,9 +80,13 @@ def composed(before: Parts, after: Parts) -> dict[str, Part]:
 
 def _cut_again(old: Part, new: Part) -> Part:
     """Units of units: those of the whole module that both cuts keep."""
-    kept = kept_units(old)
-    chosen = [kept[unit] for unit in kept_units(new)]
-    return {**old, "size": len(chosen), "kept": pack_kept(chosen, int(old["of"]))}
+    again = {cut["kind"]: cut for cut in cuts_of(new)}
+    cuts = []
+    for cut in cuts_of(old):
+        kept = kept_units(cut)
+        chosen = [kept[unit] for unit in kept_units(again[cut["kind"]])]
+        cuts.append({**cut, "size": len(chosen), "kept": pack_kept(chosen, int(cut["of"]))})
+    return joined(cuts)
 
 
 def _with_tail(segments: Sequence[Segment], tail: int) -> list[Segment]:
@@ -101,4 +105,8 @@ def _joined(before: BlockMap | None, segments: Sequence[Segment]) -> BlockMap:
 
 def _below(parts: Parts, prefix: str) -> Parts:
     """Entries of one block, by their paths inside it."""
-    return {name.removeprefix(f"{prefix}."): part for name, part in parts.items() if name.startswith(f"{prefix}.")}
+    return {
+        f"{name}.".removeprefix(f"{prefix}.").removesuffix("."): part
+        for name, part in parts.items()
+        if f"{name}.".startswith(f"{prefix}.")
+    }

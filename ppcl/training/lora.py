@@ -10,19 +10,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ppcl.modules.parts import changed
 
-def with_lora(block: nn.Module, rank: int, replaced: Mapping[str, object], generator: torch.Generator) -> nn.Module:
+
+def with_lora(
+    block: nn.Module, rank: int, replaced: Mapping[str, Mapping[str, Any]], generator: torch.Generator
+) -> nn.Module:
     """Return a block with LoRA on its linear layers.
 
     Args:
         block: A kept block; it is left as it is.
         rank: k.
-        replaced: Paths of its smaller modules, which are trained as they are.
+        replaced: Its smaller modules by path, which are trained as they are.
         generator: On the CPU, for the first A; B starts at zero, so the block says what it did.
 
     Returns:
@@ -30,11 +35,12 @@ def with_lora(block: nn.Module, rank: int, replaced: Mapping[str, object], gener
     """
     shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
     trained = [p for p in block.parameters() if p.requires_grad]
+    new = changed(replaced)
     adapted = copy.deepcopy(block, shared)
     targets = [
         name
         for name, module in adapted.named_modules()
-        if type(module) is nn.Linear and not any(f"{name}.".startswith(f"{path}.") for path in replaced)
+        if type(module) is nn.Linear and not any(f"{name}.".startswith(f"{path}.") for path in new)
     ]
     if not targets:
         return adapted

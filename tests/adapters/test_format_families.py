@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from ordinary_heads import heads_of
 from tiny import TINY
 
 from ppcl.common.files import read_tensor_header
@@ -21,7 +22,7 @@ from ppcl.export.layouts import LAYOUTS
 from ppcl.export.support import refusal, single_file_classes
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.modules.slicing import neurons_of
 from ppcl.teacher.families import adapter_for
 
 CLASSES = single_file_classes()

@@ -14,7 +14,8 @@ from ppcl.modules.slicing import neurons_of
 from ppcl.pruning.criteria import unit_scores
 from ppcl.pruning.criteria.base import Site
 from ppcl.pruning.criteria.weights import WEIGHT_CRITERIA, Layer, weight_scores
-from ppcl.pruning.fewer_units import CutSite, UnitSums
+from ppcl.pruning.fewer_units import UnitSums
+from ppcl.pruning.unit_search import CutSite
 from ppcl.teacher.families import StackSpec, adapter_for
 from ppcl.teacher.families.masks import stream_of, valid_of, valid_tokens, watch_valid
 from ppcl.teacher.trace import record_boundaries
@@ -135,7 +136,7 @@ def test_padded_text_does_not_count_where_the_mask_is_over_both_streams(name: st
     rows = seen[0][keep].double()
     assert len(rows) < seen[0].shape[0] * seen[0].shape[1]
 
-    sums = UnitSums([CutSite("ffn", site)], (), FitConfig(), None, Findings(tmp_path))
+    sums = UnitSums([CutSite("ffn", (site,))], (), FitConfig(), None, Findings(tmp_path))
     paths = sums.begin(spec_, 0, adapter.blocks(model, spec_)[0])
     layers = {path: [LayerCall(seen[0], None)] for path in paths}
     sums.see(Seen(Batch(0, "train", 0, None), calls[spec_.name, 0], layers))

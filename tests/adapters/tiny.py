@@ -151,8 +151,8 @@ def sana():
 
 def lumina2():
     model = make(
-        "Lumina2Transformer2DModel", sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=5,
-        num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=2, axes_dim_rope=(4, 2, 2),
+        "Lumina2Transformer2DModel", sample_size=4, patch_size=2, in_channels=4, hidden_size=32, num_layers=5,
+        num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2, multiple_of=2, axes_dim_rope=(4, 2, 2),
         axes_lens=(64, 64, 64), cap_feat_dim=24,
     )  # fmt: skip
     return model, {
@@ -183,7 +183,7 @@ def prx():
 def krea2():
     model = make(
         "Krea2Transformer2DModel", in_channels=4, num_layers=5, attention_head_dim=8, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=24, num_text_layers=3,
+        num_key_value_heads=2, intermediate_size=48, timestep_embed_dim=16, text_hidden_dim=24, num_text_layers=3,
         text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=16,
         num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 2, 2),
     )  # fmt: skip
@@ -196,7 +196,7 @@ def krea2():
 def ideogram4():
     model = make(
         "Ideogram4Transformer2DModel", in_channels=4, num_layers=5, attention_head_dim=16, num_attention_heads=2,
-        intermediate_size=32, adaln_dim=8, llm_features_dim=24, mrope_section=(4, 2, 2),
+        intermediate_size=48, adaln_dim=8, llm_features_dim=24, mrope_section=(4, 2, 2),
     )  # fmt: skip
     return model, {
         "hidden_states": randn(2, 9, 4), "timestep": TIMES, "encoder_hidden_states": randn(2, 9, 24),
@@ -230,8 +230,8 @@ def glm_image():
 
 def lumina_next():
     model = make(
-        "LuminaNextDiT2DModel", sample_size=4, patch_size=2, in_channels=4, hidden_size=16, num_layers=5,
-        num_attention_heads=2, num_kv_heads=1, multiple_of=16, cross_attention_dim=24,
+        "LuminaNextDiT2DModel", sample_size=4, patch_size=2, in_channels=4, hidden_size=32, num_layers=5,
+        num_attention_heads=4, num_kv_heads=2, multiple_of=16, cross_attention_dim=24,
     )  # fmt: skip
     torch.nn.init.zeros_(model.pad_token)  # diffusers leaves it as memory happens to be
     return model, {

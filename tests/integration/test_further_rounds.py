@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from ordinary_heads import heads_of
 from tiny_pipeline import tiny_qwen_pipeline
 from tiny_pipelines import PIPELINES
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
 from ppcl.config import ExportConfig
 from ppcl.export.pipeline import export
-from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.modules.slicing import neurons_of
 from ppcl.student.assembly import substitute_block
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.student.plan import CompressionPlan, Segment

@@ -19,7 +19,8 @@ from ppcl.pruning.criteria import CRITERIA, unit_cost
 from ppcl.pruning.criteria.base import BACKWARD
 from ppcl.pruning.criteria.bip import EPOCHS
 from ppcl.pruning.criteria.draws import best_draw, cut_error, draw_states
-from ppcl.pruning.fewer_units import CutSite, criterion_cost, scores_of_all
+from ppcl.pruning.fewer_units import criterion_cost, scores_of_all
+from ppcl.pruning.unit_search import CutSite
 from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
@@ -129,4 +130,4 @@ def test_streamed_blocks_are_not_scored_by_what_asks_for_all_of_them(criterion: 
     _, _, sites, call = setting()
     settings = FitConfig(criterion=criterion, criterion_draws=draws)
     with pytest.raises(ConfigError, match=f"fit.criterion={criterion} .* blocks=resident"):
-        scores_of_all(cast("Any", object()), [CutSite("ffn", sites[1])], [[call]] * draws, settings, 0)
+        scores_of_all(cast("Any", object()), [CutSite("ffn", (sites[1],))], [[call]] * draws, settings, 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_heads import heads_of
 from tiny_compressed import bundle_for
 from tiny_models import DUAL, SINGLE, flux_call, noise, tiny_flux, tiny_qwen
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch import Tensor
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import heads_of
 from ppcl.pipelines import load_ip_adapter, locate_blocks
 from ppcl.student.bundle import build_student
 from ppcl.teacher.families import adapter_for

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_heads import heads_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import DUAL, SINGLE, flux_call, noise, plan_for, qwen_call, random_substitutes, tiny_flux, tiny_qwen
@@ -19,7 +20,7 @@ from torch import Tensor
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.modules.slicing import neurons_of
 from ppcl.pipelines import convert_lora, kept_blocks, load_lora, remap_lora
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.teacher.families import adapter_for

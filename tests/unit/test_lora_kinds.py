@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_heads import heads_of
 from safetensors.torch import save_file
 from tiny_compressed import bundle_for
 from tiny_models import DUAL, SINGLE, flux_call, noise, tiny_flux, tiny_qwen
@@ -17,7 +18,7 @@ from torch import Tensor
 from ppcl.errors import UserError
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.modules.slicing import neurons_of
 from ppcl.pipelines import load_lora
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.student.bundle import build_student

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_heads import heads_of
 from tiny_models import (
     DUAL,
     SINGLE,
@@ -37,7 +38,7 @@ from ppcl.distill.memory import check_memory, estimate_distill, optimizer_bytes,
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import TrainingError
 from ppcl.inspection.blueprint import build_on_meta
-from ppcl.modules.slicing import heads_of, neurons_of
+from ppcl.modules.slicing import neurons_of
 from ppcl.student.assembly import RunKey, substitute_block
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.blocks import ResidentBlocks

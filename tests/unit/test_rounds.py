@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_heads import heads_of
 from test_lora_bridge import add_by_hand, lora_for, named
 from tiny_compressed import CALLS, LINEAR, bundle_for, compressed, plan_with
-from tiny_models import DUAL, SINGLE, describe_alone, tiny_flux, tiny_qwen
+from tiny_models import DUAL, SINGLE, describe_alone, flux_call, qwen_call, tiny_flux, tiny_qwen
 from torch import nn
 
 from ppcl.config import FitConfig, PlanConfig, RunConfig
@@ -20,15 +21,17 @@ from ppcl.export.card import draw_plan
 from ppcl.inspection.limits import limits_of
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import LowRankLinear, affine_of, apply_width
-from ppcl.modules.slicing import heads_of, kept_units, neurons_of
+from ppcl.modules.slicing import kept_units, neurons_of
 from ppcl.pipelines import load_lora
 from ppcl.pipelines.bundle import Plugboard
-from ppcl.pruning.fewer_units import units_of
+from ppcl.pruning.unit_search import find_sites
 from ppcl.student.assembly import RunKey
 from ppcl.student.bundle import build_student
 from ppcl.student.record import composed
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 Chosen = Mapping[RunKey, Mapping[str, Any]]
 # of the students of tiny_compressed: Qwen-Image 0, [1, 2], 3, 4, 5; FLUX 0, 1, 2 and 0, [1, 2], 3
@@ -140,7 +143,10 @@ def test_a_text_stream_of_two_linear_maps_has_no_modulation_and_no_network_left(
     apply_width(block, {path: {"kind": kind, "size": 0} for path, kind in spec.text_parts.items()})
     left = spec.of(block)
     assert set(left.modulation) == set(left.ffn) == {"image"} and not left.text_parts
-    assert [group for group, _, _ in units_of(spec, block, ["ffn", "attention"])] == ["ffn.image", "attention"]
+    adapter, call = adapter_for(transformer), qwen_call() if make is tiny_qwen else flux_call()
+    calls, _ = record_boundaries(transformer, adapter, call, {(stack.name, 0) for stack in adapter.stacks})
+    sites = find_sites(ResidentBlocks(transformer), calls, ["ffn", "attention"])
+    assert {site.group for site in sites if site.place == (spec.name, 0)} == {"ffn.image", "attention"}
 
 
 def test_heads_and_a_linear_text_stream_in_either_order() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from ordinary_heads import heads_of
 from test_replacements import with_options
 from tiny_models import (
     DUAL,
@@ -33,7 +34,7 @@ from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig, loa
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ConfigError, ModelError
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import Units, corrected, heads_of, kept_units, masked, neurons_of, pack_kept, sliced
+from ppcl.modules.slicing import Units, corrected, kept_units, masked, neurons_of, pack_kept, sliced
 from ppcl.pruning.artifacts import Candidates, WidthOption
 from ppcl.pruning.criteria import CRITERIA, Site
 from ppcl.pruning.fewer_units import sizes_of

@@ -20,7 +20,8 @@ from ppcl.config import FitConfig
 from ppcl.distill.fit import fit
 from ppcl.pruning.artifacts import Candidates
 from ppcl.pruning.criteria import Site
-from ppcl.pruning.fewer_units import KIND, CutSite, UnitSums, scores_of_all
+from ppcl.pruning.fewer_units import KIND, UnitSums, scores_of_all
+from ppcl.pruning.unit_search import CutSite
 from ppcl.student.assembly import RunKey, start_block
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.student.prediction import predict
@@ -203,7 +204,7 @@ def cut_parts(
 ) -> list[dict[str, Any]]:
     """The replacements of one module of the first stack, one a size, by the criterion and the first set of states."""
     source, findings = ResidentBlocks(transformer), Findings(folder / "units")
-    sites = [CutSite("ffn", site)]
+    sites = [CutSite("ffn", (site,))]
     scores = scores_of_all(source, sites, [list(states) for states in sets], settings, 0, list(held_out))
     batches = [
         Batch(number, "train", 0, partial(Call, arguments, torch.zeros(0)), ((number, 0),))

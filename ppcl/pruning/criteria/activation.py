@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import matrix_of
 from ppcl.pruning.criteria.base import Batches, InputSums, Scores, Site, Sites, watch_inputs
 from ppcl.teacher.families import Adapter
 
@@ -43,6 +44,6 @@ class Activation:
         total = torch.zeros(site.units.count, dtype=torch.float64)
         for layer, sums in layers:
             variance = (sums.second / sums.count - (sums.first / sums.count).pow(2)).clamp_min(0)
-            energy = variance * layer.weight.double().pow(2).sum(0)
+            energy = variance * matrix_of(layer).double().pow(2).sum(0)
             total += site.by_unit(energy).sum(-1).cpu()
         return total.sqrt()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ConfigError
-from ppcl.modules.slicing import Units
+from ppcl.modules.parts import join
+from ppcl.modules.slicing import Units, features_last
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
@@ -45,38 +47,44 @@ class Site:
         return adapter.blocks(transformer, spec)[self.block].get_submodule(self.path)
 
     def layers(self, transformer: nn.Module, adapter: Adapter) -> dict[str, nn.Linear]:
-        """The linear layers that read the units, by path inside the module."""
-        module = self.module(transformer, adapter)
-        layers = {name: module.get_submodule(name) for name in self.units.columns}
-        return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        """The layers that read the units, by path inside the module; convolutions of one pixel among them."""
+        return {name: layer for name, (layer, side) in self.weights(transformer, adapter).items() if side}
 
     def weights(self, transformer: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Linear, int]]:
-        """All linear layers that hold weights of the units, by path: those that make them (0), those that read (1)."""
+        """All layers that hold weights of the units, by path: those that make them (0), those that read them (1)."""
         module = self.module(transformer, adapter)
         named = [(name, side) for side, names in enumerate((self.units.rows, self.units.columns)) for name in names]
-        layers = {name: (module.get_submodule(name), side) for name, side in named}
-        return {name: (layer, side) for name, (layer, side) in layers.items() if isinstance(layer, nn.Linear)}
+        return {name: (cast(nn.Linear, module.get_submodule(name)), side) for name, side in named}
 
     def by_unit(self, features: Tensor) -> Tensor:
         """Split the last axis of what a layer reads, (..., h), into units: (..., units, features of a unit)."""
-        return features.reshape(*features.shape[:-1], self.units.count, -1)
+        unit = self.units.of_features(features.shape[-1], self.units.columns[0])
+        index = np.stack([np.flatnonzero(unit == number) for number in range(self.units.count)])
+        return features[..., torch.tensor(index, device=features.device)]
+
+    def spread(self, values: Tensor, features: int) -> Tensor:
+        """A value of each unit, (..., units), for each feature that a layer reads, (..., features); 1 for others."""
+        unit = self.units.of_features(features, self.units.columns[0])
+        padded = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
+        return padded[..., torch.tensor(unit, device=values.device)]
 
 
-def unit_sums(values: Tensor, units: Units, side: int) -> Tensor:
+def unit_sums(values: Tensor, units: Units, side: int, layer: str = "") -> Tensor:
     """Sum what is known of each weight of a layer to its units.
 
     Args:
         values: (o, i), one for each weight.
         units: Of the layer's module.
         side: 0 for a layer that makes the units, 1 for one that reads them.
+        layer: Its path inside the module.
 
     Returns:
         (units,), each the sum over the unit's rows or columns.
     """
     features = values.sum(1 - side)
-    if units.kind == "heads":  # a head's features lie side by side, a gated network's in two halves
-        return features.reshape(units.count, -1).sum(1)
-    return features.reshape(-1, units.count).sum(0)
+    unit = torch.tensor(units.of_features(len(features), layer), device=features.device)
+    sums = features.new_zeros(units.count + 1).index_add(0, unit % (units.count + 1), features)
+    return sums[:-1]  # the last one is what belongs to no unit
 
 
 Sites = Sequence[Site]
@@ -168,7 +176,7 @@ def watch_inputs(
         see: Called with the number of the site, the layer, and (valid tokens of all states, h) in float32.
     """
     readers = [
-        (number, layer, f"{site.path}.{name}")
+        (number, layer, join(site.path, name))
         for number, site in enumerate(sites)
         for name, layer in site.layers(transformer, adapter).items()
     ]
@@ -200,7 +208,11 @@ def watch_layers(
     with watch_valid(transformer, adapter) as valid_of:
 
         def hook_of(number: int, path: str) -> Hook:
-            return lambda _, args: see(number, valid_rows(args[0], valid_of(path, args[0])).float())
+            def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+                x = features_last(layer, args[0])
+                see(number, valid_rows(x, valid_of(path, x)).float())
+
+            return hook
 
         watched = enumerate(layers)
         with removing(layer.register_forward_pre_hook(hook_of(number, path)) for number, (layer, path) in watched):

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
+from ppcl.modules.slicing import features_last, matrix_of
 from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Sites, checkpointed, unit_sums
 from ppcl.pruning.criteria.gradients import _Tap
 from ppcl.teacher.call_arguments import to_device
@@ -97,7 +98,7 @@ class _State:
             for number, site in enumerate(sites)
             for name, layer in site.layers(transformer, adapter).items()
         }
-        self.theta = {key: layer.weight.detach().float() for key, layer in self.layers.items()}
+        self.theta = {key: matrix_of(layer).detach().float() for key, layer in self.layers.items()}
         self.rates = dict.fromkeys(self.theta, 0.0)
         self.scores = [self._first_score(number) for number in range(len(sites))]
         distances = [TRAVEL * float(score.std(correction=0)) for score in self.scores]
@@ -106,7 +107,9 @@ class _State:
     def _first_score(self, number: int) -> Tensor:
         """Scores start at the size of the weights, with mean 1."""
         units = self.sites[number].units
-        squares = [unit_sums(theta.pow(2), units, 1) for (site, _), theta in self.theta.items() if site == number]
+        squares = [
+            unit_sums(theta.pow(2), units, 1, name) for (site, name), theta in self.theta.items() if site == number
+        ]
         size = torch.stack(squares).sum(0).sqrt()
         return size / size.mean().clamp_min(1e-12)
 
@@ -132,15 +135,15 @@ class _State:
             number, _ = key
 
             def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Any:
-                x = args[0]
-                gated = (self.sites[number].by_unit(x) * masks[number].to(x.dtype)[:, None]).flatten(-2)
-                bias = layer.bias
-                masked = F.linear(gated, self.theta[key].to(x.dtype), bias)
+                x = features_last(layer, args[0])
+                gated = x * self.sites[number].spread(masks[number].to(x.dtype), x.shape[-1])
+                masked = F.linear(gated, self.theta[key].to(x.dtype), layer.bias)
 
                 def seen(x: Tensor, delta: Tensor) -> None:
                     see(key, delta.flatten(0, -2).float().T @ x.flatten(0, -2).float())
 
-                return _Tap.apply(masked, x, anchor, seen)  # type: ignore[no-untyped-call]
+                shown = _Tap.apply(masked, x, anchor, seen)  # type: ignore[no-untyped-call]
+                return shown.movedim(-1, 1) if isinstance(layer, nn.Conv2d) else shown
 
             return hook
 
@@ -148,7 +151,7 @@ class _State:
 
     def _columns(self, number: int, values: Tensor, like: Tensor) -> Tensor:
         """One value a unit, spread over the columns of a layer that reads them: (1, i)."""
-        return values.repeat_interleave(like.shape[1] // len(values))[None]
+        return self.sites[number].spread(values, like.shape[1])[None]
 
     def lower(self, key: Layer, gradient: Tensor) -> None:
         """One step of a layer's weights. Makes new ones: the pass still needs the old."""
@@ -168,7 +171,7 @@ class _State:
         whole = upper_gradient(theta, gradient, self._columns(number, self.mask(number), theta), self.rates[key])
         grad = self.scores[number].grad
         assert grad is not None  # begin_upper made it
-        grad += unit_sums(whole, self.sites[number].units, 1)
+        grad += unit_sums(whole, self.sites[number].units, 1, key[1])
 
     def finish_upper(self) -> None:
         """One step of the scores."""

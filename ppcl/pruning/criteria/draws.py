@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.progress import announce
 from ppcl.common.streams import Stream, step_generator
+from ppcl.modules.slicing import matrix_of, scaled
 from ppcl.pruning.criteria.base import Batches, Site, Sites, hooked
 from ppcl.teacher.call_arguments import batch_size, to_device
 from ppcl.teacher.calls import velocity
@@ -66,10 +67,11 @@ def cut_error(
         mask[order[: max(1, round(share * site.units.count))]] = 1
         masks.append(mask)
 
-    def watch(number: int, site: Site, _: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    def watch(number: int, site: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
             mask = masks[number].to(device=args[0].device, dtype=args[0].dtype)
-            return ((site.by_unit(args[0]) * mask[:, None]).flatten(-2), *args[1:])
+            factors = site.spread(mask, matrix_of(layer).shape[1])
+            return (scaled(layer, args[0], factors), *args[1:])
 
         return hook
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import matrix_of
 from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Sites, unit_sums
 from ppcl.pruning.criteria.gradients import Seen as SeenCall
 from ppcl.pruning.criteria.gradients import watch_gradients
@@ -39,12 +40,12 @@ class Gblm:
         slopes: dict[tuple[int, str], Tensor] = {}  # sum over states of |W| |G|, (units,)
 
         def see(seen: SeenCall) -> None:
-            key, size = (seen.number, seen.name), seen.layer.weight.detach().float().abs()
+            key, size = (seen.number, seen.name), matrix_of(seen.layer).detach().float().abs()
             rows = valid_rows(seen.x, seen.valid)
             squares[key] = squares.get(key, 0) + rows.pow(2).sum(0).double()
             counts[key] = counts.get(key, 0) + len(rows)
             for x, delta in zip(seen.x, seen.delta, strict=True):
-                sums = unit_sums((delta.T @ x).abs() * size, sites[seen.number].units, seen.side)
+                sums = unit_sums((delta.T @ x).abs() * size, sites[seen.number].units, seen.side, seen.name)
                 slopes[key] = slopes.get(key, 0) + sums.double()
 
         watch_gradients(transformer, adapter, sites, batches, seed, see)
@@ -54,8 +55,9 @@ class Gblm:
             for name, (layer, side) in site.weights(transformer, adapter).items():
                 key = (number, name)
                 if key in squares:  # a layer that feeds nothing has no gradient
-                    weighted = layer.weight.detach().double().abs() * (squares[key] / counts[key]).sqrt()
-                    total += at_same_median(unit_sums(weighted, site.units, side), slopes[key], self.alpha).cpu()
+                    weighted = matrix_of(layer).detach().double().abs() * (squares[key] / counts[key]).sqrt()
+                    sums = unit_sums(weighted, site.units, side, name)
+                    total += at_same_median(sums, slopes[key], self.alpha).cpu()
             totals.append(total)
         return totals
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.hooks import removing
+from ppcl.modules.parts import join
+from ppcl.modules.slicing import features_last
 from ppcl.pruning.criteria.base import Batches, Sites, checkpointed, signed_output
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.families.masks import watch_valid
@@ -88,7 +90,7 @@ def watch_gradients(
             ) -> None:
                 see(Seen(*at, x, delta, valid))
 
-            taps.append(Tap(layer, f"{site.path}.{name}" if name else site.path, first[site.stack], show))
+            taps.append(Tap(layer, join(site.path, name), first[site.stack], show))
     tap_gradients(transformer, adapter, taps, batches, seed)
 
 
@@ -127,12 +129,12 @@ def tap_gradients(transformer: nn.Module, adapter: Adapter, taps: Sequence[Tap],
                 return values.reshape(1, -1, values.shape[-1]).float()
             return values.movedim(int(tap.tokens_first), 0).flatten(1, -2).float()
 
-        def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> Any:
+        def hook(layer: Any, args: tuple[Any, ...], output: Tensor) -> Any:
             valid = valid_of(tap.path, args[0])
             valid = valid.T if valid is not None and tap.tokens_first else valid
 
             def seen(x: Tensor, delta: Tensor) -> None:
-                tap.see(states_first(x), states_first(delta), valid)
+                tap.see(states_first(features_last(layer, x)), states_first(features_last(layer, delta)), valid)
 
             return _Tap.apply(output, args[0], anchor, seen)  # type: ignore[no-untyped-call]
 

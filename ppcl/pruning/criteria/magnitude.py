@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import matrix_of
 from ppcl.pruning.criteria.base import Batches, Scores, Sites, unit_sums
 from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
@@ -21,8 +22,8 @@ class Magnitude:
         scores = []
         for site in sites:
             total = torch.zeros(site.units.count, dtype=torch.float64)
-            for layer, side in site.weights(transformer, adapter).values():
-                total += unit_sums(layer.weight.double().pow(2), site.units, side).cpu()
+            for name, (layer, side) in site.weights(transformer, adapter).items():
+                total += unit_sums(matrix_of(layer).double().pow(2), site.units, side, name).cpu()
             scores.append(total.sqrt())
         return scores
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import matrix_of
 from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Sites, unit_sums
 from ppcl.pruning.criteria.gradients import Seen as SeenCall
 from ppcl.pruning.criteria.gradients import watch_gradients
@@ -28,8 +29,9 @@ class Nirvana:
 
         def see(seen: SeenCall) -> None:
             gradient = seen.delta.flatten(0, 1).T @ seen.x.flatten(0, 1)
-            saliency = (gradient * seen.layer.weight.detach().float()).abs()
-            totals[seen.number] += unit_sums(saliency, sites[seen.number].units, seen.side).double().cpu()
+            saliency = (gradient * matrix_of(seen.layer).detach().float()).abs()
+            sums = unit_sums(saliency, sites[seen.number].units, seen.side, seen.name)
+            totals[seen.number] += sums.double().cpu()
 
         watch_gradients(transformer, adapter, sites, batches, seed, see)
         return [total / max(1, len(batches)) for total in totals]

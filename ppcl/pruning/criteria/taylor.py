@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import features_last, scaled
 from ppcl.pruning.criteria.base import BACKWARD, Batches, Scores, Site, Sites, checkpointed, hooked, signed_output
 from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
@@ -47,9 +48,9 @@ class Taylor:
         first = {spec.name: int(spec.tokens_first) for spec in adapter.stacks}
         gates: dict[int, Tensor] = {}
 
-        def watch(number: int, site: Site, _: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def watch(number: int, site: Site, layer: nn.Linear) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-                h = args[0]
+                h = features_last(layer, args[0])
                 # a layer that sees no batch axis has one gate a unit for the whole call
                 axis = first[site.stack] if h.ndim > 2 else None
                 if number not in gates:  # both streams of an attention share it, and so does a recomputation
@@ -58,7 +59,7 @@ class Taylor:
                 gate = gates[number].to(h.dtype)
                 if axis is not None:
                     gate = gate.reshape(*(len(gate) if i == axis else 1 for i in range(h.ndim - 1)), -1)
-                return ((site.by_unit(h) * gate[..., None]).flatten(-2), *args[1:])
+                return (scaled(layer, args[0], site.spread(gate, h.shape[-1])), *args[1:])
 
             return hook
 

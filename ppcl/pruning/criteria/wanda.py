@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ppcl.modules.slicing import matrix_of
 from ppcl.pruning.criteria.base import Batches, Scores, Sites, unit_sums, watch_inputs
 from ppcl.pruning.criteria.weights import Needs, Seen
 from ppcl.teacher.families import Adapter
@@ -31,8 +32,9 @@ class Wanda:
         watch_inputs(transformer, adapter, sites, batches, see)
         totals = [torch.zeros(site.units.count, dtype=torch.float64) for site in sites]
         for (number, layer), total in squares.items():
-            scores = wanda_scores(layer.weight.double(), (total / counts[number, layer]).sqrt())
-            totals[number] += unit_sums(scores, sites[number].units, side=1).cpu()
+            units, rms = sites[number].units, (total / counts[number, layer]).sqrt()
+            scores = wanda_scores(matrix_of(layer).double(), rms)
+            totals[number] += unit_sums(scores, units, 1, units.columns[0]).cpu()
         return totals
 
 

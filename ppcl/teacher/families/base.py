@@ -99,10 +99,12 @@ class Adapter:
     Attributes:
         classes: Names of the diffusers classes it describes.
         stacks: Block lists in execution order.
+        without: Groups of smaller modules that the family has none of, and why; the adapter suite shows all others.
     """
 
     classes: tuple[str, ...]
     stacks: tuple[StackSpec, ...]
+    without: Mapping[str, str] = field(default_factory=dict)
 
     def blocks(self, transformer: nn.Module, stack: StackSpec) -> nn.ModuleList:
         """Return the blocks that may be replaced: the block list without its fixed tail.

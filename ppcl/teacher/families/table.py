@@ -6,44 +6,59 @@ block carries the image alone; the text enters through cross-attention and does 
 The last two have one stream, called ``image``.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ppcl.teacher.families.base import Adapter, StackSpec
+from ppcl.teacher.families.flux import FLUX
 
 _TEXT_FIRST = ("text", "image")
 _IMAGE_FIRST = ("image", "text")
 _FF = {"image": "ff", "text": "ff_context"}
+_NORM1 = {"image": "norm1.linear", "text": "norm1_context.linear"}
+# Why a family has no smaller modules of a group; all others have, which the adapter suite shows
+_SHARED = {"modulation": "one for all blocks, outside them"}
+_TABLE = {"modulation": "a table of a few rows, no matrix"}
 
 
 def _dual(
     name: str,
     count_field: str,
     outputs: tuple[str, ...] = _TEXT_FIRST,
-    ffn: dict[str, str] | None = None,
+    ffn: Mapping[str, str] | None = None,
     text_qkv: str | None = None,
-    masks: dict[str, str] | None = None,
+    masks: Mapping[str, str] | None = None,
+    modulation: Mapping[str, str] | None = None,
+    text_parts: Mapping[str, str] | None = None,
 ) -> StackSpec:
     streams = {"image": "hidden_states", "text": "encoder_hidden_states"}
-    return StackSpec(name, count_field, streams, outputs, ffn or {}, text_qkv=text_qkv, masks=masks or {})
+    return StackSpec(
+        name, count_field, streams, outputs, ffn or {}, modulation or {}, masks or {}, text_qkv, text_parts or {}
+    )
 
 
 def _one(
-    name: str, count_field: str, argument: str = "hidden_states", ffn: str | None = None, mask: str | None = None
+    name: str,
+    count_field: str,
+    argument: str = "hidden_states",
+    ffn: str | None = None,
+    mask: str | None = None,
+    modulation: str | Mapping[str, str] | None = None,
 ) -> StackSpec:
     masks = {"image": mask} if mask else {}
-    return StackSpec(name, count_field, {"image": argument}, ("image",), {"image": ffn} if ffn else {}, masks=masks)
+    layers = {"image": modulation} if isinstance(modulation, str) else modulation or {}
+    ffns = {"image": ffn} if ffn else {}
+    return StackSpec(name, count_field, {"image": argument}, ("image",), ffns, layers, masks)
 
 
-_FLUX_LIKE = (
-    _dual("transformer_blocks", "num_layers", ffn=_FF, text_qkv="attn.add_q_proj"),
-    _dual("single_transformer_blocks", "num_single_layers"),
-)
+_FLUX_LIKE = FLUX.stacks  # the same blocks
+_TEXT_PARTS = FLUX.stacks[0].text_parts
 _BOTH = {"image": "attention_mask", "text": "attention_mask"}  # one mask over both streams, the image first
 _HUNYUAN = (
-    _dual("transformer_blocks", "num_layers", _IMAGE_FIRST, _FF, "attn.add_q_proj", _BOTH),
-    _dual("single_transformer_blocks", "num_single_layers", _IMAGE_FIRST, masks=_BOTH),
+    _dual("transformer_blocks", "num_layers", _IMAGE_FIRST, _FF, "attn.add_q_proj", _BOTH, _NORM1, _TEXT_PARTS),
+    _dual("single_transformer_blocks", "num_single_layers", _IMAGE_FIRST, None, None, _BOTH, {"image": "norm.linear"}),
 )
-_COG = (_dual("transformer_blocks", "num_layers", _IMAGE_FIRST),)
+_COG = (_dual("transformer_blocks", "num_layers", _IMAGE_FIRST, modulation={"image": "norm1.linear"}),)
 _CROSS = (_one("transformer_blocks", "num_layers", ffn="ff"),)
 _WAN = (_one("blocks", "num_layers", ffn="ffn"),)
 
@@ -58,13 +73,17 @@ FAMILIES: tuple[Adapter, ...] = (
     ),
     Adapter(
         ("Flux2Transformer2DModel",),
-        (_FLUX_LIKE[0], _one("single_transformer_blocks", "num_single_layers")),
+        (
+            _dual("transformer_blocks", "num_layers", ffn=_FF, text_qkv="attn.add_q_proj"),
+            _one("single_transformer_blocks", "num_single_layers"),
+        ),
+        _SHARED,
     ),
     Adapter(
         ("AuraFlowTransformer2DModel",),
         (
-            _dual("joint_transformer_blocks", "num_mmdit_layers", ffn=_FF, text_qkv="attn.add_q_proj"),
-            _one("single_transformer_blocks", "num_single_dit_layers", ffn="ff"),
+            replace(_FLUX_LIKE[0], name="joint_transformer_blocks", count_field="num_mmdit_layers"),
+            _one("single_transformer_blocks", "num_single_dit_layers", ffn="ff", modulation="norm1.linear"),
         ),
     ),
     Adapter(
@@ -79,42 +98,95 @@ FAMILIES: tuple[Adapter, ...] = (
         (
             "CogView3PlusTransformer2DModel",
             "CogView4Transformer2DModel",
-            "CogVideoXTransformer3DModel",
             "GlmImageTransformer2DModel",
         ),
         _COG,
     ),
+    Adapter(
+        ("CogVideoXTransformer3DModel",),
+        (replace(_COG[0], modulation={"image": "norm1.linear", "image.norm2": "norm2.linear"}),),
+    ),
     # Mochi's last block has no text output (context_pre_only).
-    Adapter(("MochiTransformer3DModel",), (replace(_COG[0], fixed_tail=1, masks={"text": "encoder_attention_mask"}),)),
-    Adapter(("JoyImageEditTransformer3DModel",), (_dual("double_blocks", "num_layers", _IMAGE_FIRST),)),
+    Adapter(
+        ("MochiTransformer3DModel",),
+        (replace(_COG[0], ffn=_FF, modulation=_NORM1, fixed_tail=1, masks={"text": "encoder_attention_mask"}),),
+        {"attention": "positions are learned for each head"},
+    ),
+    Adapter(
+        ("JoyImageEditTransformer3DModel",),
+        (_dual("double_blocks", "num_layers", _IMAGE_FIRST, {"image": "img_mlp", "text": "txt_mlp"}),),
+        _TABLE,
+    ),
     Adapter(
         (
             "AllegroTransformer3DModel",
-            "CosmosTransformer3DModel",
             "LTXVideoTransformer3DModel",
             "PixArtTransformer2DModel",
             "SanaTransformer2DModel",
             "SanaVideoTransformer3DModel",
         ),
         _CROSS,
+        _TABLE,
     ),
-    Adapter(("Krea2Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="ff", mask="attention_mask"),)),
+    Adapter(
+        ("CosmosTransformer3DModel",),
+        (
+            _one(
+                "transformer_blocks",
+                "num_layers",
+                ffn="ff",
+                modulation={
+                    "image": "norm1.linear_1",
+                    "image.norm2": "norm2.linear_1",
+                    "image.norm3": "norm3.linear_1",
+                },
+            ),
+        ),
+    ),
+    Adapter(
+        ("Krea2Transformer2DModel",),
+        (_one("transformer_blocks", "num_layers", ffn="ff", mask="attention_mask"),),
+        _TABLE,
+    ),
     Adapter(
         ("ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel", "WanTransformer3DModel"),
         _WAN,
+        _TABLE,
     ),
-    Adapter(("LuminaNextDiT2DModel",), (_one("layers", "num_layers", ffn="feed_forward"),)),
-    Adapter(("Lumina2Transformer2DModel",), (_one("layers", "num_layers", ffn="feed_forward", mask="attention_mask"),)),
-    Adapter(("ZImageTransformer2DModel",), (_one("layers", "n_layers", "x", "feed_forward", "attn_mask"),)),
-    Adapter(("QwenImage21Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="img_mlp"),)),
+    Adapter(
+        ("LuminaNextDiT2DModel",),
+        (_one("layers", "num_layers", ffn="feed_forward", modulation="norm1.linear"),),
+        {"attention": "its norms take the mean over all heads"},
+    ),
+    Adapter(
+        ("Lumina2Transformer2DModel",),
+        (_one("layers", "num_layers", ffn="feed_forward", mask="attention_mask", modulation="norm1.linear"),),
+    ),
+    Adapter(
+        ("ZImageTransformer2DModel",),
+        (_one("layers", "n_layers", "x", "feed_forward", "attn_mask", "adaLN_modulation.0"),),
+    ),
+    Adapter(("QwenImage21Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="img_mlp"),), _SHARED),
     Adapter(
         ("ErnieImageTransformer2DModel",),
         (replace(_one("layers", "num_layers", "x", "mlp", "attention_mask"), tokens_first=True),),
+        _SHARED,
     ),
-    Adapter(("Ideogram4Transformer2DModel",), (_one("layers", "num_layers"),)),
-    Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth"),)),
+    Adapter(
+        ("Ideogram4Transformer2DModel",),
+        (_one("layers", "num_layers", ffn="feed_forward", modulation="adaln_modulation"),),
+    ),
+    Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth", modulation="modulation.lin"),)),
     Adapter(
         ("Kandinsky5Transformer3DModel",),
-        (_one("visual_transformer_blocks", "num_visual_blocks", "visual_embed", "feed_forward"),),
+        (
+            _one(
+                "visual_transformer_blocks",
+                "num_visual_blocks",
+                "visual_embed",
+                "feed_forward",
+                modulation="visual_modulation.out_layer",
+            ),
+        ),
     ),
 )
