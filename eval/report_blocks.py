@@ -10,6 +10,7 @@ from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
+from ppcl.modules.parts import cuts_of
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 
@@ -236,11 +237,12 @@ def _width_table(run: RunData, plan: CompressionPlan) -> str:
 def _size_words(parts: list[dict[str, Any]]) -> str:
     """How small the modules of one group are: ``rank 2 to 5``, ``64 to 128 of 256 neurons, or one affine map``."""
     words = []
+    cuts = [cut for part in parts for cut in (cuts_of(part) or [part])]
     for kind, before, after in (("low_rank", "rank ", ""), ("narrow", "", " neurons"), ("heads", "", " heads")):
-        sizes = sorted({int(part["size"]) for part in parts if part["kind"] == kind})
+        sizes = sorted({int(part["size"]) for part in cuts if part["kind"] == kind})
         if sizes:
             span_of = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-            whole = sorted({int(part["of"]) for part in parts if part["kind"] == kind and "of" in part})
+            whole = sorted({int(part["of"]) for part in cuts if part["kind"] == kind and "of" in part})
             words.append(f"{before}{span_of}{f' of {whole[-1]}' if whole else ''}{after}")
     kinds = {part["kind"] for part in parts}
     words += ["one affine map"] if "linear" in kinds else []

@@ -8,6 +8,7 @@ of the middle of its run where that is not known. Attentions with fewer heads ge
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import nn
 
+from ppcl.config.names import PREFIX
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.slicing import kept_features
 from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
@@ -56,7 +58,8 @@ def load_ip_adapter(pipe: Any, *source: Any, **options: Any) -> tuple[int, ...]:
         )
     blocks = maps[STACK]
     layers = tuple(_layer_of(blocks, position) for position in range(len(blocks.spans)))
-    load = getattr(transformer, _LOADER)
+    stock = next(kind for kind in type(transformer).__mro__ if not kind.__name__.startswith(PREFIX))
+    load = partial(getattr(stock, _LOADER), transformer)
 
     def renumbered(given: Any, **more: Any) -> None:
         several = given if isinstance(given, list) else [given]

@@ -40,7 +40,7 @@ from ppcl.common.files import (
     write_one_by_one,
     write_tensors,
 )
-from ppcl.common.progress import Progress
+from ppcl.common.progress import Progress, announce
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.in_sweep import Ends, Trainees, training_course
@@ -214,6 +214,9 @@ def narrow_modules(stage: Fit, example: dict[str, Any], single: dict[str, Any]) 
     first = [(name, 0) for name in dict(source.order)]
     with torch.no_grad(), source.whole() as transformer:
         calls, _ = record_boundaries(transformer, source.adapter, example, first, first[-1])
+    for group in settings.width:
+        if group in source.adapter.without:
+            announce(f"fit.width={group}: nothing to make smaller in this family: {source.adapter.without[group]}")
     if settings.width:
         sites = find_sites(source, calls, settings.width)
         texts = text_blocks(source, list(stage.forms)) if "text" in settings.width else {}

@@ -2,8 +2,8 @@
 
 ``PPCLQwenImageTransformer2DModel`` is ``QwenImageTransformer2DModel`` with one more config
 entry, ``pruning``, which names the modules that are smaller. It rebuilds them in ``__init__``,
-has a ``select`` for bundles, and overrides nothing, so that hooks, caches, compilation and quantisation see the class
-that they know. Plans of depth alone need none of this.
+has a ``select`` for bundles, refuses IP-Adapters that were not made to fit, and overrides nothing else, so that hooks,
+caches, compilation and quantisation see the class that they know. Plans of depth alone need none of this.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ def compressed_class(base: Any) -> Any:
         paths: tuple[str, ...] = board.select(**choice)
         return paths
 
+    def refuse_ip_adapter(self: Any, *_: Any, **__: Any) -> None:
+        raise ModelError(
+            "an IP-Adapter made for the teacher does not fit what is smaller here; load it with "
+            "ppcl.pipelines.load_ip_adapter(pipe, ...), which gives each block its own layer, cut to its heads"
+        )
+
     signature = inspect.signature(base.__init__)
     entry = inspect.Parameter("pruning", inspect.Parameter.KEYWORD_ONLY, default=None)
     # diffusers reads the names of the config's entries off the signature
@@ -56,6 +62,8 @@ def compressed_class(base: Any) -> Any:
         "__module__": "diffusers",  # so that a pipeline's model_index.json names a library that it finds
         "__doc__": f"{base.__name__} with the smaller modules that its ``pruning`` config entry names.",
     }
+    if hasattr(base, "_load_ip_adapter_weights"):
+        members["_load_ip_adapter_weights"] = refuse_ip_adapter
     return type(PREFIX + base.__name__, (base,), members)
 
 

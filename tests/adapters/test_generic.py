@@ -163,7 +163,7 @@ def test_no_class_is_in_both_tables():
 def test_rows_name_status_and_reason():
     classes = {name: transformer_classes()[name] for name in ("SD3Transformer2DModel", "HunyuanDiT2DModel")}
     rows = family_rows({**classes, "Plain": Plain, "Numbered": Numbered})
-    assert [(name, status) for name, status, _ in rows] == [
+    assert [(name, status) for name, status, *_ in rows] == [
         ("SD3Transformer2DModel", "supported"),
         ("Plain", "inferred"),
         ("HunyuanDiT2DModel", "refused"),

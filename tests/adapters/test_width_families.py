@@ -23,7 +23,7 @@ from ppcl.teacher.flops import count_params
 from ppcl.teacher.trace import record_boundaries
 
 GROUPS = ("modulation", "ffn", "attention")
-DUAL = ["qwen", "flux", "sd35_medium", "bria", "longcat", "ovis", "auraflow", "hunyuan_image", "hunyuan_video"]
+DUAL = ["qwen", "flux", "sd3", "sd35_medium", "bria", "longcat", "ovis", "auraflow", "hunyuan_image", "hunyuan_video"]
 DUAL += ["hunyuan_video15"]
 
 
@@ -78,6 +78,9 @@ def test_smaller_modules_of_all_groups_compute_are_counted_and_load_bit_for_bit(
     there = {name for site in sites for name in families_of(site)}
     there |= {"modulation" for spec in adapter.stacks if spec.modulation}
     assert there == set(GROUPS) - adapter.without.keys()
+    left_out = {key.partition(".")[2] for key in adapter.without} - {""}
+    assert not left_out & {site.path for site in sites}
+    assert any(spec.text_parts for spec in adapter.stacks) == (family in DUAL)
     before = velocity(model, arguments)
     for groups in ([group] for group in GROUPS if group in there):
         plan, student = student_of(model, adapter, half(model, adapter, sites, groups))

@@ -24,7 +24,7 @@ def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypat
     teacher = PIPELINES[family]()
     teacher.save_pretrained(tmp_path / "model")
     arguments = ["compress", tmp_path / "model", "--out", tmp_path / "run", "--config", small_config]
-    arguments += ["--prompts", prompts_file, "--keep", KEEP[family], "--set", "fit.width=[modulation,ffn]"]
+    arguments += ["--prompts", prompts_file, "--keep", KEEP[family], "--set", "fit.width=[modulation,ffn,attention]"]
     # random texts in random embedders lie in no few directions: only a coarse rank does for those held out
     arguments += ["--set", "fit.modulation_tolerances=[0.5,0.1]"]
     arguments += [part for option in OPTIONS for part in ("--set", option)]
@@ -36,7 +36,7 @@ def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypat
     assert type(pipeline.transformer).__name__ == "PPCL" + type(teacher.transformer).__name__
     kinds = {part["kind"] for part in pipeline.transformer.config["pruning"].values()}
     assert KINDS[family] <= kinds
-    assert kinds & {"narrow", "linear"}
+    assert kinds & {"narrow", "linear", "parallel"}
     params = sum(p.numel() for p in pipeline.transformer.parameters())
     assert params == json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]["params"]
     assert draw(pipeline)

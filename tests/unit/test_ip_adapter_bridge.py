@@ -122,6 +122,8 @@ def test_flux_heads_that_are_gone_take_their_part_of_the_picture_along() -> None
     apply_width(cut, parts)
     compress_class(cut, parts)
     layers = flux_layers(2)
+    with pytest.raises(ModelError, match=r"load it with ppcl\.pipelines\.load_ip_adapter"):
+        flux_pipe(cut).load_ip_adapter(layers, weight_name="", image_encoder_pretrained_model_name_or_path=None)
     for pipe in (flux_pipe(whole), flux_pipe(cut)):
         load(pipe, layers)
     attention = whole.transformer_blocks[0].attn

@@ -99,7 +99,8 @@ class Adapter:
     Attributes:
         classes: Names of the diffusers classes it describes.
         stacks: Block lists in execution order.
-        without: Groups of smaller modules that the family has none of, and why; the adapter suite shows all others.
+        without: Groups of smaller modules that the family has none of, and why; with a module (``attention.attn1``)
+            what a group leaves out. The adapter suite shows all others.
     """
 
     classes: tuple[str, ...]

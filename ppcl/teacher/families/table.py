@@ -19,6 +19,7 @@ _NORM1 = {"image": "norm1.linear", "text": "norm1_context.linear"}
 # Why a family has no smaller modules of a group; all others have, which the adapter suite shows
 _SHARED = {"modulation": "one for all blocks, outside them"}
 _TABLE = {"modulation": "a table of a few rows, no matrix"}
+_ONE_NORM = {"text": "one norm makes both streams' modulation"}
 
 
 def _dual(
@@ -77,7 +78,7 @@ FAMILIES: tuple[Adapter, ...] = (
             _dual("transformer_blocks", "num_layers", ffn=_FF, text_qkv="attn.add_q_proj"),
             _one("single_transformer_blocks", "num_single_layers"),
         ),
-        _SHARED,
+        {**_SHARED, "text": _SHARED["modulation"]},
     ),
     Adapter(
         ("AuraFlowTransformer2DModel",),
@@ -101,32 +102,36 @@ FAMILIES: tuple[Adapter, ...] = (
             "GlmImageTransformer2DModel",
         ),
         _COG,
+        _ONE_NORM,
     ),
     Adapter(
         ("CogVideoXTransformer3DModel",),
         (replace(_COG[0], modulation={"image": "norm1.linear", "image.norm2": "norm2.linear"}),),
+        _ONE_NORM,
     ),
     # Mochi's last block has no text output (context_pre_only).
     Adapter(
         ("MochiTransformer3DModel",),
         (replace(_COG[0], ffn=_FF, modulation=_NORM1, fixed_tail=1, masks={"text": "encoder_attention_mask"}),),
-        {"attention": "positions are learned for each head"},
+        {"attention": "positions are learned for each head", "text": "its norms and gates are one"},
     ),
     Adapter(
         ("JoyImageEditTransformer3DModel",),
         (_dual("double_blocks", "num_layers", _IMAGE_FIRST, {"image": "img_mlp", "text": "txt_mlp"}),),
-        _TABLE,
+        {**_TABLE, "text": "its modulation is a table"},
     ),
     Adapter(
         (
             "AllegroTransformer3DModel",
-            "LTXVideoTransformer3DModel",
             "PixArtTransformer2DModel",
             "SanaTransformer2DModel",
             "SanaVideoTransformer3DModel",
         ),
         _CROSS,
         _TABLE,
+    ),
+    Adapter(
+        ("LTXVideoTransformer3DModel",), _CROSS, {**_TABLE, "attention.attn1": "its rotary embedding spans all heads"}
     ),
     Adapter(
         ("CosmosTransformer3DModel",),
