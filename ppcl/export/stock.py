@@ -185,22 +185,29 @@ def _of_low_rank(path: str, module: nn.Module, stored: StoredTensors) -> Tensors
 
 def _of_sliced(path: str, part: Mapping[str, Any], module: nn.Module, stored: StoredTensors) -> Tensors:
     tensors = {}
+    between = {name for cut in cuts_of(part) for name in cut.get("between", ())}
     sides = [((*cut["rows"], *cut.get("between", ())), cut["columns"]) for cut in cuts_of(part)]
     for side, names in ((side, names) for pair in sides for side, names in enumerate(pair)):
         for name in names:
             index = kept_features(part, module.get_submodule(name).get_parameter("weight").shape[side], name)
             for kind, parameter in module.get_submodule(name).named_parameters():
-                key = join(path, name, kind)
-                small, cut = stored.unread(key), side < parameter.ndim
-                read = partial(_spread, small.read, index, tuple(parameter.shape), side) if cut else small.read
+                key, shape = join(path, name, kind), tuple(parameter.shape)
+                small, read = stored.unread(key), stored.unread(key).read
+                if side < parameter.ndim:
+                    # a norm over all heads finds zeros among what it takes the mean of
+                    is_norm = name in between and kind == "weight" and parameter.ndim == 1
+                    factor = (len(index) / len(parameter)) ** 0.5 if is_norm else 1.0
+                    read = partial(_spread, small.read, index, shape, side, factor)
                 tensors[key] = Unread(parameter.shape, small.dtype, read)
     return tensors
 
 
-def _spread(read: Callable[[], Tensor], index: Tensor, shape: tuple[int, ...], side: int) -> Tensor:
+def _spread(
+    read: Callable[[], Tensor], index: Tensor, shape: tuple[int, ...], side: int, factor: float = 1.0
+) -> Tensor:
     """A tensor with zeros between its rows (side 0) or columns (side 1)."""
     small = read()
-    return small.new_zeros(shape).index_copy_(side, index, small)
+    return small.new_zeros(shape).index_copy_(side, index, small * factor)
 
 
 def _of_linear(path: str, module: nn.Module, stored: StoredTensors) -> Tensors | None:

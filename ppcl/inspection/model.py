@@ -158,14 +158,19 @@ def means_of(adapter: Adapter) -> dict[str, str]:
     """By which means each part of a family's blocks can shrink."""
     depth = "depth: whole blocks"
     ffn = {stream for spec in adapter.stacks for stream in spec.ffn}
-    ffns = f"; fit.width=[ffn]: fewer neurons or one affine map ({' and '.join(sorted(ffn))} stream)" if ffn else ""
-    text = "; fit.width=[text]: two linear maps" if any(spec.text_parts for spec in adapter.stacks) else ""
-    modulated = any(spec.modulation for spec in adapter.stacks)
+    affine = f" or one affine map ({' and '.join(sorted(ffn))} stream)" if ffn else ""
+    words = {"ffn": f"fewer neurons{affine}", "attention": "fewer heads, where they can be cut"}
+    words |= {"text": "two linear maps"} if any(spec.text_parts for spec in adapter.stacks) else {}
+    words |= {"modulation": "low rank"} if any(spec.modulation for spec in adapter.stacks) else {}
+    words = {group: f"; fit.width=[{group}]: {means}" for group, means in words.items()}
+    words |= {
+        group: f"; no fit.width=[{group}]: {reason}" for group, reason in adapter.without.items() if "." not in group
+    }
     return {
-        "attention": depth + "; fit.width=[attention]: fewer heads, where they can be cut",
-        "ffn": depth + ffns,
-        "text stream": depth + (ffns if "text" in ffn else "") + text,
-        "modulation": depth + ("; fit.width=[modulation]: low rank" if modulated else ""),
+        "attention": depth + words["attention"],
+        "ffn": depth + words["ffn"],
+        "text stream": depth + (words["ffn"] if "text" in ffn else "") + words.get("text", ""),
+        "modulation": depth + words.get("modulation", ""),
         "other": depth,
         "outside the blocks": "stays",
     }

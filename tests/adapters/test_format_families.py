@@ -21,9 +21,13 @@ from ppcl.export.gguf_file import TYPES
 from ppcl.export.layouts import LAYOUTS
 from ppcl.export.support import refusal, single_file_classes
 from ppcl.modules.compressed import compress_class
+from ppcl.modules.parts import join
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import neurons_of
+from ppcl.modules.slicing import joined, neurons_of
+from ppcl.pruning.unit_search import find_sites
+from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.families import adapter_for
+from ppcl.teacher.trace import record_boundaries
 
 CLASSES = single_file_classes()
 GGUF = ("flux", "flux2", "ltx", "sd3", "sd35_medium", "qwen", "wan", "lumina2", "z_image")
@@ -61,7 +65,7 @@ def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let diffusers' conversions of FLUX and Lumina 2 take the tiny models' widths for granted, not the real ones."""
     for name, numbers in {
         "FluxTransformer2DModel": {"inner_dim = 3072": "inner_dim = 32"},
-        "Lumina2Transformer2DModel": {"q_dim = 2304": "q_dim = 24", "v_dim = 768": "v_dim = 8"},
+        "Lumina2Transformer2DModel": {"q_dim = 2304": "q_dim = 32", "v_dim = 768": "v_dim = 16"},
     }.items():
         source = inspect.getsource(CLASSES[name]["checkpoint_mapping_fn"])
         for real, tiny in numbers.items():
@@ -91,9 +95,22 @@ def test_every_family_loads_from_one_file_or_is_refused(name: str, tmp_path: Pat
     assert list(read_tensor_header(file)) == list(names)
 
 
-def smaller(model: Any, kind: str) -> tuple[str, ...]:
+def found(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Every module of every second block that a call shows units of, half of them kept."""
+    adapter = adapter_for(model)
+    calls, _ = record_boundaries(model, adapter, inputs, {(stack.name, 0) for stack in adapter.stacks})
+    return {
+        join(site.place[0], str(site.place[1]), site.path): joined(
+            [one.units.part(range(1, one.units.count, 2)) for one in site.sites]
+        )
+        for site in find_sites(ResidentBlocks(model), calls, ("ffn", "attention"))
+        if site.place[1] % 2 == 0
+    }
+
+
+def smaller(model: Any, kind: str, inputs: dict[str, Any]) -> tuple[str, ...]:
     """Make modules of every second block smaller, in place; returns their paths."""
-    adapter, parts = adapter_for(model), {}
+    adapter, parts = adapter_for(model), found(model, inputs) if kind == "found" else {}
     for stack in adapter.stacks:
         for i, block in list(enumerate(adapter.blocks(model, stack)))[::2]:
             for path, module in block.named_modules():
@@ -118,12 +135,13 @@ OFFERED = {
     "lumina2": ("narrow", "linear"),
     "z_image": ("narrow", "heads", "linear"),
 }
+OFFERED = {name: (*kinds, "found") for name, kinds in OFFERED.items()}
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in OFFERED.items() for kind in kinds])
 def test_smaller_modules_are_multiplied_out(name: str, kind: str, tmp_path: Path) -> None:
     model, inputs = tiny(name)
-    paths = smaller(model, kind)
+    paths = smaller(model, kind, inputs)
     folder, file = saved(model, tmp_path / "model"), tmp_path / "model.safetensors"
     if kind == "linear" and name in ("lumina2", "z_image"):  # gated, without biases
         with pytest.raises(ModelError, match=r"layers.0.feed_forward \('linear'\) is no .* fit.width=\[\]"):

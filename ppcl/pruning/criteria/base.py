@@ -59,7 +59,7 @@ class Site:
     def by_unit(self, features: Tensor) -> Tensor:
         """Split the last axis of what a layer reads, (..., h), into units: (..., units, features of a unit)."""
         unit = self.units.of_features(features.shape[-1], self.units.columns[0])
-        index = np.stack([np.flatnonzero(unit == number) for number in range(self.units.count)])
+        index = np.argsort(unit, kind="stable")[np.count_nonzero(unit < 0) :].reshape(self.units.count, -1)
         return features[..., torch.tensor(index, device=features.device)]
 
     def spread(self, values: Tensor, features: int) -> Tensor:
