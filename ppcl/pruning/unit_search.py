@@ -337,7 +337,7 @@ def _units(
         made = tuple(row for row in rows if row in spans)
         if count > 1 and made:
             kinds.append(Units(kind, count, made, tuple(columns), tuple(between), unusual))
-    return kinds if len({units.kind for units in kinds}) == len(places) else None
+    return kinds if len({units.kind for units in kinds}) == len(kinds) else None
 
 
 def _is_wide(probe: Probe, row: str, norm: str) -> bool:

@@ -1,21 +1,28 @@
 """Smaller modules of every supported family: found, cut, counted, stored, loaded; text streams as eq. 8 says."""
 
+import copy
+
 import diffusers
 import pytest
+import tiny
+import tiny_video
 import torch
 from test_adapters import model_info
 from tiny import TINY
+from tiny_base import make
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
-from ppcl.modules.parts import FAMILIES, join
+from ppcl.modules.parts import FAMILIES, cuts_of, join
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import joined
+from ppcl.modules.slicing import joined, sliced
 from ppcl.modules.text_stream import plain_norm
+from ppcl.pipelines.lora_cut import cut_lora
 from ppcl.pruning.options import shrunk
-from ppcl.pruning.unit_search import find_sites
+from ppcl.pruning.unit_search import find_sites, find_units
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.student.prediction import predict
+from ppcl.student.record import composed
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import adapter_for
@@ -119,3 +126,71 @@ def test_the_stock_forward_computes_two_linear_maps(family):
     torch.testing.assert_close(seen[0], block.get_submodule(norm_path).linear(norm(h)))
     torch.testing.assert_close(after["text"], h + block.get_submodule(ffn_path)(h))
     assert (after["image"] - before["image"]).norm() > 1e-5 * before["image"].norm()  # it reads the new projections
+
+
+UNUSUAL = ["flux", "flux2", "prx", "joyimage", "wan", "krea2", "sana"]  # parallel, fused, wide norms, grouped, pixels
+
+
+def sites_by_place(model, calls, index):
+    return [site for site in find_sites(ResidentBlocks(model), calls, GROUPS) if site.place[1] == index]
+
+
+def every_other(site, first=0):
+    return joined([one.units.part(range(first, one.units.count, 2)) for one in site.sites])
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_a_lora_of_the_whole_module_is_cut_to_what_it_does_there(family):
+    model, _, adapter, calls = first_calls(family)
+    for site in sites_by_place(model, calls, 0):
+        block = adapter.blocks(model, next(s for s in adapter.stacks if s.name == site.place[0]))[0]
+        whole, part = block.get_submodule(site.path), every_other(site)
+        tuned, cut = copy.deepcopy(whole), sliced(whole, part)
+        layers = {name for cut in cuts_of(part) for name in (*cut["rows"], *cut["columns"])}
+        for name in sorted(name for name in layers if isinstance(whole.get_submodule(name), torch.nn.Linear)):
+            o, i = whole.get_submodule(name).weight.shape
+            down, up = torch.randn(2, i), torch.randn(o, 2)
+            tuned.get_submodule(name).weight.data += up @ down
+            pair = {"lora_A": down, "lora_B": up}
+            down, up = (cut_lora(pair[key], f"{name}.{key}.weight", part)[0] for key in pair)
+            cut.get_submodule(name).weight.data += up @ down
+        expected = sliced(tuned, part).state_dict()
+        for name, value in cut.state_dict().items():
+            torch.testing.assert_close(value, expected[name])
+
+
+FOUR_HEADS = {
+    **{key: {"num_attention_heads": 4} for key in ("flux", "flux2", "wan")},
+    "prx": {"hidden_size": 32, "num_heads": 4},
+    "joyimage": {"hidden_size": 64, "num_attention_heads": 4},
+    "krea2": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "sana": {"num_attention_heads": 4, "num_cross_attention_heads": 4, "cross_attention_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", FOUR_HEADS)
+def test_units_of_units_are_those_of_the_whole_module(family, monkeypatch):
+    for module in (tiny, tiny_video):
+        monkeypatch.setattr(module, "make", lambda name, **config: make(name, **{**config, **FOUR_HEADS[family]}))
+    model, _, adapter, calls = first_calls(family)
+    for spec in adapter.stacks:
+        once = copy.deepcopy(adapter.blocks(model, spec)[0])
+        first = {
+            site.path: joined([one.units.part(range(one.units.count // 2 or 1)) for one in site.sites])
+            for site in sites_by_place(model, calls, 0)
+            if site.place[0] == spec.name
+        }
+        apply_width(once, first)
+        again = {
+            path: joined([units.part(range(1, units.count, 2)) for units in kinds])
+            for path, kinds in find_units(adapter, spec, once, calls[spec.name, 0])
+            if path in first
+        }
+        twice, whole = copy.deepcopy(once), copy.deepcopy(adapter.blocks(model, spec)[0])
+        apply_width(twice, again)
+        apply_width(whole, composed(first, again))
+        assert again and again.keys() == first.keys()
+        assert all(cut["of"] > 1 and cut["size"] * 2 == cut["of"] for part in again.values() for cut in cuts_of(part))
+        expected = whole.state_dict()
+        for name, value in twice.state_dict().items():
+            assert torch.equal(value, expected[name])
