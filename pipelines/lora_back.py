@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ppcl.errors import UserError
-from ppcl.pipelines.lora_cut import SLICED
+from ppcl.modules.parts import SLICED, cuts_of
 from ppcl.pipelines.lora_low_rank import plain_weight
 from ppcl.pipelines.lora_report import MappingReport
 from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
@@ -174,13 +174,22 @@ def _product(layer: Any, path: str, pairs: Mapping[str, Factors]) -> Factors:
 
 def _scattered(factors: Factors, name: str, part: Mapping[str, Any]) -> Factors:
     """The update of a layer with all units: nothing where units are gone."""
-    from ppcl.modules.slicing import features_of_units
+    from ppcl.modules.slicing import kept_features
 
     a, b = factors
-    if name in part["rows"]:
-        whole = b.shape[0] * part["of"] // part["size"]
-        b = b.new_zeros(whole, b.shape[1]).index_copy(0, features_of_units(part, whole), b)
-    if name in part["columns"]:
-        whole = a.shape[1] * part["of"] // part["size"]
-        a = a.new_zeros(a.shape[0], whole).index_copy(1, features_of_units(part, whole), a)
+    if whole := _features_before(part, "rows", name, b.shape[0]):
+        b = b.new_zeros(whole, b.shape[1]).index_copy(0, kept_features(part, whole, name), b)
+    if whole := _features_before(part, "columns", name, a.shape[1]):
+        a = a.new_zeros(a.shape[0], whole).index_copy(1, kept_features(part, whole, name), a)
     return a, b
+
+
+def _features_before(part: Mapping[str, Any], side: str, name: str, left: int) -> int:
+    """Features that a layer had before units were cut out of it; 0 where nothing was on this side."""
+    before = 0
+    for cut in cuts_of(part):
+        if name in cut[side]:
+            gone, spans = cut["of"] - cut["size"], cut.get("spans", {}).get(name)
+            share = sum(share for _, share in spans) if spans else left // cut["size"]
+            before = (before or left) + gone * share
+    return before

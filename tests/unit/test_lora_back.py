@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ordinary_heads import heads_of
 from test_lora_bridge import lora_for
 from tiny_compressed import QWEN, bundle_for, teacher_for
 from tiny_models import DUAL
@@ -17,7 +18,7 @@ from torch import Tensor
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
-from ppcl.modules.slicing import features_of_units, heads_of, neurons_of
+from ppcl.modules.slicing import kept_features, neurons_of
 from ppcl.pipelines import convert_lora
 from ppcl.student.bundle import build_student
 from ppcl.teacher.families import adapter_for
@@ -89,7 +90,7 @@ def test_every_update_is_the_teachers_where_the_teacher_has_the_place(
             part = student.config["pruning"][f"{DUAL}.4.{inside.split('.')[0]}"]
             rest = theirs[new].clone()
             axis = 0 if inside.split(".", 1)[1] in part["rows"] else 1
-            kept = features_of_units(part, rest.shape[axis])
+            kept = kept_features(part, rest.shape[axis], inside.split(".", 1)[1])
             assert torch.equal(rest.index_select(axis, kept), update)
             assert not rest.index_fill_(axis, kept, 0.0).any()
         else:
