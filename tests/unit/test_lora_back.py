@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from ordinary_heads import heads_of
+from safetensors.torch import load_file, save_file
 from test_lora_bridge import lora_for
 from tiny_compressed import QWEN, bundle_for, teacher_for
 from tiny_models import DUAL
