@@ -71,7 +71,7 @@ def lora_for_teacher(
         if kind == LOW_RANK:
             factors = _product(pipe.transformer.get_submodule(path), path, pairs)
         elif kind:
-            factors = _scattered(factors, name.removeprefix(f"{path}."), pruning[path])
+            factors = scattered(factors, name.removeprefix(f"{path}."), pruning[path])
         out |= {_key(new, side): factor.contiguous() for side, factor in zip("AB", factors, strict=True)}
         if block:
             mapped |= {key: _key(new, side) for key, side in zip(keys, "AB", strict=True)}
@@ -172,8 +172,14 @@ def _product(layer: Any, path: str, pairs: Mapping[str, Factors]) -> Factors:
     return torch.cat([a for a, _ in factors]).to(dtype), torch.cat([b for _, b in factors], 1).to(dtype)
 
 
-def _scattered(factors: Factors, name: str, part: Mapping[str, Any]) -> Factors:
-    """The update of a layer with all units: nothing where units are gone."""
+def scattered(factors: Factors, name: str, part: Mapping[str, Any]) -> Factors:
+    """The update of a layer with all units: nothing where units are gone.
+
+    Args:
+        factors: Of the layer as it is.
+        name: Its path inside the module that was cut.
+        part: The module's entry in the config's ``pruning``.
+    """
     from ppcl.modules.slicing import kept_features
 
     a, b = factors

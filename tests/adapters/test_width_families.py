@@ -16,6 +16,7 @@ from ppcl.modules.parts import FAMILIES, cuts_of, join
 from ppcl.modules.replacements import apply_width
 from ppcl.modules.slicing import joined, sliced
 from ppcl.modules.text_stream import plain_norm
+from ppcl.pipelines.lora_back import scattered
 from ppcl.pipelines.lora_cut import cut_lora
 from ppcl.pruning.options import shrunk
 from ppcl.pruning.unit_search import find_sites, find_units
@@ -157,6 +158,24 @@ def test_a_lora_of_the_whole_module_is_cut_to_what_it_does_there(family):
         expected = sliced(tuned, part).state_dict()
         for name, value in cut.state_dict().items():
             torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_a_lora_of_the_cut_module_acts_on_the_same_units_of_the_whole_one(family):
+    model, _, adapter, calls = first_calls(family)
+    for site in sites_by_place(model, calls, 0):
+        block = adapter.blocks(model, next(s for s in adapter.stacks if s.name == site.place[0]))[0]
+        whole, part = block.get_submodule(site.path), every_other(site)
+        cut = sliced(whole, part)
+        layers = {name for one in cuts_of(part) for name in (*one["rows"], *one["columns"])}
+        for name in sorted(name for name in layers if isinstance(whole.get_submodule(name), torch.nn.Linear)):
+            o, i = cut.get_submodule(name).weight.shape
+            down, up = torch.randn(2, i), torch.randn(o, 2)
+            wide = dict(zip(("lora_A", "lora_B"), scattered((down, up), name, part), strict=True))
+            assert (len(wide["lora_B"]), wide["lora_A"].shape[1]) == tuple(whole.get_submodule(name).weight.shape)
+            again = (cut_lora(wide[key], f"{name}.{key}.weight", part)[0] for key in wide)
+            assert all(torch.equal(a, b) for a, b in zip(again, (down, up), strict=True))
+            assert wide["lora_A"].count_nonzero() + wide["lora_B"].count_nonzero() == down.numel() + up.numel()
 
 
 FOUR_HEADS = {
