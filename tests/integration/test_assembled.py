@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import PIPELINES
 
 from ppcl.common.files import read_json
 from ppcl.teacher.loading import check_folder, load_pipeline
@@ -54,6 +55,19 @@ def test_a_transformer_of_ones_own_with_a_base(
     assert same(weights(out), expected)
     assert (out / "vae" / WEIGHTS).read_bytes() == (tiny_model / "vae" / WEIGHTS).read_bytes()
     assert str(tmp_path) not in (out / "transformer" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("flux", "single-file"), ("sd3", "single-file"), ("wan", "comfyui"), ("z_image", "comfyui")]
+)
+def test_files_in_the_layouts_of_other_programs(ppcl: Call, tmp_path: Path, family: str, layout: str) -> None:
+    torch.manual_seed(0)
+    PIPELINES[family]().save_pretrained(tmp_path / "model")
+    file, out = tmp_path / "model.safetensors", tmp_path / "teacher"
+    assert ppcl("export", tmp_path / "model", "--format", layout, "--out", file)[0] == 0
+    code, _, err = ppcl("teacher", file, "--base", tmp_path / "model", "--out", out)
+    assert code == 0, err
+    assert same(weights(out), load_file(tmp_path / "model" / "transformer" / WEIGHTS))
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("F16", 1e-3), ("Q8_0", 0.01)])
