@@ -76,3 +76,13 @@ def test_the_reference_has_all_settings_as_they_are() -> None:
     assert settings_reference() in page
     for key in ("`seed`", "`capture.num_prompts`", "`distill.sparsity.share`", "`distill.one_at_a_time`"):
         assert page.count(f"| {key} |") == 1
+
+
+def test_each_situation_is_held_by_a_test_that_there_is() -> None:
+    rows = [row for row in (ROOT / "docs" / "situations.md").read_text().splitlines() if row.startswith("| ")][1:]
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, test in named:
+            (path,) = (ROOT / "tests").rglob(file)
+            assert re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE), f"{file} has no {test}"
