@@ -10,7 +10,7 @@ from typing import Any
 
 from ppcl.common.moved import install
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 install()
 
 _LAZY = {

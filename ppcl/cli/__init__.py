@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(
     help="Halve a diffusion transformer and get back a pipeline that drops into diffusers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -426,7 +425,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
 ) -> None:
     """Halve a diffusion transformer and get back a pipeline that drops into diffusers."""
     if context.invoked_subcommand not in ("compress", *(stage for stage in STAGES if stage != "export")):

@@ -15,8 +15,8 @@ from ppcl.config.names import BUDGETS
 from ppcl.config.schema import RunConfig
 from ppcl.errors import ConfigError, nearest, shortened
 
-# what a model is compressed with where nothing else is said
-DEFAULTS = {"emoji": Path(__file__).resolve().parents[1] / "assets" / "emoji.yaml"}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # those that come with ppcl
+DEFAULTS = {"emoji": CONFIGS / "emoji.yaml"}  # what a model is compressed with where nothing else is said
 
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
@@ -79,15 +79,18 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def load_config(files: list[Path], overrides: list[str], defaults: dict[str, Any] | None = None) -> RunConfig:
     """Build the config from defaults, YAML files and ``a.b=c`` overrides, later ones winning.
 
+    A file ``configs/...`` that is not here is the one of that name that comes with ppcl.
+
     Raises:
         ConfigError: A file is missing or damaged, a key unknown, or a value out of range.
     """
     data: dict[str, Any] = dict(defaults or {})
     for path in files:
+        own = CONFIGS.parent / path if path.parts[:1] == (CONFIGS.name,) and not path.exists() else path
         try:
-            loaded = parse_yaml(read_bytes(path, MOST_YAML).decode("utf-8-sig")) or {}
+            loaded = parse_yaml(read_bytes(own, MOST_YAML).decode("utf-8-sig")) or {}
         except FileNotFoundError:
-            raise ConfigError(f"config file {path} does not exist") from None
+            raise ConfigError(f"config file {path} does not exist; those of ppcl are in {CONFIGS}") from None
         except (OSError, ValueError) as reason:
             raise ConfigError(f"config file {path} cannot be read as YAML: {shortened(reason)}") from None
         if not isinstance(loaded, dict):

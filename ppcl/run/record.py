@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from ppcl import __version__
 from ppcl.common.files import read_yaml
 from ppcl.common.tables import PACKAGES
 from ppcl.config import RunConfig
@@ -25,7 +26,7 @@ def record_of(model: str, command: str, config: RunConfig, device: str) -> str:
         "seed": config.seed,
         "device": f"{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)",
         "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in ("ppcl", *PACKAGES, "torchmetrics")},
+        "versions": {"ppcl": __version__, **{name: _version(name) for name in (*PACKAGES, "torchmetrics")}},
         "git_commit": _commit(),
         "config": config.model_dump(mode="json"),
     }
