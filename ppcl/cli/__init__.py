@@ -31,7 +31,7 @@ from ppcl.cli.options import (
     skip_peft,
 )
 from ppcl.config import ExportConfig, RunConfig, load_config, parse_seeds
-from ppcl.errors import ConfigError
+from ppcl.errors import ConfigError, UserError
 from ppcl.run.stages import STAGES
 from ppcl.training.launch import check_launcher, guarded, refuse_several
 
@@ -414,6 +414,24 @@ def families(
         command = f"ppcl families{' --formats' * formats} --table {table}"
         write_text(table, f"# {title}\n\n{text}\n\nCommand: `{command}`\n")
     typer.echo(text)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions of packages, device, extras, and which full-size models fit here."""
+    import platform
+
+    from ppcl.config.load import CONFIGS
+    from ppcl.inspection.doctor import declared_packages, fits_here, package_lines
+
+    packages = declared_packages()
+    typer.echo(f"ppcl {__version__}, Python {platform.python_version()}, {platform.platform()}; configs: {CONFIGS}")
+    typer.echo("\n".join(["packages:", *package_lines(packages)]))
+    if faulty := [str(package) for package in packages if not package.extra and package.state != "ok"]:
+        raise UserError(f"packages that ppcl needs: {', '.join(faulty)}; pip install --upgrade ppcl mends them")
+    quiet_libraries()
+    for line in fits_here(Path.cwd()):
+        typer.echo(line)
 
 
 def _version(value: bool) -> None:
