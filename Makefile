@@ -1,11 +1,12 @@
 # `make demo` and `make test` set up a virtual environment first; nothing else is downloaded but packages.
 PYTHON ?= python3
 VENV ?= .venv
+SITE ?= build/site
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 IMPORTS = $(BIN)/python -c "import open_clip, peft, torchmetrics, ppcl.pipelines, ppcl.run"
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check docs clean
 
 setup: $(VENV)/ready
 
@@ -29,6 +30,11 @@ check: setup
 # suite in random orders
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -p no:randomly
+
+# the documentation as a site; a warning is an error
+docs: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml --site-dir $(abspath $(SITE))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

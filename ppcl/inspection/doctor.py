@@ -114,9 +114,9 @@ def fits_here(folder: Path) -> Iterator[str]:
         lacking += ["disk"] * (found.disk > free)
         verdict = f"does not fit ({', '.join(lacking)})" if lacking else "fits"
         yield (
-            f"{model}: {verdict}; to halve it takes {found.device / 1e9:.1f} GB of device memory, {found.ram / 1e9:.1f} "
-            f"GB of RAM, {found.disk / 1e9:.0f} GB of disk and {found.seconds / 3600:,.0f} hours with "
-            f"--config configs/devices/{settings.name} --config configs/{file}"
+            f"{model}: {verdict}; to halve it takes {found.device / 1e9:.1f} GB of device memory, "
+            f"{found.ram / 1e9:.1f} GB of RAM, {found.disk / 1e9:.0f} GB of disk and {found.seconds / 3600:,.0f} hours "
+            f"with --config configs/devices/{settings.name} --config configs/{file}"
         )
 
 

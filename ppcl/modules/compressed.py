@@ -82,14 +82,17 @@ def compress_class(transformer: Any, pruning: Mapping[str, Mapping[str, Any]]) -
 def register(names: Iterable[str]) -> None:
     """Make the compressed classes of some families known to diffusers, so that pipelines load.
 
-    Those of pipelines whose code went along are found here too, where a transformer is passed to ``from_pretrained``.
+    A pipeline whose code went along names ``MODULE`` as its transformer's library. diffusers looks for it among its
+    pipelines before it looks for code in the folder, so that such a pipeline loads without ``trust_remote_code=True``.
 
     Args:
         names: Of diffusers' transformer classes; those of another version of diffusers are passed over.
     """
+    from diffusers import pipelines
     from diffusers.loaders import peft
 
-    sys.modules.setdefault(MODULE, diffusers)
+    sys.modules.setdefault(MODULE, diffusers)  # where a transformer is passed to from_pretrained
+    setattr(pipelines, MODULE, diffusers)
     scales = getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})
     for name in names:
         base = getattr(diffusers, name, None)

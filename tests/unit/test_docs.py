@@ -1,13 +1,15 @@
-"""README and docs: short enough, no link leads nowhere, no command names what does not exist."""
+"""README and docs: short enough, no link leads nowhere, no command names what is not there, the site has all pages."""
 
 from __future__ import annotations
 
+import pydoc
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from ppcl.cli import app
 from ppcl.config.reference import settings_reference
@@ -51,6 +53,24 @@ def test_every_page_can_be_reached() -> None:
             targets = [(page.parent / link.partition("#")[0]).resolve() for link in links(page)]
             ahead += [target for target in targets if target.suffix == ".md"]
     assert set(PAGES) - reached == set()
+
+
+def nav_pages(entry: object) -> list[str]:
+    """The pages of a part of mkdocs' ``nav``."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in nav_pages(part)]
+
+
+def test_the_site_has_every_page_once() -> None:
+    nav = yaml.safe_load((ROOT / ".ci" / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(nav_pages(nav)) == sorted(pages)
+
+
+def test_the_reference_of_python_names_what_exists() -> None:
+    for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE):
+        assert pydoc.locate(name), name
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -19,6 +19,7 @@ from tiny_compressed import QWEN, bundle_for, compressed, teacher_for, velocity_
 from tiny_models import DUAL
 from tiny_pipeline import tiny_qwen_pipeline
 
+import ppcl.pipelines  # noqa: F401 - its classes are known, whichever test is the first
 from ppcl.config import ExportConfig
 from ppcl.export.pipeline import export
 from ppcl.modules.compressed import MODULE
@@ -75,6 +76,7 @@ import diffusers
 from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 remote, plain = sys.argv[1:]
 kind = diffusers.PPCLQwenImageTransformer2DModel
+assert type(DiffusionPipeline.from_pretrained(remote).transformer) is kind  # nothing to trust: no code of it is run
 for folder, trust in ((remote, {"trust_remote_code": True}), (plain, {})):
     pipeline = DiffusionPipeline.from_pretrained(folder, **trust)
     modular = ModularPipeline.from_pretrained(folder)
