@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval.report_data import differences, pick
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Runs = Sequence[tuple[int, int]]
 Point = tuple[float, float, float]  # value, low, high
 
-# Placeholder colour -> CSS variable of the page (report_style.CSS).
+# Placeholder colour -> CSS variable of the page (templates/report.css).
 COLOURS = {
     "ink": "#0a0b01",
     "soft": "#0a0b02",
@@ -88,7 +89,7 @@ def _styled() -> AbstractContextManager[None]:
     return matplotlib.rc_context(settings)
 
 
-def _svg(figure: Figure, label: str) -> str:
+def _svg(figure: Figure, label: str) -> Markup:
     """Serialise a figure: no metadata, no fixed size, page colours and font, reproducible ids."""
     import matplotlib
 
@@ -103,7 +104,7 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", '<svg role="img"', 1)
+    return Markup(svg.replace("<svg", '<svg role="img"', 1))
 
 
 def _mark_runs(ax: Axes, runs: Runs) -> None:
@@ -119,7 +120,7 @@ def _block_axis(ax: Axes, num_blocks: int) -> None:
     ax.set_xlabel("block")
 
 
-def cka_map(stack: StackAnalysis, runs: Runs) -> str:
+def cka_map(stack: StackAnalysis, runs: Runs) -> Markup:
     """Heat map of cka(u, k): first replaced block u down, last replaced block k across."""
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
@@ -147,7 +148,7 @@ def cka_map(stack: StackAnalysis, runs: Runs) -> str:
         return _svg(figure, f"cka-{stack.name}")
 
 
-def difference_curves(stack: StackAnalysis, runs: Runs) -> str:
+def difference_curves(stack: StackAnalysis, runs: Runs) -> Markup:
     """D(u, k) from every start u, with the intervals that eqs. 4-5 cut out of them."""
     from matplotlib.lines import Line2D
 
@@ -194,7 +195,7 @@ def _lines(ax: Axes, series: Mapping[str, Sequence[float | None]]) -> None:
     ax.set_ylim(bottom=0)
 
 
-def block_scores(stack: StackAnalysis, runs: Runs) -> str:
+def block_scores(stack: StackAnalysis, runs: Runs) -> Markup:
     """Probe error by stream above, block influence below, by block."""
     with _styled():
         figure, (top, bottom) = _figure(3.6, rows=2)
@@ -209,7 +210,7 @@ def block_scores(stack: StackAnalysis, runs: Runs) -> str:
         return _svg(figure, f"scores-{stack.name}")
 
 
-def linearity(stack: StackAnalysis, runs: Runs) -> str:
+def linearity(stack: StackAnalysis, runs: Runs) -> Markup:
     """Held-out error of the best linear map for each FFN and for the text stream, by block."""
     groups = {"FFN": stack.ffn_linearity, "text": stack.text_linearity}
     groups = {name: series for name, series in groups.items() if series}
@@ -239,7 +240,7 @@ def select_candidates(
     return sorted(sorted(candidates, key=rank)[:limit], key=cost)
 
 
-def candidate_bars(candidates: Sequence[Candidate], in_plan: Collection[tuple[str, int, int]]) -> str:
+def candidate_bars(candidates: Sequence[Candidate], in_plan: Collection[tuple[str, int, int]]) -> Markup:
     """Velocity error of each candidate run: fitted block (bar) and chained probes (tick)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -284,7 +285,7 @@ def loss_points(rows: Sequence[Mapping[str, Any]], limit: int = 500) -> list[tup
     return points[::stride]
 
 
-def loss_curve(stage: str, points: Sequence[tuple[float, float]]) -> str:
+def loss_curve(stage: str, points: Sequence[tuple[float, float]]) -> Markup:
     """Loss by step on a logarithmic axis, with its running median."""
     steps, losses = _columns(points)
     with _styled():
@@ -308,7 +309,7 @@ def _log_ticks(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors: Sequence[float | None]) -> str:
+def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors: Sequence[float | None]) -> Markup:
     """Average drop above, velocity error below, against the share of the teacher's parameters in percent."""
     with _styled():
         figure, (top, bottom) = _figure(3.4, rows=2)
@@ -323,7 +324,7 @@ def ladder_curves(shares: Sequence[float], drops: Sequence[float | None], errors
         return _svg(figure, "ladder")
 
 
-def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]], first_colour: int = 0) -> str:
+def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]], first_colour: int = 0) -> Markup:
     """Velocity error by timestep, one line a model with its interval, in the order of sampling: noise on the left.
 
     Args:
@@ -350,7 +351,7 @@ def velocity_curves(series: Mapping[str, Sequence[Mapping[str, float]]], first_c
 
 def quality_against(
     axis: str, labels: Sequence[str], costs: Sequence[float], measures: Mapping[str, Sequence[Point | None]]
-) -> str:
+) -> Markup:
     """Every measure of every model against one cost, a row of axes a measure.
 
     Args:

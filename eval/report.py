@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from markupsafe import Markup
+
 from ppcl.common.files import read_json, write_text
 from ppcl.common.tables import fenced
 from ppcl.errors import ArtifactError
 from ppcl.eval.markdown import report as markdown_report
 from ppcl.eval.report_blocks import redundancy
 from ppcl.eval.report_data import RunData, read_run
-from ppcl.eval.report_html import missing, page, section, text
+from ppcl.eval.report_html import render
 from ppcl.eval.report_ladder import ladder_section
 from ppcl.eval.report_numbers import numbers_section, plots_section
 from ppcl.eval.report_pictures import readme_picture
@@ -43,17 +45,18 @@ TITLES = {
 }
 
 
-def _sections(data: RunData) -> dict[str, str]:
+def _sections(data: RunData) -> dict[str, Markup]:
     """The sections by their anchor; empty ones do not apply."""
     result = data.evaluation
-    unmeasured = section("numbers", "How good is it", missing(data.missing("eval/metrics.json")))
+    none = Markup()
+    unmeasured = render("numbers.html", missing=data.missing("eval/metrics.json"))
     return {
         "pictures": pictures_section(data),
         "numbers": numbers_section(result) if result else unmeasured,
-        "plots": plots_section(result) if result else "",
+        "plots": plots_section(result) if result else none,
         "ladder": ladder_section(data),
-        "blocks": redundancy(data) if data.is_run else strips_section(result) if result else "",
-        "training": training_section(data) if data.is_run else "",
+        "blocks": redundancy(data) if data.is_run else strips_section(result) if result else none,
+        "training": training_section(data) if data.is_run else none,
         "cost": cost_section(data),
         "reproduce": reproduce_section(data),
     }
@@ -71,14 +74,13 @@ def write_report(folder: Path) -> Path:
     """
     data = read_run(Path(folder))
     sections = {anchor: html for anchor, html in _sections(data).items() if html}
-    contents = "".join(f'<a href="#{anchor}">{text(TITLES[anchor])}</a>' for anchor in sections)
-    body = "\n".join([headline(data), f"<nav>{contents}</nav>", *sections.values()])
     title = f"ppcl report: {data.config.get('model') or data.folder.name}"
     if not data.is_run and data.evaluation:
         title = f"ppcl evaluation: {title_of(data.evaluation)}"
     _write_markdown(data)
     path = data.folder / "report.html"
-    write_text(path, page(title, body))
+    page = render("page.html", title=title, headline=headline(data), sections=sections, titles=TITLES)
+    write_text(path, f"{page}\n")
     return path
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
 
 from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
-from ppcl.eval.report_html import figure, missing, number, paragraph, percent, section, table, text
+from ppcl.eval.report_html import Chart, number, percent, render
 from ppcl.modules.parts import cuts_of
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import CompressionPlan, Segment, start_index
 
 DASH = "\N{EN DASH}"
+BECAME = "\N{RIGHTWARDS ARROW}"
 NUM_HUES = 4
 
 
@@ -23,27 +27,59 @@ def span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}{DASH}{last}"
 
 
-def redundancy(run: RunData) -> str:
+@dataclass(frozen=True)
+class Cell:
+    """A part of a row: its text, and the teacher's blocks that it lies under."""
+
+    label: str
+    css: str
+    first: int
+    last: int
+    hint: str
+    share: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a strip."""
+
+    caption: str
+    cells: Sequence[Cell] = ()
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One stack: rows of cells, on a grid of the teacher's blocks."""
+
+    num_blocks: int
+    rows: Sequence[Row]
+
+
+def redundancy(run: RunData) -> Markup:
     """The plan as a strip of blocks, and the measurements behind it."""
-    title = "Which blocks were redundant, and why"
-    parts = []
-    if run.plan:
-        parts.append(paragraph(text(_summary(run, run.plan))))
-        parts += [_strip(run, run.plan, name) for name in run.plan.stacks]
-        parts += [_first_teacher(run.plan), _run_table(run, run.plan), _width_table(run, run.plan)]
+    plan, missing = run.plan, []
+    of_plan: dict[str, Any] = {"summary": ""}
+    if plan:
+        of_plan = {
+            "summary": _summary(run, plan),
+            "strips": [strip_of(name, plan.stacks[name], _interval_rows(run, name)) for name in plan.stacks],
+            "first_teacher": _first_teacher(plan),
+            "share_of_first": percent(plan.share_of_first) if plan.share_of_first else "",
+            "runs": _run_rows(run, plan),
+            "keeps_all": not plan.has_width,
+            "smaller": _width_rows(run, plan),
+        }
     else:
-        parts.append(missing(run.missing("plan.json")))
+        missing.append(run.missing("plan.json"))
     stacks = [stack for stack in (run.analysis.stacks if run.analysis else ()) if stack.cka]
-    cards = [card for stack in stacks for card in _stack_cards(run, stack)]
+    charts = [chart for stack in stacks for chart in _stack_charts(run, stack)]
     if not run.analysis:
-        parts.append(missing(run.missing("analysis.json")))
+        missing.append(run.missing("analysis.json"))
     if run.candidates and run.candidates.candidates:
-        cards.append(_candidate_card(run))
+        charts.append(_candidate_chart(run))
     else:
-        parts.append(missing(run.missing("candidates.json")))
-    if cards:
-        parts += ["<h3>The measurements behind the plan</h3>", _basis(run), '<div class="figures">', *cards, "</div>"]
-    return section("blocks", title, *parts)
+        missing.append(run.missing("candidates.json"))
+    return render("blocks.html", missing=missing, charts=charts, basis=_basis(run), **of_plan)
 
 
 def _summary(run: RunData, plan: CompressionPlan) -> str:
@@ -74,14 +110,7 @@ def _first_teacher(plan: CompressionPlan) -> str:
         return ""
     from ppcl.export.card import draw_plan  # torch comes with it
 
-    share = (
-        f"{percent(plan.share_of_first)} of the first teacher's parameters are left. " if plan.share_of_first else ""
-    )
-    words = (
-        f"The teacher of this run was compressed before. {share}Of the first teacher's blocks, which LoRA and "
-        "ControlNet name:"
-    )
-    return paragraph(text(words)) + f"<pre><code>{text(draw_plan(plan))}</code></pre>"
+    return draw_plan(plan)
 
 
 def _mean(values: list[float]) -> float:
@@ -101,72 +130,59 @@ def _probe_errors(run: RunData, plan: CompressionPlan) -> tuple[list[float], lis
     return inside, outside
 
 
-def _cell(label: str, css: str, first: int, last: int, hint: str) -> str:
-    classes = f' class="{css}"' if css else ""
-    return f'<div{classes} style="grid-column:{first + 1}/{last + 2}" title="{text(hint)}">{label}</div>'
-
-
-def _caption(label: str) -> str:
-    return f"<div class=row>{text(label)}</div>"
-
-
-def _strip(run: RunData, plan: CompressionPlan, name: str) -> str:
-    """Three rows of one stack: the teacher's blocks, the paper's intervals, the student's blocks."""
-    return strip(name, plan.stacks[name], _interval_row(run, name))
-
-
-def strip(name: str, segments: Sequence[Segment], between: Iterable[str] = ()) -> str:
+def strip_of(name: str, segments: Sequence[Segment], between: Sequence[Row] = ()) -> Strip:
     """One stack as a strip: the teacher's blocks above, the student's below, both with what became of them.
 
     Args:
         name: Of the stack.
         segments: The student's blocks, in order.
-        between: Cells of a row between the two.
+        between: Rows between the two.
     """
     num_blocks = max((s.last for s in segments), default=-1) + 1
     hues = {s.first: f"r{i % NUM_HUES + 1}" for i, s in enumerate([s for s in segments if s.is_run])}  # by first block
-    parts = [_caption(f"{name}: the teacher's {num_blocks} blocks; those that became one share a colour")]
+    above = []
     for segment in segments:
         for block in range(segment.first, segment.last + 1):
             hint = f"block {block}: {'part of run ' + span(segment.first, segment.last) if segment.is_run else 'kept'}"
-            parts.append(_cell(str(block), hues.get(segment.first, ""), block, block, hint))
-    parts += between
-    parts.append(_caption(f"the student's {len(segments)} blocks; a wide one stands for the whole run above it"))
-    parts += [_student_cell(segment, hues) for segment in segments]
+            above.append(Cell(str(block), hues.get(segment.first, ""), block, block, hint))
+    below = f"the student's {len(segments)} blocks; a wide one stands for the whole run above it"
+    rows = [
+        Row(f"{name}: the teacher's {num_blocks} blocks; those that became one share a colour", above),
+        *between,
+        Row(below, [_student_cell(segment, hues) for segment in segments]),
+    ]
     if any(s.width for s in segments):
-        parts.append(_caption("a bar along the bottom: narrower inside (text stream, FFN or modulation)"))
-    columns = f"grid-template-columns:repeat({max(num_blocks, 1)},minmax(11px,1fr))"
-    return f'<div class=scroll><div class="strip" style="{columns}">{"".join(parts)}</div></div>'
+        rows.append(Row("a bar along the bottom: narrower inside (text stream, FFN or modulation)"))
+    return Strip(num_blocks, rows)
 
 
-def _interval_row(run: RunData, name: str) -> Iterable[str]:
+def _interval_rows(run: RunData, name: str) -> list[Row]:
     stack = next((s for s in (run.analysis.stacks if run.analysis else ()) if s.name == name), None)
     if not stack or not stack.intervals:
         return []
     stability = stack.interval_stability or (None,) * len(stack.intervals)
     cells = []
     for (a, b), stable in zip(stack.intervals, stability, strict=False):
-        label = f"{span(a, b)} <small>{percent(stable.same, 0)}</small>" if stable else span(a, b)
         hint = f"eqs. 4-5: blocks {a} to {b}"
         if stable:
             hint += f"; in {percent(stable.same, 0)} of {stack.interval_draws} draws of half of the held-out prompts"
             hint += f"; starts here in {percent(stable.first, 0)}, ends here in {percent(stable.last, 0)}"
-        cells.append(_cell(label, "open", a, b, hint))
+        cells.append(Cell(span(a, b), "open", a, b, hint, percent(stable.same, 0) if stable else ""))
     caption = "intervals that the paper's rule finds (eqs. 4\N{EN DASH}5), before any budget"
     if stack.interval_stability:
         caption += f"; %: how many of {stack.interval_draws} draws of half of the held-out prompts find the same one"
-    return [_caption(caption), *cells]
+    return [Row(caption, cells)]
 
 
-def _student_cell(segment: Segment, hues: dict[int, str]) -> str:
+def _student_cell(segment: Segment, hues: dict[int, str]) -> Cell:
     narrow = " narrow" if segment.width else ""
     inside = f"; narrower: {', '.join(segment.width)}" if segment.width else ""
     if segment.is_run:
         label, css = span(segment.first, segment.last), hues[segment.first] + narrow
         hint = f"one block instead of {label}; start: {segment.start or 'not recorded'}{inside}"
-        return _cell(label, css, segment.first, segment.last, hint)
+        return Cell(label, css, segment.first, segment.last, hint)
     hint = f"block {segment.first}, kept{inside}"
-    return _cell(str(segment.first), narrow.strip(), segment.first, segment.last, hint)
+    return Cell(str(segment.first), narrow.strip(), segment.first, segment.last, hint)
 
 
 def _candidate(run: RunData, stack: str, segment: Segment) -> Candidate | None:
@@ -180,37 +196,31 @@ def _cka(run: RunData, name: str, segment: Segment) -> float | None:
     return stack.cka[segment.first][segment.last] if stack and in_range else None
 
 
-def _run_table(run: RunData, plan: CompressionPlan) -> str:
+def _run_rows(run: RunData, plan: CompressionPlan) -> list[list[str]]:
     """One row for each run: what made it cheap and what it saves."""
-    if not plan.runs:
-        return "" if plan.has_width else missing("The plan keeps every block.")
     params = {stack.name: stack.block_params for stack in plan.model.stacks}
     several = len(plan.stacks) > 1
     rows = []
     for name, segment in plan.runs:
         candidate = _candidate(run, name, segment)
         saved = sum(params.get(name, ())[segment.first + 1 : segment.last + 1])
-        label = f"{text(name)} " * several + f"{span(segment.first, segment.last)}&nbsp;\N{RIGHTWARDS ARROW}&nbsp;1"
+        label = (
+            f"{name} " * several + f"{span(segment.first, segment.last)}\N{NO-BREAK SPACE}{BECAME}\N{NO-BREAK SPACE}1"
+        )
         rows.append(
             [
                 label,
                 number(_cka(run, name, segment), 4),
                 number(candidate.probe_error if candidate else None),
                 number(candidate.fitted_error if candidate else None),
-                text(segment.start or DASH),
+                segment.start or DASH,
                 percent(saved / plan.model.params if plan.model.params else None),
             ]
         )
-    header = ["run", "CKA of its probes", "error, probes", "error, fitted block", "starts from", "parameters saved"]
-    guide = (
-        "CKA: how alike the run's true output and its chained linear probes are (1 is the same). Errors: how far the "
-        "transformer's final output moves, relatively, when this run alone is replaced by its probes, or by one "
-        "briefly fitted block. Parameters saved: the blocks that disappear, as a share of the transformer."
-    )
-    return table(header, rows) + paragraph(guide, "soft small")
+    return rows
 
 
-def _width_table(run: RunData, plan: CompressionPlan) -> str:
+def _width_rows(run: RunData, plan: CompressionPlan) -> list[list[str]]:
     """One row for each kind of smaller module: where, how small, what it saves and what it costs alone."""
     by_group: dict[str, list[WidthOption]] = {}
     for option in run.candidates.width if run.candidates else ():
@@ -218,20 +228,13 @@ def _width_table(run: RunData, plan: CompressionPlan) -> str:
         piece = next((s for s in pieces if option.block == start_index(s.first, s.last, s.start)), None)
         if piece and all(piece.width.get(path) == part for path, part in option.parts.items()):
             by_group.setdefault(option.group, []).append(option)
-    if not by_group:
-        return ""
     rows = []
     for group, options in by_group.items():
         size = _size_words([part for option in options for part in option.parts.values()])
         params = sum(option.saved_params for option in options)
         error = sum(option.error**2 for option in options) ** 0.5
-        rows.append([text(group), str(len(options)), size, percent(params / plan.model.params), number(error)])
-    header = ["smaller module", "blocks", "size", "parameters saved", "error, untrained"]
-    guide = (
-        "Error: root of the summed squared relative errors of the final output when each is put in alone, "
-        "from its closed form, before any training."
-    )
-    return table(header, rows) + paragraph(guide, "soft small")
+        rows.append([group, str(len(options)), size, percent(params / plan.model.params), number(error)])
+    return rows
 
 
 def _size_words(parts: list[dict[str, Any]]) -> str:
@@ -255,29 +258,28 @@ def _basis(run: RunData) -> str:
         return ""
     tokens = ", ".join(f"{count:,} {stream} tokens" for stream, count in run.analysis.num_tokens.items())
     shaded = "Shaded spans are the plan's runs; blocks are numbered from 0."
-    basis = f"Measured on {run.analysis.num_states:,} denoising states of the teacher ({tokens}). {shaded}"
-    return paragraph(text(basis), "soft")
+    return f"Measured on {run.analysis.num_states:,} denoising states of the teacher ({tokens}). {shaded}"
 
 
-def _stack_cards(run: RunData, stack: StackAnalysis) -> list[str]:
+def _stack_charts(run: RunData, stack: StackAnalysis) -> list[Chart]:
     runs = run.runs_of(stack.name)
     several = f"{stack.name}: " if run.analysis and len(run.analysis.stacks) > 1 else ""
-    cards = [
-        figure(
+    charts = [
+        Chart(
             f"{several}How well linear maps imitate blocks u to k",
             figures.cka_map(stack, runs),
             "How to read: each cell says how alike the true output of block k and a chain of linear maps for blocks "
             "u to k are; bright means alike, so bright cells far from the diagonal are long redundant runs. "
             "Solid squares: the plan's runs; dashed: the paper's intervals.",
         ),
-        figure(
+        Chart(
             f"{several}Where a run should end",
             figures.difference_curves(stack, runs),
             "How to read: D(u, k) is the likeness lost by adding block k to a run that starts at u; while it falls "
             "the run goes on, and at its first rise the interval ends one block before (eqs. 4\N{EN DASH}5); "
             "grey: all other starts.",
         ),
-        figure(
+        Chart(
             f"{several}How much each block does",
             figures.block_scores(stack, runs),
             "How to read: low probe error means that a linear map nearly replaces the block; low influence means "
@@ -285,23 +287,23 @@ def _stack_cards(run: RunData, stack: StackAnalysis) -> list[str]:
         ),
     ]
     if stack.ffn_linearity or stack.text_linearity:
-        cards.append(
-            figure(
+        charts.append(
+            Chart(
                 f"{several}How linear the FFNs and the text stream are",
                 figures.linearity(stack, runs),
                 "How to read: error of the best linear map in place of each FFN (eq. 9) and of each block's text "
                 "signals (eq. 8); the lowest blocks lose least when made narrow.",
             )
         )
-    return cards
+    return charts
 
 
-def _candidate_card(run: RunData) -> str:
+def _candidate_chart(run: RunData) -> Chart:
     runs = run.candidates.candidates if run.candidates else ()
     in_plan = {(name, s.first, s.last) for name, s in run.plan.runs} if run.plan else set()
     shown = len(figures.select_candidates(runs, in_plan))
     rest = f" Shown: {shown} of {len(runs)}, the chosen and the cheapest others." if shown < len(runs) else ""
-    return figure(
+    return Chart(
         "What replacing each run costs",
         figures.candidate_bars(runs, in_plan),
         "How to read: how far the model's final output moves when this run alone is replaced; short bars are cheap, "

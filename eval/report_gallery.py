@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from ppcl.eval.metrics import PSNR_CAP_DB
-from ppcl.eval.report_html import number, paragraph, text
+from ppcl.eval.report_html import number, render
 from ppcl.eval.report_pictures import PICTURE_BUDGET, Pair, small_picture, thumbnails
 
 NUM_OPEN = 20  # cards shown before a reader unfolds the rest
@@ -64,55 +65,32 @@ def extremes(pairs: Sequence[Pair], names: tuple[str, str] = ("teacher", "studen
     return cards[:count], cards[::-1][:count]
 
 
-def lay_out(groups: Sequence[Sequence[Card]]) -> list[list[str]]:
-    """HTML of the cards of each group, without those of which a picture cannot be read.
+@dataclass(frozen=True)
+class Laid:
+    """A card as the page has it: (who drew it, the picture as data) in the place of files."""
+
+    prompt: str
+    images: tuple[tuple[str, str], ...]
+    remark: str
+
+
+def lay_out(groups: Sequence[Sequence[Card]]) -> list[list[Laid]]:
+    """The cards of each group with their pictures, without those of which a picture cannot be read.
 
     All pictures of the page share one budget of bytes; those that are shown twice count twice.
     """
     uses = [path for group in groups for card in group for _, path in card.shots]
     uris = thumbnails(uses, PICTURE_BUDGET * len(set(uses)) // max(1, len(uses)))
-    return [[_html(card, uris) for card in group if all(path in uris for _, path in card.shots)] for group in groups]
+    return [
+        [
+            Laid(card.prompt, tuple((who, uris[path]) for who, path in card.shots), card.remark)
+            for card in group
+            if all(path in uris for _, path in card.shots)
+        ]
+        for group in groups
+    ]
 
 
-def _html(card: Card, uris: dict[Path, str]) -> str:
-    images = "".join(
-        f'<img src="{uris[path]}" alt="{text(who)}: {text(card.prompt)}" data-who="{text(who)}">'
-        for who, path in card.shots
-    )
-    labels = "".join(f"<span>{text(who)}</span>" for who, _ in card.shots)
-    remark = paragraph(text(card.remark), "soft") if card.remark else ""
-    return (
-        f'<li class=pair><button type=button aria-label="compare: {text(card.prompt)}">{images}</button>'
-        f"<div class=who>{labels}</div><p>{text(card.prompt)}</p>{remark}</li>"
-    )
-
-
-def grid(cards: Sequence[str], css: str = "") -> str:
-    """A plain grid; empty without cards."""
-    return f'<ul class="pairs{f" {css}" if css else ""}">{"".join(cards)}</ul>' if cards else ""
-
-
-def gallery(cards: Sequence[str], css: str = "") -> str:
+def gallery(cards: Sequence[Laid], css: str = "") -> Markup:
     """The grid with a field that filters by prompt; what goes beyond the first screens is folded away."""
-    if not cards:
-        return ""
-    box = (
-        '<div class="filter" hidden><label>Prompts with <input type=search autocomplete=off '
-        'placeholder="words in any order"></label><output></output></div>'
-    )
-    shown = grid(cards[:NUM_OPEN], css)
-    if rest := cards[NUM_OPEN:]:
-        shown += f"<details><summary>Show the other {len(rest)}</summary>{grid(rest, css)}</details>"
-    return f'<div class="gallery">{box}{shown}</div>'
-
-
-def extremes_html(worst: Sequence[str], best: Sequence[str], names: tuple[str, str], count: int) -> str:
-    """The grids of the least and most alike pairs of two models, out of ``count`` pairs; empty without cards."""
-    if not worst and not best:
-        return ""
-    guide = (
-        f"{names[1]} against {names[0]}: the least and the most alike of {count} pairs, by PSNR. "
-        "A low one is another picture, not always a worse one: look."
-    )
-    least, most = (f"<h3>{word} alike pairs</h3>" for word in ("Least", "Most"))
-    return paragraph(text(guide), "soft") + least + grid(worst) + most + grid(best)
+    return render("gallery.html", cards=cards, css=css, num_open=NUM_OPEN)

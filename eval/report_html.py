@@ -1,22 +1,35 @@
-"""Building blocks of the report: escaped text, numbers, tables, figures, the page."""
+"""What the report's sections share: numbers as text, charts, and templates with HTML around them."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from ppcl.eval.report_script import SCRIPT, VIEWER
-from ppcl.eval.report_style import CSS
+from markupsafe import Markup
+
+from ppcl.common.templates import environment
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+_TEMPLATES = environment(Path(__file__).resolve().parent / "templates")
 
 
-def text(value: object) -> str:
-    """Escape anything for use between tags or inside a quoted attribute."""
-    return html.escape(str(value), quote=True)
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title and the sentence that says how to read it."""
+
+    title: str
+    svg: Markup
+    guide: str
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fill a template of ``eval/templates``; all texts are escaped."""
+    return Markup(_TEMPLATES.get_template(template).render(values))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -68,54 +81,4 @@ def signed(value: float | None, shown: str) -> str:
 
 def ranged(shown: str, limits: tuple[float, float] | None, show: Callable[[float], str] = number) -> str:
     """A number as shown with its interval (low, high) underneath, where there is one."""
-    return f"{shown} <small>{show(limits[0])} to {show(limits[1])}</small>" if limits else shown
-
-
-def paragraph(content: str, css: str = "") -> str:
-    """A paragraph of ready HTML."""
-    return f'<p class="{css}">{content}</p>' if css else f"<p>{content}</p>"
-
-
-def note(content: str) -> str:
-    """A caution that stands out; ``content`` is plain text."""
-    return f'<div class="note">{text(content)}</div>'
-
-
-def missing(sentence: str) -> str:
-    """What stands where a part has nothing to show; plain text."""
-    return paragraph(text(sentence), "soft")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], explanations: Sequence[str] = ()) -> str:
-    """A table of ready HTML cells; ``explanations[i]`` is a full-width line under row i.
-
-    On a narrow screen it scrolls sideways inside its own box.
-    """
-    parts = ["<div class=scroll><table><thead><tr>", *(f"<th scope=col>{cell}</th>" for cell in header)]
-    parts.append("</tr></thead><tbody>")
-    for index, (first, *rest) in enumerate(rows):
-        parts.append(f"<tr><th scope=row>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>")
-        if index < len(explanations) and explanations[index]:
-            parts.append(f'<tr class=explain><td colspan="{len(header)}"><div>{explanations[index]}</div></td></tr>')
-    parts.append("</tbody></table></div>")
-    return "".join(parts)
-
-
-def figure(title: str, svg: str, guide: str) -> str:
-    """A chart with its title and the sentence that says how to read it (both plain text)."""
-    return f"<figure><h3>{text(title)}</h3>{svg}<figcaption>{text(guide)}</figcaption></figure>"
-
-
-def section(anchor: str, title: str, *content: str) -> str:
-    """A section with a heading that the table of contents can point at."""
-    return f'<section id="{anchor}"><h2>{text(title)}</h2>' + "\n".join(content) + "</section>"
-
-
-def page(title: str, body: str) -> str:
-    """The whole self-contained document."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{CSS}</style></head>\n<body><main>\n{body}\n</main>"
-        f"{VIEWER}<script>{SCRIPT}</script></body></html>\n"
-    )
+    return Markup("{} <small>{} to {}</small>").format(shown, show(limits[0]), show(limits[1])) if limits else shown

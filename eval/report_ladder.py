@@ -6,20 +6,22 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData, pick
-from ppcl.eval.report_html import TIMES, count, figure, number, paragraph, percent, section, table
+from ppcl.eval.report_html import TIMES, Chart, count, number, percent, render
 
 COLUMNS = ("velocity_error", "fid", "clip_score", "retrieval_at_1", "retrieval_at_5", "average_drop")
 HEADER = ("", "parameters", "share", "speed", "velocity error", "FID", "CLIP score", "R@1", "R@5", "average drop, %")
 
 
-def ladder_section(run: RunData) -> str:
+def ladder_section(run: RunData) -> Markup:
     """Table and curves of all sizes; empty if the bundle was not scored at several."""
     rungs = run.ladder.get("rungs") or []
     shares = [pick(rung, "predicted", "param_ratio") for rung in rungs]
     if not rungs or None in shares:
-        return ""
+        return Markup()
     seeds = (run.ladder.get("teacher") or {}).get("seeds") or []
     teacher_means = [_mean([pick(seed, name) for seed in seeds]) for name in COLUMNS]
     rows = [["teacher", count(run.plan.model.params) if run.plan else "", "100%", f"1{TIMES}", "0", *teacher_means[1:]]]
@@ -32,17 +34,8 @@ def ladder_section(run: RunData) -> str:
     errors = [pick(rung, "metrics", "velocity_error") for rung in rungs]
     noise = _spread([pick(seed, "average_drop") for seed in seeds])
     curves = figures.ladder_curves([100 * share for share in shares if share is not None], drops, errors)
-    return section(
-        "ladder",
-        "One bundle, many sizes",
-        paragraph(
-            "All rows are the same bundle, trained once: substitutes are put in or left out, and the teacher's own "
-            "blocks stay where they are left out. Speed is predicted from FLOPs."
-        ),
-        table(list(HEADER), rows),
-        paragraph(_reading(drops, noise)),
-        figure("Quality against size", curves, "How to read: further right is smaller; lower is better in both."),
-    )
+    chart = Chart("Quality against size", curves, "How to read: further right is smaller; lower is better in both.")
+    return render("ladder.html", header=HEADER, rows=rows, reading=_reading(drops, noise), chart=chart)
 
 
 def _reading(drops: Sequence[float | None], noise: float | None) -> str:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
 
 from ppcl.eval import figures
 from ppcl.eval.metrics import CAPTION_SCORES, COSTS, FIDELITY, METRICS, SCORES, Metric
 from ppcl.eval.report_html import (
-    NONE,
     TIMES,
+    Chart,
     count,
-    figure,
-    missing,
-    note,
     number,
-    paragraph,
     percent,
     ranged,
-    section,
+    render,
     signed,
     size_bytes,
-    table,
-    text,
 )
 from ppcl.eval.results import Comparison, Evaluation, ModelResult, Number, Speed
 
@@ -61,7 +58,7 @@ def _shown(metric: Metric, entry: Number | None) -> str:
     return ranged(show(entry.value if entry else None), entry.limits if entry else None, show)
 
 
-def _score_table(first: ModelResult, second: ModelResult) -> str:
+def _score_table(first: ModelResult, second: ModelResult) -> dict[str, Any]:
     """Scores of two models, one row each, with what they mean."""
     rows, explanations = [], []
     for key, metric in SCORES.items():
@@ -79,34 +76,34 @@ def _score_table(first: ModelResult, second: ModelResult) -> str:
         judged = ""
         if before and after and spread:
             judged = verdict(before.value, after.value, spread.values, metric)
-        explanations.append(f"{text(metric.meaning)} {better} <span class=verdict>{text(judged)}</span>")
-    header = ["", text(first.label), text(second.label), "change", f"spread of {text(first.label)}"]
-    return table(header, rows, explanations)
+        explanations.append(Markup("{} {} <span class=verdict>{}</span>").format(metric.meaning, better, judged))
+    header = ["", first.label, second.label, "change", f"spread of {first.label}"]
+    return {"header": header, "rows": rows, "explanations": explanations}
 
 
-def _fidelity_table(row: Comparison) -> str:
+def _fidelity_table(row: Comparison) -> dict[str, Any]:
     """How close a model is to the first one, with what that is to be judged by."""
     lines, explanations = [], []
     for key, metric in FIDELITY.items():
         if key in row.fidelity:
             lines.append([metric.label, _shown(metric, row.fidelity[key]), number(row.scale.get(key))])
-            explanations.append(text(metric.meaning))
-    return table(["", f"{text(row.label)} against {text(row.against)}", "for scale"], lines, explanations)
+            explanations.append(metric.meaning)
+    header = ["", f"{row.label} against {row.against}", "for scale"]
+    return {"header": header, "rows": lines, "explanations": explanations}
 
 
-def _drop(row: Comparison) -> str:
-    """The average drop in words, with its interval and its parts."""
+def _drop(row: Comparison) -> dict[str, str] | None:
+    """The average drop, with its interval and its parts."""
     if row.average_drop is None:
-        return ""
+        return None
     per_score = row.average_drop_per_score
     names = [f"{METRICS[key].label} {number(per_score[key].value, 2)}%" for key in CAPTION_SCORES if key in per_score]
-    detail = f" ({'; '.join(names)})" if names else ""
     around = row.average_drop.limits
-    interval = f", interval {number(around[0], 2)}% to {number(around[1], 2)}%" if around else ""
-    return paragraph(
-        f"<b>Average drop {text(number(row.average_drop.value, 2))}%</b>{text(interval)}, the mean relative loss of "
-        f"the scores where higher is better{text(detail)}. A negative drop is a gain."
-    )
+    return {
+        "value": number(row.average_drop.value, 2),
+        "interval": f", interval {number(around[0], 2)}% to {number(around[1], 2)}%" if around else "",
+        "parts": f" ({'; '.join(names)})" if names else "",
+    }
 
 
 def cautions(result: Evaluation) -> list[str]:
@@ -128,65 +125,37 @@ def cautions(result: Evaluation) -> list[str]:
     return lines
 
 
-def numbers_section(result: Evaluation) -> str:
+def numbers_section(result: Evaluation) -> Markup:
     """Scores of all models with their meaning; of two models side by side, of more one row a model, to be sorted."""
-    against = f"{result.reference} ({result.reference_count or 'unknown number of'} pictures)"
-    how = (
-        f"Measured with {result.prompts} prompts, {result.num_inference_steps} sampling steps, features: "
-        f"{result.features}. FID and the like compare with {against if result.reference else 'nothing'}."
-    )
-    level = paragraph(
-        f"Under a number: its {percent(result.level, 0)} bootstrap interval ({result.resamples:,} resamples).",
-        "soft small",
-    )
-    parts = [paragraph(text(how), "soft"), *(note(line) for line in cautions(result))]
+    shown: dict[str, Any] = {"scores": None, "all": None}
     if len(result.models) == 2 and result.comparisons:
-        first, second = result.models
-        closeness = [f"<h3>Closeness to {text(first.label)}, pair by pair</h3>", _fidelity_table(result.comparisons[0])]
-        parts += ["<h3>Scores</h3>", _score_table(first, second), level, _drop(result.comparisons[0]), *closeness]
+        row = result.comparisons[0]
+        shown = {"scores": _score_table(*result.models), "drop": _drop(row), "closeness": _fidelity_table(row)}
     else:
-        parts += [_sortable(result), level]
-    return section("numbers", "How good is it", *parts)
-
-
-def _cell(value: float | None, shown: str) -> str:
-    raw = f' data-value="{value:.10g}"' if value is not None else ""
-    return f"<td{raw}>{shown}</td>"
+        shown["all"] = _sortable(result)
+    level = percent(result.level, 0)
+    return render("numbers.html", result=result, cautions=cautions(result), level=level, **shown)
 
 
 def _costs(model: ModelResult) -> dict[str, float | None]:
     return {key: float(model.params) if key == "params" else model.costs.get(key) for key in COSTS}
 
 
-def _sortable(result: Evaluation) -> str:
-    """One row a model; a click on a column's name sorts by it."""
+def _sortable(result: Evaluation) -> dict[str, Any]:
+    """One row a model: heads, cells as (number to sort by, what is shown), and the metrics that need an explanation."""
     numbers, costs = [result.numbers_of(model) for model in result.models], [_costs(model) for model in result.models]
     cost_keys = [key for key in COSTS if any(row[key] is not None for row in costs)]
     keys = [key for key in METRICS if any(key in row for row in numbers)]
-    heads = [
-        "Model",
-        "Times as fast",
-        *(COSTS[key].label for key in cost_keys),
-        *(METRICS[key].heading for key in keys),
-    ]
-    parts = ['<div class=scroll tabindex=0 role=region aria-label="all numbers"><table class="sortable"><thead><tr>']
-    parts += [f"<th scope=col><button type=button>{text(head)}</button></th>" for head in heads]
-    parts.append("</tr></thead><tbody>")
+    heads = ["Model", "Times as fast", *(COSTS[key].label for key in cost_keys), *(METRICS[k].heading for k in keys)]
+    rows = []
     for model, row, cost in zip(result.models, numbers, costs, strict=True):
         comparison = result.comparison_of(model)
         faster = comparison.speedup if comparison else 1.0
-        parts += [f"<tr><th scope=row>{text(model.label)}</th>", _cell(faster, number(faster))]
-        parts += [_cell(cost[key], SHOW[COSTS[key].shown_as](cost[key])) for key in cost_keys]
-        parts += [_cell(row[key].value if key in row else None, _shown(METRICS[key], row.get(key))) for key in keys]
-        parts.append("</tr>")
-    parts.append("</tbody></table></div>")
-    guide = (
-        f"Click a name to sort. {NONE}: not measured. Times as fast: timed in turn with the first model; the "
-        "milliseconds also hold what else the machine did."
-    )
-    meanings = [f"<p><b>{text(METRICS[k].heading)}</b> {text(METRICS[k].meaning)}</p>" for k in keys]
-    more = f"<details><summary>What the numbers mean</summary>{''.join(meanings)}</details>" if meanings else ""
-    return "".join(parts) + paragraph(text(guide), "soft small") + more
+        cells = [(faster, number(faster))]
+        cells += [(cost[key], SHOW[COSTS[key].shown_as](cost[key])) for key in cost_keys]
+        cells += [(row[key].value if key in row else None, _shown(METRICS[key], row.get(key))) for key in keys]
+        rows.append((model.label, cells))
+    return {"heads": heads, "rows": rows, "meanings": [METRICS[key] for key in keys]}
 
 
 def _point(entry: Number | None, is_first: bool, key: str) -> figures.Point | None:
@@ -202,26 +171,26 @@ def _relative_times(result: Evaluation) -> list[float | None]:
     return [100.0, *(100 / speedup if speedup else None for speedup in speedups)] if speedups else [None]
 
 
-def _against(result: Evaluation, title: str, axis: str, costs: Sequence[float | None]) -> str:
-    """Quality against one cost; empty where a cost is not known."""
+def _against(result: Evaluation, title: str, axis: str, costs: Sequence[float | None]) -> Chart | None:
+    """Quality against one cost; None where a cost is not known."""
     numbers, labels = [result.numbers_of(model) for model in result.models], [model.label for model in result.models]
     keys = [key for key in PLOTTED if any(key in row for row in numbers)][:NUM_PLOTTED]
     measures = {METRICS[k].heading: [_point(row.get(k), i == 0, k) for i, row in enumerate(numbers)] for k in keys}
     costs_known = [cost for cost in costs if cost is not None]
     if not measures or len(costs_known) < len(labels):
-        return ""
+        return None
     guide = (
         f"How to read: one mark a model, bars its intervals; further left is cheaper. {UP} higher is better, "
         f"{DOWN} lower is better."
     )
-    return figure(title, figures.quality_against(axis, labels, costs_known, measures), guide)
+    return Chart(title, figures.quality_against(axis, labels, costs_known, measures), guide)
 
 
-def plots_section(result: Evaluation) -> str:
+def plots_section(result: Evaluation) -> Markup:
     """Quality against parameters and against time, and the velocity error by timestep."""
     millions = [model.params / 1e6 for model in result.models]
     time = f"time of a transformer call, % of {result.models[0].label}"
-    cards = [
+    charts = [
         _against(result, "Quality against size", "parameters, millions", millions),
         _against(result, "Quality against time", time, _relative_times(result)),
     ]
@@ -232,13 +201,11 @@ def plots_section(result: Evaluation) -> str:
     }
     if curves:
         svg = figures.velocity_curves(curves, first_colour=1)
-        cards.append(figure("Velocity error by timestep", svg, VELOCITY_GUIDE))
-    shown = [card for card in cards if card]
-    content = f'<div class="even">{"".join(shown)}</div>' if shown else missing("Nothing was measured to plot.")
-    return section("plots", "Quality against size and time", content)
+        charts.append(Chart("Velocity error by timestep", svg, VELOCITY_GUIDE))
+    return render("plots.html", charts=[chart for chart in charts if chart])
 
 
-def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
+def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> Markup:
     """Times of one or many models, one line a kind of work; empty where they are missing or of different work.
 
     Args:
@@ -247,7 +214,7 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
     """
     work = {tuple((row.part, row.num_inference_steps, row.batch_size) for row in times) for times in rows}
     if not rows or not rows[0] or len(work) > 1:
-        return ""
+        return Markup()
     lines = []
     for same_work in zip(*rows, strict=True):
         first = same_work[0]
@@ -258,16 +225,10 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
             if position:
                 cells.append(f"{number(row.times_as_fast)}{TIMES}" if row.times_as_fast is not None else number(None))
         memory = [size_bytes(row.peak_memory_bytes) for row in same_work]
-        lines.append([text(name), text(first.batch_size), *cells, *memory])
-    names = [text(label) for label in labels]
-    header = ["", "prompts at once", f"{names[0]}, ms"]
-    for name in names[1:]:
-        header += [f"{name}, ms", "as fast"]
-    header += [f"{name}, peak memory" for name in names]
+        lines.append([name, first.batch_size, *cells, *memory])
+    header = ["", "prompts at once", f"{labels[0]}, ms"]
+    for label in labels[1:]:
+        header += [f"{label}, ms", "as fast"]
+    header += [f"{label}, peak memory" for label in labels]
     counted = sorted({str(row.runs) for times in rows for row in times})
-    guide = (
-        f"Median of {' or '.join(counted)} runs after a warm-up; small: 10th to 90th percentile. As fast: "
-        "timed in turn with the first model, whatever else the machine did. Pictures are from prompt to pixels; peak "
-        "memory is weights plus what the work adds."
-    )
-    return f'<div class="times">{table(header, lines)}</div>' + paragraph(text(guide), "soft small")
+    return render("speed.html", header=header, rows=lines, counted=" or ".join(counted))

@@ -6,31 +6,28 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from ppcl.common.files import weights_variant
 from ppcl.common.outside import inside
 from ppcl.common.tables import zeros_meaning
 from ppcl.config.names import STAGES
 from ppcl.eval import figures
-from ppcl.eval.report_blocks import strip
+from ppcl.eval.report_blocks import strip_of
 from ppcl.eval.report_data import RunData, pick
-from ppcl.eval.report_gallery import MAX_MEASURED, NUM_TRIPLES, Card, extremes, extremes_html, gallery, grid, lay_out
+from ppcl.eval.report_gallery import MAX_MEASURED, NUM_TRIPLES, Card, extremes, gallery, lay_out
 from ppcl.eval.report_html import (
     TIMES,
+    Chart,
     count,
     duration,
-    figure,
-    missing,
-    note,
     number,
-    paragraph,
     percent,
-    section,
+    render,
     size_bytes,
-    table,
-    text,
 )
 from ppcl.eval.report_numbers import speed_table
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, seed_folders, spread
@@ -58,39 +55,35 @@ def headline_sentence(run: RunData) -> str:
     return sentence if row else f"Planned, not measured yet: {sentence}"
 
 
-def _tile(name: str, value: str, *lines: str) -> str:
-    below = "".join(f"<span>{text(line)}</span>" for line in lines if line)
-    return f"<div class=tile><span class=name>{text(name)}</span><b>{text(value)}</b>{below}</div>"
-
-
-def _tiles(run: RunData) -> str:
-    """The main numbers, measured and predicted."""
-    row, predicted, tiles = run.comparison, run.plan.predicted if run.plan else None, []
+def _tiles(run: RunData) -> list[tuple[str, ...]]:
+    """The main numbers, measured and predicted: name, value, lines below."""
+    row, predicted = run.comparison, run.plan.predicted if run.plan else None
     of_given = predicted if not run.is_against_first else None  # what is predicted of speed and error
+    tiles: list[tuple[str, ...]] = []
     before, after = (model.params for model in run.evaluation.models[:2]) if run.evaluation and row else (None, None)
     before = before or (run.plan.model.params if run.plan else None)
     after = after or (predicted.params if predicted else None)
     if before and after:
         planned = f"predicted {percent(predicted.params / before)}" if predicted else ""
         change = f"{count(before)} \N{RIGHTWARDS ARROW} {count(after)}"
-        tiles.append(_tile("Parameters", percent(after / before), change, planned))
+        tiles.append(("Parameters", percent(after / before), change, planned))
     if predicted or (row and row.speedup is not None):
         planned = f"predicted {number(of_given.speedup)}{TIMES}" if of_given else ""
         whole = row.speedup_end_to_end if row else None
         end = f"{number(whole)}{TIMES} end to end" if whole is not None else ""
         shown = f"{number(row.speedup)}{TIMES}" if row and row.speedup is not None else "not measured"
-        tiles.append(_tile("Transformer speed", shown, end, planned))
+        tiles.append(("Transformer speed", shown, end, planned))
     error = row.fidelity.get("velocity_error") if row else None
     if error is not None or (predicted and predicted.error is not None):
         planned = f"predicted {number(of_given.error)} before distillation" if of_given and of_given.error else ""
         undistilled = row.scale.get("velocity_error") if row else None
         start = f"{number(undistilled)} before distillation" if undistilled is not None else ""
-        tiles.append(_tile("Velocity error", number(error.value) if error else "not measured", start, planned))
+        tiles.append(("Velocity error", number(error.value) if error else "not measured", start, planned))
     if row and row.average_drop is not None:
         fid = f"FID {number(row.fid_ratio.value)}{TIMES} the teacher's" if row.fid_ratio else ""
         shown = f"{number(row.average_drop.value, 2)}%"
-        tiles.append(_tile("Average drop", shown, "mean of CLIP score, retrieval at 1 and 5", fid))
-    return '<div class="tiles">' + "".join(tiles) + "</div>" if tiles else ""
+        tiles.append(("Average drop", shown, "mean of CLIP score, retrieval at 1 and 5", fid))
+    return tiles
 
 
 def load_lines(run: RunData) -> str:
@@ -107,19 +100,28 @@ def load_lines(run: RunData) -> str:
     return "\n".join(lines)
 
 
-def headline(run: RunData) -> str:
+def headline(run: RunData) -> Markup:
     """Title and main numbers; of a run with the line that loads the result, of an evaluation with its verdicts."""
     if not run.is_run and run.evaluation:
-        return _evaluation_headline(run.evaluation)
+        verdicts = [row.verdict for row in run.evaluation.comparisons if row.verdict]
+        return render(
+            "headline.html",
+            kicker="ppcl evaluation",
+            title=title_of(run.evaluation),
+            verdicts=verdicts,
+            tiles=(),
+            load="",
+        )
     model = run.config.get("model") or (run.plan.model.transformer_class if run.plan else "")
-    kicker = f"ppcl compression report{' of ' + str(model) if model else ''}"
     exported = (run.folder / "pipeline" / "model_index.json").is_file()
-    use = paragraph("Use the compressed model:") if exported else missing(run.missing("pipeline"))
-    return (
-        f"<header><p class=kicker>{text(kicker)}</p><h1>{text(headline_sentence(run))}</h1></header>"
-        + _tiles(run)
-        + use
-        + f"<pre><code>{text(load_lines(run))}</code></pre>"
+    return render(
+        "headline.html",
+        kicker=f"ppcl compression report{' of ' + str(model) if model else ''}",
+        title=headline_sentence(run),
+        verdicts=(),
+        tiles=_tiles(run),
+        load=load_lines(run),
+        missing="" if exported else run.missing("pipeline"),
     )
 
 
@@ -127,12 +129,6 @@ def title_of(result: Evaluation) -> str:
     """Which models are compared with which."""
     first, *others = [model.label for model in result.models]
     return f"{', '.join(others)} against {first}" if others else first
-
-
-def _evaluation_headline(result: Evaluation) -> str:
-    verdicts = [paragraph(f"<b>{text(row.verdict)}.</b>") for row in result.comparisons if row.verdict]
-    header = f"<header><p class=kicker>ppcl evaluation</p><h1>{text(title_of(result))}</h1></header>"
-    return header + "".join(verdicts)
 
 
 def _labels(run: RunData) -> list[str]:
@@ -157,14 +153,14 @@ def _drawn(run: RunData, labels: list[str]) -> tuple[dict[str, dict[str, Path]],
     return {label: of(folders[label][shared[0]]) for label in labels}, of(other) if other else {}
 
 
-def pictures_section(run: RunData) -> str:
+def pictures_section(run: RunData) -> Markup:
     """All models side by side, the least and most alike pairs of each with the first, and another seed for scale."""
     labels = _labels(run)
     files, other = _drawn(run, labels) if labels else ({}, {})
     names = [name for name in files[labels[0]] if all(name in drawn for drawn in files.values())] if labels else []
     if not names:
         why = run.missing("eval") if run.is_run else f"There are no pictures of all models in {run.pictures}."
-        return section("pictures", "Side by side", missing(why))
+        return render("pictures.html", missing=why)
     prompts = prompts_of(files[labels[0]][names[0]].parent)
 
     def prompt(name: str) -> str:
@@ -184,21 +180,15 @@ def pictures_section(run: RunData) -> str:
         for label in labels[1:]
     ]
     whole, scale, *rest = lay_out([cards, triples, *(cards for both in extremes_of for cards in both)])
-    guide = (
-        f"In each: {', '.join(labels)}; same prompt, same initial noise. The prompts are those of the evaluation in "
-        "order, not chosen. Open one to compare two with a divider."
+    return render(
+        "pictures.html",
+        labels=labels,
+        gallery=gallery(whole, "triples" if len(labels) > 2 else ""),
+        unreadable=len(cards) - len(whole),
+        extremes=list(zip(labels[1:], rest[::2], rest[1::2], strict=True)),
+        tried=len(tried),
+        scale=scale,
     )
-    parts = [paragraph(text(guide)), gallery(whole, "triples" if len(labels) > 2 else "")]
-    if unreadable := len(cards) - len(whole):
-        are = "1 prompt is" if unreadable == 1 else f"{unreadable} prompts are"
-        parts.append(note(f"{are} left out because a picture cannot be read; evaluate again."))
-    for index, label in enumerate(labels[1:]):
-        parts.append(extremes_html(rest[2 * index], rest[2 * index + 1], (labels[0], label), len(tried)))
-    if scale:
-        parts.append(f"<h3>For scale: {text(labels[0])} with another seed</h3>")
-        parts.append(paragraph("How much a picture changes when only the noise changes."))
-        parts.append(grid(scale, "triples"))
-    return section("pictures", "Side by side", *parts)
 
 
 STAGE_NAMES = {
@@ -210,10 +200,10 @@ STAGE_NAMES = {
 }
 
 
-def training_section(run: RunData) -> str:
+def training_section(run: RunData) -> Markup:
     """Loss curves by stage."""
     order = [*STAGE_NAMES, *(stage for stage in run.log if stage not in STAGE_NAMES)]
-    cards = []
+    charts = []
     for stage in order:
         points = figures.loss_points(run.log.get(stage, []))
         if len(points) < 2:
@@ -223,10 +213,8 @@ def training_section(run: RunData) -> str:
             f"How to read: pale the loss of each of {steps} steps, dark its running median, on a logarithmic "
             "scale; lower is closer to the teacher."
         )
-        cards.append(figure(STAGE_NAMES.get(stage, stage), figures.loss_curve(stage, points), guide))
-    if not cards:
-        return section("training", "How it was trained", missing(run.missing("log.jsonl")))
-    return section("training", "How it was trained", '<div class="even">', *cards, "</div>")
+        charts.append(Chart(STAGE_NAMES.get(stage, stage), figures.loss_curve(stage, points), guide))
+    return render("training.html", charts=charts, missing=run.missing("log.jsonl"))
 
 
 MEMORY = {
@@ -271,56 +259,36 @@ def _cost_rows(run: RunData) -> list[list[str]]:
     return rows
 
 
-def cost_section(run: RunData) -> str:
+def cost_section(run: RunData) -> Markup:
     """Size, speed and memory of the models, and the time every stage of a run took."""
-    result, rows, parts = run.evaluation, _cost_rows(run), []
-    if rows:
-        parts.append(table(["", "teacher", "student", "student / teacher", "predicted"], rows))
-        measure = MEMORY.get(result.memory_measure if result else "", "as evaluate measured it")
-        parts.append(
-            paragraph(
-                "Parameters are counted before anything is built. The predicted time counts blocks by FLOPs and "
-                "smaller modules by times that the fit stage measured; the text encoder and VAE come on top of it. "
-                f"Peak memory is {measure}.",
-                "soft small",
-            )
-        )
-    if result and len(result.models) > 1 and result.models[1].zeros:
-        parts.append(paragraph(text(zeros_meaning(str(result.models[1].zeros.get("pattern")))), "soft small"))
-    if result is None:
-        parts.append(missing(run.missing("eval/metrics.json")))
-    shown = speed_table([m.label for m in result.models], [m.speed for m in result.models]) if result else ""
-    parts += ["<h3>At several step counts and batch sizes</h3>", shown] if shown else []
-    parts += ["<h3>Time spent by stage</h3>", _stage_bars(run)] if run.is_run else []
-    return section("cost", "What it costs", *parts)
+    result, longest = run.evaluation, max(max(run.seconds.values(), default=0), 1e-9)
+    zeros = result.models[1].zeros if result and len(result.models) > 1 else None
+    stages = sorted(run.seconds.items(), key=lambda item: _place(item[0]))
+    return render(
+        "cost.html",
+        rows=_cost_rows(run),
+        memory=MEMORY.get(result.memory_measure if result else "", "as evaluate measured it"),
+        zeros=zeros_meaning(str(zeros.get("pattern"))) if zeros else "",
+        missing="" if result else run.missing("eval/metrics.json"),
+        speed=speed_table([m.label for m in result.models], [m.speed for m in result.models]) if result else "",
+        stages=[(name, f"{100 * s / longest:.1f}", duration(s)) for name, s in stages] if run.is_run else None,
+        in_all=duration(sum(run.seconds.values())),
+        no_stages=run.missing("stages.json"),
+    )
 
 
-def strips_section(result: Evaluation) -> str:
+def strips_section(result: Evaluation) -> Markup:
     """What became of the teacher's blocks in each model that ppcl made; empty if there is none."""
-    parts = []
+    strips = []
     for model in result.models:
         for name, blocks in model.blocks.items():
             segments = [Segment(b.first, b.last, width={module: {} for module in b.width}) for b in blocks]
-            parts += [f"<h3>{text(model.label)}</h3>", strip(name, segments)]
-    return section("blocks", "What became of the blocks", *parts) if parts else ""
+            strips.append((model.label, strip_of(name, segments)))
+    return render("strips.html", strips=strips) if strips else Markup()
 
 
 def _place(stage: str) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
-
-
-def _stage_bars(run: RunData) -> str:
-    if not run.seconds:
-        return missing(run.missing("stages.json"))
-    longest = max(max(run.seconds.values()), 1e-9)
-    lines = [
-        f"<span>{text(stage)}</span>"
-        f'<i style="width:{100 * seconds / longest:.1f}%"></i>'
-        f"<span>{duration(seconds)}</span>"
-        for stage, seconds in sorted(run.seconds.items(), key=lambda item: _place(item[0]))
-    ]
-    total = f"<p class=soft>{duration(sum(run.seconds.values()))} in all.</p>"
-    return '<div class="bars">' + "".join(lines) + "</div>" + total
 
 
 def _evaluate_command(result: Evaluation) -> str:
@@ -329,40 +297,24 @@ def _evaluate_command(result: Evaluation) -> str:
     return shlex.join([*command, *(part for setting in settings for part in ("--set", setting))])
 
 
-def reproduce_section(run: RunData) -> str:
+def reproduce_section(run: RunData) -> Markup:
     """Command, versions, seed, device, commit and the whole config; of an evaluation its command."""
     if not run.is_run and run.evaluation:
-        return section(
-            "reproduce",
-            "What was run",
-            paragraph("Folders by their last name; prompts and reference pictures as they were given:"),
-            f"<pre><code>{text(_evaluate_command(run.evaluation))}</code></pre>",
-        )
+        return render("reproduce.html", missing="", facts={}, command=_evaluate_command(run.evaluation))
     if not run.config:
-        return section("reproduce", "What was run", missing(run.missing("config.yaml")))
-    command = run.config.get("command", "")
-    command = " ".join(map(str, command)) if isinstance(command, list) else str(command or "")
-    versions = run.config.get("versions")
-    named = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions
-    facts = {
+        return render("reproduce.html", missing=run.missing("config.yaml"))
+    command, versions = run.config.get("command"), run.config.get("versions")
+    facts: dict[str, Any] = {
         "Model": run.config.get("model"),
         "Seed": run.config.get("seed"),
         "Device": run.config.get("device"),
         "Commit": run.config.get("git_commit"),
-        "Versions": named,
+        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions,
     }
-    rows = [[name, text(value)] for name, value in facts.items() if value is not None]
-    settings = yaml.safe_dump(run.config.get("config") or {}, sort_keys=False, allow_unicode=True)
-    parts = [
-        paragraph(
-            "Run this again into a fresh folder. With the same versions on the same kind of device the numbers repeat; "
-            "times vary with the load of the machine."
-        )
-        if command
-        else "",
-        f"<pre><code>{text(command)}</code></pre>" if command else "",
-        '<table class="facts"><tbody>' + "".join(f"<tr><th scope=row>{a}</th><td>{b}</td></tr>" for a, b in rows),
-        "</tbody></table>",
-        f"<details><summary>All settings</summary><pre><code>{text(settings)}</code></pre></details>",
-    ]
-    return section("reproduce", "What was run", *parts)
+    return render(
+        "reproduce.html",
+        missing="",
+        facts=facts,
+        command=" ".join(map(str, command)) if isinstance(command, list) else str(command or ""),
+        settings=yaml.safe_dump(run.config.get("config") or {}, sort_keys=False, allow_unicode=True),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import math
@@ -42,6 +43,8 @@ from ppcl.eval.report_pictures import find_pairs, spread, thumbnails
 from ppcl.eval.report_sections import headline_sentence, load_lines
 from ppcl.pruning.artifacts import Candidate, Candidates
 from ppcl.student.plan import CompressionPlan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -367,3 +370,17 @@ def test_pick_takes_finite_numbers_only() -> None:
 def test_no_torch_needed() -> None:
     code = "import sys, ppcl.eval.report; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+TAG = re.compile(r"</?(?:a|b|code|details|div|figure|h[1-6]|i|img|li|p|pre|section|small|span|t[drh]|table|ul)[ >]")
+
+
+def test_markup_stands_in_templates() -> None:
+    """Python hands texts to templates, which escape them; what it writes as HTML itself is ``Markup`` with holes."""
+    sources = [*(ROOT / "eval").glob("report*.py"), ROOT / "eval" / "markdown.py", ROOT / "ppcl" / "export" / "card.py"]
+    assert len(sources) > 9
+    for source in sources:
+        nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+        marked = [part for node in nodes if ast.unparse(node).startswith("Markup(") for part in ast.walk(node)]
+        texts = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        assert [text.value for text in texts if text not in marked and TAG.search(text.value)] == [], source

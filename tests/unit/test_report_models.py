@@ -25,7 +25,7 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
     assert "31.2 <small>30.8 to 31.8</small>" in page
     assert page.count("<svg") == 2  # against size, against time
     assert page.count("<li class=pair>") == 4 + 2 + 2
-    assert "ppcl evaluate &#x27;a b&#x27; &#x27;a b&#x27; --out DIR" in page
+    assert "ppcl evaluate &#39;a b&#39; &#39;a b&#39; --out DIR" in page
     assert HOSTILE not in page
     assert "https://" not in page.replace("http://www.w3.org", "")
     assert "Training" not in page  # of runs alone

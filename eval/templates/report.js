@@ -1,8 +1,4 @@
-"""The report's script: compare two pictures, filter by prompt, sort a table. Without it the page loses only these."""
-
-# Kept in one string because the page is one file. Every part starts from what it finds on the page, and does nothing
-# where that is absent.
-SCRIPT = """
+{# Compare two pictures, filter by prompt, sort a table. Every part starts from what it finds on the page. #}
 (function(){'use strict';
 function all(selector,root){return Array.prototype.slice.call((root||document).querySelectorAll(selector));}
 
@@ -11,7 +7,7 @@ var box=part.querySelector('.filter');if(!box)return;
 var field=box.querySelector('input'),said=box.querySelector('output'),cards=all('.pair',part);
 box.hidden=false;
 field.addEventListener('input',function(){
-var words=field.value.toLowerCase().split(/\\s+/).filter(Boolean),shown=0;
+var words=field.value.toLowerCase().split(/\s+/).filter(Boolean),shown=0;
 cards.forEach(function(card){
 var prompt=card.querySelector('p').textContent.toLowerCase();
 card.hidden=!words.every(function(word){return prompt.indexOf(word)>=0;});
@@ -75,14 +71,3 @@ var act={' ':flip,f:flip,n:acts.next,p:acts.previous}[key];
 if(act){act();event.preventDefault();}});
 dialog.addEventListener('click',function(event){if(event.target===dialog)dialog.close();});
 })();
-"""
-
-VIEWER = """<dialog id="viewer" aria-label="Compare two pictures"><div class="stage"><img class="under" alt="">
-<img class="over" alt=""><i></i></div>
-<input type="range" min="0" max="100" value="50" aria-label="Divider between the left and the right picture">
-<div class="sides"><label>Left <select></select></label><label>Right <select></select></label></div><p></p>
-<div class="tools"><button type="button" name="previous">Previous</button>
-<button type="button" name="flip">Flip</button><button type="button" name="next">Next</button>
-<button type="button" name="close">Close</button></div>
-<p class="soft small keys">Drag, or arrow keys: divider. F or space: flip. N, P: next, previous. Esc: close.</p>
-</dialog>"""
