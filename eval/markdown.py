@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.common.tables import markdown_table, number, plain
+from ppcl.common.tables import number, plain
 from ppcl.eval.metrics import COSTS, METRICS
-from ppcl.eval.results import Evaluation, Speed
+from ppcl.eval.report_html import TEMPLATES
+from ppcl.eval.results import Comparison, Evaluation, Speed
 
 
 def cost_rows(result: Evaluation) -> list[list[str]]:
@@ -39,7 +41,7 @@ def score_rows(result: Evaluation) -> list[list[str]]:
     return rows
 
 
-def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
+def _speed(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> dict[str, Any]:
     """Times of several models at several step counts and batch sizes; empty if there are none.
 
     Args:
@@ -47,7 +49,7 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
         rows: The times of each, in one order.
     """
     if not rows or not all(rows) or len({len(times) for times in rows}) > 1:
-        return ""
+        return {}
     lines = []
     for same_work in zip(*rows, strict=True):
         first = same_work[0]
@@ -62,43 +64,28 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> str:
         lines.append([work, str(first.batch_size), *cells, *memory])
     header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
     counted = sorted({f"{time.runs} runs after {time.warmup_runs}" for times in rows for time in times})
-    guide = (
-        f"Median (10th to 90th percentile) of {' or '.join(counted)} of warm-up. "
-        f"x: times as fast as {labels[0]}, timed in turn with it, whatever else the machine did."
-    )
-    return f"{markdown_table(header, lines)}\n\n{guide}"
+    return {"header": header, "rows": lines, "counted": " or ".join(counted)}
 
 
-def _timesteps(result: Evaluation) -> list[str]:
-    """The velocity error by timestep, a table a model."""
-    parts = []
-    for row in result.comparisons:
-        lines = [
-            [
-                f"{number(step.timestep_high)} to {number(step.timestep_low)}",
-                str(step.states),
-                f"{number(step.error)} ({number(step.low)} to {number(step.high)})",
-            ]
-            for step in row.velocity_error_by_timestep
+def _timesteps(row: Comparison) -> list[list[str]]:
+    """The velocity error by timestep."""
+    return [
+        [
+            f"{number(step.timestep_high)} to {number(step.timestep_low)}",
+            str(step.states),
+            f"{number(step.error)} ({number(step.low)} to {number(step.high)})",
         ]
-        if lines:
-            title = f"Velocity error of {plain(row.label)} by timestep, on states of {plain(row.against)}:"
-            parts += [title, markdown_table(["timestep", "states", "error"], lines)]
-    return parts
+        for step in row.velocity_error_by_timestep
+    ]
 
 
-def intervals_table(analysis: Analysis) -> str:
-    """The paper's intervals and how often draws of the held-out prompts find them again, as Markdown."""
-    rows = [
+def _intervals(analysis: Analysis) -> list[list[str]]:
+    """The paper's intervals and how often draws of the held-out prompts find them again."""
+    return [
         [f"{stack.name} {a}-{b}", *(f"{share:.0%}" for share in (stable.same, stable.first, stable.last))]
         for stack in analysis.stacks
         for (a, b), stable in zip(stack.intervals, stack.interval_stability, strict=False)
     ]
-    draws = max((stack.interval_draws for stack in analysis.stacks), default=0)
-    if not rows:
-        return ""
-    note = f"Share of {draws} draws of half of the held-out prompts that find the interval, its start, its end again."
-    return "\n\n".join([note, markdown_table(("interval", "the same", "its start", "its end"), rows)])
 
 
 CARD = ("average_drop", "velocity_error", "fid", "kid", "clip_score", "retrieval_at_1", "retrieval_at_5")
@@ -108,15 +95,13 @@ def measured_table(result: Evaluation) -> str:
     """The main numbers with what they were measured on, for a model card."""
     wanted = {METRICS[name].heading for name in CARD} | {metric.in_unit for metric in COSTS.values()}
     rows = [row for row in [*score_rows(result), *cost_rows(result)] if row[0] in wanted or row[0].startswith("Times")]
-    counted = f" ({result.reference_count:,})" if result.reference_count else ""
-    lines = [
-        f"{result.prompts} prompts that were not used for calibration, one picture each, "
-        f"{result.num_inference_steps} steps; features: {plain(result.features)}. "
-        f"In brackets {result.level:.0%} intervals; after ± the standard deviation over seeds of pictures.",
-        f"FID and KID compare with {plain(result.reference)}{counted}." if result.reference else "",
-    ]
-    table = markdown_table(["", *(plain(model.label) for model in result.models)], rows)
-    return f"{table}\n\n{' '.join(line for line in lines if line)}"
+    return TEMPLATES.markdown(
+        "measured.md", result=result, rows=rows, header=_header(result), level=f"{result.level:.0%}"
+    )
+
+
+def _header(result: Evaluation) -> list[str]:
+    return ["", *(plain(model.label) for model in result.models)]
 
 
 def report(result: Evaluation, plan: str = "", analysis: Analysis | None = None) -> str:
@@ -127,24 +112,18 @@ def report(result: Evaluation, plan: str = "", analysis: Analysis | None = None)
         plan: What was replaced, as text; left out if empty.
         analysis: Which intervals were found, and how stable they are.
     """
-    intervals = intervals_table(analysis) if analysis else ""
-    labels = [plain(model.label) for model in result.models]
-    against = f"{plain(result.reference or '')} ({result.reference_count or 'unknown number of'} pictures)"
-    seeds = max((len(spread.values) for spread in result.models[0].spread.values()), default=1)
-    speed = speed_table(labels, [model.speed for model in result.models])
-    parts = [
-        f"# {' against '.join([', '.join(labels[1:]), labels[0]]) if labels[1:] else labels[0]}",
-        *(f"**{plain(row.verdict)}.**" for row in result.comparisons if row.verdict),
-        f"{result.prompts} prompts, {result.num_inference_steps} steps, seed {result.seed}. "
-        f"Features: {plain(result.features)}. "
-        f"FID and the like compare with: {against if result.reference else 'nothing'}. "
-        f"In brackets: {result.level:.0%} bootstrap intervals ({result.resamples:,} resamples, paired by prompt where "
-        f"models are compared); after ±: standard deviation over {seeds} seeds of pictures.",
-        *(f"> {plain(note)}" for note in result.notes),
-        markdown_table(["", *labels], [*score_rows(result), *cost_rows(result)]),
-        *(["## Speed and memory", speed] if speed else []),
-        *_timesteps(result),
-        *(["## Plan", plan] if plan else []),
-        *(["## The paper's intervals", intervals] if intervals else []),
-    ]
-    return "\n\n".join(parts) + "\n"
+    first, *others = (model.label for model in result.models)
+    return TEMPLATES.markdown(
+        "report.md",
+        result=result,
+        title=f"{', '.join(others)} against {first}" if others else first,
+        level=f"{result.level:.0%}",
+        seeds=max((len(spread.values) for spread in result.models[0].spread.values()), default=1),
+        header=_header(result),
+        rows=[*score_rows(result), *cost_rows(result)],
+        speed=_speed(_header(result)[1:], [model.speed for model in result.models]),
+        timesteps=[(row, _timesteps(row)) for row in result.comparisons if row.velocity_error_by_timestep],
+        plan=plan,
+        intervals=_intervals(analysis) if analysis else [],
+        draws=max((stack.interval_draws for stack in analysis.stacks), default=0) if analysis else 0,
+    )

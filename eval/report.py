@@ -12,7 +12,6 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ppcl.common.files import read_json, write_text
-from ppcl.common.tables import fenced
 from ppcl.errors import ArtifactError
 from ppcl.eval.markdown import report as markdown_report
 from ppcl.eval.report_blocks import redundancy
@@ -91,7 +90,7 @@ def _write_markdown(data: RunData) -> None:
     if data.evaluation is None:
         path.unlink(missing_ok=True)  # of an evaluation that is gone
         return
-    plan = fenced(draw_plan(data.plan)) if data.plan else ""
+    plan = draw_plan(data.plan) if data.plan else ""
     write_text(path, markdown_report(data.evaluation, plan, data.analysis))
 
 

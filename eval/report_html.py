@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
-from ppcl.common.templates import environment
+from ppcl.common.templates import Templates
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-_TEMPLATES = environment(Path(__file__).resolve().parent / "templates")
+TEMPLATES = Templates(Path(__file__).resolve().parent / "templates")
+render = TEMPLATES.html
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class Chart:
     title: str
     svg: Markup
     guide: str
-
-
-def render(template: str, **values: Any) -> Markup:
-    """Fill a template of ``eval/templates``; all texts are escaped."""
-    return Markup(_TEMPLATES.get_template(template).render(values))
 
 
 def number(value: float | None, digits: int = 3) -> str:

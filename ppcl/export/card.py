@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from ppcl.common.files import read_json
-from ppcl.common.tables import device_name, fenced, plain, versions, zeros_meaning
+from ppcl.common.tables import device_name, versions, zeros_meaning
+from ppcl.common.templates import Templates
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
-REMOTE_LIMITS = (
-    "`trust_remote_code=True` runs `transformer/transformer_ppcl.py`, which makes the class known to diffusers and "
-    "nothing else; diffusers says that it ignores `auto_map`, which `AutoModel` reads. A copy that `save_pretrained` "
-    'writes lacks that file and needs `import ppcl.pipelines`; `device_map="balanced"` does not work with code from a '
-    "folder."
-)
+TEMPLATES = Templates(Path(__file__).resolve().parent / "templates")
 
 
 @dataclass(frozen=True)
@@ -212,84 +209,31 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
         tags=["diffusers", "ppcl", "compressed", "depth-pruning", "distillation"],
         **licence,
     )
-    body = "\n\n".join(section for section in _sections(plan, facts) if section)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
-
-
-def _sections(plan: CompressionPlan, facts: Facts) -> list[str]:
-    """The card's paragraphs, in order; empty ones do not apply."""
-    p, ((kind, value),) = plan.predicted, plan.budget.items()
-    name = plain(source_name(facts.source))
-    needs = "nothing but diffusers is needed"
-    first = ""
-    if plan.own_class:
-        needs = (
-            "modules inside its blocks are smaller, and importing `ppcl.pipelines` makes its class known to diffusers"
-        )
-        first = "import ppcl.pipelines\n"
     trusting = "trust_remote_code=True" in facts.arguments
-    if trusting:
-        needs, first = "modules inside its blocks are smaller, and the code of its class lies in `transformer/`", ""
-    stock = "with a transformer of its own class" if plan.own_class else "of stock classes"
-    stored = f" Its weights are stored in {facts.dtype}." if facts.dtype else ""
-    whose, of_what = "teacher's", f"`{name}`"
-    if facts.first:
-        base = plain(facts.first)
-        whose = f"first teacher's, `{base}`"
-        of_what = f"the model that it was made of, which is `{base}` compressed (this is round {facts.round})"
-        if plan.share_of_first:
-            of_what += f", {plan.share_of_first:.1%} of those of `{base}` itself"
-    return [
-        f"# {(plain(facts.first) or name).rpartition('/')[2]}, compressed by ppcl",
-        f"{p.params:,} parameters in the transformer, {p.param_ratio:.1%} of those of {of_what}. It is a "
-        f"`{plain(facts.pipeline_class)}` {stock}: {needs}.{stored}",
-        fenced(
-            f"{first}from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})',
-            "python",
-        ),
-        REMOTE_LIMITS if trusting else "",
-        "## Blocks",
-        f"Block numbers are the {whose}; those in brackets were replaced by one block, distilled against the "
-        f"teacher's activations. Plan: {plain(without_folders(plan.mode))}, {kind} {value:.4g}"
-        f"{' of the model of the round before' if facts.first else ''}.",
-        fenced(draw_plan(plan)),
-        *_sparse(plan),
-        "## Measured",
-        facts.measured or "Nothing yet: `ppcl evaluate` writes the numbers here.",
-        *_made(facts.making),
-        _licence(facts.licence, name),
-        "## LoRA, ControlNet, IP-Adapter",
-        "Those made for the teacher name its blocks by number, and the numbers have moved (the kept blocks are listed "
-        "in `transformer/config.json` under `_ppcl`). `ppcl.pipelines.load_lora(pipe, path)`, "
-        "`attach_controlnet(pipe, controlnet)` and `load_ip_adapter(pipe, path)` put them at the right blocks; "
-        "`locate_blocks(pipe, numbers)` translates settings such as SD3.5's `skip_guidance_layers`.",
-    ]
-
-
-def _made(making: Making | None) -> list[str]:
-    if making is None:
-        return []
-    text = f"Seed {making.seed}, {making.device}. Versions: {making.versions}."
-    return ["## How it was made", fenced("\n".join(making.commands), "bash"), text]
-
-
-def _sparse(plan: CompressionPlan) -> list[str]:
-    if not plan.sparsity:
-        return []
-    p = plan.sparsity
-    text = (
-        f"{p['zeros']:.1%} of all weights are zero: {p['zeros_in_layers']:.1%} of the masked linear layers inside the "
-        f"blocks, pattern {p['pattern']}, criterion {plain(without_folders(str(p['criterion'])))}, "
-        f"allocation {p['allocation']}. "
+    imported = "import ppcl.pipelines\n" if plan.own_class and not trusting else ""
+    ((kind, value),) = plan.budget.items()
+    card = TEMPLATES.markdown(
+        "card.md",
+        header=Markup(data.to_yaml()),
+        plan=plan,
+        predicted=plan.predicted,
+        facts=facts,
+        name=source_name(facts.source),
+        trusting=trusting,
+        load=f"{imported}from diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})',
+        mode=without_folders(plan.mode),
+        budget=f"{kind} {value:.4g}{' of the model of the round before' if facts.first else ''}",
+        drawn=draw_plan(plan),
+        criterion=without_folders(str(plan.sparsity["criterion"])) if plan.sparsity else "",
+        zeros=zeros_meaning(str(plan.sparsity["pattern"])) if plan.sparsity else "",
+        measured=Markup(facts.measured),
+        licence=_licence(facts.licence),
     )
-    return ["## Sparsity", text + zeros_meaning(str(p["pattern"]))]
+    return str(ModelCard(f"{card}\n"))
 
 
-def _licence(licence: Mapping[str, str], name: str) -> str:
+def _licence(licence: Mapping[str, str]) -> str:
     """What is known of the source's licence, which a compressed model stays under."""
-    if not licence:
-        return ""
-    text = licence.get("license_name") or licence.get("license", "")
     link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    return f"## Licence\n\nThe card of `{name}` states {plain(text + link)}; it holds for this compressed model too."
+    return (licence.get("license_name") or licence.get("license", "")) + link

@@ -167,3 +167,17 @@ def test_a_run_names_no_folder_of_this_machine(tmp_path: Path, caplog: pytest.Lo
         run = run_from_elsewhere(tmp_path / str(number_))
         Path(run, "config.yaml").write_text(yaml.safe_dump({"config": content}))
         assert settings_for([run], [], []) == RunConfig.model_validate({})
+
+
+READY = r"\{\{ (?:.*\|(?:fenced|table)\b|measured|header|result\.prompts|\"\{:)"
+
+
+def test_no_line_of_a_markdown_template_begins_with_a_text_of_others() -> None:
+    """It could be a heading, a list or a quotation there; tables, fences and numbers cannot."""
+    root = Path(__file__).resolve().parents[2]
+    templates = [*(root / "eval" / "templates").glob("*.md"), *(root / "ppcl" / "export" / "templates").glob("*.md")]
+    assert len(templates) == 3
+    for template in templates:
+        text = re.sub(r"\{%.*?%\}", "", template.read_text(encoding="utf-8"), flags=re.DOTALL)
+        first = [line for line in text.splitlines() if line.startswith("{{") and not re.match(READY, line)]
+        assert first == [], template
