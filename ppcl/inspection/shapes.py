@@ -21,7 +21,7 @@ from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
 from ppcl.distill.memory import local_step_bytes
 from ppcl.errors import ModelError
 from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta, read_config, token_grid
-from ppcl.modules.slicing import neurons_of
+from ppcl.modules.slicing import is_matrix, matrix_of, neurons_of
 from ppcl.student.assembly import with_blocks
 from ppcl.teacher.blocks import loaded_bytes
 from ppcl.teacher.calls import velocity
@@ -286,6 +286,13 @@ def _part(spec: StackSpec, blocks: list[nn.Module], call: BlockCall, flops: tupl
     networks = {s: p for s, p in spec.ffn.items() if s in features}
     units = {stream: neurons_of(block.get_submodule(path)) for stream, path in networks.items()}
     hidden = tuple((cut.count, features[stream]) for stream, cut in units.items() if cut)
+    apart = (*networks.values(), *spec.modulation.values())
+    matrices = [
+        matrix_of(layer).shape
+        for name, layer in block.named_modules()
+        if is_matrix(layer) and not any(f"{name}.".startswith(f"{path}.") for path in apart)
+    ]
+    hidden += tuple((i, o) for o, i in matrices if i > o)  # neurons that no module of their own holds
     text = features.get("text", 0) if spec.text_qkv and _has(block, spec.text_qkv) else 0
     layers = [block.get_submodule(path) for path in spec.modulation.values()]
     modulation = tuple((m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear))

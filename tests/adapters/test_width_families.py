@@ -1,6 +1,7 @@
 """Smaller modules of every supported family: found, cut, counted, stored, loaded; text streams as eq. 8 says."""
 
 import copy
+from functools import partial
 
 import diffusers
 import pytest
@@ -12,20 +13,28 @@ from tiny import TINY
 from tiny_base import make
 
 import ppcl.pipelines  # noqa: F401 - makes the compressed classes known
-from ppcl.modules.parts import FAMILIES, cuts_of, join
+from ppcl.analysis.findings import Findings
+from ppcl.analysis.sweep import Batch, Course, forward_sweep
+from ppcl.capture.store import StateStore
+from ppcl.config import FitConfig
+from ppcl.config.extensions import CRITERIA
+from ppcl.modules.parts import FAMILIES, cuts_of, join, label
 from ppcl.modules.replacements import apply_width
 from ppcl.modules.slicing import joined, sliced
 from ppcl.modules.text_stream import plain_norm
 from ppcl.pipelines.lora_back import scattered
 from ppcl.pipelines.lora_cut import cut_lora
+from ppcl.pruning.criteria import unit_scores
+from ppcl.pruning.fewer_units import KIND, UnitSums
 from ppcl.pruning.options import shrunk
 from ppcl.pruning.unit_search import find_sites, find_units
+from ppcl.student.assembly import fill_width
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.student.plan import CompressionPlan, Segment
 from ppcl.student.prediction import predict
 from ppcl.student.record import composed
 from ppcl.teacher.blocks import ResidentBlocks
-from ppcl.teacher.calls import velocity
+from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.trace import record_boundaries
@@ -213,3 +222,53 @@ def test_units_of_units_are_those_of_the_whole_module(family, monkeypatch):
         expected = whole.state_dict()
         for name, value in twice.state_dict().items():
             assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize("family", [*UNUSUAL, "lumina2"])
+def test_the_sweep_fits_what_reads_the_units_that_stay(family, tmp_path):
+    """The output comes nearer to the teacher's than by the plain cut, on the states that it was fitted on."""
+    model, arguments, adapter, calls = first_calls(family)
+    source, settings, findings = ResidentBlocks(model), FitConfig(width=["ffn", "attention"]), Findings(tmp_path)
+    sites = sites_by_place(model, calls, 0)
+    batches = [Batch(0, "train", 0, partial(Call, arguments, torch.zeros(0)), ((0, 0),))]
+    course = Course(source, batches, StateStore(tmp_path / "sweep", ""))
+    forward_sweep(course, [UnitSums(sites, (), settings, None, findings)])
+    for site in sites:
+        spec = source.stacks[site.place[0]]
+        block, call = adapter.blocks(model, spec)[0], calls[spec.name, 0]
+        names = list(findings.shapes(KIND, site.place))
+        prefix = f"{spec.name}/0/"
+        tensors = dict(zip(names, findings.tensors(KIND, site.place, *names), strict=True))
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+        parts = findings.numbers(KIND, site.place)[site.path]
+        assert len({label(part) for part in parts}) == len(parts) > 0
+        readers = [join(site.path, name) for name in site.sites[0].units.columns]
+        for part in parts:
+            errors = []
+            for forms in ({}, tensors):
+                smaller = shrunk(block, {site.path: part})
+                fill_width(smaller, block, spec, 0, {site.path: part}, forms)
+                outputs = [outputs_of(adapter, spec, module, call, readers) for module in (block, smaller)]
+                errors.append(sum(float((a - b).norm()) ** 2 for a, b in zip(*outputs, strict=True)))
+            assert errors[1] < errors[0]
+
+
+def outputs_of(adapter, spec, block, call, paths):
+    seen = []
+    layers = [block.get_submodule(path) for path in paths]
+    handles = [layer.register_forward_hook(lambda *given: seen.append(given[-1])) for layer in layers]
+    adapter.call(spec, block, call.inputs, call.arguments)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_every_criterion_scores_every_kind_of_unit(family):
+    model, arguments, adapter, calls = first_calls(family)
+    sites = [one for site in sites_by_place(model, calls, 0) for one in site.sites]
+    for name in CRITERIA:
+        for site, scores in zip(sites, unit_scores(name, model, adapter, sites, [arguments], 0), strict=True):
+            assert scores.shape == (site.units.count,)
+            assert (scores >= 0).all()
+            assert scores.any()

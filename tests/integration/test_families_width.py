@@ -36,7 +36,7 @@ def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypat
     assert type(pipeline.transformer).__name__ == "PPCL" + type(teacher.transformer).__name__
     kinds = {part["kind"] for part in pipeline.transformer.config["pruning"].values()}
     assert KINDS[family] <= kinds
-    assert kinds & {"narrow", "linear", "parallel"}
+    assert kinds & {"narrow", "linear", "heads", "parallel"}
     params = sum(p.numel() for p in pipeline.transformer.parameters())
     assert params == json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]["params"]
     assert draw(pipeline)
