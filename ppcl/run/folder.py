@@ -69,6 +69,9 @@ class RunFolder:
         if (self.path / LEDGER).is_file():
             return self._own_ledger()
         check_claim(self.path, LEDGER, "a run")
+        return self._new_ledger()
+
+    def _new_ledger(self) -> dict[str, Any]:
         return {"schema_version": 1, "identity": self.identity, "made_of": self.made_of, **self._where()}
 
     def _where(self) -> dict[str, str]:
@@ -92,6 +95,8 @@ class RunFolder:
                 reason = f"{self.path / LEDGER} is damaged (a stage's record is none)"
                 raise ArtifactError(f"{reason}; choose another --out or delete {self.path}") from None
             return {**ledger, **self._where()}  # it may have been moved since
+        if isinstance(ledger, dict) and self.first_round is not None and ledger.get("first_round") == self.first_round:
+            return self._new_ledger()  # the round before was made again
         held = ledger if isinstance(ledger, dict) else {}
         raise ArtifactError(
             f"{self.path} holds a run of {held.get('model', 'another model')} with other "

@@ -116,7 +116,10 @@ def _check_place(out: Path, before: Path) -> None:
 
 
 def make_way(out: Path, model: str) -> None:
-    """Remove what a later round made of another model: the round before was made again with other settings."""
+    """Remove what a later round made of another model: the round before was made again with other settings.
+
+    The ledger stays, so that the folder is known for ours; :class:`ppcl.run.folder.RunFolder` begins a new one.
+    """
     from ppcl.teacher.origin import model_files
 
     held = (read_mapping(out / LEDGER) if (out / LEDGER).is_file() else {}).get("made_of")
@@ -126,4 +129,3 @@ def make_way(out: Path, model: str) -> None:
     for stage in STAGES.values():
         for name in (*stage.products, *stage.on_the_way):
             remove(out / name)
-    remove(out / LEDGER)

@@ -16,8 +16,10 @@ import pytest
 from test_resume import JOURNAL, attempt, leftovers, stable
 
 from ppcl.config import RunConfig, load_config
+from ppcl.errors import ArtifactError
 from ppcl.eval.models import sources
 from ppcl.run import rounds
+from ppcl.run.folder import RunFolder
 from ppcl.run.stages import STAGES
 from ppcl.student.plan import CompressionPlan, Prediction
 
@@ -133,8 +135,12 @@ def test_a_round_made_anew_takes_what_followed_along(
     config.write_text(config.read_text().replace("{", "{ ", 1))
     rounds.make_way(out, model)
     assert "made again" in caplog.text
-    left = {path.name for path in out.iterdir()} - {"config.yaml", "log.jsonl", ".lock"}
-    assert left == {"round-1"}
+    left = {path.name for path in out.iterdir()}
+    assert left == {"round-1", "config.yaml", "log.jsonl", ".lock", "stages.json"}
+    folder = RunFolder(out, model, "another", {}, "round-1")
+    assert not any(folder.record_of(stage) for stage in STAGES.values())
+    with pytest.raises(ArtifactError, match="holds a run of"):
+        RunFolder(out, model, "another", {})
 
 
 @pytest.mark.parametrize(
