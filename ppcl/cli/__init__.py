@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,12 +70,13 @@ def compress(
         run = step.run
         if step.title:
             typer.echo(step.title, err=True)
-        if not (run.first or run.is_done("fit")):
-            _look_ahead(run)
+        expected, taken = {} if run.first or run.is_done("fit") else _look_ahead(run), dict[str, float]()
         for number, stage in enumerate(step.stages, 1):
             typer.echo(f"[{number}/{len(step.stages)}] {stage}", err=True, nl=False)
-            typer.echo(": done before" if run.is_done(stage) else "", err=True)
-            run.run(stage)
+            typer.echo(": done before" if run.is_done(stage) else _time_left(expected, taken, step.stages), err=True)
+            began = time.monotonic()
+            ran = run.run(stage)
+            taken[stage] = time.monotonic() - began if ran else 0.0
             if stage == "plan":
                 print_prediction(run.out)
     if run.group.is_main:
@@ -82,13 +85,24 @@ def compress(
     run.group.close()
 
 
-def _look_ahead(run: Any) -> None:
-    """Refuse a budget that no plan can meet, and say what the stages will take."""
+def _look_ahead(run: Any) -> dict[str, float]:
+    """Refuse a budget that no plan can meet, and say what the stages will take; the seconds of each."""
     from ppcl.run.outlook import check_budget, outlook
 
     check_budget(run)
-    if run.group.is_main:
-        typer.echo("\n".join(outlook(run)), err=True)
+    if not run.group.is_main:
+        return {}
+    lines, seconds = outlook(run)
+    typer.echo("\n".join(lines), err=True)
+    return seconds
+
+
+def _time_left(expected: dict[str, float], taken: dict[str, float], stages: Iterable[str]) -> str:
+    from ppcl.inspection.estimate import time_text
+    from ppcl.run.outlook import time_left
+
+    left = time_left({stage: expected[stage] for stage in stages if stage in expected}, taken)
+    return "" if left is None else f": about {time_text(left)} left of all stages"
 
 
 @app.command()

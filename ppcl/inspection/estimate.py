@@ -145,7 +145,7 @@ def estimate_report(estimate: Estimate) -> str:
     """Lay an estimate out as text for a terminal."""
     blocks = f"blocks {estimate.blocks} ({estimate.weights / 1e9:.1f} GB of weights)"
     rows = [("stage", "device", "RAM", "disk", "time", ""), *map(_cells, estimate.stages)]
-    total = f"{_hours(estimate.seconds)}"
+    total = f"{time_text(estimate.seconds)}"
     rows.append(("all", _size(estimate.device), _size(estimate.ram), _size(estimate.disk), total, ""))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [f"estimate for {estimate.source} on {estimate.hardware}; {blocks}"]
@@ -187,7 +187,7 @@ def _numbers(device: float, ram: float, disk: float, seconds: float) -> list[str
 
 def _cells(stage: StageCost) -> tuple[str, str, str, str, str, str]:
     return (
-        *(stage.stage, _size(stage.device), _size(stage.ram), _size(stage.disk), _hours(stage.seconds)),
+        *(stage.stage, _size(stage.device), _size(stage.ram), _size(stage.disk), time_text(stage.seconds)),
         "; ".join(stage.notes),
     )
 
@@ -196,7 +196,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _hours(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A time in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,12 +45,31 @@ def check_budget(session: Session) -> None:
     check_limits(limits_of(transformer, info, session.config, dtype.itemsize, others), session.config)
 
 
-def outlook(session: Session) -> list[str]:
-    """What the stages will take on this machine, a line each; of what cannot be estimated, why."""
+def outlook(session: Session) -> tuple[list[str], dict[str, float]]:
+    """What the stages will take on this machine.
+
+    Returns:
+        A line each, and the seconds of each; of what cannot be estimated why, and nothing.
+    """
     from ppcl.inspection.estimate import estimate_lines, estimate_run
     from ppcl.inspection.hardware import hardware_here
 
     try:
-        return estimate_lines(estimate_run(session.model, session.config, hardware_here(str(session.device))))
+        found = estimate_run(session.model, session.config, hardware_here(str(session.device)))
     except (ModelError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        return [f"no estimate of time and memory: {error}"]
+        return [f"no estimate of time and memory: {error}"], {}
+    return estimate_lines(found), {stage.stage: stage.seconds for stage in found.stages}
+
+
+def time_left(expected: Mapping[str, float], taken: Mapping[str, float]) -> float | None:
+    """Seconds that the stages ahead will take: their estimates, by the pace of the stages that have been run.
+
+    Args:
+        expected: Seconds of the stages by :func:`outlook`; empty if not known.
+        taken: Seconds of those that were run or skipped.
+    """
+    if not expected:
+        return None
+    known = sum(expected.get(stage, 0.0) for stage, seconds in taken.items() if seconds)
+    pace = sum(taken.values()) / known if known else 1.0
+    return pace * sum(seconds for stage, seconds in expected.items() if stage not in taken)
