@@ -1,8 +1,8 @@
 """The real command from end to end, and what a second and a changed call do."""
 
 import json
-import re
 import os
+import re
 import shutil
 import stat
 import subprocess
