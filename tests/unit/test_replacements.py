@@ -154,12 +154,18 @@ def with_options(
     return replace(made, model=analysis.model, stacks=stacks, predicted=predict(analysis.model, stacks))
 
 
-@pytest.mark.parametrize(("build", "call"), [(lambda: tiny_qwen(4), qwen_call), (tiny_flux, flux_call)])
-def test_every_option_saves_what_it_says_and_costs_what_was_measured(build: Any, call: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "call", "networks"),
+    [(lambda: tiny_qwen(4), qwen_call, ()), (tiny_flux, flux_call, ("ffn",))],  # FLUX's single-stream blocks have one
+    ids=["qwen", "flux"],
+)
+def test_every_option_saves_what_it_says_and_costs_what_was_measured(
+    build: Any, call: Any, networks: tuple[str, ...], tmp_path: Path
+) -> None:
     transformer = build()
     adapter = adapter_for(transformer)
     analysis, options = scored(transformer, tmp_path, call)
-    assert {o.group for o in options} == {"modulation", "ffn.image", "ffn.text"}
+    assert {o.group for o in options} == {"modulation", "ffn.image", "ffn.text", *networks}
     held_out = next(States(tmp_path / "calibration", "held-out").batches(6, 6))
     for option in options[::3]:
         chosen = with_options(transformer, [], [option], analysis)
@@ -269,7 +275,7 @@ def test_flux_keeps_the_stacks_apart(tmp_path: Path) -> None:
     transformer = tiny_flux()
     adapter = adapter_for(transformer)
     analysis, options = scored(transformer, tmp_path, flux_call)
-    option = next(o for o in options if o.stack == SINGLE and o.block == 2)
+    option = next(o for o in options if o.stack == SINGLE and o.block == 2 and o.group == "modulation")
     chosen = with_options(transformer, [(SINGLE, 0, 1)], [option], analysis)
     substitutes = new_substitutes(transformer, adapter, chosen, None, tmp_path / "analysis.safetensors")
     student = build_student(transformer, adapter, Bundle(chosen, substitutes))
