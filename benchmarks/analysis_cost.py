@@ -31,8 +31,8 @@ from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.capture.trajectories import SPLITS
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import StoredTensors
 from ppcl.common.tables import markdown_table, number
+from ppcl.common.tensor_files import StoredTensors
 from ppcl.config import RunConfig
 from ppcl.distill.fit import fit
 from ppcl.eval.speed import measure_memory

@@ -26,8 +26,9 @@ from torch import nn
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import StoredTensors, write_tensors, write_text
+from ppcl.common.files import write_text
 from ppcl.common.tables import markdown_table
+from ppcl.common.tensor_files import StoredTensors, write_tensors
 from ppcl.config import AnalyzeConfig, FitConfig
 from ppcl.config.names import Width
 from ppcl.distill.fit import fit

@@ -21,8 +21,9 @@ import torch
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import StoredTensors, write_text
+from ppcl.common.files import write_text
 from ppcl.common.tables import markdown_table
+from ppcl.common.tensor_files import StoredTensors
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.config.names import Width
 from ppcl.distill.fit import fit

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
-from ppcl.common.files import digest, read_mapping, read_yaml, weights_variant
+from ppcl.common.files import digest, read_mapping, read_yaml
+from ppcl.common.tensor_files import weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
 from ppcl.config.names import PREFIX
 from ppcl.config.sections import PROMPTS

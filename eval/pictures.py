@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import digest, read_tensors, write_tensors
+from ppcl.common.files import digest
 from ppcl.common.outside import open_regular
 from ppcl.common.pictures import MAX_BYTES, SUFFIXES, picture_files
 from ppcl.common.progress import Progress
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.errors import ArtifactError, UserError
 from ppcl.eval.features import CHUNK, FeatureExtractor
 from ppcl.eval.fid import FeatureStatistics

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from ppcl.common.files import weights_variant
 from ppcl.common.outside import inside
 from ppcl.common.tables import zeros_meaning
+from ppcl.common.tensor_files import weights_variant
 from ppcl.config.names import STAGES
 from ppcl.eval import figures
 from ppcl.eval.report_blocks import strip_of

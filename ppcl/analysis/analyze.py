@@ -22,10 +22,11 @@ from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import Unread, remove, write_one_by_one
+from ppcl.common.files import remove
 from ppcl.common.lazy import Lazy
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import Unread, write_one_by_one
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.student.plan import free_blocks
 from ppcl.teacher.blocks import Blocks, Place, main_dtype

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ppcl.common.files import open_tensors, read_metadata, read_tensor_header, write_tensors
+from ppcl.common.tensor_files import open_tensors, read_metadata, read_tensor_header, write_tensors
 from ppcl.teacher.blocks import Place
 
 

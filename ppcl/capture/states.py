@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ppcl.capture.spread import Mark, allot, choose_states
 from ppcl.common.artifacts import Count
-from ppcl.common.files import finite, read_json, read_tensor_header, read_tensors
+from ppcl.common.files import read_json
 from ppcl.common.progress import announce
+from ppcl.common.tensor_files import finite, read_tensor_header, read_tensors
 from ppcl.errors import ArtifactError, UserError, shortened
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl.common.files import open_tensors, read_mapping, remove, write_json, write_tensors
+from ppcl.common.files import read_mapping, remove, write_json
+from ppcl.common.tensor_files import open_tensors, write_tensors
 from ppcl.training.distributed import SINGLE, Group
 
 MEMORY = 2e9  # bytes of states that are kept in memory

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ppcl.capture.prompts import cut_note
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
-from ppcl.common.files import digest, read_json, write_json, write_tensors
+from ppcl.common.files import digest, read_json, write_json
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, captured_noise, step_generator
+from ppcl.common.tensor_files import write_tensors
 from ppcl.config import CaptureConfig
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher import call_arguments as trees

@@ -32,9 +32,10 @@ from ppcl.analysis.sweep import Batch, Course, Seen, forward_sweep
 from ppcl.capture.states import States as Recorded
 from ppcl.capture.store import StateStore
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_tensors, remove, write_tensors
+from ppcl.common.files import remove
 from ppcl.common.progress import announce
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.distill.correction import correct
 from ppcl.distill.in_sweep import Ends, in_precision_of
 from ppcl.distill.recipe import Recipe

@@ -30,18 +30,10 @@ from ppcl.capture.states import Row, States
 from ppcl.capture.store import MEMORY, StateStore
 from ppcl.common.artifacts import save_artifact
 from ppcl.common.devices import autocast
-from ppcl.common.files import (
-    StoredTensors,
-    Unread,
-    digest,
-    read_metadata,
-    read_tensors,
-    remove,
-    write_one_by_one,
-    write_tensors,
-)
+from ppcl.common.files import digest, remove
 from ppcl.common.progress import Progress, announce
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import StoredTensors, Unread, read_metadata, read_tensors, write_one_by_one, write_tensors
 from ppcl.config import FitConfig, PlanConfig
 from ppcl.distill.in_sweep import Ends, Trainees, training_course
 from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates

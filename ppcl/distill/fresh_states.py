@@ -19,7 +19,7 @@ from PIL import Image
 from ppcl.capture.pictures import branches_of, image_to_image, picture_sizes, record_noised
 from ppcl.capture.sources import BadSample, Sample, Skipped, choose_samples, open_source
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import CaptureConfig
 from ppcl.errors import UserError
 from ppcl.teacher.calls import Call

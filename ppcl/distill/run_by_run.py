@@ -11,8 +11,8 @@ from torch import nn
 from ppcl.analysis.sweep import Course
 from ppcl.capture.states import States
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_metadata, write_tensors
 from ppcl.common.progress import announce
+from ppcl.common.tensor_files import read_metadata, write_tensors
 from ppcl.distill.in_sweep import Ends, training_course
 from ppcl.distill.recipe import HELD_OUT, Recipe
 from ppcl.student.assembly import RunKey, in_dtypes_of, run_name

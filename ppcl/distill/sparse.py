@@ -10,8 +10,9 @@ from torch import nn
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import digest, read_tensors, write_tensors
+from ppcl.common.files import digest
 from ppcl.common.progress import announce
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.pruning.sparsity import make_masks, sparse_layers, sparsity_cost
 from ppcl.student.assembly import RunKey

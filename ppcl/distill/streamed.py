@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
-from ppcl.common.files import read_tensors, remove
+from ppcl.common.files import remove
 from ppcl.common.progress import announce
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import DistillConfig
 from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.one_at_a_time import OneAtATime

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_tensors, remove, write_tensors
+from ppcl.common.files import remove
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.config import DistillConfig
 from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.compiled import blocks_of

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppcl.common.files import atomic_path, read_tensors, write_json, write_tensors
+from ppcl.common.files import atomic_path, write_json
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures
 from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 from ppcl.training.loop import TrainingLoop

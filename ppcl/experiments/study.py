@@ -24,9 +24,10 @@ from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import digest, read_mapping, read_tensors, write_json, write_text
+from ppcl.common.files import digest, read_mapping, write_json, write_text
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config.memory import changed, for_tables
 from ppcl.distill.trainer import Distiller
 from ppcl.eval.intervals import Interval

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl.common.files import atomic_path, read_mapping, read_tensor_header, write_json
+from ppcl.common.files import atomic_path, read_mapping, write_json
 from ppcl.common.folders import check_apart, check_claim
+from ppcl.common.tensor_files import read_tensor_header
 from ppcl.errors import ConfigError, ModelError, UserError, shortened
 from ppcl.export.pipeline import DTYPES, INDEX, hide_folders, write_components
 from ppcl.modules.remote_code import name_class

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import Unread, atomic_path, read_json, weights_variant, write_one_by_one, write_text
+from ppcl.common.files import atomic_path, read_json, write_text
 from ppcl.common.folders import check_apart
 from ppcl.common.outside import check_links, real_places
 from ppcl.common.tables import plain
+from ppcl.common.tensor_files import Unread, weights_variant, write_one_by_one
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError, ConfigError, ModelError, nearest
 from ppcl.export.card import PLACEHOLDER, source_licence

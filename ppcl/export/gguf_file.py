@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl.common.files import Unread, atomic_path
+from ppcl.common.files import atomic_path
+from ppcl.common.tensor_files import Unread
 from ppcl.errors import ConfigError, UserError, nearest
 
 # What the package can write and both ComfyUI-GGUF and diffusers can read

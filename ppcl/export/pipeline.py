@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ppcl import __version__
-from ppcl.common.files import atomic_path, link_file, read_json, variant_of, write_json, write_text
+from ppcl.common.files import atomic_path, link_file, read_json, write_json, write_text
 from ppcl.common.outside import check_links, real_places
+from ppcl.common.tensor_files import variant_of
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.card import model_card, written_facts

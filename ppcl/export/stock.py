@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import StoredTensors, Unread, read_json, read_tensor_header
+from ppcl.common.files import read_json
+from ppcl.common.tensor_files import StoredTensors, Unread, read_tensor_header
 from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.modules.parts import SLICED, cuts_of, join

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import StoredTensors, Unread, read_tensor_header, safetensors_name, write_one_by_one
+from ppcl.common.tensor_files import StoredTensors, Unread, read_tensor_header, safetensors_name, write_one_by_one
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.pipeline import Parts, cast, dtype_of, write_pipeline

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, Index, load_artifact
-from ppcl.common.files import open_tensors
+from ppcl.common.tensor_files import open_tensors
 from ppcl.errors import ArtifactError
 from ppcl.modules.parts import check_part, label
 from ppcl.student.plan import StartName

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ppcl.capture.states import States
-from ppcl.common.files import file_digest, weights_variant
+from ppcl.common.files import file_digest
+from ppcl.common.tensor_files import weights_variant
 from ppcl.eval.command import track
 from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, described

@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ppcl.common.artifacts import Error
-from ppcl.common.files import header_digest, read_json, remove, write_json
+from ppcl.common.files import read_json, remove, write_json
 from ppcl.common.folders import LEDGER, check_claim, lock_folder, remove_leftovers
+from ppcl.common.tensor_files import header_digest
 from ppcl.errors import ArtifactError
 from ppcl.run.stage import ORDER, Stage
 from ppcl.teacher.stored import differences

@@ -10,8 +10,9 @@ from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import StoredTensors, read_json, share_folder, write_text
+from ppcl.common.files import read_json, share_folder, write_text
 from ppcl.common.folders import LEDGER, check_apart
+from ppcl.common.tensor_files import StoredTensors
 from ppcl.config.sections import PROMPTS
 from ppcl.pruning.artifacts import Candidates
 from ppcl.run.folder import CHECKPOINTS

@@ -21,18 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.artifacts import SCHEMA_VERSION, load_artifact, save_artifact
-from ppcl.common.files import (
-    StoredTensors,
-    Unread,
-    atomic_path,
-    file_digest,
-    read_mapping,
-    read_tensors,
-    write_json,
-    write_one_by_one,
-    write_tensors,
-)
+from ppcl.common.files import atomic_path, file_digest, read_mapping, write_json
 from ppcl.common.outside import inside, printable
+from ppcl.common.tensor_files import StoredTensors, Unread, read_tensors, write_one_by_one, write_tensors
 from ppcl.errors import ArtifactError, ModelError, shortened
 from ppcl.modules.replacements import apply_width
 from ppcl.student.assembly import (

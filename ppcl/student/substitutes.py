@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import StoredTensors
+from ppcl.common.tensor_files import StoredTensors
 from ppcl.errors import ArtifactError
 from ppcl.student.assembly import RunKey, fill_width, run_name, start_block, substitute_block
 from ppcl.student.plan import CompressionPlan, Segment, start_index

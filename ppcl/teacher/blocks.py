@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import read_mapping, read_tensor_header
+from ppcl.common.files import read_mapping
 from ppcl.common.lazy import Lazy
 from ppcl.common.pieces import Pieces
+from ppcl.common.tensor_files import read_tensor_header
 from ppcl.errors import ModelError, UserError, shortened
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for

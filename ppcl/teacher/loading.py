@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ppcl.common.devices import weights_dtype
-from ppcl.common.files import needed_variant, read_mapping, read_tensor_header, weights_variant
+from ppcl.common.files import read_mapping
 from ppcl.common.outside import printable
+from ppcl.common.tensor_files import needed_variant, read_tensor_header, weights_variant
 from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.modules.compressed import MODULE, register

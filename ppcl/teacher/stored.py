@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppcl.common.files import digest, read_json, read_tensor_header, variant_of, weights_variant
+from ppcl.common.files import digest, read_json
 from ppcl.common.outside import inside
+from ppcl.common.tensor_files import read_tensor_header, variant_of, weights_variant
 from ppcl.errors import ArtifactError, ModelError
 
 INDEX = "model_index.json"

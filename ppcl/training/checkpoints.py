@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.common.files import read_tensors, write_tensors
 from ppcl.common.parts import part_of
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.training.eight_bit import joined_states, plain_states
 
 FILE = "state.safetensors"

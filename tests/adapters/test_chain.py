@@ -11,7 +11,7 @@ from tiny import TINY
 
 from ppcl.analysis.analyze import analyze
 from ppcl.capture.states import States
-from ppcl.common.files import StoredTensors, write_tensors
+from ppcl.common.tensor_files import StoredTensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig, PlanConfig
 from ppcl.distill.fit import fit
 from ppcl.distill.trainer import Distiller

@@ -14,7 +14,7 @@ from diffusers.loaders import single_file_utils
 from ordinary_heads import heads_of
 from tiny import TINY
 
-from ppcl.common.files import read_tensor_header
+from ppcl.common.tensor_files import read_tensor_header
 from ppcl.errors import ModelError
 from ppcl.export.formats import export_as
 from ppcl.export.gguf_file import TYPES

@@ -13,7 +13,8 @@ from bounds import bounded
 from conftest import tree
 from hostile import damaged, damaged_tensors, damaged_text, rounds
 
-from ppcl.common.files import file_digest, read_json, read_mapping, read_tensors, write_json, write_tensors
+from ppcl.common.files import file_digest, read_json, read_mapping, write_json
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.errors import ArtifactError, ModelError, UserError
 
 # each: the file, the stage that reads it, an option that makes it run again, rounds

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_pipeline import tiny_qwen_pipeline
 
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.teacher import loading
 
 Cli = Callable[..., tuple[int, str]]

@@ -8,7 +8,7 @@ from tiny_models import DUAL, describe_alone, qwen_call, tiny_qwen
 
 from ppcl.analysis.cka import linear_cka
 from ppcl.common.artifacts import save_artifact
-from ppcl.common.files import write_tensors
+from ppcl.common.tensor_files import write_tensors
 from ppcl.config import PlanConfig, load_config
 from ppcl.errors import UserError
 from ppcl.experiments.ablation import NEEDED, ablate, ablation_rows, state_cka, threshold_ladder

@@ -36,7 +36,7 @@ from ppcl.analysis.sweep import Course, Seen, batches_of, forward_sweep
 from ppcl.capture.states import States
 from ppcl.capture.store import StateStore
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import AnalyzeConfig, PlanConfig
 from ppcl.errors import UserError
 from ppcl.teacher.blocks import Place, ResidentBlocks

@@ -25,7 +25,7 @@ from tiny_models import (
 )
 from torch import nn
 
-from ppcl.common.files import read_tensor_header
+from ppcl.common.tensor_files import read_tensor_header
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
 from ppcl.export.pipeline import export

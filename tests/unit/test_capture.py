@@ -20,8 +20,8 @@ from ppcl.capture.trajectories import (
     split_prompts,
     write_calls,
 )
-from ppcl.common.files import read_tensors, write_tensors
 from ppcl.common.streams import seeds
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.config import CaptureConfig
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.eval.velocity import state_errors

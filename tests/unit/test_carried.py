@@ -14,7 +14,7 @@ from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux,
 
 from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import DistillConfig, load_config
 from ppcl.distill.carried import StudentWalk, kept_behind
 from ppcl.distill.in_sweep import Ends, training_course

@@ -14,7 +14,7 @@ from tiny_models import DUAL, SINGLE, flux_call, qwen_call, tiny_flux, tiny_qwen
 
 from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.distill.carried import StudentWalk
 from ppcl.distill.correction import correct
 from ppcl.distill.in_sweep import Ends, training_course

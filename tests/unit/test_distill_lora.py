@@ -10,7 +10,7 @@ import torch
 from test_replacements import mixed
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import DistillConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError

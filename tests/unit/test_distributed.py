@@ -13,7 +13,7 @@ from train_worker import main as worker
 from train_worker import new_distiller, train_all, train_sparse, weights, write_all_states
 
 import ppcl
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.errors import ConfigError
 from ppcl.training.distributed import SINGLE, Group, Share, add_up, connect
 from ppcl.training.launch import guarded

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.emoji import teacher
 from ppcl.emoji.components import assemble, new_text_encoder, new_tokenizer, new_transformer
 from ppcl.emoji.data import SIZE, load_pairs, load_pictures

@@ -12,7 +12,7 @@ import pytest
 
 from ppcl.analysis.artifacts import Analysis
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import write_tensors
+from ppcl.common.tensor_files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import ArtifactError
 from ppcl.pruning.artifacts import VECTORS, Candidate, Candidates, WidthOption, load_candidates

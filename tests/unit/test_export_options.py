@@ -18,8 +18,9 @@ from tiny_models import DUAL, plan_for, shared_pipeline, tiny_flux, tiny_qwen
 
 from ppcl import __version__
 from ppcl.common.artifacts import load_artifact, save_artifact
-from ppcl.common.files import link_file, read_tensor_header, weights_variant
+from ppcl.common.files import link_file
 from ppcl.common.outside import check_links, real_places
+from ppcl.common.tensor_files import read_tensor_header, weights_variant
 from ppcl.config import ExportConfig, load_config
 from ppcl.errors import ConfigError
 from ppcl.eval.markdown import measured_table

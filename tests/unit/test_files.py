@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import noise
 
-from ppcl.common import files
+from ppcl.common import files, tensor_files
 from ppcl.errors import ArtifactError, UserError
 
 
@@ -38,18 +38,20 @@ def test_tensors_one_by_one_are_those_of_any_other_file(tmp_path: Path) -> None:
     tensors = {"x": noise(2, 3), "turned": noise(4, 5).double().T, "empty": torch.empty(0, 7), "half": noise(5)}
     dtypes = {name: torch.bfloat16 if name == "half" else torch.float32 for name in tensors}
     path = tmp_path / "x.safetensors"
-    waiting = {n: files.Unread(t.shape, dtypes[n], functools.partial(torch.clone, t)) for n, t in tensors.items()}
-    files.write_one_by_one(path, waiting, {"format": "pt"})
-    found, _ = files.read_tensors(path)
+    waiting = {
+        n: tensor_files.Unread(t.shape, dtypes[n], functools.partial(torch.clone, t)) for n, t in tensors.items()
+    }
+    tensor_files.write_one_by_one(path, waiting, {"format": "pt"})
+    found, _ = tensor_files.read_tensors(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor.to(dtypes[name])) for name, tensor in tensors.items())
-    assert files.read_tensor_header(path)["turned"]["shape"] == [5, 4]
+    assert tensor_files.read_tensor_header(path)["turned"]["shape"] == [5, 4]
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_a_tensor_of_another_shape_than_said_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="x is of shape"):
-        files.write_one_by_one(tmp_path / "x", {"x": files.Unread((3,), torch.float32, lambda: noise(2))})
+        tensor_files.write_one_by_one(tmp_path / "x", {"x": tensor_files.Unread((3,), torch.float32, lambda: noise(2))})
     assert not list(tmp_path.iterdir())
 
 
@@ -60,11 +62,11 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     linked.chmod(0o640)
     before = os.umask(umask)
     try:
-        files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+        tensor_files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
         files.write_json(tmp_path / "a.json", {})
         with files.atomic_path(tmp_path / "folder") as temporary:
             temporary.mkdir()
-            files.write_tensors(temporary / "inside" / "a.safetensors", {"a": torch.ones(1)})
+            tensor_files.write_tensors(temporary / "inside" / "a.safetensors", {"a": torch.ones(1)})
             (temporary / "secret").touch(mode=0o600)
             (temporary / "linked.bin").hardlink_to(linked)
     finally:
@@ -141,33 +143,33 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     base = noise(4, 6)
     tensors = {"x": base.T, "y": base[:, ::2], "flag": torch.tensor([True])}
     tensors |= {"half": base.bfloat16(), "empty": noise(0, 3)}
-    files.write_tensors(path, tensors, {"rows": [1, None, "a"]})
-    loaded, meta = files.read_tensors(path)
+    tensor_files.write_tensors(path, tensors, {"rows": [1, None, "a"]})
+    loaded, meta = tensor_files.read_tensors(path)
     assert meta == {"rows": [1, None, "a"]}
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[k], tensors[k]) and loaded[k].dtype == tensors[k].dtype for k in tensors)
-    files.write_tensors(path, {"x": base})
-    assert files.read_tensors(path)[1] is None
+    tensor_files.write_tensors(path, {"x": base})
+    assert tensor_files.read_tensors(path)[1] is None
     assert names(path.parent) == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 30, -1])
 def test_truncated_tensors(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.safetensors"
-    files.write_tensors(path, {"x": noise(100)})
+    tensor_files.write_tensors(path, {"x": noise(100)})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"a\.safetensors is damaged") as caught:
-        files.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ArtifactError, match=r"a\.safetensors is (damaged|truncated)"):
-        files.read_tensor_header(path)
+        tensor_files.read_tensor_header(path)
 
 
 def test_missing_tensors(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist; run the stage"):
-        files.read_tensors(tmp_path / "a.safetensors")
+        tensor_files.read_tensors(tmp_path / "a.safetensors")
     with pytest.raises(ArtifactError):
-        files.read_tensor_header(tmp_path / "a.safetensors")
+        tensor_files.read_tensor_header(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -187,22 +189,22 @@ def test_a_header_that_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"model\.safetensors is (damaged|truncated)"):
-        files.read_tensor_header(path)
+        tensor_files.read_tensor_header(path)
     with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
-        files.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def test_header_tells_shapes_without_data(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    files.write_tensors(path, {"x": noise(2, 3), "y": noise(5).bfloat16()}, {"some": "metadata"})
-    header = files.read_tensor_header(path)
+    tensor_files.write_tensors(path, {"x": noise(2, 3), "y": noise(5).bfloat16()}, {"some": "metadata"})
+    header = tensor_files.read_tensor_header(path)
     assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
         "x": ("F32", [2, 3]),
         "y": ("BF16", [5]),
     }
     path.write_bytes(path.read_bytes() + b"tail")
     with pytest.raises(ArtifactError, match="truncated"):
-        files.read_tensor_header(path)
+        tensor_files.read_tensor_header(path)
 
 
 def test_digests_see_content_names_and_order(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_digests_see_content_names_and_order(tmp_path: Path) -> None:
 
 def test_metadata_is_json_not_pickle(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    files.write_tensors(path, {"x": noise(1)}, {"b": 1, "a": 2})
+    tensor_files.write_tensors(path, {"x": noise(1)}, {"b": 1, "a": 2})
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"ppcl": '{"a": 2, "b": 1}'}
@@ -231,9 +233,9 @@ def test_metadata_is_json_not_pickle(tmp_path: Path) -> None:
 
 def test_stored_tensors_are_read_one_by_one_and_the_later_file_counts(tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    files.write_tensors(first, {"x": torch.zeros(2), "y": torch.ones(3)})
-    files.write_tensors(second, {"x": torch.full((2,), 2.0)})
-    stored = files.StoredTensors(first, second, tmp_path / "missing.safetensors")
+    tensor_files.write_tensors(first, {"x": torch.zeros(2), "y": torch.ones(3)})
+    tensor_files.write_tensors(second, {"x": torch.full((2,), 2.0)})
+    stored = tensor_files.StoredTensors(first, second, tmp_path / "missing.safetensors")
     assert set(stored) == {"x", "y"}
     assert torch.equal(stored["x"], torch.full((2,), 2.0))
     first.unlink()  # nothing is kept: what is not asked for is not read

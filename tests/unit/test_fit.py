@@ -27,7 +27,7 @@ from ppcl.analysis.probes import chained_probe
 from ppcl.analysis.sweep import forward_sweep
 from ppcl.capture.states import States
 from ppcl.common.artifacts import load_artifact
-from ppcl.common.files import StoredTensors, read_tensors
+from ppcl.common.tensor_files import StoredTensors, read_tensors
 from ppcl.config import AnalyzeConfig, FitConfig, PlanConfig, load_config
 from ppcl.distill.fit import fit
 from ppcl.distill.local import best_starts, local_backward

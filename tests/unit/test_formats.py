@@ -15,7 +15,8 @@ from published import FLUX_DEV
 from tiny_compressed import compressed, velocity_of
 from tiny_pipeline import tiny_qwen_pipeline
 
-from ppcl.common.files import StoredTensors, Unread, read_json, read_tensor_header, write_json
+from ppcl.common.files import read_json, write_json
+from ppcl.common.tensor_files import StoredTensors, Unread, read_tensor_header
 from ppcl.errors import ArtifactError, ConfigError, ModelError
 from ppcl.export import formats
 from ppcl.export.formats import export_as

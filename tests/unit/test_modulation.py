@@ -18,7 +18,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.modulation import FIRST_SHARE, conditioning, timestep_argument, timesteps
 from ppcl.capture.states import States
 from ppcl.capture.trajectories import SPLITS
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import AnalyzeConfig
 from ppcl.errors import ArtifactError
 from ppcl.modules.replacements import InputStatistics, LowRankLinear, fill_low_rank

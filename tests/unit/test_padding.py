@@ -25,7 +25,8 @@ from ppcl.analysis.analyze import analyze
 from ppcl.capture.padding import check_padding
 from ppcl.capture.states import PADDING, States
 from ppcl.capture.trajectories import SPLITS
-from ppcl.common.files import read_json, read_tensors, write_json
+from ppcl.common.files import read_json, write_json
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import AnalyzeConfig
 from ppcl.distill.local import local_backward
 from ppcl.errors import ArtifactError

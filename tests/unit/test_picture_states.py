@@ -143,7 +143,7 @@ def test_every_state_keeps_its_caption(data: Path, tmp_path: Path) -> None:
 
 
 def prompts_of(folder: Path, split: str) -> set[str]:
-    from ppcl.common.files import read_tensors
+    from ppcl.common.tensor_files import read_tensors
 
     found: set[str] = set()
     for path in folder.glob(f"{split}-*.safetensors"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl.common import files
+from ppcl.common import files, tensor_files
 from ppcl.common.reading import MOST_BYTES, parse_json, parse_yaml, read_bytes
 from ppcl.errors import ArtifactError, ConfigError, ModelError
 
@@ -99,7 +99,7 @@ def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path: Path) -> None
             for error in (ArtifactError, ModelError, ConfigError):
                 with pytest.raises(error, match=str(path)):
                     read(path, error)
-        for read_tensors in (files.read_tensor_header, files.read_tensors, files.read_metadata):
+        for read_tensors in (tensor_files.read_tensor_header, tensor_files.read_tensors, tensor_files.read_metadata):
             with pytest.raises(ArtifactError, match=str(path)):
                 read_tensors(path)
 

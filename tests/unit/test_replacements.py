@@ -31,7 +31,7 @@ import ppcl.pipelines  # noqa: F401 - makes the compressed classes known to diff
 from ppcl.analysis.analyze import analyze
 from ppcl.analysis.artifacts import Analysis
 from ppcl.capture.states import States
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, ExportConfig, FitConfig
 from ppcl.distill.trainer import Distiller
 from ppcl.errors import ArtifactError, ModelError
@@ -240,7 +240,8 @@ def test_frozen_weights_of_kept_blocks_are_not_stored(tmp_path: Path) -> None:
     }
     tensors = read_tensors(tmp_path / "bundle" / "substitutes.safetensors")[0]
     tensors.pop(f"{DUAL}/0-0/img_mlp.bias")
-    from ppcl.common.files import file_digest, read_json, write_json, write_tensors
+    from ppcl.common.files import file_digest, read_json, write_json
+    from ppcl.common.tensor_files import write_tensors
 
     write_tensors(tmp_path / "bundle" / "substitutes.safetensors", tensors)
     about = read_json(tmp_path / "bundle" / "bundle.json")

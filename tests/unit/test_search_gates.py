@@ -13,7 +13,7 @@ from test_search_path import tiny_context
 from tiny_models import flux_call, qwen_call, tiny_flux, tiny_qwen
 from torch import Tensor
 
-from ppcl.common.files import read_tensors, write_tensors
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.errors import ArtifactError, BudgetError, ModelError
 from ppcl.pruning.planner import meets
 from ppcl.pruning.searches import choose, gates, learned, rarts

@@ -14,7 +14,7 @@ import torch
 from test_planner import analysis_of
 from tiny_models import describe_alone, flux_call, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.common.files import write_tensors
+from ppcl.common.tensor_files import write_tensors
 from ppcl.config import PlanConfig
 from ppcl.errors import BudgetError
 from ppcl.eval.velocity import state_errors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.common.files import read_tensors
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import DistillConfig, load_config
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.trainer import Distiller

@@ -16,7 +16,7 @@ from tiny_models import write_states as write_plain
 from ppcl.capture.spread import Mark, allot, choose_rows, choose_states
 from ppcl.capture.states import States
 from ppcl.capture.trajectories import capture, write_calls
-from ppcl.common.files import read_tensors, write_tensors
+from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.config import CaptureConfig
 from ppcl.distill.local import local_backward
 from ppcl.experiments.ablation import state_cka

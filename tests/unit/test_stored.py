@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppcl.common.files import needed_variant, variant_of, weights_variant
+from ppcl.common.tensor_files import needed_variant, variant_of, weights_variant
 from ppcl.errors import ArtifactError, ModelError
 from ppcl.export.pipeline import write_components
 from ppcl.teacher.blocks import StreamedBlocks, loaded_bytes

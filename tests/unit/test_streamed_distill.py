@@ -13,7 +13,8 @@ import torch
 from test_distributed import assert_close
 from tiny_models import DUAL, SINGLE, flux_call, plan_for, qwen_call, tiny_flux, tiny_qwen, write_states
 
-from ppcl.common.files import read_json, read_tensors, write_json
+from ppcl.common.files import read_json, write_json
+from ppcl.common.tensor_files import read_tensors
 from ppcl.config import DistillConfig, load_config
 from ppcl.distill.memory import STREAMED, estimate_streamed, weight_bytes
 from ppcl.distill.streamed import Starts, distill_streamed

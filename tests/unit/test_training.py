@@ -19,8 +19,8 @@ from tiny_models import noise
 from torch import nn
 
 import ppcl
-from ppcl.common.files import read_tensors
 from ppcl.common.streams import Stream, step_generator
+from ppcl.common.tensor_files import read_tensors
 from ppcl.errors import ArtifactError, TrainingError, UserError
 from ppcl.training.loop import schedule_at
 from ppcl.training.settings import LoopSettings

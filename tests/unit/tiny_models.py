@@ -15,7 +15,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.sweep import Batch, Course, forward_sweep
 from ppcl.capture.store import StateStore
-from ppcl.common.files import StoredTensors, write_tensors
+from ppcl.common.tensor_files import StoredTensors, write_tensors
 from ppcl.config import FitConfig
 from ppcl.distill.fit import fit
 from ppcl.pruning.artifacts import Candidates

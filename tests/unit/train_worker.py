@@ -17,8 +17,8 @@ from tiny_models import DUAL, describe_alone, plan_for, qwen_call, tiny_qwen, wr
 import ppcl.distill.trainer as trainer
 from ppcl.analysis.analyze import analyze
 from ppcl.capture.padding import check_padding
-from ppcl.common.files import StoredTensors, write_tensors
 from ppcl.common.parts import is_part
+from ppcl.common.tensor_files import StoredTensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.distill.fit import fit

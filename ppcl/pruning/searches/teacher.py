@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ppcl.analysis.probes import chained_probe
 from ppcl.capture.states import States
 from ppcl.common.devices import autocast
-from ppcl.common.files import read_tensors
 from ppcl.common.progress import Progress
+from ppcl.common.tensor_files import read_tensors
 from ppcl.student.assembly import FixedStates, LinearRun, with_blocks
 from ppcl.student.plan import CompressionPlan, Prediction, Segment, identity_segments
 from ppcl.student.substitutes import new_substitutes
