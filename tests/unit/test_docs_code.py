@@ -12,6 +12,7 @@ from test_search_path import tiny_context
 from tiny_models import qwen_call, tiny_qwen
 from tiny_pipeline import PROMPTS, SMALL
 
+from ppcl.common.files import read_json
 from ppcl.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -52,9 +53,10 @@ def desk(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (desk / "runs" / name).symlink_to("half")
     name = "transformer.transformer_blocks.{}.attn.to_q.lora_{}.weight"
     factors = {"A": torch.ones(2, 32), "B": torch.ones(32, 2)}
-    save_file(
-        {name.format(n, part): factors[part].clone() for n in range(6) for part in "AB"}, desk / "style.safetensors"
-    )
+    left = len(read_json(desk / "runs" / "half" / "plan.json")["stacks"]["transformer_blocks"])
+    for file, count in (("style", 6), ("trained_on_student", left)):
+        tensors = {name.format(n, part): factors[part].clone() for n in range(count) for part in "AB"}
+        save_file(tensors, desk / f"{file}.safetensors")
     return desk
 
 
