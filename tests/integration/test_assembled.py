@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,15 @@ def test_a_gguf(ppcl: Call, tiny_model: Path, tuned: Path, tmp_path: Path, kind:
     assert load_file(tmp_path / "half" / "transformer" / WEIGHTS)["img_in.weight"].dtype == torch.bfloat16
 
 
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """Torchao sets the precision of float32 products for the whole process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("precision")
 def test_a_pipeline_whose_transformer_is_quantised(ppcl: Call, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     from diffusers import QwenImageTransformer2DModel, TorchAoConfig

@@ -58,10 +58,13 @@ def tiny(name: str, **parts: Any) -> Any:
 
 
 def families() -> list[Any]:
-    """Every pipeline of diffusers whose transformer ppcl knows."""
+    """Every pipeline of diffusers whose transformer ppcl knows, and that the installed transformers lets it import."""
     found = []
-    for name in sorted(dir(diffusers)):
-        kind = getattr(diffusers, name) if name.endswith("Pipeline") and name != "DiffusionPipeline" else None
+    for name in sorted(name for name in dir(diffusers) if name.endswith("Pipeline") and name != "DiffusionPipeline"):
+        try:
+            kind = getattr(diffusers, name)
+        except RuntimeError:  # of models that are newer than the oldest transformers
+            continue
         if not (isinstance(kind, type) and "transformer" in inspect.signature(kind.__init__).parameters):
             continue
         annotation = str(inspect.signature(kind.__init__).parameters["transformer"].annotation)
