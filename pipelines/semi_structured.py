@@ -82,5 +82,5 @@ def _check_place(weight: Tensor) -> None:
         raise UserError(f"2:4 kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}; {dense}")
     if weight.dtype not in (torch.float16, torch.bfloat16):
         raise UserError(
-            f"2:4 kernels need float16 or bfloat16 weights, got {weight.dtype}; load with torch_dtype=torch.bfloat16"
+            f"2:4 kernels need float16 or bfloat16 weights, got {weight.dtype}; load with dtype=torch.bfloat16"
         )

@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +232,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
-    warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers renames it; older versions need it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 

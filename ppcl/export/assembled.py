@@ -128,7 +128,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
     if kind is None:
         raise ModelError(f"{source} has a transformer of {library}.{name}; ppcl takes those of diffusers")
     if place.is_dir():
-        return kind.from_pretrained(place, torch_dtype=dtype or dtype_in(place) or torch.bfloat16, use_safetensors=True)
+        return kind.from_pretrained(place, dtype=dtype or dtype_in(place) or torch.bfloat16, use_safetensors=True)
     if not hasattr(kind, "from_single_file"):
         raise ModelError(f"diffusers reads no single file of {name}; save the transformer as a folder first")
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
         _check_size(place, _size_of_gguf(place), expected)
         dtype = dtype or torch.bfloat16
         return kind.from_single_file(
-            str(place), torch_dtype=dtype, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), **options
+            str(place), dtype=dtype, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), **options
         )
     header = read_tensor_header(place)
     check_weight_names(place, header)
@@ -149,7 +149,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
     _check_size(place, sum(math.prod(header[name]["shape"]) for name in names), expected)
     with safe_open(place, "pt") as file:
         tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-    return kind.from_single_file(tensors, torch_dtype=dtype or dtype_in(source / "transformer"), **options)
+    return kind.from_single_file(tensors, dtype=dtype or dtype_in(source / "transformer"), **options)
 
 
 def _size_of_gguf(path: Path) -> int:

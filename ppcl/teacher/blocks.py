@@ -126,7 +126,7 @@ class ResidentBlocks(Blocks):
 class StreamedBlocks(Blocks):
     """Blocks that are read from a pipeline's files when their turn comes.
 
-    Weights are those that ``from_pretrained(torch_dtype=dtype)`` would load, bit for bit: in ``dtype``, but for the
+    Weights are those that ``from_pretrained(dtype=dtype)`` would load, bit for bit: in ``dtype``, but for the
     modules that the class keeps in float32.
 
     Args:

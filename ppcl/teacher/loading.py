@@ -406,11 +406,11 @@ def open_pipeline(
     try:
         given: dict[str, Any] = dict.fromkeys(absent_parts(folder))
         if transformer is None:
-            given |= _own_transformer(folder, torch_dtype=dtype, variant=variant)
+            given |= _own_transformer(folder, dtype=dtype, variant=variant)
         else:
             given["transformer"] = transformer
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, **given
+            folder, dtype=dtype, variant=variant, use_safetensors=True, **given
         )
     except Exception as error:  # diffusers and transformers raise whatever files that are none of theirs bring about
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -100,7 +100,7 @@ def test_a_forward_sweep_is_the_transformer(family, tmp_path):
 def test_streamed_blocks_are_those_of_the_loaded_transformer(family, dtype, tmp_path):
     model, arguments, answer = family
     folder = stored(model, tmp_path)
-    loaded = type(model).from_pretrained(tmp_path / "transformer", torch_dtype=dtype).eval().requires_grad_(False)
+    loaded = type(model).from_pretrained(tmp_path / "transformer", dtype=dtype).eval().requires_grad_(False)
     given = cast(arguments, dtype)
     streamed = StreamedBlocks(folder, torch.device("cpu"), dtype)
     resident_calls, resident_answer = swept(ResidentBlocks(loaded), given, answer, tmp_path / "resident")

@@ -103,7 +103,7 @@ def test_a_pipeline_whose_transformer_is_quantised(ppcl: Call, tiny_model: Path,
     quantised = shutil.copytree(tiny_model, tmp_path / "quantised")
     settings = TorchAoConfig(Int8WeightOnlyConfig())
     transformer = QwenImageTransformer2DModel.from_pretrained(
-        tiny_model / "transformer", quantization_config=settings, torch_dtype=torch.bfloat16
+        tiny_model / "transformer", quantization_config=settings, dtype=torch.bfloat16
     )
     shutil.rmtree(quantised / "transformer")
     try:

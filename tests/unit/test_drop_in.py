@@ -80,7 +80,7 @@ def test_half_precision(family: str, tmp_path: Path) -> None:
     student = compressed(family)
     expected = velocity_of(student, family)
     student.save_pretrained(tmp_path)
-    half = type(student).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = type(student).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     call = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
             for k, v in CALLS[family]().items()}  # fmt: skip
@@ -268,9 +268,9 @@ def test_int8_of_torchao(family: str, tmp_path: Path) -> None:
     expected = velocity_of(student, family)
     student.save_pretrained(tmp_path / "full")
     settings = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-    small = type(student).from_pretrained(tmp_path / "full", quantization_config=settings, torch_dtype=torch.float32)
+    small = type(student).from_pretrained(tmp_path / "full", quantization_config=settings, dtype=torch.float32)
     small.save_pretrained(tmp_path / "int8")
-    again = type(student).from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
+    again = type(student).from_pretrained(tmp_path / "int8", dtype=torch.float32)
     for model in (small, again):
         path, part = next((p, v) for p, v in model.config["pruning"].items() if v["kind"] == "low_rank")
         assert type(model.get_submodule(f"{path}.down").weight).__name__ != "Parameter", part

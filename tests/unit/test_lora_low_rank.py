@@ -173,7 +173,7 @@ def test_8_bit_weights_fold_and_do_not_grow(lora: dict[str, torch.Tensor], tmp_p
 
     def pipe() -> Any:
         made = qwen_pipe()
-        made.transformer = kind.from_pretrained(tmp_path, quantization_config=settings, torch_dtype=torch.float32)
+        made.transformer = kind.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
         return made
 
     with pytest.raises(ModelError, match=r"quantised .* low_rank='fold'"):

@@ -267,7 +267,7 @@ def test_a_whole_pipeline_of_a_compressed_class_saves_and_loads(tmp_path: Path) 
     assert type(loaded.transformer) is compressed_class(type(transformer))
     assert adapter_for(loaded.transformer) is adapter
     loaded.save_pretrained(tmp_path / "again")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "again", torch_dtype=torch.bfloat16)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     assert again.transformer.dtype == torch.bfloat16
     assert again.transformer.config["pruning"] == {f"{DUAL}.1.txt_mlp": {"kind": "linear", "size": 0}}
 

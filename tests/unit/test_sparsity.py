@@ -91,7 +91,7 @@ def test_zeros_stay_through_all_stages_files_and_export(train: str, tmp_path: Pa
     student = build_student(made.transformer, adapter, loaded, torch.bfloat16)
     assert all((part == 0).all() for part in zeros_in(student, loaded.masks, loaded.plan))
     student.save_pretrained(tmp_path / "student")
-    again = type(student).from_pretrained(tmp_path / "student", torch_dtype=torch.bfloat16)
+    again = type(student).from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
     assert type(again) is type(made.transformer)  # stock: nothing of ours is needed
     record = zeros_of(again)
     assert record["pattern"] == "unstructured"
