@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -38,19 +38,28 @@ VELOCITY_GUIDE = (
 )
 
 
-def verdict(first: float, second: float, values: Sequence[float], metric: Metric) -> str:
-    """What a difference means beside the first model's own spread over seeds.
+def verdict(change: float, limits: tuple[float, float] | None, values: Sequence[float], metric: Metric) -> str:
+    """Whether a difference says anything, as in tables of methods: beyond the prompts' noise and the seeds'.
 
-    The spread is the larger of two standard deviations and the full range of ``values``.
+    Args:
+        change: The second model's number minus the first one's.
+        limits: The interval of that difference over prompts; None if there is none.
+        values: The first model's number with each of its seeds; their spread is the larger of two standard deviations
+            and their full range.
+        metric: Which direction is better.
     """
-    if len(values) < 2:
-        return "The first model was drawn with one seed, so its own spread is unknown."
-    mean = sum(values) / len(values)
-    deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    if abs(second - first) <= max(2 * deviation, max(values) - min(values)):
-        return "Inside the first model's own spread over seeds: this sample shows no difference."
-    better = (second < first) == (metric.better == "lower")
-    return f"Outside the first model's own spread: {'better' if better else 'worse'} on this sample."
+    if limits and limits[0] <= 0 <= limits[1]:
+        return "The interval of the change holds 0: these prompts cannot tell the two apart."
+    mean = sum(values) / max(len(values), 1)
+    deviation = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
+    if len(values) > 1 and abs(change) <= max(2 * deviation, max(values) - min(values)):
+        return "No more than the first model's own pictures change with the noise: no difference seen."
+    beyond = [name for name, known in (("prompts", limits), ("noise of pictures", len(values) > 1)) if known]
+    if not beyond:
+        return "Neither an interval nor a second seed was measured: it cannot be judged."
+    return (
+        f"{'Better' if (change < 0) == (metric.better == 'lower') else 'Worse'}, beyond the {' and the '.join(beyond)}."
+    )
 
 
 def _shown(metric: Metric, entry: Number | None) -> str:
@@ -58,8 +67,14 @@ def _shown(metric: Metric, entry: Number | None) -> str:
     return ranged(show(entry.value if entry else None), entry.limits if entry else None, show)
 
 
-def _score_table(first: ModelResult, second: ModelResult) -> dict[str, Any]:
-    """Scores of two models, one row each, with what they mean."""
+def _change(value: float | None, is_share: bool) -> str:
+    """A difference with its sign; of shares in points."""
+    shown = 100 * value if is_share and value is not None else value
+    return signed(shown, number(shown, 2))
+
+
+def _score_table(first: ModelResult, second: ModelResult, differences: Mapping[str, Number]) -> dict[str, Any]:
+    """Scores of two models, one row each, with what they mean and what their difference says."""
     rows, explanations = [], []
     for key, metric in SCORES.items():
         before, after = first.numbers.get(key), second.numbers.get(key)
@@ -67,15 +82,19 @@ def _score_table(first: ModelResult, second: ModelResult) -> dict[str, Any]:
             continue
         show, is_share = SHOW[metric.shown_as], metric.shown_as == "share"
         change = after.value - before.value if before and after else None
-        points = f"{number(None if change is None else 100 * change, 2)} points" if is_share else number(change, 2)
+        limits = differences[key].limits if key in differences else None
+        around_change = limits and Markup("<small>{} to {}</small>").format(
+            *(_change(edge, is_share) for edge in limits)
+        )
+        shift = Markup("{}{} {}").format(_change(change, is_share), " points" * is_share, around_change or "")
         spread = first.spread.get(key)
         deviation = spread.std if spread else None
         around = f"\N{PLUS-MINUS SIGN}{show(deviation) if is_share else number(deviation, 2)}" if deviation else ""
-        rows.append([metric.label, _shown(metric, before), _shown(metric, after), signed(change, points), around])
+        rows.append([metric.label, _shown(metric, before), _shown(metric, after), shift, around])
         better = {"lower": "Lower is better.", "higher": "Higher is better.", "neither": ""}[metric.better]
         judged = ""
-        if before and after and spread:
-            judged = verdict(before.value, after.value, spread.values, metric)
+        if change is not None and metric.better != "neither" and (limits or spread):
+            judged = verdict(change, limits, spread.values if spread else (), metric)
         explanations.append(Markup("{} {} <span class=verdict>{}</span>").format(metric.meaning, better, judged))
     header = ["", first.label, second.label, "change", f"spread of {first.label}"]
     return {"header": header, "rows": rows, "explanations": explanations}
@@ -130,7 +149,11 @@ def numbers_section(result: Evaluation) -> Markup:
     shown: dict[str, Any] = {"scores": None, "all": None}
     if len(result.models) == 2 and result.comparisons:
         row = result.comparisons[0]
-        shown = {"scores": _score_table(*result.models), "drop": _drop(row), "closeness": _fidelity_table(row)}
+        shown = {
+            "scores": _score_table(result.models[0], result.models[1], row.differences),
+            "drop": _drop(row),
+            "closeness": _fidelity_table(row),
+        }
     else:
         shown["all"] = _sortable(result)
     level = percent(result.level, 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_file import comparison, model, write_evaluation
 from PIL import Image
 from report_run import (
     HOSTILE,
@@ -114,7 +115,7 @@ def test_complete_run(run: Path) -> None:
     assert content.count("<svg") == 2 + 5 + 3  # size, time; map, differences, scores, linearity, candidates; losses
     assert content.count("How to read:") == 10
     assert "Of 24 blocks 16 are left: 4 runs" in words
-    assert "Outside the first model's own spread: worse" in words
+    assert "Worse, beyond the noise of pictures" in words
     assert "Small sample: 128 prompts" in words
     assert "ppcl compress emoji --out runs/emoji --keep 0.7" in words
     assert "Nothing to show yet" not in words
@@ -295,18 +296,34 @@ def test_headline_says_what_is_predicted(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "values", "lower", "expected"),
+    ("change", "limits", "values", "lower", "expected"),
     [
-        (10.5, [10.0, 10.6], True, "Inside"),
-        (12.0, [10.0, 10.6], True, "worse"),
-        (8.0, [10.0, 10.6], True, "better"),
-        (8.0, [10.0, 10.6], False, "worse"),
-        (12.0, [10.0], True, "unknown"),
+        (0.5, None, [10.0, 10.6], True, "No more than"),
+        (2.0, None, [10.0, 10.6], True, "Worse, beyond the noise"),
+        (-2.0, None, [10.0, 10.6], True, "Better, beyond the noise"),
+        (-2.0, None, [10.0, 10.6], False, "Worse, beyond the noise"),
+        (2.0, None, [10.0], True, "cannot be judged"),
+        (-0.08, (-0.36, 0.22), [11.14, 11.16], True, "cannot tell the two apart"),  # small spread, wide interval
+        (0.0, (0.0, 0.0), [], True, "cannot tell the two apart"),
+        (0.3, (0.2, 0.4), [10.0, 10.6], True, "No more than"),  # narrow interval, wide spread
+        (0.3, (0.2, 0.4), [10.0], True, "Worse, beyond the prompts."),
+        (0.9, (0.2, 1.4), [10.0, 10.1], False, "Better, beyond the prompts and the noise of pictures."),
     ],
 )
-def test_verdict(student: float, values: list[float], lower: bool, expected: str) -> None:
-    metric = SCORES["fid" if lower else "clip_score"]
-    assert expected in verdict(10.0, student, values, metric)
+def test_verdict(
+    change: float, limits: tuple[float, float] | None, values: list[float], lower: bool, expected: str
+) -> None:
+    assert expected in verdict(change, limits, values, SCORES["fid" if lower else "clip_score"])
+
+
+def test_the_table_of_scores_asks_the_interval_of_the_difference(tmp_path: Path) -> None:
+    """FID moves by ten times the teacher's spread over seeds, but these prompts cannot tell it from 0."""
+    spread = {"fid": {"mean": 11.0, "std": 0.02, "values": [10.98, 11.02]}}
+    models = [model("teacher", {"fid": {"value": 11.0}}, spread=spread), model("student", {"fid": {"value": 11.3}})]
+    difference = comparison("student", "teacher", {}, differences={"fid": {"value": 0.3, "low": -0.2, "high": 0.8}})
+    words = body_text(write_report(write_evaluation(tmp_path, models, [difference])))
+    assert "+0.30 -0.20 to +0.80".replace("-", "\N{MINUS SIGN}") in words
+    assert "these prompts cannot tell the two apart" in words
 
 
 def test_the_strip_says_how_stable_an_interval_is(tmp_path: Path) -> None:
