@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 IMPORTS = $(BIN)/python -c "import open_clip, peft, torchmetrics, ppcl.pipelines, ppcl.run"
 
-.PHONY: setup demo test check docs clean
+.PHONY: setup demo test test-all check docs clean
 
 setup: $(VENV)/ready
 
@@ -27,9 +27,14 @@ check: setup
 	$(BIN)/mypy
 
 # two processes of one thread each are three times as fast as one process of two threads; tests/tested_set.py runs the
-# suite in random orders
+# suite in random orders. `make test` leaves out what is marked slow, `make test-all`, which CI runs, does not
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -p no:randomly
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -p no:randomly
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	$(PYTEST)
 
 # the documentation as a site; a warning is an error
 docs: setup

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from global_state import changes, global_state
 from tiny_pipeline import PROMPTS, SMALL, tiny_qwen_pipeline
 
@@ -20,6 +24,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 STATE_BEFORE = pytest.StashKey[dict[str, object]]()
+
+
+def pytest_collection_finish() -> None:
+    """What imports left stays: the collector need not look at it each time, which takes it half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,44 +46,74 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not (left := changes(request.node.stash[STATE_BEFORE], global_state())), f"global state changed: {left}"
 
 
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+def written(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file, by name; of locks the time says nothing."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeOnce]:
+    """A function that makes a folder once for all processes of a session: of its name, and of what fills it.
+
+    No test may write into such a folder: the end of the session fails if one did.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place, done = shared / name, shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(place, ignore_errors=True)  # of a maker that failed
+                place.mkdir()
+                make(place)
+                done.write_text(json.dumps(written(place)))
+        return place
+
+    yield folder
+    changed = [
+        done.stem for done in shared.glob("*.json") if json.loads(done.read_text()) != written(shared / done.stem)
+    ]
+    assert not changed, f"tests wrote into what all share: {changed}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once: MakeOnce) -> Path:
     """The folder of a tiny pipeline of six blocks; do not write into it."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_qwen_pipeline().save_pretrained(folder)
-    return folder
+    return made_once("tiny", lambda folder: tiny_qwen_pipeline().save_pretrained(folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts_file(made_once: MakeOnce) -> Path:
     """Twelve prompts."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS) + "\n")
-    return path
+    text = "\n".join(PROMPTS) + "\n"
+    return made_once("prompts", lambda folder: (folder / "prompts.txt").write_text(text)) / "prompts.txt"
 
 
 @pytest.fixture(scope="session")
-def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_config(made_once: MakeOnce) -> Path:
     """A config under which all stages take seconds."""
-
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    path.write_text(yaml.safe_dump(SMALL))
-    return path
+    text = yaml.safe_dump(SMALL)
+    return made_once("config", lambda folder: (folder / "small.yaml").write_text(text)) / "small.yaml"
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    tiny_model: Path, prompts_file: Path, small_config: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished_run(tiny_model: Path, prompts_file: Path, small_config: Path, made_once: MakeOnce) -> Path:
     """A run directory with every stage done; do not write into it."""
     from ppcl.config import load_config
     from ppcl.run import STAGES, Run
 
-    out = tmp_path_factory.mktemp("finished") / "run"
-    run = Run(str(tiny_model), out, load_config([small_config], []), prompts_file, "test")
-    for stage in STAGES:
-        run.run(stage)
-    return out
+    def make(folder: Path) -> None:
+        run = Run(str(tiny_model), folder / "run", load_config([small_config], []), prompts_file, "test")
+        for stage in STAGES:
+            run.run(stage)
+
+    return made_once("finished", make) / "run"
 
 
 @pytest.fixture

@@ -53,7 +53,10 @@ def global_state() -> dict[str, Any]:
         **{f"log level: {name or 'root'}": logging.getLogger(name).level for name in LOGGERS},
         **{f"sys.path: {entry}": True for entry in sys.path if not entry.endswith(ADDED_BY_OTHERS)},
         **{f"environment: {k}": v for k, v in os.environ.items() if k not in SET_BY_OTHERS},
-        **{f"module: {name}": name.split(".")[0] == "ppcl" and id(sys.modules[name]) for name in tuple(sys.modules)},
+        **dict.fromkeys(map("module: ".__add__, tuple(sys.modules)), False),
+        **{
+            f"module: {n}": id(m) for n, m in tuple(sys.modules.items()) if n.startswith("ppcl") and n[4:5] in (".", "")
+        },
     }
 
 

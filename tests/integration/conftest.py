@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_pipelines import short_texts
 
 from ppcl import cli
 
@@ -17,6 +18,14 @@ def tree(folder, without=()):
         for p in sorted(Path(folder).rglob("*"))
         if p.is_file() and p.name not in without and "checkpoints" not in p.parts
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_text_tokens():
+    """Tiny pipelines work on pictures, not on padding."""
+    with pytest.MonkeyPatch.context() as patch:
+        short_texts(patch)
+        yield
 
 
 @pytest.fixture

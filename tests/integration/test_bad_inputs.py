@@ -163,7 +163,7 @@ def test_directory_of_something_else(refuses, common, tmp_path):
     refuses("compress", *common, "--out", tmp_path, says=says, watch=tmp_path)
 
 
-def test_run_of_another(refuses, common, finished_run, tiny_model, small_config, prompts_file, tmp_path):
+def test_run_of_another(refuses, common, run_copy, tiny_model, small_config, prompts_file, tmp_path):
     other_prompts = tmp_path / "prompts.txt"
     other_prompts.write_text("\n".join(f"prompt {i}" for i in range(12)))
     other_model = shutil.copytree(tiny_model, tmp_path / "other")
@@ -175,8 +175,8 @@ def test_run_of_another(refuses, common, finished_run, tiny_model, small_config,
         "with other evaluate.num_prompts;": (*common, "--set", "evaluate.num_prompts=3"),
         "with other weights (model_index.json is another one);": (other_model, *common[1:]),
     }.items():
-        says = (str(finished_run), differs, "choose another --out")
-        refuses("compress", *options, "--out", finished_run, says=says, watch=finished_run)
+        says = (str(run_copy), differs, "choose another --out")
+        refuses("compress", *options, "--out", run_copy, says=says, watch=run_copy)
 
 
 def test_out_below_a_file(refuses, common, tmp_path):

@@ -8,18 +8,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("capture", "analyze", "fit", "plan", "distill", "export", "evaluate", "report")
-
-
-def ppcl(*arguments, umask=0o022):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ppcl.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, umask=umask)
 
 
 def modes(folder):
@@ -36,13 +31,24 @@ def times(folder):
 
 
 @pytest.fixture(scope="module")
-def compressed(tiny_model, prompts_file, small_config, tmp_path_factory):
-    """The run directory and the arguments that made it."""
-    out = tmp_path_factory.mktemp("cli") / "a run [1]"  # a name that shells and markup could trip over
-    arguments = ("compress", tiny_model, "--out", out, "--config", small_config, "--prompts", prompts_file)
-    result = ppcl(*arguments, "--keep", 0.8, "--set", "device=cpu")
-    assert result.returncode == 0, result.stderr
-    return out, arguments, result
+def compressed(tiny_model, prompts_file, small_config, made_once):
+    """The run directory, the arguments that made it, and what was printed by a process of its own, of umask 077."""
+    name = "a run [1]"  # that shells and markup could trip over
+
+    def arguments(folder):
+        options = ("--config", small_config, "--prompts", prompts_file, "--keep", 0.8, "--set", "device=cpu")
+        return "compress", tiny_model, "--out", folder / name, *options
+
+    def make(folder):
+        command = [sys.executable, "-m", "ppcl.cli", *map(str, arguments(folder))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, umask=0o077)
+        assert done.returncode == 0, done.stderr
+        (folder / "printed.json").write_text(json.dumps({"stdout": done.stdout, "stderr": done.stderr}))
+
+    folder = made_once("compressed", make)
+    printed = json.loads((folder / "printed.json").read_text())
+    return folder / name, arguments(folder), SimpleNamespace(**printed)
 
 
 def test_one_command_writes_everything(compressed, tiny_model):
@@ -89,13 +95,10 @@ def test_the_pipeline_is_what_the_plan_predicted(compressed):
     assert plan["predicted"]["param_ratio"] <= 0.8
 
 
-def test_all_files_follow_the_umask(compressed, tmp_path):
-    out, arguments, _ = compressed
-    assert modes(out) == ({"0o644"}, {"0o755"})
-    again = [tmp_path / "run" if argument == out else argument for argument in arguments]
-    result = ppcl(*again, "--keep", 0.8, "--set", "device=cpu", umask=0o077)
-    assert result.returncode == 0, result.stderr
-    assert modes(tmp_path / "run") == ({"0o600"}, {"0o700"})
+def test_all_files_follow_the_umask(compressed, finished_run):
+    assert modes(compressed[0]) == ({"0o600"}, {"0o700"})
+    os.umask(umask := os.umask(0))
+    assert modes(finished_run) == ({oct(0o666 & ~umask)}, {oct(0o777 & ~umask)})
 
 
 def test_no_training_state_is_left(compressed):
@@ -104,27 +107,23 @@ def test_no_training_state_is_left(compressed):
     assert "removed and made again" not in compressed[2].stderr
 
 
-def test_the_second_call_does_nothing(compressed):
+def test_the_second_call_does_nothing(compressed, ppcl):
     out, arguments, _ = compressed
     before = times(out)
-    result = ppcl(*arguments, "--keep", 0.8, "--set", "device=cpu")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count(": done before") == len(STAGES)
+    code, _, stderr = ppcl(*arguments)
+    assert code == 0, stderr
+    assert stderr.count(": done before") == len(STAGES)
     assert times(out) == before
 
 
-def test_another_budget_keeps_what_does_not_depend_on_it(compressed, monkeypatch, capsys, caplog, tmp_path):
-    from ppcl import cli
-
+def test_another_budget_keeps_what_does_not_depend_on_it(compressed, ppcl, caplog, tmp_path):
     out = shutil.copytree(compressed[0], tmp_path / "run")
-    arguments = [out if argument == compressed[0] else argument for argument in compressed[1]]
+    arguments = [{compressed[0]: out, 0.8: 0.9}.get(argument, argument) for argument in compressed[1]]
     before = times(out)
     plan_before = (out / "plan.json").read_text()
-    monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments), "--keep", "0.9", "--set", "device=cpu"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    assert capsys.readouterr().err.count(": done before") == 3
+    code, _, stderr = ppcl(*arguments)
+    assert code == 0, stderr
+    assert stderr.count(": done before") == 3
     assert f"{out} was made with other settings (plan.keep 0.8 -> 0.9): plan and what follows are rem" in caplog.text
     after = times(out)
     kept = ("calibration/", "analysis.", "candidates.")
@@ -155,8 +154,6 @@ def test_a_missing_file_is_made_again(finished_run, tiny_model, prompts_file, sm
 
 
 def test_metrics_hold_the_error_before_training(finished_run):
-    import json
-
     row = json.loads((finished_run / "eval" / "metrics.json").read_text())["comparisons"][0]
     assert row["scale"]["velocity_error"] > 0
     assert row["fidelity"]["velocity_error"]["value"] > 0

@@ -26,7 +26,12 @@ OPTIONS = (
 )
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+# FLUX, Wan and Z-Image go through the same command in test_families_width.py
+QUICK = ("pixart", "sd3")
+FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(PIPELINES)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def compressed(request, prompts_file, small_config, tmp_path_factory):
     """A family's teacher, compressed by the command line from an ordinary folder."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -67,7 +67,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("qwen-streamed", "sd3-depth")
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_another_round_runs_and_names_the_first_teachers_blocks(
     case: str, run_cli: Cli, prompts_file: Path, small_config: Path, tmp_path: Path
 ) -> None:

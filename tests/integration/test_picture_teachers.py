@@ -45,7 +45,13 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["qwen_edit", "flux_kontext", "flux_fill", "wan_image_to_video"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("flux_fill", "wan_image_to_video"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen_edit", "flux_kontext")),
+    ],
+)
 def compressed(request, data, small_config, tmp_path_factory):
     """A teacher of each kind, compressed by the command line with pairs of pictures."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -123,8 +123,8 @@ def leftovers(folder):
     return [str(p) for p in folder.rglob(".*") if ".tmp" in p.name or ".old-" in p.name]
 
 
-def act(folder, *options):
-    """Make ``folder/undisturbed`` and ``folder/killed``; print what happened."""
+def act(folder, often, *options):
+    """Make ``folder/undisturbed`` and ``folder/killed``, killed ``once`` or ``twice`` a stage; print what happened."""
     # imported once here instead of in every attempt; no tensor is touched before the forks
     import matplotlib.pyplot  # noqa: F401
     import open_clip  # noqa: F401
@@ -149,9 +149,14 @@ def act(folder, *options):
     for stage in STAGES:
         counts = {kind: n for name, kind, n, _ in events if name == stage}
         kills = [(kind, int(share * counts[kind]) + 1) for kind, share in SWEEPS.get(stage, ())]
-        # the last kill comes early in what is left of the stage: however little, it has six events
         count = counts["any"]
-        kills += [("any", chance.randint(count // 2, count - 1)), ("any", chance.randint(3, 6))]
+        if often == "once":  # just before a file gets its final name, which leaves one of another name
+            half = [
+                n for name, kind, n, event in events if (name, kind, event[:14]) == (stage, "any", "before replace")
+            ]
+            kills = [*kills[:1], ("any", chance.choice(half))]
+        else:  # the last kill comes early in what is left of the stage: however little, it has six events
+            kills += [("any", chance.randint(count // 2, count - 1)), ("any", chance.randint(3, 6))]
         for kind, number in kills:
             code = attempt([*command, "--out", str(folder / "killed")], output, kill=(stage, kind, number))
             history.append({"stage": stage, "kind": kind, "event": number, "of": counts[kind], "code": code,
@@ -163,20 +168,24 @@ def act(folder, *options):
 # The tests
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_model, prompts_file, small_config, tmp_path_factory):
+@pytest.fixture(scope="module", params=["once", pytest.param("twice", marks=pytest.mark.slow)])
+def runs(request, tiny_model, prompts_file, small_config, made_once):
+    """The folder of both runs, and what happened to the second one: killed once a stage and kind of sweep, or twice."""
     if sys.platform != "linux":
         pytest.skip("forks processes that have imported torch")
-    folder = tmp_path_factory.mktemp("resume")
     options = (tiny_model, "--config", small_config, "--prompts", prompts_file, "--keep", 0.8, "--set", "device=cpu")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, folder, *options]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
-    output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
-    assert result.returncode == 0, result.stderr + output
-    told = json.loads(result.stdout.splitlines()[-1])
-    assert told["final"] == 0, output
-    return folder, told["history"]
+
+    def make(folder):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [str(word) for word in (sys.executable, __file__, folder, request.param, *options)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
+        assert result.returncode == 0, result.stderr + output
+        (folder / "told.json").write_text(result.stdout.splitlines()[-1])
+        assert json.loads((folder / "told.json").read_text())["final"] == 0, output
+
+    folder = made_once(f"killed-{request.param}", make)
+    return folder, json.loads((folder / "told.json").read_text())["history"], request.param
 
 
 def stable(value):
@@ -187,19 +196,16 @@ def stable(value):
 
 
 def test_every_stage_was_killed_inside(runs):
-    _, history = runs
-    kills = 2 * len(STAGES) + sum(map(len, SWEEPS.values()))
-    assert [row["code"] for row in history] == [-signal.SIGKILL] * kills, history
+    _, history, often = runs
+    kills = [*STAGES, *SWEEPS] if often == "once" else [*STAGES, *STAGES, *(s for s in SWEEPS for _ in SWEEPS[s])]
+    assert [row["code"] for row in history] == [-signal.SIGKILL] * len(kills), history
+    assert sorted(row["stage"] for row in history) == sorted(kills)
     assert any(row["left"] for row in history)  # otherwise the test below would prove nothing
 
 
-def test_nothing_temporary_is_left(runs):
-    folder, _ = runs
+def test_a_killed_run_ends_as_the_undisturbed_one_bit_for_bit(runs):
+    folder, *_ = runs
     assert leftovers(folder / "killed") == []
-
-
-def test_the_same_files_bit_for_bit(runs):
-    folder, _ = runs
     names = [
         {str(p.relative_to(folder / run)) for p in (folder / run).rglob("*") if p.is_file()}
         for run in ("undisturbed", "killed")
@@ -219,7 +225,7 @@ def test_the_same_files_bit_for_bit(runs):
 def test_the_same_log(runs):
     from ppcl.eval.report_data import read_log
 
-    folder, _ = runs
+    folder, *_ = runs
     logs = [read_log(folder / run / "log.jsonl") for run in ("undisturbed", "killed")]
     assert {"fit", "distill.local", "distill.output"} <= set(logs[0])
     assert stable(logs[0]) == stable(logs[1])

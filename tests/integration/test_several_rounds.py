@@ -45,19 +45,21 @@ def act(folder: Path, *options: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, prompts_file: Path, small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tiny_model: Path, prompts_file: Path, small_config: Path, made_once: Callable[..., Path]) -> Path:
     if sys.platform != "linux":
         pytest.skip("forks processes that have imported torch")
-    folder = tmp_path_factory.mktemp("rounds")
     options = (tiny_model, "--config", small_config, "--prompts", prompts_file, "--keep", 0.6, "--rounds", 2)
     more = ("--set", "device=cpu", "--set", "evaluate.num_prompts=2")  # no smaller modules: those are timed
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [str(word) for word in (sys.executable, __file__, folder, *options, *more)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
-    assert result.returncode == 0, result.stderr + output
-    assert json.loads(result.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(KILLS), 0], output
-    return folder
+
+    def make(folder: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [str(word) for word in (sys.executable, __file__, folder, *options, *more)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
+        assert result.returncode == 0, result.stderr + output
+        assert json.loads(result.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(KILLS), 0], output
+
+    return made_once("rounds", make)
 
 
 def test_kills_in_both_rounds_change_no_bit(runs: Path) -> None:

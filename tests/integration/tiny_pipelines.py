@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 ASCII = [chr(code) for code in range(33, 127)]
 WIDTH = 32  # of every text encoder but the CLIPs, whose two halves make it up together
+TEXT_TOKENS = 24
+PADDED = ("Flux", "FluxKontext", "FluxFill", "FluxControl", "StableDiffusion3", "PixArtSigma", "Wan", "WanImageToVideo")
 
 
 def clip_tokenizer() -> Any:
@@ -16,7 +19,7 @@ def clip_tokenizer() -> Any:
 
     names = ["<|startoftext|>", "<|endoftext|>", *ASCII, *(f"{c}</w>" for c in ASCII)]
     # without model_max_length the pipelines pad to an endless length
-    return CLIPTokenizer({name: i for i, name in enumerate(names)}, [], model_max_length=77)
+    return CLIPTokenizer({name: i for i, name in enumerate(names)}, [], model_max_length=TEXT_TOKENS)
 
 
 def clip(tokenizer: Any, projected: bool) -> Any:
@@ -147,6 +150,18 @@ def small_sources(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (32, 32, None))
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio: (32, 32))
+
+
+def short_texts(monkeypatch: Any) -> None:
+    """Pipelines pad texts to hundreds of tokens, which is most of what a tiny model works on; here to a few."""
+    import diffusers
+
+    for name in PADDED:
+        call = inspect.unwrap(getattr(diffusers, f"{name}Pipeline").__call__)
+        optional = [p for p in inspect.signature(call).parameters.values() if p.default is not p.empty]
+        assert "max_sequence_length" in {p.name for p in optional}, name
+        defaults = tuple(TEXT_TOKENS if p.name == "max_sequence_length" else p.default for p in optional)
+        monkeypatch.setattr(call, "__defaults__", defaults)
 
 
 def qwen_edit_plus() -> Any:

@@ -85,6 +85,7 @@ def test_distill_step_holds_one_graph(benchmark):
     assert float(cells(memory, "ordinary way")[2]) > 1.5
 
 
+@pytest.mark.slow
 def test_scaling_counts_the_processes(benchmark):
     text = benchmark("scaling", "--steps", "3", "--processes", "2")
     stages, joint = text.split("## Joint training")
