@@ -46,6 +46,16 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not (left := changes(request.node.stash[STATE_BEFORE], global_state())), f"global state changed: {left}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_timing() -> Iterator[None]:
+    """Times of tiny modules are noise however long they are taken."""
+    from ppcl.pruning import options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "ROUNDS", 2)
+        yield
+
+
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 

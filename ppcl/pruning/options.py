@@ -36,6 +36,8 @@ from ppcl.teacher.families import StackSpec
 from ppcl.teacher.flops import count_flops, count_params
 from ppcl.teacher.trace import BlockCall
 
+ROUNDS = 7  # in which what is large and what is smaller are timed in turn, two calls each
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -272,7 +274,7 @@ def _shapes(block: nn.Module) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, Any], rounds: int = 7) -> float:
+def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, Any]) -> float:
     """The share of a transformer's time that a student saves.
 
     Whole calls in turn, and the least of some rounds, since whatever else runs only adds. A module by itself, with its
@@ -283,21 +285,20 @@ def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, 
         transformer: The teacher's transformer.
         student: The same with something smaller in all of its blocks.
         arguments: A call on one sample.
-        rounds: Rounds in which both are timed in turn, two calls each.
 
     Returns:
         A share, 0 or more and below 1.
     """
     calls = [partial(velocity, model, arguments) for model in (transformer, student)]
-    return _saved_share(calls, next(transformer.parameters()).device, rounds)
+    return _saved_share(calls, next(transformer.parameters()).device)
 
 
 @torch.no_grad()
-def _saved_share(calls: Sequence[Callable[[], Any]], device: torch.device, rounds: int = 7) -> float:
+def _saved_share(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
     """The share of the first call's time that the second one saves; 0 or more and below 1."""
     threads = torch.get_num_threads()
     clock = time.process_time if threads == 1 and device.type == "cpu" else wall_clock
     timers = [Timer("call()", globals={"call": call}, num_threads=threads, timer=clock) for call in calls]
-    times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]
+    times = [[timer.timeit(2).mean for timer in timers] for _ in range(ROUNDS)]
     before, after = (min(column) for column in zip(*times, strict=True))
     return float(min(0.99, max(0.0, 1 - after / before)))

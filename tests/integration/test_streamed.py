@@ -156,7 +156,8 @@ def test_a_search_that_looks_at_the_teacher_finds_the_same_streamed(
 ) -> None:
     plans = []
     for blocks in ("resident", "streamed"):
-        options = ("--keep", "0.8", "--mode", mode, "--set", f"blocks={blocks}", "--set", "device=cpu")
+        settings = (f"blocks={blocks}", "device=cpu", "plan.search_steps=20", "plan.search_states=8")
+        options = ("--keep", "0.8", "--mode", mode, *(word for setting in settings for word in ("--set", setting)))
         code, err = run_cli("plan", *common, "--out", run_copy, *options)
         assert code == 0, err
         plans.append(json.loads((run_copy / "plan.json").read_text()))

@@ -53,8 +53,7 @@ def test_two_processes_compress(tiny_model, prompts_file, small_config, tmp_path
     assert drawn == ["step-000002.png", "step-000004.png", "teacher.png"]
 
 
-def test_another_number_than_asked_is_one_line(tiny_model, tmp_path):
-    done = ppcl("compress", tiny_model, "--out", tmp_path / "run", "--processes", 2)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 2 processes were asked for, 1 train; start the command with")
+def test_another_number_than_asked_is_one_line(tiny_model, tmp_path, refuses):
+    says = ("2 processes were asked for, 1 train; start the command with",)
+    refuses("compress", tiny_model, "--out", tmp_path / "run", "--processes", 2, says=says)
     assert not (tmp_path / "run").exists()

@@ -52,6 +52,7 @@ def test_the_stages_at_full_size_by_arithmetic(benchmark):
     assert "hours of one H100" in text
 
 
+@pytest.mark.slow
 def test_a_local_step_at_full_size(benchmark):
     text = benchmark("full_size", "--local-step", "--repeats", "1")
     assert "SCALED DOWN" in text
@@ -94,6 +95,7 @@ def test_scaling_counts_the_processes(benchmark):
         assert float(cells(part, "2")[1]) > 0
 
 
+@pytest.mark.slow
 def test_ways_of_recovery(monkeypatch, tiny_model, finished_run, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     threads = torch.get_num_threads()
@@ -118,6 +120,7 @@ def test_ways_of_recovery(monkeypatch, tiny_model, finished_run, tmp_path):
     assert peaks[0] < peaks[2] and peaks[1] < peaks[2]
 
 
+@pytest.mark.slow
 def test_streamed_run(benchmark):
     text = benchmark("streamed_run", "--blocks", "4", "--until", "analyze")
     rows = [line for line in text.splitlines() if line.startswith("| 4 (")]

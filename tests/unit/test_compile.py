@@ -49,7 +49,10 @@ def compare(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
     assert max(float((first[k].float() - second[k].float()).abs().max()) for k in first) < 1e-5
 
 
-@pytest.mark.parametrize("name", MORE)
+# "checkpointing" has steps of both other kinds
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("alternating", "lora") else ()) for n in MORE]
+)
 def test_compiled_blocks_learn_the_same(name: str, tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:
     for folder in ("plain", "compiled"):
         write_all_states(tmp_path / folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from ppcl.training.launch import guarded
 from ppcl.training.stopping import Stopped, on_signals
 
 HERE = Path(__file__).parent
+Together = Callable[[str], tuple[Path, dict[str, torch.Tensor]]]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -53,6 +56,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return train_all(folder, SINGLE)
 
 
+@pytest.fixture(scope="module")
+def together(made_once: Callable[..., Path]) -> Together:
+    """What two processes made of each task, which one launch does one after the other; its folder and weights."""
+
+    def make(folder: Path) -> None:
+        done = start(TORCHRUN, "pieces,padded,split,zero2,teacher,sparse", folder, ASKED="2")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = made_once("two-processes", make)
+
+    def of(task: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        result, meta = read_tensors(folder / task / "result.safetensors")
+        assert meta == {"processes": 2}
+        return folder / task, result
+
+    return of
+
+
 def check_split(folder: Path, split: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> None:
     """FSDP2: the same weights, and one process goes on from the checkpoint, which holds whole tensors."""
     assert_close({f"all/{k}": v for k, v in split.items()}, only_all(alone))
@@ -61,56 +82,46 @@ def check_split(folder: Path, split: dict[str, torch.Tensor], alone: dict[str, t
     assert_close(weights(resumed), split)
 
 
-def test_two_processes_train_what_one_does_in_every_stage(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_all_states(tmp_path)
-    done = start(TORCHRUN, "train", tmp_path, ASKED="2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    together, meta = read_tensors(tmp_path / "result.safetensors")
-    assert meta == {"processes": 2}
-    split = {k.removeprefix("split/"): together.pop(k) for k in list(together) if k.startswith("split/")}
-    assert_close(together, alone)
-    check_split(tmp_path / "split", split, alone)
+def test_two_processes_train_what_one_does_in_every_stage(
+    alone: dict[str, torch.Tensor], together: Together, tmp_path: Path
+) -> None:
+    assert_close(together("pieces")[1], alone)
     assert len(alone["all/losses"]) == 3
+    write_all_states(tmp_path)
     untrained = weights(new_distiller(tmp_path, "all", SINGLE))
     moved = [k for k, v in untrained.items() if not torch.allclose(v, alone[f"all/{k}"], 1e-5, 1e-5)]
     assert len(moved) > 50  # the comparison is of something
 
 
 def test_padded_texts_train_what_pieces_do_in_one_process_and_in_two(
-    alone: dict[str, torch.Tensor], tmp_path: Path
+    alone: dict[str, torch.Tensor], together: Together, tmp_path: Path
 ) -> None:
     write_all_states(tmp_path, together=True)
-    write_all_states(tmp_path / "one", together=True)
-    assert_close(train_all(tmp_path / "one", SINGLE), alone)
-    done = start(TORCHRUN, "train", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together, _ = read_tensors(tmp_path / "result.safetensors")
-    assert_close({k: v for k, v in together.items() if not k.startswith("split/")}, alone)
+    assert_close(train_all(tmp_path, SINGLE), alone)
+    assert_close(together("padded")[1], alone)
 
 
-def test_gradients_and_optimizer_states_alone_are_split(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    done = start(TORCHRUN, "zero2", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_split(tmp_path, read_tensors(tmp_path / "result.safetensors")[0], alone)
+@pytest.mark.parametrize("task", ["split", "zero2"])  # all, or gradients and optimizer states alone
+def test_a_student_that_is_split_trains_what_a_whole_one_does(
+    task: str, alone: dict[str, torch.Tensor], together: Together, tmp_path: Path
+) -> None:
+    folder, result = together(task)
+    check_split(shutil.copytree(folder, tmp_path / task), result, alone)
 
 
-def test_the_frozen_teacher_is_split_in_every_stage(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    done = start(TORCHRUN, "teacher", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = read_tensors(tmp_path / "result.safetensors")[0]
-    whole = {f"all/{k.removeprefix('whole/')}": together.pop(k) for k in list(together) if k.startswith("whole/")}
+def test_the_frozen_teacher_is_split_in_every_stage(alone: dict[str, torch.Tensor], together: Together) -> None:
+    found = together("teacher")[1]
+    whole = {f"all/{k.removeprefix('whole/')}": found.pop(k) for k in list(found) if k.startswith("whole/")}
     assert_close(whole, only_all(alone))  # a copy of blocks that are split is whole
-    assert_close(together, {k: v for k, v in alone.items() if k in together})
-    assert {k.split("/")[0] for k in together} == {"local", "sequential", "alternating", "output", "all"}
+    assert_close(found, {k: v for k, v in alone.items() if k in found})
+    assert {k.split("/")[0] for k in found} == {"local", "sequential", "alternating", "output", "all"}
 
 
-def test_zeros_stay_where_weights_are_split_over_processes(tmp_path: Path) -> None:
+def test_zeros_stay_where_weights_are_split_over_processes(together: Together, tmp_path: Path) -> None:
     alone = train_sparse(tmp_path / "alone", SINGLE)
-    done = start(TORCHRUN, "sparse", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = read_tensors(tmp_path / "two" / "result.safetensors")[0]
-    assert_close({k: v.float() for k, v in together.items()}, {k: v.float() for k, v in alone.items()})
-    masks = {k.removeprefix("mask/"): v for k, v in together.items() if k.startswith("mask/")}
+    found = together("sparse")[1]
+    assert_close({k: v.float() for k, v in found.items()}, {k: v.float() for k, v in alone.items()})
+    masks = {k.removeprefix("mask/"): v for k, v in found.items() if k.startswith("mask/")}
     assert len(masks) == 36  # 3 blocks
     for name, mask in masks.items():
         stack, run, path = name.split("/")
@@ -136,6 +147,7 @@ def test_a_killed_process_of_two_is_resumed_by_one(alone: dict[str, torch.Tensor
     assert_close({f"all/{k}": v for k, v in weights(resumed).items()}, only_all(alone))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_both_saved_with_exit_code_0(tmp_path: Path) -> None:
     write_all_states(tmp_path)
     done = start(TORCHRUN, "stop", tmp_path)

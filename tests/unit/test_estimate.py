@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ppcl.pruning.planner import segments
 from ppcl.student.plan import CompressionPlan, Prediction
 
 CARD = "24GB,165TFLOPS"
+COUNTED = {}
 SMALL = [
     *("capture.height=256", "capture.width=256", "blocks=streamed", "fit.width=[]", "capture.batch_size=2"),
     *("analyze.batch_size=2", "fit.batch_size=2", "distill.batch_size=2", "evaluate.batch_size=2"),
@@ -28,6 +30,17 @@ SMALL = [
 
 def estimate(folder, config, *changes, device=CARD):
     return estimate_run(str(write_config(folder, config)), load_config([], [*SMALL, *changes]), parse_hardware(device))
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch):
+    """What a model's shapes cost is counted once for all tests here: devices and other settings do not change it."""
+
+    def count(model, *sizes):
+        key = ((Path(model) / "transformer" / "config.json").read_text(), *sizes)
+        return COUNTED.get(key) or COUNTED.setdefault(key, blueprint_of(model, *sizes))
+
+    monkeypatch.setattr("ppcl.inspection.estimate.blueprint_of", count)
 
 
 def by_stage(found):

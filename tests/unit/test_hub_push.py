@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +16,6 @@ from ppcl import api, cli
 from ppcl.cli.options import Budget, Push, Settings
 from ppcl.errors import ArtifactError, HubError
 from ppcl.export.hub import check_repo_id, push
-from ppcl.run.rounds import Round
-from ppcl.run.stages import STAGES
 from ppcl.training.distributed import SINGLE
 
 CARD = 'from_pretrained("HERE")'
@@ -174,43 +174,32 @@ class FinishedRun:
 
 @pytest.mark.parametrize("command", ["compress", "export"])
 def test_the_command_pushes_and_fails_with_code_2(
-    pipeline: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
     command: str,
+    finished_run: Path,
+    tiny_model: Path,
+    small_config: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+    ppcl: Callable[..., tuple[object, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run = FinishedRun(pipeline.parent)
-    monkeypatch.setattr(cli, "open_run", lambda *_: run)
-    monkeypatch.setattr(cli, "open_rounds", lambda *_: [Round(run, tuple(STAGES))])
-    monkeypatch.setattr("ppcl.run.summary.print_summary", lambda _: None)
-    monkeypatch.setattr("ppcl.run.summary.print_prediction", lambda _: None)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    given = (command, tiny_model, "--out", run, "--config", small_config, "--prompts", prompts_file)
     monkeypatch.setattr("ppcl.export.hub.has_token", lambda: False)
-    arguments = [
-        "ppcl",
-        command,
-        "teacher",
-        "--out",
-        str(pipeline.parent),
-        "--push-to-hub",
-        "user/name",
-        "--private",
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
     use(monkeypatch, Hub(refused(401, "Invalid username or password")))
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[-1].startswith("error: ")
-    assert "hf auth login" in errors[-1]
+    code, _, err = ppcl(*given, "--push-to-hub", "user/name", "--private")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "hf auth login" in err.splitlines()[-1]
     assert "no token for the hub yet" in caplog.text  # said before the work, too
     hub = use(monkeypatch, Hub())
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    assert "pushed:  https://hub.invalid/user/name" in capsys.readouterr().out
-    assert b"path/to/this/folder" not in hub.files["README.md"]
+    code, out, err = ppcl(*given, "--push-to-hub", "user/name", "--private")
+    assert code == 0, err
+    assert "pushed:  https://hub.invalid/user/name" in out
+    assert {"model_index.json", "transformer/config.json"} <= set(hub.files)
+    card = hub.files["README.md"].decode()
+    assert "user/name" in card and str(run) not in card
 
 
 def test_private_alone_is_warned_about(

@@ -61,7 +61,10 @@ def test_flux_dev(tmp_path):
     assert found.call == {"height": 1024, "width": 1024, "image_tokens": 4096, "text_tokens": 512}
 
 
-@pytest.mark.parametrize(("config", "params"), [(QWEN_IMAGE, 20_430_401_088), (FLUX_DEV, 11_901_408_320)])
+@pytest.mark.parametrize(
+    ("config", "params"),
+    [(QWEN_IMAGE, 20_430_401_088), pytest.param(FLUX_DEV, 11_901_408_320, marks=pytest.mark.slow)],
+)
 def test_the_command_is_quick_and_small(tmp_path, config, params):
     """Under 6 seconds of processor time beside the libraries' imports, and 2 GB of memory with them."""
     if not Path("/proc/self/status").is_file():

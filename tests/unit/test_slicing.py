@@ -300,7 +300,8 @@ def test_a_text_stream_is_replaced_or_its_modules_are() -> None:
         assert not any({"text", "modulation.text"} <= chosen for chosen in groups)
 
 
-def test_the_time_of_a_smaller_network_is_measured() -> None:
+def test_the_time_of_a_smaller_network_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppcl.pruning.options.ROUNDS", 7)
     torch.manual_seed(0)
     transformer = QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=32, num_attention_heads=8,

@@ -209,31 +209,34 @@ def write_all_states(folder: Path, together: bool = False) -> None:
         check_padding(teacher, adapter_for(teacher), folder / "states")
 
 
-def main(task: str, folder: Path) -> None:
-    """Do what the test asks for."""
+def train_as(task: str, folder: Path, group: Group) -> dict[str, torch.Tensor]:
+    """The weights of a task of several processes, in a folder of its own."""
+    if task in ("pieces", "padded"):
+        group.on_main(functools.partial(write_all_states, folder, together=task == "padded"))
+        return train_all(folder, group)
+    return {
+        "split": lambda: train_split(folder, group, True),
+        "zero2": lambda: train_split(folder, group, "zero2"),
+        "teacher": lambda: train_beside_split_teacher(folder, group),
+        "sparse": lambda: train_sparse(folder, group),
+    }[task]()
+
+
+def main(tasks: str, folder: Path) -> None:
+    """Do what the tests ask for: tasks one after the other, or die in training."""
     torch.set_num_threads(1)
     group = connect(cpu=True, asked=int(os.environ["ASKED"]) if "ASKED" in os.environ else None)
-    if task == "train":
-        result = train_all(folder, group)
-        result |= {f"split/{key}": value for key, value in train_split(folder / "split", group, True).items()}
-        if group.is_main:
-            write_tensors(folder / "result.safetensors", result, {"processes": group.size})
-        group.close()
-        return
-    if task in ("sparse", "zero2", "teacher"):
-        result = {
-            "sparse": lambda: train_sparse(folder, group),
-            "zero2": lambda: train_split(folder, group, "zero2"),
-            "teacher": lambda: train_beside_split_teacher(folder, group),
-        }[task]()
-        if group.is_main:
-            write_tensors(folder / "result.safetensors", result)
+    if tasks not in ("kill", "stop"):
+        for task in tasks.split(","):
+            result = train_as(task, folder / task, group)
+            if group.is_main:
+                write_tensors(folder / task / "result.safetensors", result, {"processes": group.size})
         group.close()
         return
 
     def die(row: dict[str, Any]) -> None:  # the first process alone is told
         if row["step"] == 1:
-            number = signal.SIGKILL if task == "kill" else signal.SIGTERM
+            number = signal.SIGKILL if tasks == "kill" else signal.SIGTERM
             os.kill(os.getpid(), number)
 
     new_distiller(folder, "all", group, die).run()
