@@ -14,12 +14,13 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ppcl.config import load_config
 from ppcl.inspection.estimate import Estimate, estimate_of, estimate_table
 from ppcl.inspection.hardware import PEAKS, SHARE, parse_hardware
-from ppcl.inspection.shapes import blueprint_of
+from ppcl.inspection.shapes import Blueprint, blueprint_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "unit"))  # where the configs of the published models are
@@ -49,23 +50,29 @@ def _field(path: Path, pattern: str) -> str:
     return match[1]
 
 
-def estimates_of(path: Path, folder: Path) -> Iterator[tuple[Path, Estimate]]:
+@cache
+def counted(name: str, height: int | None, width: int | None, frames: int | None) -> Blueprint:
+    """What the cost of a published model depends on; several files are of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return blueprint_of(str(write_config(Path(folder), PUBLISHED[name])), height, width, frames)
+
+
+def estimates_of(path: Path) -> Iterator[tuple[Path, Estimate]]:
     """What the model of a file takes with each file of devices."""
     name, capture = _field(path, MODEL), load_config([path], []).capture
-    model = write_config(folder / path.stem, PUBLISHED[name])
-    blueprint = blueprint_of(str(model), capture.height, capture.width, capture.num_frames)
+    blueprint = counted(name, capture.height, capture.width, capture.num_frames)
     for hardware, device in device_files().items():
         config = load_config([device, path], [])
         yield device, estimate_of(name, blueprint, config, parse_hardware(hardware), config.blocks)
 
 
-def lines_of(path: Path, folder: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """The generated lines of a file's header."""
     lines = [
         f"{BEGINS}  Not run by this project: quality is not known. Estimates: peaks of all stages, hours in all, by",
         "#            arithmetic (python benchmarks/config_headers.py; each stage: ppcl inspect --estimate):",
     ]
-    for device, found in estimates_of(path, folder):
+    for device, found in estimates_of(path):
         rest = f"{found.ram / 1e9:.0f} GB of RAM, {found.disk / 1e9:.0f} GB of disk, {found.seconds / 3600:.1f} hours"
         lines.append(
             f"#            devices/{device.name}: {found.device / 1e9:.1f} GB of {found.memory / 1e9:.0f}; {rest}"
@@ -73,12 +80,12 @@ def lines_of(path: Path, folder: Path) -> list[str]:
     return lines
 
 
-def with_header(path: Path, folder: Path) -> str:
+def with_header(path: Path) -> str:
     """A file's text with a header that is up to date."""
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGINS)
     _, _, after = rest.partition(ENDS)
-    return before + "\n".join([*lines_of(path, folder), ENDS + after])
+    return before + "\n".join([*lines_of(path), ENDS + after])
 
 
 def stage_table(names: tuple[str, ...] = ("qwen_image_10b", "flux_dev_6b5")) -> str:
@@ -93,12 +100,11 @@ def stage_table(names: tuple[str, ...] = ("qwen_image_10b", "flux_dev_6b5")) -> 
         "bundle, and three levels of states beside the checkpoints of one substitute (four without them in the carried "
         "stage).",
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            path = CONFIGS / f"{name}.yaml"
-            found = {d.stem: e for d, e in estimates_of(path, Path(folder)) if "x" not in d.stem}
-            text += [f"## {_field(path, MODEL)}, `configs/{name}.yaml`", estimate_table(found)]
-            text += [_in_words(device, estimate) for device, estimate in found.items()]
+    for name in names:
+        path = CONFIGS / f"{name}.yaml"
+        found = {d.stem: e for d, e in estimates_of(path) if "x" not in d.stem}
+        text += [f"## {_field(path, MODEL)}, `configs/{name}.yaml`", estimate_table(found)]
+        text += [_in_words(device, estimate) for device, estimate in found.items()]
     return "\n\n".join(text)
 
 
@@ -122,13 +128,12 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a header is old")
     args = parser.parse_args(argv)
     changed = []
-    with tempfile.TemporaryDirectory() as folder:
-        for path in model_files():
-            text = with_header(path, Path(folder))
-            if text != path.read_text(encoding="utf-8"):
-                changed.append(path.name)
-                if not args.check:
-                    path.write_text(text, encoding="utf-8")
+    for path in model_files():
+        text = with_header(path)
+        if text != path.read_text(encoding="utf-8"):
+            changed.append(path.name)
+            if not args.check:
+                path.write_text(text, encoding="utf-8")
     print(f"changed: {', '.join(changed) or 'nothing'}")
     if args.check and changed:
         raise SystemExit(1)

@@ -25,11 +25,14 @@ from ppcl.student.plan import CompressionPlan, Prediction
 
 ROOT = Path(__file__).resolve().parents[2]
 # stage and event, one kill after the other: what is done by then has none, so the second of a stage is in round 2
-KILLS = (("distill", 5), ("export", 4), ("capture", 5), ("analyze", 4), ("distill", 6), ("evaluate", 6))
+KILLS = {
+    "few": (("distill", 5), ("capture", 5), ("evaluate", 6)),
+    "many": (("distill", 5), ("export", 4), ("capture", 5), ("analyze", 4), ("distill", 6), ("evaluate", 6)),
+}
 Refuses = Callable[..., str]
 
 
-def act(folder: Path, *options: str) -> None:
+def act(folder: Path, number: str, *options: str) -> None:
     """Make ``folder/undisturbed`` and ``folder/killed``; print the exit codes. Runs as a script."""
     import open_clip  # noqa: F401 - imported once, before the forks
     import torch
@@ -40,12 +43,19 @@ def act(folder: Path, *options: str) -> None:
     torch.set_num_threads(1)
     command, output = ["compress", *options, "--out"], str(folder / "output.txt")
     codes = [attempt([*command, str(folder / "undisturbed")], output)]
-    codes += [attempt([*command, str(folder / "killed")], output, kill=(stage, "any", n)) for stage, n in KILLS]
+    codes += [attempt([*command, str(folder / "killed")], output, kill=(stage, "any", n)) for stage, n in KILLS[number]]
     print(json.dumps([*codes, attempt([*command, str(folder / "killed")], output)]))
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_model: Path, prompts_file: Path, small_config: Path, made_once: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="module", params=["few", pytest.param("many", marks=pytest.mark.slow)])
+def runs(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    prompts_file: Path,
+    small_config: Path,
+    made_once: Callable[..., Path],
+) -> Path:
+    kills = KILLS[request.param]
     if sys.platform != "linux":
         pytest.skip("forks processes that have imported torch")
     options = (tiny_model, "--config", small_config, "--prompts", prompts_file, "--keep", 0.6, "--rounds", 2)
@@ -53,13 +63,13 @@ def runs(tiny_model: Path, prompts_file: Path, small_config: Path, made_once: Ca
 
     def make(folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [str(word) for word in (sys.executable, __file__, folder, *options, *more)]
+        command = [str(word) for word in (sys.executable, __file__, folder, request.param, *options, *more)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         output = (folder / "output.txt").read_text()[-3000:] if (folder / "output.txt").exists() else ""
         assert result.returncode == 0, result.stderr + output
-        assert json.loads(result.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(KILLS), 0], output
+        assert json.loads(result.stdout.splitlines()[-1]) == [0, *[-signal.SIGKILL] * len(kills), 0], output
 
-    return made_once("rounds", make)
+    return made_once(f"rounds-{request.param}", make)
 
 
 def test_kills_in_both_rounds_change_no_bit(runs: Path) -> None:

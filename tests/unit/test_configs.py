@@ -73,9 +73,9 @@ def headers(monkeypatch):
 
 
 @pytest.mark.parametrize("path", SIZED, ids=lambda path: path.stem)
-def test_headers_are_what_their_command_writes_and_every_run_fits(path, tmp_path, headers):
-    assert headers.with_header(path, tmp_path) == path.read_text(encoding="utf-8")
-    estimates = dict(headers.estimates_of(path, tmp_path))
+def test_headers_are_what_their_command_writes_and_every_run_fits(path, headers):
+    assert headers.with_header(path) == path.read_text(encoding="utf-8")
+    estimates = dict(headers.estimates_of(path))
     assert [device.stem for device in estimates] == ["12gb", "24gb", "80gb", "8x80gb"]
     assert all(not found.too_large for found in estimates.values())
 
