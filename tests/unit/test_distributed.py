@@ -126,7 +126,7 @@ def test_zeros_stay_where_weights_are_split_over_processes(together: Together, t
     for name, mask in masks.items():
         stack, run, path = name.split("/")
         first, last = map(int, run.split("-"))
-        assert (together[f"{(stack, first, last)}/{path}"][~mask] == 0).all()
+        assert (found[f"{(stack, first, last)}/{path}"][~mask] == 0).all()
 
 
 def test_accumulating_changes_nothing(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
