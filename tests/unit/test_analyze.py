@@ -305,7 +305,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("index", [0, 2, 3])
+@pytest.mark.parametrize("index", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_analysis_goes_on_at_its_block_with_the_same_bits(
     index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

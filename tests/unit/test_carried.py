@@ -223,7 +223,7 @@ def test_only_blocks_behind_the_first_substitute_are_handed_something_else(tmp_p
     assert kept_behind(plan_for(teacher, []), ResidentBlocks(teacher)) == {}
 
 
-@pytest.mark.parametrize("row", [4, 7, 14])
+@pytest.mark.parametrize("row", [7, pytest.param(4, marks=pytest.mark.slow), pytest.param(14, marks=pytest.mark.slow)])
 def test_a_stage_killed_in_a_kept_block_goes_on_with_the_same_bits(
     row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

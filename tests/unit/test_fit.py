@@ -240,7 +240,9 @@ def test_only_states_that_are_drawn_are_carried(
         assert (one.fitted_error or 0) == pytest.approx(other.fitted_error or 0, rel=1e-5)
 
 
-@pytest.mark.parametrize("stops", [1, 9, 25])
+@pytest.mark.parametrize(
+    "stops", [9, pytest.param(1, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.slow)]
+)
 def test_fit_is_resumed(stops: int, prepared: tuple[Any, Analysis, Path]) -> None:
     folder = prepared[2]
     settings = SETTINGS.model_copy(update={"steps": 14, "width": ("ffn",)})  # a checkpoint every ten steps

@@ -136,7 +136,7 @@ def keeping(sources: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("memory", [1e12, 0])
-@pytest.mark.parametrize("row", [2, 5, 9])
+@pytest.mark.parametrize("row", [5, pytest.param(2, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
 def test_killed_training_goes_on_to_the_same_bits(
     row: int, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
