@@ -149,14 +149,15 @@ def act(folder, often, *options):
     for stage in STAGES:
         counts = {kind: n for name, kind, n, _ in events if name == stage}
         kills = [(kind, int(share * counts[kind]) + 1) for kind, share in SWEEPS.get(stage, ())]
-        count = counts["any"]
-        if often == "once":  # just before a file gets its final name, which leaves one of another name
-            half = [
-                n for name, kind, n, event in events if (name, kind, event[:14]) == (stage, "any", "before replace")
-            ]
-            kills = [*kills[:1], ("any", chance.choice(half))]
-        else:  # the last kill comes early in what is left of the stage: however little, it has six events
-            kills += [("any", chance.randint(count // 2, count - 1)), ("any", chance.randint(3, 6))]
+        # the last kill after another one comes early in what is left of the stage: however little, it has six events
+        count, early = counts["any"], ("any", chance.randint(3, 6))
+        if often == "twice":
+            kills += [("any", chance.randint(count // 2, count - 1)), early]
+        elif kills:
+            kills = [kills[0], early]
+        else:  # just before a file gets its final name, which leaves one of another name
+            half = [n for name, kind, n, what in events if (name, kind) == (stage, "any") and "before replace" in what]
+            kills = [("any", chance.choice(half))]
         for kind, number in kills:
             code = attempt([*command, "--out", str(folder / "killed")], output, kill=(stage, kind, number))
             history.append({"stage": stage, "kind": kind, "event": number, "of": counts[kind], "code": code,
