@@ -26,7 +26,7 @@ OPTIONS = (
 )
 
 
-# FLUX, Wan and Z-Image go through the same command in test_families_width.py
+# FLUX and Z-Image go through the same command in test_families_width.py, Wan in test_picture_teachers.py
 QUICK = ("pixart", "sd3")
 FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(PIPELINES)]
 
