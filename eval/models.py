@@ -196,15 +196,14 @@ def _can_stream(source: ModelSource) -> bool:
 
 def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
     """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
-    from ppcl.teacher.block_map import block_maps, pipeline_record
+    from ppcl.teacher.block_map import block_maps, pipeline_record, smaller_modules
 
     config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
     if not config.get("_ppcl"):
         return {}
     record = pipeline_record(pipeline)
     smaller: dict[tuple[str, str], list[str]] = {}
-    pruning = config.get("pruning")
-    for path in pruning if isinstance(pruning, dict) else {}:
+    for path in smaller_modules(config):
         stack, position, module = [*str(path).split(".", 2), "", ""][:3]
         smaller.setdefault((stack, position), []).append(module)
     return {

@@ -33,6 +33,7 @@ from ppcl.eval.report_numbers import speed_table
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, seed_folders, spread
 from ppcl.eval.results import Evaluation
 from ppcl.student.plan import Segment
+from ppcl.teacher.stored import has_own_class
 
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
 
@@ -89,11 +90,12 @@ def _tiles(run: RunData) -> list[tuple[str, ...]]:
 def load_lines(run: RunData) -> str:
     """The Python that loads the result; importing ppcl.pipelines is needed only where widths changed."""
     lines = ["from diffusers import DiffusionPipeline"]
-    remote = (run.folder / "pipeline" / "transformer" / "transformer_ppcl.py").is_file()
-    if run.plan and run.plan.own_class and not remote:
+    folder = run.folder / "pipeline"
+    remote = (folder / "transformer" / "transformer_ppcl.py").is_file()
+    if has_own_class(folder) and not remote:
         lines.append("import ppcl.pipelines  # registers the classes with narrower blocks")
-    path = json.dumps((run.folder / "pipeline").as_posix(), ensure_ascii=False)
-    variant = weights_variant(run.folder / "pipeline")
+    path = json.dumps(folder.as_posix(), ensure_ascii=False)
+    variant = weights_variant(folder)
     named = f', variant="{variant}"' if variant else ""
     named += ", trust_remote_code=True" if remote else ""
     lines += [f"pipe = DiffusionPipeline.from_pretrained({path}{named})"]

@@ -29,7 +29,7 @@ from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
 from ppcl.pipelines.lora_report import MappingReport
-from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
+from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record, smaller_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -304,7 +304,7 @@ def _bridge(
     together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
     named = {_component_name(key): tensor for key, tensor in together.items()}
     lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
-    smaller = pipe.transformer.config.get("pruning") or {}
+    smaller = smaller_modules(pipe.transformer.config)
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
     out, report = remap_lora(
         named,

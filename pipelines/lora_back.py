@@ -19,7 +19,7 @@ from ppcl.errors import UserError
 from ppcl.modules.parts import SLICED, cuts_of
 from ppcl.pipelines.lora_low_rank import plain_weight
 from ppcl.pipelines.lora_report import MappingReport
-from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record
+from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record, smaller_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def lora_for_teacher(
         ModelError: The pipeline was not compressed by ppcl, or weights that are asked for are not in memory.
     """
     maps = block_maps(pipeline_record(pipe)["kept_blocks"])
-    pruning = pipe.transformer.config.get("pruning") or {}
+    pruning = smaller_modules(pipe.transformer.config)
     pairs = _pairs(tensors, metadata)
     _check(pairs, pipe.transformer)
     out: dict[str, Tensor] = {}

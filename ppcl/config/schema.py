@@ -127,6 +127,11 @@ class PlanConfig(SearchConfig):
     width: tuple[Width, ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
+    uniform_width: bool = Field(
+        False,
+        description="of the optimal mode: all feed-forward networks keep one share of their neurons, and beside them "
+        "only blocks go, so that the result is of diffusers' own class (docs/smaller_modules.md)",
+    )
     protect_first: int = Field(
         1, ge=0, description="first blocks of the first stack that stay; read from the analyze stage on"
     )
@@ -143,11 +148,16 @@ class PlanConfig(SearchConfig):
             raise ValueError(
                 "plan.rounds divides plan.keep or plan.speedup among the rounds; leave it out, or plan.fit_gb"
             )
+        if self.uniform_width and self.mode != "optimal":
+            raise ValueError(f"plan.uniform_width is kept by plan.mode=optimal, got {self.mode}; leave one of them out")
+        if self.uniform_width and self.width is not None and "ffn" not in self.width:
+            raise ValueError("plan.uniform_width makes networks narrower, and plan.width leaves out ffn; add it")
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Without the number of rounds, each of which is a run with a budget of its own."""
-        return {name: value for name, value in super().identity().items() if name != "rounds"}
+        """Without the number of rounds, each of which is a run with a budget of its own, and what is off."""
+        off = {"rounds", *(() if self.uniform_width else ("uniform_width",))}
+        return {name: value for name, value in super().identity().items() if name not in off}
 
     @property
     def budget(self) -> tuple[str, float]:
@@ -295,6 +305,9 @@ class ExportConfig(Section):
         None, pattern=r"^[A-Za-z0-9_]+$", description="in the weights' file names, e.g. bf16; loading then names it too"
     )
     max_shard_size: str = Field("10GB", description="of one file of weights, e.g. 5GB or 800MB")
+    shards: int | None = Field(
+        None, ge=1, description="so many files of weights, whatever their size; kohya's sd-scripts want 3 of FLUX"
+    )
     components: Literal["copy", "link"] = Field(
         "copy", description="link: the other components' weights are the teacher's files (on one file system)"
     )
@@ -309,6 +322,10 @@ class ExportConfig(Section):
         if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", text):
             raise ValueError("expected a whole number and KB, MB, GB or TB, e.g. 5GB")
         return text
+
+    def identity(self) -> dict[str, Any]:
+        """Without what is off."""
+        return self.model_dump(exclude=set() if self.shards else {"shards"})
 
 
 class EvaluateConfig(Section):
@@ -375,6 +392,12 @@ class RunConfig(Section):
     def _whole_model_for_what_needs_it(self) -> RunConfig:
         if self.blocks == "streamed" and (asked := self.distill.not_streamed):
             raise ValueError(f"blocks=streamed leaves no whole model for {', '.join(asked)}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_width_of_what_is_measured(self) -> RunConfig:
+        if self.plan.uniform_width and "ffn" not in self.fit.width:
+            raise ValueError("plan.uniform_width makes networks narrower, and fit.width leaves out ffn; add it")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from ppcl.common.templates import Templates
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
+from ppcl.teacher.stored import has_own_class
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -56,6 +57,7 @@ class Facts:
         making: How it was made; None leaves that section out.
         measured: The numbers of the evaluate stage, as Markdown; empty before it.
         licence: ``license``, ``license_name`` and ``license_link`` of the source's card.
+        own_class: Whether the transformer is of a class of ours, with smaller modules.
     """
 
     source: str
@@ -67,6 +69,7 @@ class Facts:
     making: Making | None = None
     measured: str = ""
     licence: Mapping[str, str] = field(default_factory=dict)
+    own_class: bool = False
 
 
 def written_facts(source: str, folder: Path) -> Facts:
@@ -86,6 +89,7 @@ def written_facts(source: str, folder: Path) -> Facts:
         arguments=loading_arguments(folder),
         first=str(record.get("source_model", "")) if rounds else "",
         round=1 + len(rounds),
+        own_class=has_own_class(folder),
     )
 
 
@@ -210,7 +214,7 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
         **licence,
     )
     trusting = "trust_remote_code=True" in facts.arguments
-    imported = "import ppcl.pipelines\n" if plan.own_class and not trusting else ""
+    imported = "import ppcl.pipelines\n" if facts.own_class and not trusting else ""
     ((kind, value),) = plan.budget.items()
     card = TEMPLATES.markdown(
         "card.md",

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ppcl.common.files import atomic_path, link_file, read_json, write_json, wri
 from ppcl.common.outside import check_links, real_places
 from ppcl.common.tensor_files import variant_of
 from ppcl.config import ExportConfig
-from ppcl.errors import ArtifactError
+from ppcl.errors import ArtifactError, ConfigError
 from ppcl.export.card import model_card, written_facts
 from ppcl.modules.remote_code import name_class, write_code
 from ppcl.student.plan import CompressionPlan, plan_digest
@@ -71,8 +71,8 @@ def export(
         cast(student, dtype)
 
     def write(folder: Path) -> None:
-        place = folder / "transformer"
-        student.save_pretrained(place, max_shard_size=settings.max_shard_size, variant=settings.variant)
+        size = shard_size(student.state_dict(), settings)
+        student.save_pretrained(folder / "transformer", max_shard_size=size, variant=settings.variant)
 
     def check(folder: Path) -> None:
         _check(folder / "transformer", type(student), settings.variant)
@@ -154,6 +154,38 @@ def _shown(value: Any, name: str, key: str = "") -> Any:
 def dtype_of(source: str, settings: ExportConfig) -> torch.dtype | None:
     """What an exported transformer's weights are written in; None: as they are, of a teacher in no known dtype."""
     return stored_dtype(source) if settings.dtype == "auto" else DTYPES[settings.dtype]
+
+
+def shard_size(weights: Mapping[str, torch.Tensor], settings: ExportConfig) -> int | str:
+    """The most bytes of one file of weights: as set, or such that there are as many files as set.
+
+    Args:
+        weights: By name, in the order and the dtypes in which they are written.
+        settings: ``max_shard_size`` and ``shards``.
+
+    Raises:
+        ConfigError: They do not divide into so many.
+    """
+    if settings.shards is None:
+        return settings.max_shard_size
+    sizes = [tensor.numel() * tensor.dtype.itemsize for tensor in weights.values()]
+    low, high = max(sizes), sum(sizes)  # files are filled in order: of a larger size there are as many or fewer
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _num_files(sizes, middle) <= settings.shards else (middle + 1, high)
+    if _num_files(sizes, low) != settings.shards:
+        raise ConfigError(
+            f"export.shards={settings.shards}: the weights divide into {_num_files(sizes, low)} files like that; set "
+            "so many, or export.max_shard_size"
+        )
+    return low
+
+
+def _num_files(sizes: Sequence[int], most: int) -> int:
+    count, filled = 1, 0
+    for size in sizes:
+        count, filled = (count + 1, size) if filled + size > most else (count, filled + size)
+    return count
 
 
 @torch.no_grad()

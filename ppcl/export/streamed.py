@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppcl.common.tensor_files import StoredTensors, Unread, read_tensor_header, safetensors_name, write_one_by_one
 from ppcl.config import ExportConfig
 from ppcl.errors import ArtifactError
-from ppcl.export.pipeline import Parts, cast, dtype_of, write_pipeline
+from ppcl.export.pipeline import Parts, cast, dtype_of, shard_size, write_pipeline
 from ppcl.student.assembly import (
     RunKey,
     assemble_student,
@@ -235,7 +235,7 @@ def write_weights(student: Any, read: Callable[[str], Tensor], folder: Path, set
         weights,  # type: ignore[arg-type]
         get_storage_size=lambda tensor: tensor.numel() * tensor.dtype.itemsize,
         filename_pattern=f"{WEIGHTS_NAME}{suffix}{{suffix}}.safetensors",
-        max_shard_size=settings.max_shard_size,
+        max_shard_size=shard_size(weights, settings),
     )
     for file, names in shards.filename_to_tensors.items():
         names = sorted(names, key=lambda name: (-weights[name].dtype.itemsize, name))  # as safetensors lays them out

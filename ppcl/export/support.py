@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from ppcl.export.layouts import LAYOUTS
+from ppcl.teacher.block_map import RECORD, UNIFORM
 from ppcl.teacher.families import ADAPTERS
 
 SUFFIXES = {"diffusers": "", "single-file": ".safetensors", "comfyui": ".safetensors", "gguf": ".gguf"}
@@ -52,6 +53,7 @@ _COMFYUI_DEPTH: dict[str, tuple[str, dict[str, int | Callable[[Mapping[str, Any]
     "HiDreamImageTransformer2DModel": ("16 and 32", {"num_layers": 16, "num_single_layers": 32}),
     "OmniGen2Transformer2DModel": ("32", {"num_layers": 32}),
 }
+_COMFYUI_WIDTHS = ("WanTransformer3DModel",)  # whose networks' width it reads off their weights
 _COMFYUI_NAMED = {*LAYOUTS, *_COMFYUI_OWN, "ErnieImageTransformer2DModel"}
 _NOTES = {
     (
@@ -87,6 +89,10 @@ def refusal(kind: str, name: str, config: Mapping[str, Any] | None = None) -> st
         return f"ComfyUI takes {words} for its number of blocks{got}; in diffusers it loads: --format single-file"
     if name not in _COMFYUI_NAMED:
         return f"ComfyUI does not know it by names that ppcl can write; {_ALWAYS}"
+    if config and UNIFORM in (config.get(RECORD) or {}) and name not in _COMFYUI_WIDTHS:
+        return (
+            f"ComfyUI takes the width of its networks for granted; without plan.uniform_width it loads, and {_ALWAYS}"
+        )
     return ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from ppcl.errors import ModelError
@@ -79,6 +80,14 @@ def _is_spans(spans: Any) -> bool:
 def cuts_of(part: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The cuts of one kind of units that a replacement of fewer units is made of; none where it is of another kind."""
     return part["cuts"] if part["kind"] == "parallel" else [part] if part["kind"] in CUTS else []
+
+
+def one_share(pruning: Mapping[str, Mapping[str, Any]]) -> Fraction | None:
+    """The share of their neurons that all smaller networks keep; None where shares or kinds differ."""
+    cuts = [cut for part in pruning.values() for cut in cuts_of(part) or [part]]
+    smaller = {(cut["kind"], Fraction(cut["size"], cut.get("of") or 1)) for cut in cuts if cut["size"] != cut.get("of")}
+    kinds, shares = {kind for kind, _ in smaller}, {share for _, share in smaller}
+    return shares.pop() if kinds == {"narrow"} and len(shares) == 1 else None
 
 
 def label(part: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ class JointErrors:
         self.first = np.array([edge.first for edge in edges])
         self.last = np.array([edge.last for edge in edges])
         self.saved = np.array([edge.saved for edge in edges], dtype=float)
-        self.vectors = prediction.SHARE**0.5 * prediction.padded([edge.segment.vector for edge in edges])
+        self.vectors = prediction.SHARE**0.5 * prediction.padded([edge.vector for edge in edges])
         self.own = np.array([edge.alone for edge in edges]) - (self.vectors**2).sum(1)
 
     def of(self, route: Route) -> float:

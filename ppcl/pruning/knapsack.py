@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ppcl.modules.parts import changed
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import Segment, start_index
-from ppcl.student.prediction import joint_error, padded
+from ppcl.student.prediction import SHARE, joint_error, padded
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 CLASSES = 1000  # of savings, from nothing to the whole model
@@ -39,6 +39,8 @@ class Edge:
         cost: Sum of the squared relative velocity errors of what is in it: its run, and its smaller modules.
         stack: Its stack.
         segment: What it is in a plan.
+        alone: Squared relative velocity error when it alone is put in: what is in it taken together, if that is known.
+        vector: How it moves the velocity.
     """
 
     first: int
@@ -47,12 +49,8 @@ class Edge:
     cost: float
     stack: str
     segment: Segment
-
-    @property
-    def alone(self) -> float:
-        """Squared relative velocity error when it alone is put in: what is in it taken together, if that is known."""
-        error = self.segment.error
-        return self.cost if error is None else error * error
+    alone: float
+    vector: tuple[float, ...] = ()
 
 
 class _Ways(NamedTuple):
@@ -161,9 +159,10 @@ def best_layouts(model: ModelInfo, edges: Sequence[Edge], by_flops: bool, classe
     return [layout_of(model, [edges[number] for number in route]) for route in routes]
 
 
-def layout_of(model: ModelInfo, edges: Iterable[Edge]) -> Layout:
-    """The segments of a path: its edges', and the teacher's own blocks between them."""
-    by_first = {(edge.stack, edge.segment.first): edge.segment for edge in edges}
+def layout_of(model: ModelInfo, edges: Iterable[Edge], base: Iterable[Edge] = ()) -> Layout:
+    """The segments of a path: its edges', and between them those of ``base``, or else the teacher's own blocks."""
+    between = {(edge.stack, edge.segment.first): edge.segment for edge in base}
+    by_first = between | {(edge.stack, edge.segment.first): edge.segment for edge in edges}
     layout: Layout = {}
     for stack in model.stacks:
         segments, position = [], 0
@@ -232,7 +231,63 @@ def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bo
     start = start_index(segment.first, segment.last, segment.start)
     saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
     saved += segment.saved_speed if by_flops else segment.saved_params
-    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment)
+    alone = cost if segment.error is None else segment.error**2
+    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment, alone, segment.vector)
+
+
+def one_width(
+    model: ModelInfo,
+    runs: Sequence[Candidate],
+    options: Sequence[WidthOption],
+    by_flops: bool,
+    vectors: Vectors | None = None,
+) -> tuple[list[Edge], list[Edge]]:
+    """Blocks whose networks all have one width, and the runs that may still become one such block.
+
+    Args:
+        model: The teacher.
+        runs: Allowed runs; those without a finite cost are left out.
+        options: The narrower networks of every block.
+        by_flops: See :func:`edges_of`.
+        vectors: See there.
+
+    Returns:
+        An edge for each block, and the runs' counted from those: what they save and cost where all blocks are narrow.
+    """
+    inside: dict[tuple[str, int], list[WidthOption]] = {}
+    for option in options:
+        inside.setdefault((option.stack, option.block), []).append(option)
+    base, edges, offset = [], [], 0
+    for stack in model.stacks:
+        for i in range(stack.num_blocks):
+            base.append(
+                _edge(stack, offset, *put_in(Segment(i, i), None, tuple(inside[stack.name, i]), vectors), by_flops)
+            )
+        for run in (run for run in runs if run.stack == stack.name and math.isfinite(run.cost)):
+            start = tuple(inside[stack.name, start_index(run.first, run.last, run.start)])
+            filled = put_in(Segment(run.first, run.last, run.start or "middle"), run, start, vectors)
+            edges.append(_edge(stack, offset, *filled, by_flops))
+        offset += stack.num_blocks
+    return base, _counted_from(base, edges)
+
+
+def _counted_from(base: Sequence[Edge], edges: Sequence[Edge]) -> list[Edge]:
+    """Edges counted from a base of one edge a block.
+
+    With B the sum of the base's vectors and d what an edge adds to it, |B + sum d|^2 = |B|^2 + sum 2 B d + |sum d|^2.
+    The middle is added to the edge's own error, and what is left has the form that paths are judged by.
+    """
+    moves = padded([edge.vector for edge in (*base, *edges)])
+    own = np.array([edge.alone for edge in (*base, *edges)]) - SHARE * (moves**2).sum(1)
+    whole, counted = moves[: len(base)].sum(0), []
+    for number, edge in enumerate(edges, len(base)):
+        here = slice(edge.first, edge.last + 1)
+        move = moves[number] - moves[here].sum(0)
+        alone = own[number] - own[here].sum() + SHARE * (2 * move @ whole + move @ move)
+        saved, cost = (sum(getattr(part, name) for part in base[here]) for name in ("saved", "cost"))
+        change = {"saved": edge.saved - saved, "cost": edge.cost - cost, "alone": float(alone)}
+        counted.append(replace(edge, **change, vector=tuple(move.tolist())))
+    return counted
 
 
 Choice = tuple[WidthOption, ...]

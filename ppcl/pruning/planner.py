@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Protocol
@@ -17,6 +18,7 @@ from ppcl.analysis.artifacts import Analysis
 from ppcl.config import PlanConfig
 from ppcl.config.extensions import SEARCHES
 from ppcl.errors import BudgetError, ConfigError
+from ppcl.modules.parts import one_share
 from ppcl.pruning import allocations
 from ppcl.pruning.allocations import allotted_layouts
 from ppcl.pruning.artifacts import Candidate, Candidates, WidthOption
@@ -32,6 +34,7 @@ from ppcl.pruning.knapsack import (
     edges_of,
     edges_of_plan,
     layout_of,
+    one_width,
     put_in,
 )
 from ppcl.student.plan import CompressionPlan, Prediction, Segment, free_blocks
@@ -102,15 +105,28 @@ def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) ->
     """Least velocity error of all together, over runs that do not overlap and smaller modules.
 
     Fitted and probe costs are on different scales (a probe can beat a briefly fitted block), so unfitted runs come in
-    only where the fitted ones cannot meet the budget.
+    only where the fitted ones cannot meet the budget. With ``plan.uniform_width`` all networks have one width: the best
+    plan of each that was measured is made, the teacher's own among them, and the best of those taken.
     """
     model, by_flops = analysis.model, settings.budget[0] == "speedup"
     runs, options = usable(model, candidates, settings)
 
     def cheapest(runs: Sequence[Candidate]) -> CompressionPlan:
-        edges = edges_of(model, runs, options, by_flops, candidates.vectors)
-        classes = CLASSES if options else DEPTH_CLASSES
-        layout, found = least_layout(model, edges, settings.budget, classes, partial(infeasible, settings))
+        beside = () if settings.uniform_width else options
+        ways: list[tuple[list[Edge], list[Edge]]] = [([], edges_of(model, runs, beside, by_flops, candidates.vectors))]
+        for of_one in widths(model, options) if settings.uniform_width else ():
+            ways.append(one_width(model, runs, of_one, by_flops, candidates.vectors))
+        classes, layouts = CLASSES if beside else DEPTH_CLASSES, []
+        for base, edges in ways:
+            try:
+                layouts += [least_layout(model, edges, settings.budget, classes, partial(infeasible, settings), base)]
+            except BudgetError as error:
+                refusal = error
+        if not layouts:
+            raise refusal  # of the narrowest
+        layout, found = min(
+            layouts, key=lambda pair: (math.inf if (e := pair[1].error) is None else e, -pair[1].params)
+        )
         return CompressionPlan(model, settings.mode, dict([settings.budget]), layout, found)
 
     try:
@@ -150,6 +166,22 @@ def allocation(analysis: Analysis, candidates: Candidates, settings: PlanConfig)
         )
     layouts = [allocations.layout_of(analysis.model, choice, candidates.vectors) for choice in ladder]
     return plan_of(analysis.model, layouts, settings)
+
+
+def widths(model: ModelInfo, options: Sequence[WidthOption]) -> list[list[WidthOption]]:
+    """For each share of neurons that all networks of all blocks were measured at, the options that keep it.
+
+    The widest comes first.
+    """
+    by_share: dict[Fraction, list[WidthOption]] = {}
+    for option in options:
+        share = one_share(option.parts)
+        if share is not None:
+            by_share.setdefault(share, []).append(option)
+    networks = {(option.stack, option.block, option.slot) for members in by_share.values() for option in members}
+    if {place[:2] for place in networks} != {(s.name, index) for s in model.stacks for index in range(s.num_blocks)}:
+        return []
+    return [m for _, m in sorted(by_share.items(), reverse=True) if {(o.stack, o.block, o.slot) for o in m} == networks]
 
 
 def usable(model: ModelInfo, candidates: Candidates, settings: PlanConfig) -> tuple[list[Candidate], list[WidthOption]]:
@@ -213,7 +245,12 @@ def _within_budget(
 
 
 def least_layout(
-    model: ModelInfo, edges: Sequence[Edge], budget: tuple[str, float], classes: int, refuse: Callable[[str], str]
+    model: ModelInfo,
+    edges: Sequence[Edge],
+    budget: tuple[str, float],
+    classes: int,
+    refuse: Callable[[str], str],
+    base: Sequence[Edge] = (),
 ) -> tuple[Layout, Prediction]:
     """Of everything that meets a budget find what has the least joint error, about, and of equals the largest.
 
@@ -226,17 +263,18 @@ def least_layout(
         budget: Kind and value.
         classes: How many classes of savings are told apart.
         refuse: The message, from the nearest budget that is met.
+        base: What stands between the edges, from which they are counted; the teacher's blocks if empty.
 
     Raises:
         BudgetError: Nothing meets it.
     """
     joint = JointErrors(edges)
     routes = best_routes(model, edges, budget[0] == "speedup", classes)
-    layouts = [layout_of(model, [edges[n] for n in route]) for route in routes]
+    layouts = [layout_of(model, [edges[n] for n in route], base) for route in routes]
     enough = _within_budget(model, layouts, budget, refuse)
     wanted = min(sum(edges[n].saved for n in routes[number]) for number in enough)
     start = min(enough, key=lambda number: (joint.of(routes[number]), -enough[number].params))
-    best = layout_of(model, [edges[n] for n in joint.improved(routes[start], wanted)])
+    best = layout_of(model, [edges[n] for n in joint.improved(routes[start], wanted)], base)
     found = predict(model, best)
     if meets(found, *budget):
         return best, found

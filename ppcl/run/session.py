@@ -282,7 +282,9 @@ class Session:
             seed: The run's own if None.
         """
         from ppcl.analysis.artifacts import Analysis
+        from ppcl.inspection.blueprint import build_on_meta, read_config
         from ppcl.pruning.searches import Context
+        from ppcl.pruning.stock_widths import with_stock_widths
 
         def open_teacher() -> Any:
             from ppcl.pruning.searches.teacher import Teacher
@@ -291,10 +293,14 @@ class Session:
 
         analysis, candidates = self.read(Analysis, "analysis.json"), self.candidates
         candidates.check_blocks(analysis.model)
+        settings = settings or self.config.plan
+        if settings.uniform_width:
+            config, _ = read_config(self.model)
+            candidates = with_stock_widths(candidates, analysis.model, build_on_meta(config), self.adapter)
         return Context(
             analysis,
             candidates,
-            settings or self.config.plan,
+            settings,
             self.config.seed if seed is None else seed,
             open_teacher,
         )

@@ -28,11 +28,15 @@ def _check_capture(session: Session) -> None:
     from ppcl.capture.trajectories import check_teacher
     from ppcl.config.names import BUDGETS
     from ppcl.export.pipeline import check_source
+    from ppcl.inspection.blueprint import read_config
+    from ppcl.pruning.stock_widths import check_uniform
     from ppcl.run.outlook import check_budget
 
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
     check_source(session.model)
+    if session.config.plan.uniform_width:
+        check_uniform(session.adapter, read_config(session.model)[0]["_class_name"])
     if session.first:
         return
     settings = session.config.capture

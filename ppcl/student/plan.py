@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, Index, Share, to_jsonable
 from ppcl.config import PlanConfig
-from ppcl.config.names import PREFIX, Start
+from ppcl.config.names import Start
 from ppcl.modules.parts import check_part
 from ppcl.teacher.model_info import ModelInfo, Stack
 
@@ -169,11 +169,6 @@ class CompressionPlan:
     def share_of_first(self) -> float | None:
         """Share of the first teacher's parameters, where the teacher was compressed before and says how many it had."""
         return self.predicted.params / self.model.first_params if self.model.first_params else None
-
-    @property
-    def own_class(self) -> bool:
-        """Whether the student is of no stock class: it has smaller modules, or its teacher had some before."""
-        return self.has_width or self.model.transformer_class.startswith(PREFIX)
 
 
 def identity_segments(num_blocks: int) -> tuple[Segment, ...]:

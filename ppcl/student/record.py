@@ -16,7 +16,8 @@ from ppcl.modules.compressed import compress_class
 from ppcl.modules.parts import SLICED, cuts_of, join
 from ppcl.modules.slicing import joined, kept_units, pack_kept
 from ppcl.student.plan import CompressionPlan, Segment, start_index
-from ppcl.teacher.block_map import RECORD, BlockMap, recorded_maps
+from ppcl.student.stock_width import stock_fields
+from ppcl.teacher.block_map import RECORD, UNIFORM, BlockMap, recorded_maps, smaller_modules
 from ppcl.teacher.families import Adapter
 
 Part = Mapping[str, Any]
@@ -28,7 +29,8 @@ def register_plan(
 ) -> None:
     """Write counts, smaller modules and provenance into the student's config, so that diffusers loads it.
 
-    The student stays of its stock class unless a module is smaller than in the first teacher.
+    The student stays of its stock class unless a module is smaller than in the first teacher, in a way for which that
+    class has no config.
 
     Args:
         student: Its blocks are those of the plan.
@@ -38,7 +40,7 @@ def register_plan(
     """
     config: Mapping[str, Any] = student.config if teacher is None else teacher
     maps, former = recorded_maps(config), dict(config.get(RECORD) or {})
-    before: Parts = config.get("pruning") or {}
+    before: Parts = smaller_modules(config)
     kept: dict[str, list[Any]] = {}
     starts: dict[str, list[Any]] = {}
     pruning: dict[str, Part] = {}
@@ -51,15 +53,20 @@ def register_plan(
             start = start_index(segment.first, segment.last, segment.start)
             parts = composed(_below(before, f"{spec.name}.{start}"), segment.width)
             pruning |= {join(spec.name, str(position), path): part for path, part in parts.items()}
-    if pruning or type(student).__name__.startswith(PREFIX):
-        compress_class(student, pruning)
     record: dict[str, Any] = {"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget)}
     if plan.sparsity:
         record["sparsity"] = dict(plan.sparsity)
     if former:
         known = {name: former[name] for name in ("source_model", "budget", "plan_sha256") if name in former}
         record["rounds"] = [*former.get("rounds", ()), known]
-    student.register_to_config(**adapter.depth_config(student), **{RECORD: record})
+    whole = dict((former.get(UNIFORM) or {}).get("fields") or {})  # widths as in the first teacher
+    student.register_to_config(**adapter.depth_config(student), **whole)
+    narrow = stock_fields(student, adapter, pruning)
+    if narrow:
+        record[UNIFORM] = {"pruning": pruning, "fields": {name: student.config[name] for name in narrow}}
+    elif pruning or type(student).__name__.startswith(PREFIX):
+        compress_class(student, pruning)
+    student.register_to_config(**narrow, **{RECORD: record})
 
 
 def composed(before: Parts, after: Parts) -> dict[str, Part]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from ppcl.common.reading import MOST_NUMBER
 from ppcl.errors import ModelError
+from ppcl.modules.parts import check_part
 
 RECORD = "_ppcl"  # entry of the config; diffusers does not warn of a key with a leading underscore
+UNIFORM = "uniform"  # in it, of a model of a stock class with narrower networks: which units they keep
 Start = str | int | None
 
 
@@ -142,6 +144,25 @@ def recorded_maps(config: Mapping[str, Any], counts: Mapping[str, int] | None = 
                 f"are {count}; export the model again, or take '{RECORD}' out of the config to compress it as another"
             )
     return maps
+
+
+def smaller_modules(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What is smaller than in the first teacher, by path: as a class of ours has it, or a stock one of narrow networks.
+
+    Args:
+        config: The transformer's.
+
+    Raises:
+        ModelError: The entries are damaged.
+    """
+    record = config.get(RECORD)
+    uniform = record.get(UNIFORM) if isinstance(record, Mapping) else None
+    parts = config.get("pruning") or (uniform.get("pruning") if isinstance(uniform, Mapping) else uniform) or {}
+    if not isinstance(parts, Mapping):
+        raise ModelError(f"smaller modules in the transformer's config are {str(parts)[:50]!r}; export the model again")
+    for part in parts.values():
+        check_part(part)
+    return dict(parts)
 
 
 def first_params(config: Mapping[str, Any]) -> int:

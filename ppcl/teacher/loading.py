@@ -14,7 +14,6 @@ from ppcl.common.devices import weights_dtype
 from ppcl.common.files import read_mapping
 from ppcl.common.outside import printable
 from ppcl.common.tensor_files import needed_variant, read_tensor_header, weights_variant
-from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.modules.compressed import MODULE, register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
@@ -22,6 +21,7 @@ from ppcl.teacher.stored import (
     check_shards,
     check_stored,
     check_trainable,
+    has_own_class,
     loaded_weights,
     not_a_pipeline,
     weight_map,
@@ -243,10 +243,9 @@ def loading_arguments(folder: Path) -> str:
 
 def loading_call(folder: Path) -> str:
     """The Python line that loads a pipeline folder: plain diffusers, and our import where its class is ours."""
-    entry = read_index(folder).get("transformer")
-    ours = isinstance(entry, list) and entry[0] == "diffusers" and str(entry[-1]).startswith(PREFIX)
+    code_goes_along = (folder / "transformer" / f"{MODULE}.py").is_file()
     call = f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
-    return f"import ppcl.pipelines; {call}" if ours else call
+    return f"import ppcl.pipelines; {call}" if has_own_class(folder) and not code_goes_along else call
 
 
 def _check_family(entry: Any) -> None:

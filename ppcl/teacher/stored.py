@@ -10,6 +10,7 @@ from typing import Any
 from ppcl.common.files import digest, read_json
 from ppcl.common.outside import inside
 from ppcl.common.tensor_files import read_tensor_header, variant_of, weights_variant
+from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError
 
 INDEX = "model_index.json"
@@ -24,6 +25,11 @@ def components(folder: Path) -> dict[str, str]:
     """The classes of a pipeline's components by name, without those that it was saved without."""
     entries = _read(folder / INDEX).items()
     return {name: str(entry[1]) for name, entry in entries if _is_component(name, entry)}
+
+
+def has_own_class(folder: Path) -> bool:
+    """Whether the transformer of a pipeline folder is of a class of ours, with smaller modules."""
+    return components(folder).get("transformer", "").startswith(PREFIX)
 
 
 def _is_component(name: str, entry: Any) -> bool:

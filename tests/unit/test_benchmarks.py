@@ -142,8 +142,8 @@ def test_prices_of_a_family(monkeypatch, tmp_path):
 def test_random_plans_hold_what_was_asked_for_and_nothing_twice(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     predictions = importlib.import_module("predictions")
-    runs = [Edge(i, j, 1.0, 0.0, "a", Segment(i, j)) for i in range(12) for j in range(i + 1, min(i + 4, 12))]
-    blocks = [Edge(i, i, 1.0, 0.0, "a", Segment(i, i, width={"ffn": {}})) for i in range(12) for _ in range(3)]
+    runs = [Edge(i, j, 1.0, 0.0, "a", Segment(i, j), 0.0) for i in range(12) for j in range(i + 1, min(i + 4, 12))]
+    blocks = [Edge(i, i, 1.0, 0.0, "a", Segment(i, i, width={"ffn": {}}), 0.0) for i in range(12) for _ in range(3)]
     edges, generator = [*runs, *blocks], np.random.default_rng(0)
     for sizes in ((4, 0), (0, 9), (3, 2)):
         for _ in range(20):

@@ -39,7 +39,7 @@ def random_edges(seed: int) -> list[Edge]:
         cost = float((vector**2).sum()) * generator.uniform(0.9, 1.4)  # a vector underrates what is not small
         saved = 100.0 * (last - first) if last > first else generator.uniform(10, 60)
         segment = Segment(first, last, error=cost**0.5, vector=tuple(vector.ravel()))
-        edges.append(Edge(first, last, saved, cost, "a", segment))
+        edges.append(Edge(first, last, saved, cost, "a", segment, cost, segment.vector))
     return edges
 
 

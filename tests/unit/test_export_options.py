@@ -122,6 +122,22 @@ def test_shards_and_variant_load_as_diffusers_own(source: Path, tmp_path: Path) 
     assert load_pipeline(str(out), torch.device("cpu"), variant="bf16").transformer.dtype == torch.float32
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_there_are_as_many_files_of_weights_as_asked_for(count: int, source: Path, tmp_path: Path) -> None:
+    place = exported(source, tmp_path / "pipeline", dtype="bfloat16", shards=count) / "transformer"
+    names = sorted(file.name for file in place.glob("*.safetensors"))
+    plain = ["diffusion_pytorch_model.safetensors"]
+    numbered = [f"diffusion_pytorch_model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert names == (numbered if count > 1 else plain)
+    assert type(tiny_qwen()).from_pretrained(place).num_parameters() > 0
+
+
+def test_more_files_than_weights_are_refused_and_nothing_is_written(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"export.shards=100000: the weights divide into \d+ files like that"):
+        exported(source, tmp_path / "pipeline", shards=100_000)
+    assert not (tmp_path / "pipeline").exists()
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

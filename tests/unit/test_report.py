@@ -291,6 +291,7 @@ def test_readme_picture(run: Path, tmp_path: Path) -> None:
 def test_width_plan_needs_the_import(run: Path) -> None:
     assert "ppcl.pipelines" not in load_lines(read_run(run))
     save_artifact(make_plan({"modulation": {"kind": "low_rank", "size": 8}}), run / "plan.json")
+    write_json(run / "pipeline" / "model_index.json", {"transformer": ["diffusers", "PPCLQwenImageTransformer2DModel"]})
     assert "import ppcl.pipelines" in load_lines(read_run(run))
     assert "Narrower inside: modulation in 1 blocks" in body_text(write_report(run))
 

@@ -33,11 +33,22 @@ from ppcl.teacher.families import adapter_for
 def random_graph(blocks: int, seed: int, longest: int = 4, share: float = 0.4) -> Graph:
     generator = random.Random(seed)
     edges = [
-        Edge(first, last, float(last - first), generator.random() * (last - first), "a", Segment(first, last))
+        Edge(
+            first,
+            last,
+            float(last - first),
+            cost := generator.random() * (last - first),
+            "a",
+            Segment(first, last),
+            cost,
+        )
         for first in range(blocks)
         for last in range(first + 1, min(first + longest, blocks))
     ]
-    edges += [Edge(i, i, 0.5, generator.random() / 2, "a", Segment(i, i, width={"x": {}})) for i in range(blocks)]
+    edges += [
+        Edge(i, i, 0.5, cost := generator.random() / 2, "a", Segment(i, i, width={"x": {}}), cost)
+        for i in range(blocks)
+    ]
     return Graph(blocks, edges, share * blocks)
 
 
@@ -118,7 +129,7 @@ def test_each_step_measures_as_many_as_it_says() -> None:
 
 
 def test_no_path_at_all() -> None:
-    graph = Graph(4, [Edge(0, 1, 1.0, 0.1, "a", Segment(0, 1))], 2.0)
+    graph = Graph(4, [Edge(0, 1, 1.0, 0.1, "a", Segment(0, 1), 0.1)], 2.0)
     assert PathSearch(graph, Truth(graph, 0), Truth(graph, 0)).run() is None
 
 

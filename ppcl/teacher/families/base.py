@@ -101,11 +101,14 @@ class Adapter:
         stacks: Block lists in execution order.
         without: Groups of smaller modules that the family has none of, and why; with a module (``attention.attn1``)
             what a group leaves out. The adapter suite shows all others.
+        ffn_field: Config field that sets the width of all feed-forward networks of the blocks and of nothing else;
+            empty where there is none.
     """
 
     classes: tuple[str, ...]
     stacks: tuple[StackSpec, ...]
     without: Mapping[str, str] = field(default_factory=dict)
+    ffn_field: str = ""
 
     def blocks(self, transformer: nn.Module, stack: StackSpec) -> nn.ModuleList:
         """Return the blocks that may be replaced: the block list without its fixed tail.

@@ -79,6 +79,7 @@ FAMILIES: tuple[Adapter, ...] = (
             _one("single_transformer_blocks", "num_single_layers"),
         ),
         {**_SHARED, "text": _SHARED["modulation"]},
+        "mlp_ratio",
     ),
     Adapter(
         ("AuraFlowTransformer2DModel",),
@@ -93,8 +94,13 @@ FAMILIES: tuple[Adapter, ...] = (
             "HunyuanVideoTransformer3DModel",
         ),
         _HUNYUAN,
+        ffn_field="mlp_ratio",
     ),
-    Adapter(("HunyuanVideo15Transformer3DModel",), (replace(_HUNYUAN[0], masks={"text": "attention_mask"}),)),
+    Adapter(
+        ("HunyuanVideo15Transformer3DModel",),
+        (replace(_HUNYUAN[0], masks={"text": "attention_mask"}),),
+        ffn_field="mlp_ratio",
+    ),
     Adapter(
         (
             "CogView3PlusTransformer2DModel",
@@ -119,17 +125,10 @@ FAMILIES: tuple[Adapter, ...] = (
         ("JoyImageEditTransformer3DModel",),
         (_dual("double_blocks", "num_layers", _IMAGE_FIRST, {"image": "img_mlp", "text": "txt_mlp"}),),
         {**_TABLE, "text": "its modulation is a table"},
+        "mlp_width_ratio",
     ),
-    Adapter(
-        (
-            "AllegroTransformer3DModel",
-            "PixArtTransformer2DModel",
-            "SanaTransformer2DModel",
-            "SanaVideoTransformer3DModel",
-        ),
-        _CROSS,
-        _TABLE,
-    ),
+    Adapter(("AllegroTransformer3DModel", "PixArtTransformer2DModel"), _CROSS, _TABLE),
+    Adapter(("SanaTransformer2DModel", "SanaVideoTransformer3DModel"), _CROSS, _TABLE, "mlp_ratio"),
     Adapter(
         ("LTXVideoTransformer3DModel",), _CROSS, {**_TABLE, "attention.attn1": "its rotary embedding spans all heads"}
     ),
@@ -147,21 +146,25 @@ FAMILIES: tuple[Adapter, ...] = (
                 },
             ),
         ),
+        ffn_field="mlp_ratio",
     ),
     Adapter(
         ("Krea2Transformer2DModel",),
         (_one("transformer_blocks", "num_layers", ffn="ff", mask="attention_mask"),),
         _TABLE,
+        "intermediate_size",
     ),
     Adapter(
         ("ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel", "WanTransformer3DModel"),
         _WAN,
         _TABLE,
+        "ffn_dim",
     ),
     Adapter(
         ("LuminaNextDiT2DModel",),
         (_one("layers", "num_layers", ffn="feed_forward", modulation="norm1.linear"),),
         {"attention": "its norms take the mean over all heads"},
+        "ffn_dim_multiplier",
     ),
     Adapter(
         ("Lumina2Transformer2DModel",),
@@ -171,17 +174,24 @@ FAMILIES: tuple[Adapter, ...] = (
         ("ZImageTransformer2DModel",),
         (_one("layers", "n_layers", "x", "feed_forward", "attn_mask", "adaLN_modulation.0"),),
     ),
-    Adapter(("QwenImage21Transformer2DModel",), (_one("transformer_blocks", "num_layers", ffn="img_mlp"),), _SHARED),
+    Adapter(
+        ("QwenImage21Transformer2DModel",),
+        (_one("transformer_blocks", "num_layers", ffn="img_mlp"),),
+        _SHARED,
+        "mlp_ratio",
+    ),
     Adapter(
         ("ErnieImageTransformer2DModel",),
         (replace(_one("layers", "num_layers", "x", "mlp", "attention_mask"), tokens_first=True),),
         _SHARED,
+        "ffn_hidden_size",
     ),
     Adapter(
         ("Ideogram4Transformer2DModel",),
         (_one("layers", "num_layers", ffn="feed_forward", modulation="adaln_modulation"),),
+        ffn_field="intermediate_size",
     ),
-    Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth", modulation="modulation.lin"),)),
+    Adapter(("PRXTransformer2DModel",), (_one("blocks", "depth", modulation="modulation.lin"),), ffn_field="mlp_ratio"),
     Adapter(
         ("Kandinsky5Transformer3DModel",),
         (
