@@ -40,6 +40,7 @@ CONVERTED_KEY = "ppcl_kept_blocks"  # marks files whose blocks are already those
 _PREFIX = r"(?P<prefix>(?:base_model\.model\.)?(?:transformer\.)?)"
 _BLOCK_LIKE = re.compile(r"(?:^|[._])(?P<stack>[a-z_]*(?:blocks|layers))[._](?P<index>\d+)(?=[._])")
 _OTHER_COMPONENT = re.compile(r"(?:text_encoder(?:_\d)?|lora_te\d?_?)")
+_FOREIGN = re.compile(r"diffusion_model\.|lora_unet_|lora_transformer_|lycoris_")  # names that diffusers converts
 _WEIGHT = re.compile(r"\.(?:lora_[A-Za-z_]+|lora\.(?:up|down)|lokr_\w+|alpha|dora_scale)(?:\..+)?$")
 FUSED = (".to_qkv", ".to_added_qkv", ".to_kv")  # of a LoKr; diffusers fuses the projections when it loads one
 _LOAD_OPTIONS = ("adapter_name", "hotswap", "low_cpu_mem_usage")
@@ -259,6 +260,10 @@ def convert_lora(
     if to == "teacher":
         tensors, header = _read(Path(src))
         adapter = _metadata(header, src) if METADATA_KEY in header else {}
+        if any(_FOREIGN.match(key) for key in tensors):
+            pipeline_record(pipe_or_kept_blocks)
+            tensors, found = _read_by_diffusers(pipe_or_kept_blocks, str(src), {})
+            adapter = found or {}
         back, report = lora_for_teacher(tensors, adapter, pipe_or_kept_blocks)
         with atomic_path(dst) as temporary:
             save_file(_storable(back), temporary, {"format": "pt"})
@@ -286,23 +291,7 @@ def _bridge(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, MappingReport]:
     """Let diffusers read and convert a LoRA, rename it, and check that it fits the pipeline's transformer."""
     record = pipeline_record(pipe)
-    if not hasattr(pipe, "lora_state_dict"):
-        raise ModelError(f"{type(pipe).__name__} cannot load LoRA; use the family's text-to-image pipeline")
-    given = dict(source) if isinstance(source, Mapping) else str(source)
-    asks_alphas = "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters
-    extra = {"return_alphas": True} if asks_alphas else {}
-    options = {"use_safetensors": True, **options}  # others are pickles
-    try:
-        tensors, *alphas, metadata = pipe.lora_state_dict(given, return_lora_metadata=True, **extra, **options)
-    except (ValueError, KeyError, OSError, RecursionError) as error:
-        name = "these tensors" if isinstance(source, Mapping) else source
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"diffusers cannot read {name} as a LoRA for {type(pipe).__name__} ({reason}); "
-            "check the path and that it was made for this family"
-        ) from error
-    together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
-    named = {_component_name(key): tensor for key, tensor in together.items()}
+    named, metadata = _read_by_diffusers(pipe, source, options)
     lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
     smaller = smaller_modules(pipe.transformer.config)
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
@@ -328,6 +317,29 @@ def _bridge(
     modules = _modules(report)
     adapter = None if metadata is None else remap_metadata(metadata, modules, spell_out=bool(shares))
     return widen(out, pipe.transformer) if how == "widen" else folded, adapter, report
+
+
+def _read_by_diffusers(
+    pipe: Any, source: str | Path | Mapping[str, Tensor], options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Any]:
+    """What diffusers makes of a LoRA for a pipeline, alphas included, as ``transformer.<module>``; and its metadata."""
+    if not hasattr(pipe, "lora_state_dict"):
+        raise ModelError(f"{type(pipe).__name__} cannot load LoRA; use the family's text-to-image pipeline")
+    given = dict(source) if isinstance(source, Mapping) else str(source)
+    asks_alphas = "return_alphas" in inspect.signature(pipe.lora_state_dict).parameters
+    extra = {"return_alphas": True} if asks_alphas else {}
+    options = {"use_safetensors": True, **options}  # others are pickles
+    try:
+        tensors, *alphas, metadata = pipe.lora_state_dict(given, return_lora_metadata=True, **extra, **options)
+    except (ValueError, KeyError, OSError, RecursionError) as error:
+        name = "these tensors" if isinstance(source, Mapping) else source
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"diffusers cannot read {name} as a LoRA for {type(pipe).__name__} ({reason}); "
+            "check the path and that it was made for this family"
+        ) from error
+    together = {**tensors, **(alphas[0] if alphas and alphas[0] else {})}
+    return {_component_name(key): tensor for key, tensor in together.items()}, metadata
 
 
 def _parse(key: str, maps: Mapping[str, BlockMap], unpruned: Sequence[str]) -> tuple[str, str, int, str] | None:

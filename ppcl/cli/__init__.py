@@ -421,9 +421,11 @@ def families(
     quiet_libraries()
     from ppcl.common.files import write_text
     from ppcl.export.support import format_table
+    from ppcl.export.trainers import trainer_table
     from ppcl.teacher.families.listing import family_table
 
-    title, text = ("Formats", format_table()) if formats else ("Supported transformers", family_table())
+    tables = f"{format_table()}\n\n{trainer_table()}" if formats else family_table()
+    title, text = "Formats" if formats else "Supported transformers", tables
     if table:
         command = f"ppcl families{' --formats' * formats} --table {table}"
         write_text(table, f"# {title}\n\n{text}\n\nCommand: `{command}`\n")

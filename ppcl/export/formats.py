@@ -30,6 +30,7 @@ from ppcl.export.streamed import write_weights
 from ppcl.export.support import GGUF_ARCHITECTURES, SUFFIXES, refusal, single_file_classes
 from ppcl.modules.remote_code import name_class
 from ppcl.teacher.loading import loading_arguments
+from ppcl.teacher.stored import components
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def export_as(source: str | Path, out: Path, kind: str, gguf_type: str = "F16") 
     if why:
         raise ModelError(f"{name} as {kind}: {why}")
     stock = open_stock(folder)
-    others = [key for key in read_json(folder / INDEX) if key.startswith("transformer_")]
+    others = [key for key in components(folder) if key.startswith("transformer_")]
     if others and kind != "diffusers":
         logger.warning("%s has a %s too, which is a model of its own and not in this file", folder, others[0])
     load = ""

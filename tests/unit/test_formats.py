@@ -23,6 +23,7 @@ from ppcl.export.formats import export_as
 from ppcl.export.gguf_file import write_gguf
 from ppcl.export.stock import StockTransformer
 from ppcl.export.support import format_table, refusal
+from ppcl.export.trainers import TRAINERS, trainer_table
 from ppcl.modules.compressed import compress_class
 from ppcl.modules.replacements import apply_width
 from ppcl.teacher.families import ADAPTERS
@@ -295,6 +296,21 @@ def test_a_second_transformer_is_not_forgotten_without_a_word(
     with caplog.at_level("WARNING"):
         export_as(tmp_path / "two", tmp_path / "x.safetensors", "comfyui")
     assert "has a transformer_2 too" in caplog.text
+    caplog.clear()
+    write_json(
+        tmp_path / "two" / "model_index.json", {**index, "transformer_2": [None, None]}
+    )  # Wan without a second one
+    export_as(tmp_path / "two", tmp_path / "y.safetensors", "comfyui")
+    assert "transformer_2" not in caplog.text
+
+
+def test_networks_of_one_width_are_narrow_in_files_of_programs_that_read_it_off(tmp_path: Path) -> None:
+    config = {"_ppcl": {"kept_blocks": {}, "uniform": {"pruning": {}, "fields": {}}}}
+    assert not refusal("comfyui", "WanTransformer3DModel", config)
+    assert not refusal("gguf", "WanTransformer3DModel", config)
+    for name in ("Flux2Transformer2DModel", "JoyImageEditTransformer3DModel", "Ideogram4Transformer2DModel"):
+        assert "takes the width of its networks for granted; without plan" in refusal("comfyui", name, config)
+        assert not refusal("comfyui", name, {"_ppcl": {"kept_blocks": {}}})
 
 
 def test_gguf_without_its_package_says_what_to_install(
@@ -329,7 +345,11 @@ def test_the_table_has_a_line_for_every_family_and_is_the_one_in_docs() -> None:
     table = format_table()
     for name in ADAPTERS:
         assert f"| {name} |" in table
+    assert {name for classes in TRAINERS.values() for name in classes} <= set(ADAPTERS)
     written = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
     if version("diffusers") not in written:
         pytest.skip("the table is of another diffusers")
-    assert written == f"# Formats\n\n{table}\n\nCommand: `ppcl families --formats --table docs/formats.md`\n"
+    assert (
+        written
+        == f"# Formats\n\n{table}\n\n{trainer_table()}\n\nCommand: `ppcl families --formats --table docs/formats.md`\n"
+    )

@@ -179,3 +179,28 @@ def test_the_way_back_needs_the_pipeline(pipe: Any, lora: dict[str, Tensor], tmp
         convert_lora(*arguments, {DUAL: [0, 1]}, to="teacher")
     with pytest.raises(UserError, match="expected one of student, teacher"):
         convert_lora(*arguments, pipe, to="techer")
+
+
+def in_other_names(tensors: dict[str, Tensor], trainer: str) -> dict[str, Tensor]:
+    """The same LoRA as ai-toolkit or kohya's trainers name it."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, side = key.removeprefix("transformer.").removesuffix(".weight").rsplit(".lora_", 1)
+        if trainer == "ai-toolkit":
+            renamed[f"diffusion_model.{module}.lora_{side}.weight"] = tensor
+        else:
+            name = "lora_unet_" + module.replace(".", "_")
+            renamed[f"{name}.lora_{'down' if side == 'A' else 'up'}.weight"] = tensor
+            renamed[f"{name}.alpha"] = torch.tensor(float(tensor.shape[0 if side == "A" else 1]))
+    return renamed
+
+
+@pytest.mark.parametrize("trainer", ["ai-toolkit", "kohya"])
+def test_loras_of_other_trainers_come_back_as_diffusers_own_do(trainer: str, pipe: Any, tmp_path: Path) -> None:
+    whole = tuple(name for name in LAYERS if name.startswith("attn."))
+    tensors = lora_for(pipe.transformer, whole)
+    expected, _ = converted(pipe, tensors, tmp_path)
+    back, _ = converted(pipe, in_other_names(tensors, trainer), tmp_path)
+    assert back.keys() == expected.keys()
+    for name, update in updates(back).items():
+        assert torch.allclose(update, updates(expected)[name], atol=1e-6)
