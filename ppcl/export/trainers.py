@@ -63,8 +63,7 @@ def trainer_table() -> str:
             "ai-toolkit (both of August 2026), kohya's sd-scripts (February 2026) and musubi-tuner (June 2026). Where "
             "they load the folder, they do so at any depth, and with networks of one width (`plan.uniform_width`). "
             "diffusers' script for Qwen-Image and sd-scripts' loader were run: `benchmarks/trainers.py`. What was "
-            'trained goes back to the teacher\'s numbers with `convert_lora(..., to="teacher")`, from the names that '
-            "diffusers and ai-toolkit write.",
+            "trained goes back to the teacher's numbers: [adapters_bridge.md](adapters_bridge.md).",
             "",
             f"| class | {' | '.join(TRAINERS)} |",
             f"| --- |{' --- |' * len(TRAINERS)}",

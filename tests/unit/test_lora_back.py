@@ -151,7 +151,7 @@ def test_strength_is_multiplied_in(pipe: Any, tmp_path: Path, how: str) -> None:
     ("change", "says"),
     [
         ({f"transformer.{DUAL}.2.attn.to_q.lora_magnitude_vector": (32,)}, "without DoRA"),
-        ({f"lora_unet_{DUAL}_2_attn_to_q.lora_down.weight": (2, 32)}, "save_lora_weights"),
+        ({f"lora_unet_{DUAL}_2_attn_to_q.lora_down.weight": (2, 32)}, "diffusers cannot read"),  # half of it
         ({f"transformer.{DUAL}.7.attn.to_q.lora_A.weight": (2, 32)}, "is not whole"),
         ({f"transformer.{DUAL}.7.attn.to_q.lora_{s}.weight": n for s, n in (("A", (2, 32)), ("B", (32, 2)))}, "7"),
         (
