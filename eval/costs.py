@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ppcl.config import EvaluateConfig
-from ppcl.eval.generate import draw, picture_generator, quiet
+from ppcl.eval.generate import draw, picture_generator, quiet, steps_of
 from ppcl.eval.results import Speed
 from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
 from ppcl.teacher.flops import count_flops
@@ -52,7 +52,8 @@ def denoiser_of(pipeline: Any) -> nn.Module | None:
 
 
 def picture_call(pipeline: Any, prompts: Sequence[str], steps: int, kwargs: dict[str, Any], seed: int) -> Call:
-    """A call that draws pictures from prompts to pixels, all at once."""
+    """A call that draws pictures from prompts to pixels, all at once, in so many steps or in those that it says."""
+    steps, kwargs = steps_of(steps, kwargs)
 
     def call() -> object:
         generators = [picture_generator(seed, index) for index in range(len(prompts))]
@@ -108,10 +109,12 @@ def batch_sizes(settings: EvaluateConfig, prompts: Sequence[str]) -> list[int]:
     return sorted({min(size, most) for size in settings.speed_batch_sizes})
 
 
-def step_counts(settings: EvaluateConfig) -> list[int]:
-    """Step counts to time: those asked for, or all steps and half of them."""
+def step_counts(settings: EvaluateConfig, kwargs: tuple[dict[str, Any], dict[str, Any]]) -> list[tuple[int, int]]:
+    """Steps of both models to time: those asked for, or all steps and half of them; of a model with its own the own."""
     steps = settings.num_inference_steps
-    return sorted(set(settings.speed_steps or (max(1, steps // 2), steps)))
+    counts = sorted(set(settings.speed_steps or (max(1, steps // 2), steps)))
+    one, two = (extra.get("num_inference_steps") for extra in kwargs)
+    return [(one or count, two or count) for count in counts]
 
 
 def flops_of(pipeline: Any, call: Call | None) -> int | None:
@@ -121,19 +124,24 @@ def flops_of(pipeline: Any, call: Call | None) -> int | None:
 
 
 def _timed(
-    pipelines: tuple[Any, Any], calls: tuple[Call, Call], part: Part, size: int, steps: int | None, runs: int
+    pipelines: tuple[Any, Any],
+    calls: tuple[Call, Call],
+    part: Part,
+    size: int,
+    steps: tuple[int | None, int | None],
+    runs: int,
 ) -> tuple[Speed, Speed]:
     """Time the two models' calls alternately, and measure the memory of each."""
     latencies = measure_pair(*calls, runs=runs, warmup=WARMUP)
     rows = []
-    for pipeline, call, latency in zip(pipelines, calls, latencies, strict=True):
+    for pipeline, call, latency, count in zip(pipelines, calls, latencies, steps, strict=True):
         module = denoiser_of(pipeline)
         alone = [module] if part == "transformer" and module is not None else None
         rows.append(
             Speed(
                 part=part,
                 batch_size=size,
-                num_inference_steps=steps,
+                num_inference_steps=count,
                 latency_ms=latency.median_ms,
                 latency_p10_ms=latency.p10_ms,
                 latency_p90_ms=latency.p90_ms,
@@ -163,9 +171,10 @@ def sweep(
         some = list(prompts[:size])
         one, two = (transformer_call(p, some, extra, seed) for p, extra in zip(pipelines, kwargs, strict=True))
         if one is not None and two is not None:
-            rows.append(_timed(pipelines, (one, two), "transformer", size, None, settings.latency_runs))
-        for steps in step_counts(settings):
-            first, second = (picture_call(p, some, steps, kw, seed) for p, kw in zip(pipelines, kwargs, strict=True))
+            rows.append(_timed(pipelines, (one, two), "transformer", size, (None, None), settings.latency_runs))
+        for steps in step_counts(settings, kwargs):
+            sides = zip(pipelines, steps, kwargs, strict=True)
+            first, second = (picture_call(p, some, count, extra, seed) for p, count, extra in sides)
             runs = min(PICTURE_RUNS, settings.latency_runs)
             rows.append(_timed(pipelines, (first, second), "picture", size, steps, runs))
     return [row[0] for row in rows], [row[1] for row in rows]

@@ -52,6 +52,12 @@ def accepted_kwargs(pipeline: Any, call_kwargs: dict[str, Any]) -> dict[str, Any
     return {key: value for key, value in given.items() if key in parameters}
 
 
+def steps_of(steps: int, call_kwargs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Steps that a model draws in, its own if its arguments say some; and the other arguments."""
+    others = {name: value for name, value in call_kwargs.items() if name != "num_inference_steps"}
+    return call_kwargs.get("num_inference_steps") or steps, others
+
+
 def draw(
     pipeline: Any,
     prompts: Sequence[str],
@@ -180,7 +186,7 @@ def generate(
         num_inference_steps: Denoising steps.
         batch_size: Prompts drawn together.
         call_kwargs: ``height``, ``width``, ``guidance_scale``, ``negative_prompt`` and the like; what the
-            pipeline does not take is ignored with a warning, None means the pipeline's default.
+            pipeline does not take is ignored with a warning, None means the pipeline's default. Steps in it count.
         label: Shown beside the progress bar.
         model: Identifies the weights; a folder of another model's pictures is refused.
 
@@ -193,6 +199,7 @@ def generate(
     if not prompts or batch_size < 1:
         raise UserError(f"nothing to draw: {len(prompts)} prompts, batch size {batch_size}; give at least one of each")
     folder = Path(folder)
+    num_inference_steps, call_kwargs = steps_of(num_inference_steps, call_kwargs)
     settings = {
         "schema_version": SCHEMA_VERSION,
         "model": model,

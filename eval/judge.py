@@ -105,6 +105,11 @@ class Side:
         assert module is not None  # loading refuses pipelines without one
         return count_params(module)
 
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that it is made to draw in; None where any number will do."""
+        return self.kwargs.get("num_inference_steps")
+
     def spread(self) -> dict[str, Spread]:
         """Its numbers over the seeds; empty for one seed."""
         if len(self.measures) < 2:
@@ -234,7 +239,9 @@ class Judge:
     def velocity(self, first: Side, second: Side) -> StateErrors | None:
         """Velocity errors on states of the first model's trajectories, where the second takes them."""
         teacher, student = (getattr(side.pipeline, "transformer", None) for side in (first, second))
-        if teacher is None or student is None:
+        if own := first.own_steps or second.own_steps:
+            why = f"one of the two is made to draw in {own} steps, and answers for as long ones"
+        elif teacher is None or student is None:
             why = "it needs two transformers"
         elif latents_of(first.pipeline) != latents_of(second.pipeline):
             why = "the two have different VAEs"
@@ -297,6 +304,8 @@ class Judge:
         cost = self.costs(first, second, calls)
         lost, ratio = drop(measures, others), second.params / first.params
         speeds = {key: _ratio(cost.teacher[key], cost.student[key]) for key in ("latency_ms", "latency_end_to_end_ms")}
+        steps = second.own_steps
+        shown = "latency_end_to_end_ms" if steps else "latency_ms"
         both = [name for name in CAPTION_SCORES if name in measures and name in others]
         losses = {name: drop({name: measures[name]}, {name: others[name]}) for name in both}
         fid_ratio = _fid_ratio(measures, others)
@@ -313,7 +322,8 @@ class Judge:
             param_ratio=ratio,
             speedup=speeds["latency_ms"],
             speedup_end_to_end=speeds["latency_end_to_end_ms"],
-            verdict=verdict(second.label, first.label, lost, ratio, speeds["latency_ms"]),
+            num_inference_steps=steps,
+            verdict=verdict(second.label, first.label, lost, ratio, speeds[shown], steps),
         )
         return comparison, cost
 

@@ -57,6 +57,7 @@ def _speed(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> dict[str, 
         cells = [
             f"{number(time.latency_ms)} ({number(time.latency_p10_ms)} to {number(time.latency_p90_ms)})"
             + (f", {time.times_as_fast:.2f}x" if time.times_as_fast is not None else "")
+            + (f", {time.num_inference_steps} steps" if time.num_inference_steps != first.num_inference_steps else "")
             for time in same_work
         ]
         peaks = [time.peak_memory_bytes for time in same_work]

@@ -37,7 +37,7 @@ from ppcl.teacher.loading import (
     source_name,
 )
 from ppcl.teacher.origin import first_round, teacher_of, weights_digest
-from ppcl.teacher.pipeline_call import guidance_arguments, picture_arguments
+from ppcl.teacher.pipeline_call import guidance_arguments, own_call, picture_arguments, without_guidance
 from ppcl.teacher.stored import check_stored, not_a_pipeline
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
@@ -216,12 +216,24 @@ def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
 
 
 def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
-    """Size and guidance as this pipeline wants them; U-Net pipelines take the plain names."""
+    """Size and guidance as this pipeline wants them, and its steps if it is made for few of them.
+
+    U-Net pipelines take the plain names.
+    """
+    if call := own_call(pipeline):
+        return {**guidance_arguments(pipeline, without_guidance(pipeline, settings)), **call}
     if getattr(pipeline, "transformer", None) is not None:
         return guidance_arguments(pipeline, settings)
     accepted = inspect.signature(pipeline.__call__).parameters
     wanted = {name: getattr(settings, name) for name in ("height", "width", "guidance_scale", "negative_prompt")}
     return {name: value for name, value in wanted.items() if value is not None and name in accepted}
+
+
+def with_transformer(pipeline: Any, transformer: Any) -> Any:
+    """Return a pipeline that shares all components but the transformer."""
+    copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+    copied.set_progress_bar_config(disable=True)
+    return copied
 
 
 def latents_of(pipeline: Any) -> dict[str, Any]:

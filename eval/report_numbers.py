@@ -235,7 +235,7 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> Marku
         labels: The models; the first is what the others are compared with.
         rows: The times of each, in one order.
     """
-    work = {tuple((row.part, row.num_inference_steps, row.batch_size) for row in times) for times in rows}
+    work = {tuple((row.part, row.batch_size) for row in times) for times in rows}
     if not rows or not rows[0] or len(work) > 1:
         return Markup()
     lines = []
@@ -244,7 +244,8 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> Marku
         name = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
         cells = []
         for position, row in enumerate(same_work):
-            cells.append(ranged(number(row.latency_ms), (row.latency_p10_ms, row.latency_p90_ms)))
+            own = f" ({row.num_inference_steps} steps)" if row.num_inference_steps != first.num_inference_steps else ""
+            cells.append(ranged(f"{number(row.latency_ms)}{own}", (row.latency_p10_ms, row.latency_p90_ms)))
             if position:
                 cells.append(f"{number(row.times_as_fast)}{TIMES}" if row.times_as_fast is not None else number(None))
         memory = [size_bytes(row.peak_memory_bytes) for row in same_work]

@@ -44,7 +44,10 @@ def headline_sentence(run: RunData) -> str:
     ratio = row.param_ratio if row else predicted.param_ratio if predicted else None
     if ratio is not None:
         parts.append(f"{percent(ratio, 0)} of the parameters")
-    if row and row.speedup is not None:
+    if row and row.num_inference_steps:
+        steps = f"{row.num_inference_steps} steps without guidance"
+        parts.append(f"whole pictures {number(row.speedup_end_to_end)} times as fast in {steps}")
+    elif row and row.speedup is not None:
         parts.append(f"{number(row.speedup)} times as fast")
     elif predicted:
         parts.append(f"about {number(predicted.speedup)} times as fast (predicted)")

@@ -129,6 +129,7 @@ class Comparison(_Frozen):
     param_ratio: float
     speedup: float | None = Field(description="of the transformer or U-Net; above 1: faster than the first")
     speedup_end_to_end: float | None
+    num_inference_steps: int | None = Field(default=None, description="of this model, where it is made for so many")
     verdict: str
 
 

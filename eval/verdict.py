@@ -17,6 +17,7 @@ def verdict(
     drop: Interval | None,
     param_ratio: float | None,
     speedup: float | None,
+    steps: int | None = None,
 ) -> str:
     """Write ``B keeps X% of A at Y% of the parameters, Zx as fast``, with the interval and its limits.
 
@@ -26,9 +27,11 @@ def verdict(
         drop: Average drop in percent with its interval over prompts; None where there are no scores.
         param_ratio: Parameters relative to the other's.
         speedup: Above 1 where this model is faster.
+        steps: That it draws in, where they are its own: the speed-up is that of whole pictures then.
     """
     costs = [f"at {param_ratio:.1%} of the parameters"] if param_ratio is not None else []
-    costs += [f"{speedup:.2f}x as fast"] if speedup is not None else []
+    own = f" in {steps} steps" if steps else ""
+    costs += [f"{speedup:.2f}x as fast{own}"] if speedup is not None else []
     cost = ", ".join(costs)
     if drop is None:
         return f"{name} against {against}: no caption scores to compare{f'; {cost}' if cost else ''}"

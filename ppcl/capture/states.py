@@ -80,6 +80,7 @@ class States:
         calls: As they were recorded.
         groups: The states of each shape; shapes that go together stand side by side.
         marks: What tells each state from the others.
+        jumps: Of calls that are steps of few: how far each moves the latents (:mod:`ppcl.capture.jumps`).
 
     Raises:
         ArtifactError: Nothing was recorded, or a file is damaged.
@@ -89,13 +90,14 @@ class States:
         paths = sorted(folder.glob(f"{split}-*.safetensors"))
         if not paths:
             raise ArtifactError(f"{folder} holds no {split} states; run ppcl capture first")
-        self.split, self.calls = split, list[Call]()
+        self.split, self.calls, self.jumps = split, list[Call](), list[float]()
         self.text_mask = text_mask or _recorded_mask(folder / PADDING)
         groups: dict[str, list[Row]] = {}
         fits: dict[str, tuple[str, int]] = {}  # of each shape: what else must be equal to go together, length of text
         told: dict[Row, tuple[float, Hashable, str]] = {}
         for path in paths:
             calls, recorded = _read_calls(path)
+            self.jumps += recorded.jumps
             branches = recorded.branches or guidance_branches([call.arguments for call in calls])
             for call, branch in zip(calls, branches, strict=True):
                 # guidance may double the samples of a call, and pictures may share a caption
@@ -338,6 +340,8 @@ def _read_calls(path: Path) -> tuple[list[Call], _Recorded]:
                 raise ValueError(f"{len(target)} answers to {len(calls[-1].whole_rows)} samples")
         if recorded.branches is not None and len(recorded.branches) != len(calls):
             raise ValueError(f"branches of {len(recorded.branches)} calls of {len(calls)}")
+        if recorded.jumps and len(recorded.jumps) != len(calls):
+            raise ValueError(f"jumps of {len(recorded.jumps)} calls of {len(calls)}")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as reason:
@@ -358,3 +362,4 @@ class _Recorded(BaseModel):
     per_sample: list[list[str]] = []
     prompts: list[str] = []
     branches: list[Count] | None = None
+    jumps: list[float] = []

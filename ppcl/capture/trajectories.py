@@ -162,17 +162,10 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
         logger.warning("%s", note)
     if pictured:
         forget_others(folder, [[prompt.name, prompt] for prompt in prompts if isinstance(prompt, PicturedPrompt)])
-    size = 1 if pictured else settings.batch_size
-    jobs = []
-    for split, chosen in split_prompts(list(dict.fromkeys(prompts)), settings.held_out_share, seed).items():
-        # Prompts of like length share a batch, so that few shapes of text embeddings arise.
-        own = [prompt for prompt in prompts if prompt in set(chosen)]
-        own.sort(key=lambda text: (prompt_length(pipeline, text), text))
-        for start in range(0, len(own), size):
-            jobs.append((split, start // size, own[start : start + size]))
+    jobs = split_batches(pipeline, prompts, settings, seed)
     with Progress("capture", total=len(jobs)) as progress:
-        for number, (split, index, batch) in enumerate(jobs):
-            path = folder / f"{split}-{index:04d}.safetensors"
+        for number, (name, batch) in enumerate(jobs):
+            path = folder / f"{name}.safetensors"
             if not path.is_file():
                 calls = record_calls(pipeline, batch, captured_noise(seed, number, len(batch)), settings)
                 if number == 0:
@@ -184,6 +177,20 @@ def capture(pipeline: Any, prompts: Sequence[str], folder: Path, settings: Captu
                 about = {"prompts": batch, "of": len(calls), "branches": [branches[i] for i in picked]}
                 write_calls(path, [calls[i].take(chosen) for i, chosen in picked.items()], **about)
             progress.advance()
+
+
+def split_batches(
+    pipeline: Any, prompts: Sequence[str], settings: CaptureConfig, seed: int
+) -> list[tuple[str, list[str]]]:
+    """Batches of prompts that are drawn together, by the name of their file: ``train-0000`` and so on."""
+    size = 1 if isinstance(prompts[0], PicturedPrompt) else settings.batch_size
+    jobs = []
+    for split, chosen in split_prompts(list(dict.fromkeys(prompts)), settings.held_out_share, seed).items():
+        # Prompts of like length share a batch, so that few shapes of text embeddings arise.
+        own = [prompt for prompt in prompts if prompt in set(chosen)]
+        own.sort(key=lambda text: (prompt_length(pipeline, text), text))
+        jobs += [(f"{split}-{i // size:04d}", own[i : i + size]) for i in range(0, len(own), size)]
+    return jobs
 
 
 def check_teacher(pipeline: Any, settings: CaptureConfig, pictured: bool) -> None:

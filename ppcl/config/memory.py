@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ppcl.config.few_steps import FewStepsConfig
 from ppcl.config.sections import Section
 from ppcl.errors import ConfigError
 
@@ -83,7 +84,10 @@ HOW_NOT_WHAT = {
     *("offload", "shard_teacher", "checkpointing", "compile", "release_gradients"),
 }
 # what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
-_NOT_IN_TABLES = {"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0}
+_NOT_IN_TABLES: dict[str, Any] = {
+    **{"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0},
+    "few_steps": FewStepsConfig(),  # type: ignore[call-arg]
+}
 
 
 def changed(settings: M, **changes: Any) -> M:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ppcl.common.plugins import source_of
 from ppcl.config.extensions import CRITERIA
+from ppcl.config.few_steps import FewStepsConfig
 from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
 from ppcl.config.names import BUDGETS, Start, Width
 from ppcl.config.search import SearchConfig
@@ -233,6 +234,7 @@ class DistillConfig(MemorySettings):
     )
 
     sparsity: SparsityConfig = SparsityConfig()  # type: ignore[call-arg]
+    few_steps: FewStepsConfig = FewStepsConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _settings_that_fit(self) -> DistillConfig:
@@ -266,6 +268,12 @@ class DistillConfig(MemorySettings):
             raise ValueError("distill.release_gradients steps before a spike is seen; leave distill.spike_factor out")
         return self
 
+    @model_validator(mode="after")
+    def _few_steps_of_a_whole_student(self) -> DistillConfig:
+        if self.shard and self.few_steps.num_inference_steps:
+            raise ValueError("distill.few_steps trains a student that is whole; leave it out, or distill.shard")
+        return self
+
     @property
     def walks(self) -> bool:
         """Whether substitutes are corrected or trained on the student's own states."""
@@ -284,15 +292,16 @@ class DistillConfig(MemorySettings):
             "sparsity": bool(self.sparsity.zeros),
             "distill.fresh": bool(self.fresh),
             "distill.sequence=sequential": self.sequence == "sequential",
+            "distill.few_steps": bool(self.few_steps.num_inference_steps),
         }
         return [name for name, there in asked.items() if there]
 
     def identity(self) -> dict[str, Any]:
         """Without what says how to train, not what: that may change while a run goes on."""
-        zeros = {"sparsity": sparsity} if (sparsity := self.sparsity.identity()) else {}
+        parts = {"sparsity": self.sparsity.identity(), "few_steps": self.few_steps.identity()}
         off = {name for name in ("fresh", "carried_steps", "carried_kept", "correct") if not getattr(self, name)}
-        unread = {*HOW_NOT_WHAT, "sparsity", *off}
-        return {**self.model_dump(exclude=unread), **zeros}
+        unread = {*HOW_NOT_WHAT, *parts, *off}
+        return {**self.model_dump(exclude=unread), **{name: part for name, part in parts.items() if part}}
 
 
 class ExportConfig(Section):
@@ -412,5 +421,14 @@ class RunConfig(Section):
             raise ValueError(
                 "plan.rounds trains later rounds on what the first teacher answered when it was recorded, which "
                 "distill.fresh has none of; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _few_steps_come_last(self) -> RunConfig:
+        if self.distill.few_steps.num_inference_steps and self.plan.rounds > 1:
+            raise ValueError(
+                "distill.few_steps follows the trajectories of the model that is compressed, which plan.rounds changes "
+                "from round to round; leave one of them out"
             )
         return self

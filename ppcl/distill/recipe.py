@@ -31,6 +31,7 @@ BATCHES = {  # of each stage
     "carried": Stream.CARRIED_BATCH,
     "alternating": Stream.ALTERNATING_BATCH,
     "output": Stream.OUTPUT_BATCH,
+    "few_steps": Stream.FEW_STEPS_BATCH,
 }
 Log = Callable[[dict[str, Any]], None]
 

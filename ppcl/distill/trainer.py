@@ -1,24 +1,28 @@
-"""The distill stage: local, alternating, output; writes the bundle."""
+"""The distill stage: local, carried, alternating, output, few steps; writes the bundle."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ppcl.capture.jumps import CALL
 from ppcl.capture.states import States
 from ppcl.common.artifacts import to_jsonable
 from ppcl.common.devices import autocast
-from ppcl.common.files import remove
+from ppcl.common.files import read_mapping, remove
 from ppcl.common.streams import Stream, step_generator
 from ppcl.common.tensor_files import read_tensors, write_tensors
 from ppcl.config import DistillConfig
 from ppcl.distill.carried import CarriedRecovery
 from ppcl.distill.compiled import blocks_of
+from ppcl.distill.few_steps import train_few_steps
 from ppcl.distill.local import local_backward
 from ppcl.distill.one_at_a_time import OneAtATime
 from ppcl.distill.recipe import HELD_OUT, Log, Part, Recipe
@@ -71,6 +75,7 @@ class Distiller:
         states: What is trained on; the recorded ones of ``calibration`` if None.
         device: Where training happens; where the transformer is if None.
         keep_teacher: The transformer is used after training; else ``shard_teacher`` leaves it split.
+        trajectories: What :func:`ppcl.capture.jumps.capture_jumps` wrote, for ``settings.few_steps``.
 
     Raises:
         ModelError: ``settings.sparsity`` does not fit the model.
@@ -95,11 +100,13 @@ class Distiller:
         states: States | None = None,
         device: torch.device | None = None,
         keep_teacher: bool = True,
+        trajectories: Path | None = None,
     ) -> None:
         plan = sparse_plan(plan, settings.sparsity)
         self.transformer, self.adapter, self.plan, self.out = transformer, adapter, plan, out
         self.settings, self.seed = settings, seed
-        self.group, self.sample, self.keep_teacher = group, sample, keep_teacher
+        self.group, self.sample, self.keep_teacher, self.trajectories = group, sample, keep_teacher, trajectories
+        self._trained: dict[str, nn.Module] | None = None  # of the whole student, once it is to be trained
         self.teacher_is_split = settings.splits_teacher(group.size)
         self.states = states or States(calibration, "train")
         self.held_out = States(calibration, "held-out") if any(calibration.glob("held-out-*")) else None
@@ -121,7 +128,7 @@ class Distiller:
         )
 
     def run(self) -> Bundle:
-        """Train all stages and write ``out/bundle``.
+        """Train all stages and write ``out/bundle``; before few steps, what they start from as ``out/recovered``.
 
         Closed-form starts of smaller modules can be closer to the teacher than any training with a rate meant for
         whole blocks; where training ends further away on held-out states, the start is kept.
@@ -136,7 +143,7 @@ class Distiller:
                 self._one_at_a_time() if self.settings.one_at_a_time else self._local()
             if self.substitutes and self.settings.walks:
                 self._carried()
-            if self.settings.alternating_steps or self.settings.output_steps:
+            if self.settings.alternating_steps or self.settings.output_steps or self.trajectories:
                 teacher.close()
                 for block in self.substitutes.values():
                     block.to(self.device)
@@ -144,22 +151,19 @@ class Distiller:
                 self._alternating()
             if self.settings.output_steps and (self.substitutes or self.settings.train != "substitutes"):
                 self._output()
-            return self._finished(before, start)
+            if self.trajectories is None:
+                return self._finished(before, start, "bundle")
+            self._finished(before, start, "recovered")
+            return self._few_steps(self.trajectories)
 
     def _weights(self) -> dict[str, Tensor]:
         """The substitutes' weights by run and name; they are not copied."""
         blocks = self.substitutes.items()
         return {f"{run_name(run)}/{name}": t for run, block in blocks for name, t in block.state_dict().items()}
 
-    def _finished(self, before: float, start: Path) -> Bundle:
-        """Write the bundle, of the start where training led away from the teacher."""
-        bundle = Bundle(
-            self.plan,
-            self.substitutes,
-            self._tuned(),
-            factors(kept_blocks(self.student, self.adapter, self.plan)),
-            self.masks.masks,
-        )
+    def _finished(self, before: float, start: Path, name: str) -> Bundle:
+        """Write a bundle, of the start where training led away from the teacher."""
+        bundle = self._bundle()
         after = self._held_out_error()
         if after > before:
             logger.warning(
@@ -172,11 +176,21 @@ class Distiller:
                 for name, tensor in weights.items():
                     tensor.copy_(first[name])
             bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
-        how = {"distill": to_jsonable(self.settings.model_dump())}
-        self.group.on_main(lambda: save_bundle(bundle, self.out / "bundle", how, self.transformer))
-        self.group.barrier()
+            self.student = assemble_student(self.transformer, self.adapter, self.plan, self.substitutes)
+            self._trained = None
+        self._save(bundle, name)
         self.group.on_main(lambda: remove(start))
         return bundle
+
+    def _bundle(self) -> Bundle:
+        """The student as it is."""
+        lora = factors(kept_blocks(self.student, self.adapter, self.plan))
+        return Bundle(self.plan, self.substitutes, self._tuned(), lora, self.masks.masks)
+
+    def _save(self, bundle: Bundle, name: str, **measured: Any) -> None:
+        how = {"distill": to_jsonable(self.settings.model_dump()), **measured}
+        self.group.on_main(lambda: save_bundle(bundle, self.out / name, how, self.transformer))
+        self.group.barrier()
 
     @torch.no_grad()
     def _held_out_error(self) -> float:
@@ -295,6 +309,22 @@ class Distiller:
         """Stage 3: the whole student on the teacher's velocity."""
         split = bool(self.settings.shard) and self.group.size > 1
         again = self.settings.shard != "zero2"
+        modules = self._whole_student(split, again)
+        if split:
+            shard(self.student, self.adapter, again=again)
+        self._train_output(modules, split)
+        if split:
+            unshard(self.student)
+
+    def _whole_student(self, split: bool = False, again: bool = True) -> Mapping[str, nn.Module]:
+        """Make the student ready to be trained as a whole, once; returns what of it is trained, by name.
+
+        Args:
+            split: Whether it is about to be split over the processes.
+            again: See :func:`ppcl.training.sharding.shard`.
+        """
+        if self._trained is not None:
+            return self._trained
         modules: dict[str, nn.Module] = {run_name(run): block for run, block in self.substitutes.items()}
         if self.settings.train == "all":
             self.student = thawed(self.student, self.adapter, self.substitutes, self.group, split, again)
@@ -303,13 +333,18 @@ class Distiller:
             self._add_lora({})
             runs = {run_name(run): block for run, block in self.substitutes.items() if run[2] > run[1]}
             modules = runs | kept_blocks(self.student, self.adapter, self.plan)
-        if split:
-            shard(self.student, self.adapter, again=again)
         if self.settings.checkpointing:
             checkpoint_blocks(self.student)
-        self._train_output(modules, split)
-        if split:
-            unshard(self.student)
+        self._trained = modules
+        return modules
+
+    def _few_steps(self, folder: Path) -> Bundle:
+        """Last: the recovered student on the teacher's guided trajectories, in few steps without guidance."""
+        modules, blocks = self._whole_student(), list(blocks_of(self.adapter, self.student))
+        errors = train_few_steps(self.recipe, self.student, modules, blocks, folder)
+        self.plan = replace(self.plan, call=read_mapping(folder / CALL))
+        self._save(bundle := self._bundle(), "bundle", few_steps=errors)
+        return bundle
 
     def _train_output(self, modules: Mapping[str, nn.Module], split: bool) -> None:
         """Train the student as it is placed now; the optimizer is gone after it."""
@@ -331,7 +366,7 @@ class Distiller:
 
     def _tuned(self) -> dict[str, Tensor]:
         """Weights of kept blocks and of the rest that the output stage changed."""
-        if self.settings.train != "all" or not self.settings.output_steps:
+        if self.settings.train != "all" or self._trained is None:
             return {}
         return tuned(self.student, self.plan, self.substitutes)
 

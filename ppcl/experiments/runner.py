@@ -25,6 +25,7 @@ from ppcl.distill.trainer import Distiller
 from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import Entrant, Judge, Side
 from ppcl.eval.metrics import CAPTION_SCORES
+from ppcl.eval.models import with_transformer
 from ppcl.eval.scoring import Measured, drop_by_prompt, limits, mean_over_seeds
 from ppcl.eval.velocity import state_errors
 from ppcl.run import Session
@@ -272,10 +273,3 @@ def _with_drops(seeds: Sequence[Scores], captions: Mapping[str, Measured]) -> li
         losses = [100 * (1 - value / of_teacher) for of_teacher, value in pairs if of_teacher and value is not None]
         with_drops.append({**scores, "average_drop": statistics.fmean(losses) if losses else None})
     return with_drops
-
-
-def with_transformer(pipeline: Any, transformer: Any) -> Any:
-    """Return a pipeline that shares all components but the transformer."""
-    copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
-    copied.set_progress_bar_config(disable=True)
-    return copied

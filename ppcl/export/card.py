@@ -165,6 +165,11 @@ def pipeline_tag(pipeline_class: str, transformer_class: str) -> str:
     return "text-to-image"
 
 
+def call_text(call: Mapping[str, int | float]) -> str:
+    """How a pipeline of few steps is called, as Python; empty of any other."""
+    return f"pipe(prompt, {', '.join(f'{name}={value:g}' for name, value in call.items())})" if call else ""
+
+
 def draw_plan(plan: CompressionPlan) -> str:
     """Draw a plan: the first teacher's block numbers in order, in brackets those that became one block."""
     lines = []
@@ -226,6 +231,7 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
         trusting=trusting,
         load=f"{imported}from diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{PLACEHOLDER}"{facts.arguments})',
+        call=call_text(plan.call),
         mode=without_folders(plan.mode),
         budget=f"{kind} {value:.4g}{' of the model of the round before' if facts.first else ''}",
         drawn=draw_plan(plan),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ppcl import __version__
+from ppcl.capture.jumps import FEW_STEPS
 from ppcl.common.files import atomic_path, link_file, read_json, write_json, write_text
 from ppcl.common.outside import check_links, real_places
 from ppcl.common.tensor_files import variant_of
@@ -109,6 +110,9 @@ def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callab
         temporary.mkdir()
         write_components(parts.pipeline, stored_folder(parts.source), temporary, link=settings.components == "link")
         parts.write(temporary)
+        if parts.plan.call:  # of few steps, whose noise levels are those that it was trained at
+            sampler = temporary / "scheduler" / "scheduler_config.json"
+            write_json(sampler, {**read_json(sampler), **FEW_STEPS})
         remote = settings.remote_code and "pruning" in student.config
         if remote:
             write_code(student, temporary / "transformer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from ppcl.common.files import file_digest
 from ppcl.common.tensor_files import weights_variant
 from ppcl.eval.command import track
 from ppcl.eval.feature_choice import real_reference
-from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, described
-from ppcl.eval.results import Evaluation, save_evaluation
+from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, Side, described
+from ppcl.eval.models import with_transformer
+from ppcl.eval.results import Comparison, Evaluation, ModelResult, save_evaluation
 from ppcl.eval.velocity import state_errors
 from ppcl.run.session import Session
 from ppcl.student.assembly import assemble_student
+from ppcl.student.bundle import build_student, load_bundle
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
@@ -59,16 +62,40 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
         settings.teacher_seeds,
     )
     second = judge.side(Entrant("student", "pipeline", file_digest(folder / "transformer"), lambda: student))
-    errors = state_errors(teacher.transformer, student.transformer, held_out.batches(count, count))
     state = to_device(held_out.alike(settings.batch_size), session.device)  # whose speed is measured
-    calls = (lambda: velocity(teacher.transformer, state), lambda: velocity(student.transformer, state))
     undistilled = None if is_streamed or session.first else undistilled_error(session, held_out)
-    comparison, cost = judge.compare(first, second, errors, calls, undistilled)
-    models = [described(first, cost.teacher, cost.speed[0]), described(second, cost.student, cost.speed[1])]
-    result = judge.result(models, [comparison], cost.memory_measure)
+    models, comparisons, measure = list[ModelResult](), list[Comparison](), ""
+    for side in (second, *_before_few_steps(session, judge, second)):
+        calls = (partial(velocity, teacher.transformer, state), partial(velocity, side.pipeline.transformer, state))
+        errors = None
+        if not side.own_steps:
+            batches = held_out.batches(count, count)
+            errors = state_errors(teacher.transformer, side.pipeline.transformer, batches)
+        comparison, cost = judge.compare(first, side, errors, calls, undistilled if errors else None)
+        comparisons.append(comparison)
+        models += [] if models else [described(first, cost.teacher, cost.speed[0])]
+        models.append(described(side, cost.student, cost.speed[1]))
+        measure = cost.memory_measure
+    result = judge.result(models, comparisons, measure)
     save_evaluation(result, session.out / "eval")
     track(session.tracker, result, session.out / "eval", session.evaluation_prompts)
     return result
+
+
+def _before_few_steps(session: Session, judge: Judge, student: Side) -> list[Side]:
+    """The student as it was recovered, at all steps with guidance, where few steps were trained on top of it."""
+    folder, teacher = session.out / "recovered", session.teacher
+    if not student.own_steps:
+        return []
+    if session.blocks == STREAMED:
+        judge.note("the student before few steps is left out: it needs the whole teacher (blocks=resident has it)")
+        return []
+
+    def load() -> Any:
+        bundle = load_bundle(folder, teacher.transformer, session.adapter)
+        return with_transformer(teacher, build_student(teacher.transformer, session.adapter, bundle))
+
+    return [judge.side(Entrant("recovered", "recovered", file_digest(folder / "bundle.json"), load))]
 
 
 def load_student(session: Session, folder: Path) -> Any:

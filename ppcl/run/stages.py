@@ -21,6 +21,7 @@ from ppcl.run.stage import ORDER, Stage
 from ppcl.student.plan import CompressionPlan
 
 STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "pipeline", "eval"
+RECOVERED = "recovered"  # the bundle before few steps
 
 
 def _check_capture(session: Session) -> None:
@@ -46,6 +47,20 @@ def _check_capture(session: Session) -> None:
     noised = not session.is_pictured and settings.data != PROMPTS
     check_data(session.teacher, settings, noised or bool(session.config.distill.fresh))
     check_teacher(session.teacher, settings, session.is_pictured)
+    _check_few_steps(session)
+
+
+def _check_few_steps(session: Session) -> None:
+    from ppcl.capture.jumps import check_few_steps
+    from ppcl.distill.streamed import check_streamed
+    from ppcl.teacher.streaming import STREAMED
+
+    few = session.config.distill.few_steps
+    if not few.num_inference_steps:
+        return
+    if session.blocks == STREAMED:
+        check_streamed(session.config.distill)
+    check_few_steps(session.teacher, session.calibration_prompts, session.config.capture, few)
 
 
 def _capture(session: Session, _: None) -> None:
@@ -154,6 +169,7 @@ def _check_distill(session: Session) -> None:
     plan = session.read(CompressionPlan, "plan.json")
     check_plan(plan, analysis.model, path)
     check_fits(plan, session.model, path)
+    _check_few_steps(session)
     if session.config.distill.sparsity.zeros:
         weight_criterion_named(session.config.distill.sparsity.criterion)
 
@@ -184,6 +200,7 @@ def _distill_streamed(session: Session) -> None:
 
 def _distill_resident(session: Session) -> None:
     """The rest of the pipeline is in memory where pictures are drawn or noised on the way."""
+    from ppcl.capture.jumps import capture_jumps
     from ppcl.capture.states import States
     from ppcl.distill.fresh_states import fresh_states
     from ppcl.distill.preparation import say_memory, training_transformer
@@ -193,7 +210,10 @@ def _distill_resident(session: Session) -> None:
 
     settings, group = session.config.distill, session.group
     pipeline = session.teacher if settings.sample_every or settings.fresh else None
-    adapter = session.adapter
+    adapter, trajectories = session.adapter, session.out / CHECKPOINTS / "trajectories"
+    if settings.few_steps.num_inference_steps:
+        given = (session.config.capture, settings.few_steps, session.config.seed)
+        group.on_main(lambda: capture_jumps(session.teacher, session.calibration_prompts, trajectories, *given))
     transformer = training_transformer(
         session.release_teacher(), session.model, session.device, settings, session.precision, group.size
     )
@@ -222,6 +242,7 @@ def _distill_resident(session: Session) -> None:
         sample=sample_sheet(pipeline, session.config, session.evaluation_prompts, session.out, session.log, group),
         states=states,
         keep_teacher=False,
+        trajectories=trajectories if settings.few_steps.num_inference_steps else None,
     ).run()
 
 
@@ -335,7 +356,7 @@ _ALL = (
             "candidates.safetensors": None,
             "width.safetensors": None,
         },
-        on_the_way=(CHECKPOINTS, "samples"),
+        on_the_way=(CHECKPOINTS, "samples", RECOVERED),
         is_shared=True,
     ),
     Stage("export", "Write the pipeline.", (PIPELINE,), _export, _build, inputs={BUNDLE: None}),

@@ -18,6 +18,7 @@ from ppcl.common.artifacts import SCHEMA_VERSION, STRICT, Amount, Count, Error, 
 from ppcl.config import PlanConfig
 from ppcl.config.names import Start
 from ppcl.modules.parts import check_part
+from ppcl.teacher.block_map import is_call
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 _SPARSITY = {"pattern": str, "criterion": str, "allocation": str, "zeros": float, "zeros_in_layers": float}
@@ -127,6 +128,7 @@ class CompressionPlan:
     schema_version: int = SCHEMA_VERSION
     # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
     sparsity: dict[str, str | float] = field(default_factory=dict)
+    call: dict[str, int | float] = field(default_factory=dict)  # steps and guidance of a student of few steps
 
     def check(self) -> None:
         """Refuse a plan that is none.
@@ -152,6 +154,8 @@ class CompressionPlan:
         said = {name: type(value) for name, value in self.sparsity.items()}
         if said and said != _SPARSITY:
             raise ValueError(f"sparsity says {sorted(said)}, expected {sorted(_SPARSITY)}")
+        if self.call and not is_call(self.call):
+            raise ValueError(f"call says {sorted(self.call)}, expected num_inference_steps and a guidance scale")
 
     @property
     def runs(self) -> list[tuple[str, Segment]]:

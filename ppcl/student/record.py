@@ -56,6 +56,8 @@ def register_plan(
     record: dict[str, Any] = {"kept_blocks": kept, "starts": starts, "budget": to_jsonable(plan.budget)}
     if plan.sparsity:
         record["sparsity"] = dict(plan.sparsity)
+    if plan.call:
+        record["call"] = dict(plan.call)
     if former:
         known = {name: former[name] for name in ("source_model", "budget", "plan_sha256") if name in former}
         record["rounds"] = [*former.get("rounds", ()), known]

@@ -17,6 +17,7 @@ from ppcl.modules.parts import check_part
 
 RECORD = "_ppcl"  # entry of the config; diffusers does not warn of a key with a leading underscore
 UNIFORM = "uniform"  # in it, of a model of a stock class with narrower networks: which units they keep
+SCALES = ("true_cfg_scale", "distilled_guidance_scale", "guidance_scale")  # arguments that carry a guidance scale
 Start = str | int | None
 
 
@@ -189,3 +190,11 @@ def pipeline_record(pipeline: Any) -> Mapping[str, Any]:
             "the '_ppcl' entry of the transformer's config names no kept_blocks; export the pipeline again"
         )
     return record
+
+
+def is_call(call: Any) -> bool:
+    """Whether a record says a number of steps, a guidance scale at most beside it, and nothing else."""
+    if not isinstance(call, Mapping) or not {"num_inference_steps"} <= call.keys() <= {"num_inference_steps", *SCALES}:
+        return False
+    steps, scales = call["num_inference_steps"], [call[name] for name in SCALES if name in call]
+    return type(steps) is int and 0 < steps <= MOST_NUMBER and all(type(scale) in (int, float) for scale in scales)

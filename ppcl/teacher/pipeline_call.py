@@ -21,6 +21,7 @@ from torch import nn
 
 from ppcl.config import CaptureConfig
 from ppcl.errors import ModelError, UserError
+from ppcl.teacher.block_map import RECORD, is_call
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,6 +149,27 @@ def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]
     return {name: value for name, value in arguments.items() if value is not None and name in accepted}
 
 
+def without_guidance(pipeline: Any, settings: CaptureConfig) -> CaptureConfig:
+    """Settings under which a pipeline asks its transformer once a step; a scale that is an input stays."""
+    return settings.model_copy(update={"guidance_scale": OFF}) if _guidance(pipeline, settings).doubles else settings
+
+
+def own_call(pipeline: Any) -> dict[str, int | float]:
+    """Steps and guidance that a compressed pipeline was trained to be called with; empty if any will do.
+
+    Raises:
+        ModelError: Its config says something else there.
+    """
+    record = getattr(getattr(pipeline, "transformer", None), "config", {}).get(RECORD)
+    call = record.get("call") if isinstance(record, Mapping) else None
+    if call and not is_call(call):
+        raise ModelError(
+            f"'{RECORD}.call' in the transformer's config is {str(call)[:100]}, expected num_inference_steps and a "
+            "guidance scale; export the model again"
+        )
+    return dict(call or {})
+
+
 def check_guidance(pipeline: Any, settings: CaptureConfig) -> None:
     """Warn of guidance that a few-step teacher was made to do without, or that a pipeline takes no notice of."""
     guidance, name = _guidance(pipeline, settings), type(pipeline).__name__
@@ -159,7 +181,7 @@ def check_guidance(pipeline: Any, settings: CaptureConfig) -> None:
     places = (getattr(part, "config", {}).get("_name_or_path") for part in (pipeline, pipeline.transformer))
     words = " ".join("/".join(Path(str(place)).parts[-2:]) for place in places if place)
     is_distilled = getattr(pipeline, "config", {}).get("is_distilled")
-    if not guidance.default_doubles or is_distilled or _FEW_STEPS.search(words):
+    if not guidance.default_doubles or is_distilled or _FEW_STEPS.search(words) or own_call(pipeline):
         logger.warning(
             "%s seems to be made for drawing without guidance, in few steps, and is asked twice a step here; set "
             "capture.guidance_scale=0 and capture.num_inference_steps to what its card says",

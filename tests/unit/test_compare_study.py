@@ -20,13 +20,14 @@ from ppcl.common.artifacts import save_artifact
 from ppcl.common.tables import markdown_table, measured, number, spread
 from ppcl.config import load_config
 from ppcl.errors import ConfigError
+from ppcl.eval.models import with_transformer
 from ppcl.eval.scoring import reference_of
 from ppcl.experiments import runner as runner_module
 from ppcl.experiments import study as study_module
 from ppcl.experiments.baselines import nearest_rung, plans_of_equal_size, removed_blocks, run_keys
 from ppcl.experiments.compare import compare_plans, plan_rows
 from ppcl.experiments.noise import cell
-from ppcl.experiments.runner import RowRunner, claim, mean_scores, with_transformer
+from ppcl.experiments.runner import RowRunner, claim, mean_scores
 from ppcl.experiments.study import (
     VelocityMeter,
     contiguous_removals,

@@ -17,6 +17,8 @@ from tiny_models import DUAL, describe_alone, plan_for, qwen_call, tiny_qwen, wr
 import ppcl.distill.trainer as trainer
 from ppcl.analysis.analyze import analyze
 from ppcl.capture.padding import check_padding
+from ppcl.capture.trajectories import write_calls
+from ppcl.common.files import write_json
 from ppcl.common.parts import is_part
 from ppcl.common.tensor_files import StoredTensors, write_tensors
 from ppcl.config import AnalyzeConfig, DistillConfig, FitConfig
@@ -25,7 +27,7 @@ from ppcl.distill.fit import fit
 from ppcl.distill.trainable import kept_blocks
 from ppcl.distill.trainer import Distiller
 from ppcl.teacher.blocks import ResidentBlocks
-from ppcl.teacher.calls import velocity
+from ppcl.teacher.calls import Call, velocity
 from ppcl.teacher.families import adapter_for
 from ppcl.training.distributed import Group, connect
 from ppcl.training.launch import guarded
@@ -47,6 +49,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "alternating": {"local_steps": 0, "alternating_steps": 2, "output_steps": 0},
     "output": {"local_steps": 0, "output_steps": 2, "train": "substitutes"},
     "all": {"local_steps": 0, "output_steps": 3, "train": "all"},
+    "few": {"local_steps": 0, "output_steps": 0, "few_steps": {"num_inference_steps": 2, "training_steps": 2}},
 }
 
 
@@ -55,12 +58,37 @@ def new_distiller(folder: Path, name: str, group: Group, log: Any = None, **chan
     teacher = tiny_qwen(5)
     settings = DistillConfig(**{"batch_size": BATCH, "checkpoint_every": 1, **RATES, **STAGES[name], **changes})
     plan = plan_for(teacher, RUNS)
+    few = settings.few_steps.num_inference_steps
+    if few:
+        group.on_main(functools.partial(write_trajectories, folder))
     distiller = Distiller(
-        teacher, adapter_for(teacher), plan, folder / "states", folder / name, settings, 0, "fp32", log, group=group
+        *(teacher, adapter_for(teacher), plan, folder / "states", folder / name, settings, 0, "fp32", log),
+        group=group,
+        trajectories=folder / "trajectories" if few else None,
     )
     if settings.correct:  # which is judged on held-out states
         distiller.held_out = distiller.states
     return distiller
+
+
+def write_trajectories(folder: Path) -> None:
+    """Trajectories of two steps in ``folder/trajectories``, with padded texts; and states, if there are none."""
+    if not (folder / "states").is_dir():
+        for split, seed in (("train", 3), ("held-out", 30)):
+            write_states(folder / "states", split, [qwen_call(batch=4, seed=seed)], tiny_qwen(5, seed=1))
+    place = folder / "trajectories"
+    if (place / "call.json").is_file():
+        return
+    for split, seed in (("train", 5), ("held-out", 50)):
+        for number, text in enumerate((5, 4)):
+            start = qwen_call(batch=4, text=text, seed=seed + number, padded=text == 5)
+            calls = []
+            for step, time in enumerate((1.0, 0.5)):
+                latents = start["hidden_states"] if not step else 0.5 * start["hidden_states"]
+                arguments = {**start, "hidden_states": latents, "timestep": torch.full((4,), time)}
+                calls.append(Call(arguments, start["hidden_states"]))  # which leads to where the next step begins
+            write_calls(place / f"{split}-{number:04d}.safetensors", calls, jumps=[-0.5, -0.5])
+    write_json(place / "call.json", {"num_inference_steps": 2, "true_cfg_scale": 1.0})
 
 
 def weights(distiller: Distiller) -> dict[str, torch.Tensor]:
