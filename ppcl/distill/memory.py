@@ -300,13 +300,15 @@ def estimate_distill(
         step = output_step_bytes(deepest, arguments, precision, settings.checkpointing)
         numbers = sum(map(trained_params, substitutes.values()))
         found["alternating"] = _whole(teacher, resident + masks, numbers, step, settings)
-    if settings.output_steps and (substitutes or settings.train != "substitutes"):
+    asked = {"output": settings.output_steps, "few_steps": settings.few_steps.num_inference_steps}
+    if any(asked.values()) and (substitutes or settings.train != "substitutes"):
         student = output_student(bare, adapter, plan, substitutes, settings)
         step = output_step_bytes(student, arguments, precision, settings.checkpointing)
         shared = set(map(id, lasting_tensors(bare)))
         own = {id(t): t.numel() * t.element_size() for t in lasting_tensors(student) if id(t) not in shared}
         resident = sum(own.values())
-        found["output"] = _whole(teacher, resident + masks, trained_params(student), step, settings)
+        estimate = _whole(teacher, resident + masks, trained_params(student), step, settings)
+        found |= {stage: estimate for stage, steps in asked.items() if steps}
     return found
 
 
@@ -371,6 +373,7 @@ _REMEDIES = {
     "alternating": "distill.alternating_steps=0, distill.checkpointing=true, distill.accumulate",
     "output": "distill.train=lora, distill.checkpointing=true, distill.optimizer=adamw8bit, distill.accumulate, "
     "distill.shard, or distill.output_steps=0",
+    "few_steps": "distill.train=lora, distill.checkpointing=true, distill.optimizer=adamw8bit, or distill.accumulate",
 }
 
 

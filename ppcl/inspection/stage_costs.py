@@ -231,11 +231,22 @@ def distill_cost(costs: Costs, before: float) -> StageCost:
             steps * settings.batch_size * (3 * costs.plan[1].params / shapes.info.params + 1) * shapes.info.flops
         )
         work.device = max(work.device, _whole_student(costs, numbers, part))
+    if settings.few_steps.num_inference_steps and not costs.streamed:
+        _few_steps(costs, work)
+        work.device = max(work.device, _whole_student(costs, numbers, part))
     work.kept = shapes.itemsize * numbers
     work.disk = work.kept + max(on_the_way, work.kept)  # finished substitutes, and last the bundle beside them
     work.files += 3 * work.kept
     notes = (f"{' and '.join(left_out)} stage left out: blocks are streamed",) if left_out else ()
     return costs.cost("distill", work, costs.teacher(alone=True), before, shared=True, notes=notes)
+
+
+def _few_steps(costs: Costs, work: Work) -> None:
+    """Count the teacher's trajectories, and the student's walks along them."""
+    few, capture, settings = costs.config.distill.few_steps, costs.config.capture, costs.config.distill
+    teacher = (few.teacher_steps or capture.num_inference_steps) * costs.branches + few.num_inference_steps
+    student = 3 * few.training_steps * settings.batch_size * few.num_inference_steps * costs.ratio
+    work.flops += (few.num_trajectories * teacher + student) * costs.shapes.info.flops
 
 
 def _correction(costs: Costs, work: Work) -> None:
