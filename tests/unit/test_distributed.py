@@ -114,7 +114,7 @@ def test_the_frozen_teacher_is_split_in_every_stage(alone: dict[str, torch.Tenso
     whole = {f"all/{k.removeprefix('whole/')}": found.pop(k) for k in list(found) if k.startswith("whole/")}
     assert_close(whole, only_all(alone))  # a copy of blocks that are split is whole
     assert_close(found, {k: v for k, v in alone.items() if k in found})
-    assert {k.split("/")[0] for k in found} == {"local", "sequential", "alternating", "output", "all"}
+    assert {k.split("/")[0] for k in found} == {"local", "sequential", "alternating", "output", "all", "few"}
 
 
 def test_zeros_stay_where_weights_are_split_over_processes(together: Together, tmp_path: Path) -> None:

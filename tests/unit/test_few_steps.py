@@ -271,3 +271,23 @@ def test_trajectories_of_another_number_of_steps_are_refused(tmp_path: Path) -> 
     write_tensors(path, tensors, {**meta, "jumps": meta["jumps"][:1]})
     with pytest.raises(ArtifactError, match="was not written by ppcl capture"):
         States(tmp_path / "trajectories", "train")
+
+
+def test_the_embedded_teacher_is_learned_from(tmp_path: Path) -> None:
+    from ppcl.teacher.loading import load_pipeline
+
+    pipeline, few = load_pipeline("emoji", CPU, torch.float32), FEW.model_copy(update={"num_trajectories": 4})
+    capture = CaptureConfig(height=48, width=48, num_inference_steps=3, guidance_scale=3.0, batch_size=4)
+    capture_jumps(pipeline, ["red heart", "green frog", "blue car"], tmp_path / "trajectories", capture, few, 0)
+    settings = DistillConfig(
+        local_steps=0, output_steps=0, batch_size=2, few_steps={"num_inference_steps": 2, "training_steps": 1}
+    )
+    teacher = pipeline.transformer
+    plan = plan_for(teacher, [(DUAL, 3, 4)])
+    calibration = tmp_path / "trajectories"  # nothing is asked of states here
+    Distiller(
+        *(teacher, adapter_for(teacher), plan, calibration, tmp_path, settings, 0, "fp32"),
+        trajectories=tmp_path / "trajectories",
+    ).run()
+    errors = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["few_steps"]
+    assert 0 < errors["error"] < 2
