@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.loading import load_pipeline, source_name
 from ppcl.teacher.origin import weights_digest
+from ppcl.teacher.pipeline_call import own_call
 from ppcl.teacher.streaming import STREAMED, load_streamed
 
 NOT_UNDISTILLED = (
@@ -65,7 +69,7 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
     state = to_device(held_out.alike(settings.batch_size), session.device)  # whose speed is measured
     undistilled = None if is_streamed or session.first else undistilled_error(session, held_out)
     models, comparisons, measure = list[ModelResult](), list[Comparison](), ""
-    for side in (second, *_before_few_steps(session, judge, second)):
+    for side in chain([second], _before_few_steps(session, judge, second)):
         calls = (partial(velocity, teacher.transformer, state), partial(velocity, side.pipeline.transformer, state))
         errors = None
         if not side.own_steps:
@@ -82,20 +86,23 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
     return result
 
 
-def _before_few_steps(session: Session, judge: Judge, student: Side) -> list[Side]:
-    """The student as it was recovered, at all steps with guidance, where few steps were trained on top of it."""
+def _before_few_steps(session: Session, judge: Judge, student: Side) -> Iterator[Side]:
+    """The student as it was before few steps were trained: at all steps with guidance, and called as the student is."""
     folder, teacher = session.out / "recovered", session.teacher
     if not student.own_steps:
-        return []
+        return
     if session.blocks == STREAMED:
         judge.note("the student before few steps is left out: it needs the whole teacher (blocks=resident has it)")
-        return []
+        return
 
-    def load() -> Any:
+    def load(call: dict[str, int | float]) -> Any:
         bundle = load_bundle(folder, teacher.transformer, session.adapter)
-        return with_transformer(teacher, build_student(teacher.transformer, session.adapter, bundle))
+        bundle = replace(bundle, plan=replace(bundle.plan, call=call))
+        built = build_student(teacher.transformer, session.adapter, bundle)
+        return with_transformer(student.pipeline if call else teacher, built)
 
-    return [judge.side(Entrant("recovered", "recovered", file_digest(folder / "bundle.json"), load))]
+    for label, call in (("recovered", {}), ("recovered-few", own_call(student.pipeline))):
+        yield judge.side(Entrant(label, label, file_digest(folder / "bundle.json"), partial(load, call)))
 
 
 def load_student(session: Session, folder: Path) -> Any:

@@ -98,9 +98,10 @@ def test_one_command_makes_a_pipeline_of_few_steps(tiny_model, few_config, promp
     assert not (out / "checkpoints").exists()
 
     result = load_evaluation(out / "eval" / "metrics.json")
-    assert [model.label for model in result.models] == ["teacher", "student", "recovered"]
-    student, recovered = result.comparisons
-    assert (student.num_inference_steps, recovered.num_inference_steps) == (2, None)
+    assert [model.label for model in result.models] == ["teacher", "student", "recovered", "recovered-few"]
+    student, recovered, untrained = result.comparisons
+    assert [row.num_inference_steps for row in result.comparisons] == [2, None, 2]
+    assert untrained.param_ratio == student.param_ratio
     assert "velocity_error" not in student.fidelity  # it answers for longer steps
     assert "velocity_error" in recovered.fidelity
     assert f"{student.speedup_end_to_end:.2f}x as fast in 2 steps" in student.verdict
