@@ -62,9 +62,18 @@ def state_errors(
     for arguments in batches:
         moved = to_device(arguments, device)
         with autocast(device, precision):
-            errors.add(velocity(teacher, moved), velocity(student, moved))
+            errors.add(velocity(teacher, moved), velocity(student, in_dtype_of(moved, teacher, student)))
         timesteps.append(np.asarray(trees.timesteps(arguments)))
     return StateErrors(np.concatenate(timesteps), *errors.by_state().numpy())
+
+
+def in_dtype_of(arguments: dict[str, Any], teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
+    """Arguments for a student whose dtype is another one than the teacher's (quantised ones calculate in bfloat16)."""
+    dtype = getattr(student, "dtype", None)
+    if dtype is None or dtype == getattr(teacher, "dtype", None):
+        return arguments
+    cast: dict[str, Any] = trees.to_dtype(arguments, dtype)
+    return cast
 
 
 def by_timestep(errors: StateErrors, bins: int = BINS) -> list[dict[str, Any]]:

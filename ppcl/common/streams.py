@@ -26,6 +26,7 @@ class Stream(IntEnum):
     CARRIED_BATCH = 38  # batches of carried recovery
     FEW_STEPS_BATCH = 39  # batches of trajectories that a student of few steps learns from
     FEW_STEPS_NOISE = 40  # noise that those trajectories start from
+    RECOVERY_BATCH = 42  # batches of recovery after quantising
     ALTERNATING_BATCH = 41  # batches of alternating distillation
     ALTERNATING_ACTIVE = 43  # which substitutes are in place in a step of it
     CARRIED_LORA = 44  # first weights of LoRA on kept blocks in carried recovery

@@ -14,7 +14,8 @@ def resolve_aliases(sections: dict[str, Any]) -> dict[str, Any]:
     """Resolve the other ways.
 
     * ``plan.criterion`` is ``fit.criterion``: plans choose among what the fit stage scored and measured;
-    * ``sparsity`` is ``distill.sparsity``, which the distill stage reads.
+    * ``sparsity`` is ``distill.sparsity``, which the distill stage reads;
+    * ``quantize`` is ``export.quantize``.
 
     Args:
         sections: As a file or an override gives them.
@@ -25,7 +26,7 @@ def resolve_aliases(sections: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: Both ways are there and say different things.
     """
-    sections = _short_sparsity(sections)
+    sections = _short_quantize(_short_sparsity(sections))
     plan, fit = sections.get("plan"), sections.get("fit") or {}
     if not isinstance(plan, dict) or "criterion" not in plan or not isinstance(fit, dict):
         return sections
@@ -56,3 +57,14 @@ def _short_sparsity(sections: dict[str, Any]) -> dict[str, Any]:
             )
     rest = {key: value for key, value in sections.items() if key != "sparsity"}
     return {**rest, "distill": {**distill, "sparsity": {**long, **short}}}
+
+
+def _short_quantize(sections: dict[str, Any]) -> dict[str, Any]:
+    export = sections.get("export") or {}
+    if "quantize" not in sections or not isinstance(export, dict):
+        return sections
+    kind = sections["quantize"]
+    if export.get("quantize", kind) != kind:
+        raise ConfigError(f"quantize={kind} and export.quantize={export['quantize']} are one setting; give one of them")
+    rest = {key: value for key, value in sections.items() if key != "quantize"}
+    return {**rest, "export": {**export, "quantize": kind}}

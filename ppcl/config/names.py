@@ -7,3 +7,4 @@ BUDGETS = ("keep", "speedup", "fit_gb")  # settings of ``plan``, of which one co
 Width = Literal["modulation", "ffn", "attention", "text"]  # what of a block is made smaller
 PREFIX = "PPCL"  # of the names of classes with smaller modules
 Start = Literal["first", "middle", "last", "mean"]  # the block of a run, or their mean, that a substitute starts from
+Quantize = Literal["none", "int8", "fp8", "nvfp4", "int4", "nf4"]  # the format of an exported transformer

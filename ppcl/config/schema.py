@@ -11,7 +11,7 @@ from ppcl.common.plugins import source_of
 from ppcl.config.extensions import CRITERIA
 from ppcl.config.few_steps import FewStepsConfig
 from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
-from ppcl.config.names import BUDGETS, Start, Width
+from ppcl.config.names import BUDGETS, Quantize, Start, Width
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
 from ppcl.config.sparsity import SparsityConfig
@@ -323,6 +323,32 @@ class ExportConfig(Section):
     remote_code: bool = Field(
         False, description="smaller modules: their code goes along, for trust_remote_code=True without ppcl"
     )
+    quantize: Quantize = Field(
+        "none",
+        description="of the linear layers in the transformer's blocks: int8, fp8 and nvfp4 (4.5 bits) by torchao on "
+        "any device; int4 by torchao and nf4 by bitsandbytes on CUDA alone; short: quantize (docs/quantize.md)",
+    )
+    recover_steps: int = Field(
+        100,
+        ge=0,
+        description="with quantize: training of what stays in bfloat16, on the teacher's velocity",
+    )
+    recover_learning_rate: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _one_dtype(self) -> ExportConfig:
+        if self.quantize != "none" and self.shards is not None:
+            raise ValueError("export.shards counts plain weights; leave it or export.quantize out")
+        if self.quantize != "none" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"export.quantize={self.quantize} stores the rest in bfloat16; leave export.dtype={self.dtype} out"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without what is off."""
+        names = ("quantize", "recover_steps", "recover_learning_rate")
+        return self.model_dump(exclude={*names} if self.quantize == "none" else set())
 
     @field_validator("max_shard_size")
     @classmethod
@@ -408,6 +434,20 @@ class RunConfig(Section):
         if self.plan.uniform_width and "ffn" not in self.fit.width:
             raise ValueError("plan.uniform_width makes networks narrower, and fit.width leaves out ffn; add it")
         return self
+
+    def _quantized_whole(self) -> RunConfig:
+        if self.export.quantize == "none":
+            return self
+        if self.distill.sparsity.zeros:
+            raise ValueError("export.quantize does not keep the zeros of sparsity; leave one of them out")
+        if self.blocks == "streamed":
+            raise ValueError("export.quantize has the student in memory whole; leave it or blocks=streamed out")
+        return self
+
+    @property
+    def planned_format(self) -> Quantize:
+        """The format whose bytes a plan is chosen by: with a budget in bytes alone."""
+        return self.export.quantize if self.plan.budget[0] == "fit_gb" else "none"
 
     @model_validator(mode="after")
     def _fresh_needs_pictures(self) -> RunConfig:

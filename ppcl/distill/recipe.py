@@ -20,9 +20,12 @@ from ppcl.config import DistillConfig
 from ppcl.distill.compiled import BlockCompiler
 from ppcl.student.masks import Masks
 from ppcl.student.plan import CompressionPlan
-from ppcl.teacher.calls import Call
+from ppcl.teacher.call_arguments import to_device
+from ppcl.teacher.calls import Call, velocity
+from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group, Share
 from ppcl.training.loop import TrainingLoop
+from ppcl.training.losses import velocity_loss
 from ppcl.training.settings import LoopSettings
 
 HELD_OUT = 64  # states that say whether training helped
@@ -32,6 +35,7 @@ BATCHES = {  # of each stage
     "alternating": Stream.ALTERNATING_BATCH,
     "output": Stream.OUTPUT_BATCH,
     "few_steps": Stream.FEW_STEPS_BATCH,
+    "recovery": Stream.RECOVERY_BATCH,
 }
 Log = Callable[[dict[str, Any]], None]
 
@@ -143,6 +147,51 @@ class Recipe:
             for number, (call, share) in enumerate(parts, start=1):
                 with autocast(self.device, self.precision):
                     yield Part(call, share, is_last=number == len(parts))
+
+    def on_velocity(
+        self,
+        stage: str,
+        modules: Mapping[str, nn.Module],
+        student: nn.Module,
+        steps: int,
+        rate: float,
+        blocks: Iterable[nn.Module],
+        scale: float = 1.0,
+        after: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train modules of a student on the velocity that the teacher answered.
+
+        It was recorded, so the teacher need not run, nor be in memory.
+
+        Args:
+            stage: Name of the stage.
+            modules: By name.
+            student: What they are part of.
+            steps: Of the stage.
+            rate: Peak learning rate.
+            blocks: That ``distill.compile`` compiles.
+            scale: In front of the loss.
+            after: Called after each step with the number of steps that are done.
+        """
+        with self.training(stage, modules, steps, rate) as loop:
+            for step in loop:
+                for part in self.parts(stage, step, blocks):
+                    output = velocity(student, to_device(part.call.arguments, self.device))
+                    loss = part.share.samples * velocity_loss(output, part.call.velocity.to(self.device))
+                    (scale * loss).backward()  # type: ignore[no-untyped-call]
+                    loop.add({"loss": loss.item()})
+                self.update(loop)
+                if after:
+                    after(step + 1)
+
+    @torch.no_grad()
+    def error(self, student: nn.Module, held_out: States) -> float:
+        """Relative velocity error of a student on held-out states, against what the teacher answered."""
+        errors = VelocityErrors()
+        for call in held_out.answered(self.settings.batch_size, HELD_OUT):
+            with autocast(self.device, self.precision):  # what is trained is float32, the rest may not be
+                errors.add(call.velocity, velocity(student, to_device(call.arguments, self.device)))
+        return errors.relative
 
     def update(self, loop: TrainingLoop) -> None:
         """Take the step of a loop; zeros stay zeros."""

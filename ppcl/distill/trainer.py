@@ -25,7 +25,7 @@ from ppcl.distill.compiled import blocks_of
 from ppcl.distill.few_steps import train_few_steps
 from ppcl.distill.local import local_backward
 from ppcl.distill.one_at_a_time import OneAtATime
-from ppcl.distill.recipe import HELD_OUT, Log, Part, Recipe
+from ppcl.distill.recipe import Log, Part, Recipe
 from ppcl.distill.run_by_run import RunByRun
 from ppcl.distill.sequential import alternating_backward, checkpoint_blocks, draw_active, sequential_backward
 from ppcl.distill.sparse import masks_for
@@ -38,15 +38,11 @@ from ppcl.student.masks import Masks, zero_shares
 from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.blocks import ResidentBlocks
-from ppcl.teacher.call_arguments import to_device
-from ppcl.teacher.calls import velocity
 from ppcl.teacher.families import Adapter
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo
-from ppcl.teacher.velocity import VelocityErrors
 from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.lora import factored, factors, load_factors
-from ppcl.training.losses import velocity_loss
 from ppcl.training.offload import streamed
 from ppcl.training.sharding import shard, split_blocks, unshard
 
@@ -195,14 +191,11 @@ class Distiller:
     @torch.no_grad()
     def _held_out_error(self) -> float:
         """Relative velocity error of the student on held-out states, against recorded answers; 0 where nobody asks."""
-        errors = VelocityErrors()
-        judged = self.held_out if self.settings.keep_start else None
+        if not self.held_out or not self.settings.keep_start:
+            return 0.0
         away = [b for b in self.substitutes.values() if next(b.parameters()).device != self.device]
         with streamed(away, self.device, back=False):
-            for call in judged.answered(self.settings.batch_size, HELD_OUT) if judged else ():
-                with autocast(self.device, self.recipe.precision):  # the substitutes are float32, the rest may not be
-                    errors.add(call.velocity, velocity(self.student, to_device(call.arguments, self.device)))
-        return errors.relative
+            return self.recipe.error(self.student, self.held_out)
 
     @property
     def _teacher_blocks(self) -> list[nn.Module]:
@@ -229,9 +222,12 @@ class Distiller:
         with streamed(blocks, self.device, disk, back=bool(self.settings.output_steps)):
             yield
 
+    @property
+    def _blocks(self) -> tuple[nn.Module, ...]:
+        return (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
+
     def _parts(self, stage: str, step: int) -> Iterator[Part]:
-        blocks = (*blocks_of(self.adapter, self.transformer, self.student), *self.substitutes.values())
-        return self.recipe.parts(stage, step, blocks)
+        return self.recipe.parts(stage, step, self._blocks)
 
     def _local(self) -> None:
         """Stage 1: substitutes on the teacher's own states (or, as an ablation, on the student's)."""
@@ -352,17 +348,12 @@ class Distiller:
         # FSDP2 averages gradients over the processes, where the shares want them added up
         scale = float(self.group.size) if split else 1.0
         sample = self.sample if self.group.is_main or split or self.teacher_is_split else None
-        with self.recipe.training("output", modules, steps, rate) as loop:
-            for step in loop:
-                for part in self._parts("output", step):
-                    # what the teacher answered was recorded, so it need not run, nor be in memory
-                    output = velocity(self.student, to_device(part.call.arguments, self.device))
-                    loss = part.share.samples * velocity_loss(output, part.call.velocity.to(self.device))
-                    (scale * loss).backward()  # type: ignore[no-untyped-call]
-                    loop.add({"loss": loss.item()})
-                self.recipe.update(loop)
-                if sample and every and (step + 1) % every == 0:
-                    sample(step + 1, self.student)
+
+        def draw(done: int) -> None:
+            if sample and every and done % every == 0:
+                sample(done, self.student)
+
+        self.recipe.on_velocity("output", modules, self.student, steps, rate, self._blocks, scale, draw)
 
     def _tuned(self) -> dict[str, Tensor]:
         """Weights of kept blocks and of the rest that the output stage changed."""

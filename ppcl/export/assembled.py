@@ -37,10 +37,9 @@ from ppcl.teacher.loading import (
     read_index,
     source_name,
 )
-from ppcl.teacher.stored import check_weight_names
+from ppcl.teacher.stored import QUANTISED, check_weight_names
 
 logger = logging.getLogger(__name__)
-QUANTISED = "quantization_config"
 PREFIX = "model.diffusion_model."  # of ComfyUI's and the original checkpoints
 
 

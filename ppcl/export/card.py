@@ -81,11 +81,11 @@ def written_facts(source: str, folder: Path) -> Facts:
     """
     dtype = stored_dtype(str(folder))
     record = read_json(folder / "transformer" / "config.json").get(RECORD) or {}
-    rounds = record.get("rounds") or ()
+    rounds, kind = record.get("rounds") or (), (record.get("quantised") or {}).get("format")
     return Facts(
         source=source,
         pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
-        dtype=str(dtype).removeprefix("torch.") if dtype else "",
+        dtype=f"{kind}, the rest in bfloat16" if kind else str(dtype).removeprefix("torch.") if dtype else "",
         arguments=loading_arguments(folder),
         first=str(record.get("source_model", "")) if rounds else "",
         round=1 + len(rounds),

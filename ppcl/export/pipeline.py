@@ -53,7 +53,8 @@ def export(
 
     Args:
         pipeline: The teacher's pipeline (any dtype).
-        student: The compressed transformer with its counts registered; it is cast in place.
+        student: The compressed transformer with its counts registered; it is cast in place, unless it is quantised
+            (:func:`ppcl.export.quantised.quantised`).
         plan: For the provenance and the model card.
         source: What the teacher was loaded from.
         out: The folder to write.
@@ -68,11 +69,13 @@ def export(
         UserError: The folder cannot be written.
     """
     dtype = dtype_of(source, settings)
-    if dtype is not None:
+    if dtype is not None and not is_quantised(student):
         cast(student, dtype)
 
     def write(folder: Path) -> None:
-        size = shard_size(student.state_dict(), settings)
+        # diffusers does not read bitsandbytes' 4 bits where a weight and its scales lie in two files
+        one = getattr(student, "is_loaded_in_4bit", False)
+        size = "1TB" if one else shard_size(student.state_dict(), settings)
         student.save_pretrained(folder / "transformer", max_shard_size=size, variant=settings.variant)
 
     def check(folder: Path) -> None:
@@ -190,6 +193,11 @@ def _num_files(sizes: Sequence[int], most: int) -> int:
     for size in sizes:
         count, filled = (count + 1, size) if filled + size > most else (count, filled + size)
     return count
+
+
+def is_quantised(transformer: Any) -> bool:
+    """Whether diffusers loaded a transformer in a quantised format."""
+    return getattr(transformer, "hf_quantizer", None) is not None
 
 
 @torch.no_grad()

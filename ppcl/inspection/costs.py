@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ppcl.capture.store import MEMORY
@@ -14,6 +14,8 @@ from ppcl.pruning.knapsack import Layout
 from ppcl.pruning.planner import meets, segments, uniform_ladder
 from ppcl.student.plan import Prediction, free_blocks, start_index
 from ppcl.student.prediction import predict
+from ppcl.student.stored_size import StoredSize
+from ppcl.teacher.families import adapter_for
 
 LAYER = 0.2  # of text encoders, that is on a GPU at once where they come layer by layer
 
@@ -163,6 +165,10 @@ class Costs:
         kind, value = settings.budget
         if kind == "fit_gb":
             value -= (self.shapes.text + self.shapes.vae) / 1e9
+        if self.config.planned_format != "none":
+            transformer = self.blueprint.transformer
+            stored = StoredSize(transformer, adapter_for(transformer), self.config.planned_format)
+            info = replace(info, stored=stored)
         layout, prediction = {}, None
         for runs in uniform_ladder(info, settings):
             layout = {s.name: segments(s, [run for run in runs if run[0] == s.name], {}) for s in info.stacks}

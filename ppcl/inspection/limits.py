@@ -32,6 +32,7 @@ from ppcl.teacher.model_info import ModelInfo, Stack
 DEPTH_ONLY = ("paper", "uniform", "influence", "random", "position")  # searches that use no smaller modules
 ALL: tuple[Width, ...] = ("modulation", "ffn", "attention", "text")
 Part = dict[str, Any]
+LEAST_BYTES = {"int8": 1.0, "fp8": 1.0, "nvfp4": 0.5, "int4": 0.5, "nf4": 0.5}  # of a weight, its scales left out
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ def limits_of(
             same: Callable[[int], int] = stack.block_flops.__getitem__
             flops += _least(info, stack, settings, same, same)
         speedup = info.flops / flops
-    return Limits(params, params / info.params, speedup, params * itemsize + other_bytes)
+    stored = params * itemsize
+    if config.planned_format != "none":  # blocks may be all linear layers of the format's fewest bits
+        outside = info.params - of_blocks
+        stored = 2 * outside + math.floor(LEAST_BYTES[config.planned_format] * (params - outside))
+    return Limits(params, params / info.params, speedup, stored + other_bytes)
 
 
 def groups_of(config: RunConfig) -> tuple[Width, ...]:

@@ -24,6 +24,7 @@ from ppcl.inspection.blueprint import build_on_meta, example_call, flops_on_meta
 from ppcl.modules.slicing import is_matrix, matrix_of, neurons_of
 from ppcl.student.assembly import with_blocks
 from ppcl.teacher.blocks import loaded_bytes
+from ppcl.teacher.call_arguments import to_dtype
 from ppcl.teacher.calls import velocity
 from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter, StackSpec, adapter_for
@@ -184,7 +185,7 @@ def blueprint_of(
             f"what compressing a {type(transformer).__name__} takes is not estimated: its calls are not known before "
             "one is captured"
         )
-    arguments = _cast(arguments, dtype)
+    arguments = to_dtype(arguments, dtype)
     adapter = adapter_for(transformer)
     info = describe(SimpleNamespace(transformer=transformer, components={}), flops_on_meta(transformer, arguments))
     info = replace(info, bytes_per_param=dtype.itemsize)
@@ -310,11 +311,3 @@ def _tensors(tree: Any) -> list[Tensor]:
         return [tree]
     items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
     return [tensor for item in items for tensor in _tensors(item)]
-
-
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(dtype) if tree.is_floating_point() else tree
-    if isinstance(tree, Mapping):
-        return {key: _cast(value, dtype) for key, value in tree.items()}
-    return type(tree)(_cast(value, dtype) for value in tree) if isinstance(tree, list | tuple) else tree

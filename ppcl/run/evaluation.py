@@ -19,7 +19,7 @@ from ppcl.eval.feature_choice import real_reference
 from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, Side, described
 from ppcl.eval.models import with_transformer
 from ppcl.eval.results import Comparison, Evaluation, ModelResult, save_evaluation
-from ppcl.eval.velocity import state_errors
+from ppcl.eval.velocity import in_dtype_of, state_errors
 from ppcl.run.session import Session
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import build_student, load_bundle
@@ -27,9 +27,10 @@ from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
-from ppcl.teacher.loading import load_pipeline, source_name
+from ppcl.teacher.loading import load_pipeline, on_device, open_pipeline, source_name
 from ppcl.teacher.origin import weights_digest
 from ppcl.teacher.pipeline_call import own_call
+from ppcl.teacher.stored import is_quantised
 from ppcl.teacher.streaming import STREAMED, load_streamed
 
 NOT_UNDISTILLED = (
@@ -70,7 +71,8 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
     undistilled = None if is_streamed or session.first else undistilled_error(session, held_out)
     models, comparisons, measure = list[ModelResult](), list[Comparison](), ""
     for side in chain([second], _before_few_steps(session, judge, second)):
-        calls = (partial(velocity, teacher.transformer, state), partial(velocity, side.pipeline.transformer, state))
+        same = in_dtype_of(state, teacher.transformer, side.pipeline.transformer)
+        calls = (partial(velocity, teacher.transformer, state), partial(velocity, side.pipeline.transformer, same))
         errors = None
         if not side.own_steps:
             batches = held_out.batches(count, count)
@@ -109,6 +111,8 @@ def load_student(session: Session, folder: Path) -> Any:
     """The exported pipeline; a streamed one has the teacher's text encoders and VAE, whose files are its own."""
     teacher, variant = session.origin.teacher, weights_variant(folder)
     dtype = teacher.transformer.dtype
+    if is_quantised(folder):  # no teacher's weights: load_pipeline refuses them
+        return on_device(str(folder), open_pipeline(str(folder), session.device, None, variant), session.device)
     if session.origin.blocks == STREAMED:
         return load_streamed(str(folder), session.device, dtype, variant, teacher)
     return load_pipeline(str(folder), session.device, dtype, variant)

@@ -99,6 +99,7 @@ def _settings(config: RunConfig, number: int, plans: Sequence[CompressionPlan]) 
     changes: dict[str, Any] = {"plan": changed(config.plan, rounds=1, **{kind: share})}
     if number < total:  # zeros come last: what is pruned further would fill them
         changes |= {"distill": changed(config.distill, sparsity=SparsityConfig()), "wandb": "off"}  # type: ignore[call-arg]
+        changes["export"] = changed(config.export, quantize="none")  # likewise
     return config.model_copy(update=changes)
 
 

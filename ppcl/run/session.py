@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ class Session:
         shared = [self.identity, self.config.seed, self.config.precision]
         if stage == "analyze":  # intervals are found among the blocks that may go
             shared += [self.config.plan.protect_first, self.config.plan.protect_last]
+        if stage == "plan" and self.config.planned_format != "none":
+            shared += [self.config.planned_format]
         position = ORDER.index(stage)
         upstream = self.depends(ORDER[position - 1]) if position else ""
         return digest(stage, section.identity() if section else None, shared, upstream)
@@ -297,6 +300,7 @@ class Session:
         if settings.uniform_width:
             config, _ = read_config(self.model)
             candidates = with_stock_widths(candidates, analysis.model, build_on_meta(config), self.adapter)
+        analysis = self._counted_as_stored(analysis)
         return Context(
             analysis,
             candidates,
@@ -304,6 +308,21 @@ class Session:
             self.config.seed if seed is None else seed,
             open_teacher,
         )
+
+    def _counted_as_stored(self, analysis: Any) -> Any:
+        """An analysis whose model counts bytes in the format that is exported."""
+        if self.config.planned_format == "none":
+            return analysis
+        import torch
+
+        from ppcl.student.stored_size import StoredSize
+        from ppcl.teacher.blocks import without_weights
+        from ppcl.teacher.families import adapter_for
+        from ppcl.teacher.loading import fetch_files
+
+        bare = without_weights(fetch_files(self.model), torch.bfloat16)
+        stored = StoredSize(bare, adapter_for(bare), self.config.planned_format)
+        return replace(analysis, model=replace(analysis.model, stored=stored))
 
     @property
     def candidates(self) -> Candidates:

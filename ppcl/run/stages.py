@@ -24,6 +24,21 @@ STATES, SWEEP, BUNDLE, PIPELINE, PICTURES = "calibration", "sweep", "bundle", "p
 RECOVERED = "recovered"  # the bundle before few steps
 
 
+def _check_quantize(session: Session) -> None:
+    from ppcl.errors import UserError
+    from ppcl.export.quantised import check_quantize
+    from ppcl.teacher.streaming import STREAMED
+
+    kind = session.config.export.quantize
+    if kind != "none":
+        check_quantize(kind, session.device)
+        if session.blocks == STREAMED:
+            raise UserError(
+                f"export.quantize={kind} has the student in memory whole, and blocks are streamed here; leave it out, "
+                "or set blocks=resident"
+            )
+
+
 def _check_capture(session: Session) -> None:
     from ppcl.capture.pictures import check_data
     from ppcl.capture.trajectories import check_teacher
@@ -33,6 +48,7 @@ def _check_capture(session: Session) -> None:
     from ppcl.pruning.stock_widths import check_uniform
     from ppcl.run.outlook import check_budget
 
+    _check_quantize(session)
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
     check_source(session.model)
@@ -268,6 +284,7 @@ def _build(session: Session) -> Any:
     from ppcl.teacher.streaming import STREAMED
 
     bundle = session.out / BUNDLE
+    _check_quantize(session)
     check_source(session.model)
     check_bundle(bundle)
     check_fits(load_artifact(CompressionPlan, bundle / "plan.json"), session.model, bundle / "plan.json")
@@ -275,6 +292,26 @@ def _build(session: Session) -> Any:
         return None
     loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
     return loaded.plan, build_student(session.teacher.transformer, session.adapter, loaded)
+
+
+def _quantise(session: Session, plan: CompressionPlan, student: Any) -> Any:
+    """The student in the format of ``export.quantize``, what stays in bfloat16 recovered; its record says how exact."""
+    from ppcl.common.progress import announce
+    from ppcl.distill.recovery import recover
+    from ppcl.export.quantised import multiplied_out, put_back, quantised
+    from ppcl.teacher.block_map import RECORD
+
+    kind, checkpoints, device = session.config.export.quantize, session.out / CHECKPOINTS, session.device
+    made = quantised(student, kind, checkpoints, device)
+    weights = multiplied_out(made, kind)
+    student.to(device=device, dtype=session.dtype)
+    places = (session.calibration, checkpoints, session.config, device, session.precision, session.log)
+    recovered = recover(student, session.adapter, plan, weights, *places)
+    put_back(made, recovered.tensors)
+    shown = ", ".join(f"{name} {error:.4g}" for name, error in recovered.errors.items())
+    announce(f"{kind}: velocity error on held-out states: {shown}")
+    made.register_to_config(**{RECORD: {**made.config[RECORD], "quantised": {"format": kind, **recovered.errors}}})
+    return made
 
 
 def _export(session: Session, built: Any) -> None:
@@ -290,6 +327,8 @@ def _export(session: Session, built: Any) -> None:
         export_streamed(session.open_blocks(), session.out / BUNDLE, session.model, out, settings, card)
         return
     plan, student = built
+    if settings.quantize != "none":
+        student = _quantise(session, plan, student)
     export(session.teacher, student, plan, session.model, out, settings, card)
 
 
@@ -359,7 +398,15 @@ _ALL = (
         on_the_way=(CHECKPOINTS, "samples", RECOVERED),
         is_shared=True,
     ),
-    Stage("export", "Write the pipeline.", (PIPELINE,), _export, _build, inputs={BUNDLE: None}),
+    Stage(
+        "export",
+        "Write the pipeline.",
+        (PIPELINE,),
+        _export,
+        _build,
+        inputs={BUNDLE: None},
+        on_the_way=(CHECKPOINTS,),
+    ),
     Stage(
         "evaluate",
         "Pictures and numbers.",

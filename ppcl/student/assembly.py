@@ -131,6 +131,18 @@ def substitute_block(blocks: Sequence[nn.Module] | nn.ModuleList, segment: Segme
     return block
 
 
+def smaller_on_meta(block: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """A copy of a block with smaller modules, yet without weights.
+
+    Raises:
+        ModelError: The block has no such modules.
+    """
+    bare = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in block.parameters()}
+    smaller: nn.Module = copy.deepcopy(block, bare)
+    apply_width(smaller, parts)
+    return smaller
+
+
 def in_dtypes_of(state: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
     """Weights of a substitute in the dtypes of a block of the teacher, in which they are exported.
 

@@ -25,13 +25,13 @@ from ppcl.common.files import atomic_path, file_digest, read_mapping, write_json
 from ppcl.common.outside import inside, printable
 from ppcl.common.tensor_files import StoredTensors, Unread, read_tensors, write_one_by_one, write_tensors
 from ppcl.errors import ArtifactError, ModelError, shortened
-from ppcl.modules.replacements import apply_width
 from ppcl.student.assembly import (
     RunKey,
     assemble_student,
     in_dtypes_of,
     own_names,
     run_name,
+    smaller_on_meta,
     substitute_block,
     with_blocks,
 )
@@ -265,10 +265,7 @@ def saved_params(whole: nn.Module, segment: Segment) -> int:
     Raises:
         ModelError: The block has no such modules.
     """
-    bare = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in whole.parameters()}
-    block: nn.Module = copy.deepcopy(whole, bare)
-    apply_width(block, segment.width)
-    return count_params(whole) - count_params(block)
+    return count_params(whole) - count_params(smaller_on_meta(whole, segment.width))
 
 
 def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

@@ -83,6 +83,6 @@ def predict(model: ModelInfo, stacks: Stacks, error: float | None = None) -> Pre
         params=params,
         param_ratio=params / model.params,
         speedup=model.flops / flops if flops else 1.0,
-        bytes=params * model.bytes_per_param + model.other_bytes,
+        bytes=(model.stored.of(stacks) if model.stored else params * model.bytes_per_param) + model.other_bytes,
         error=_error_of(stacks) if error is None else error,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -259,10 +259,19 @@ def store_once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
     """Move all tensors of a tree."""
+    return _mapped(tree, lambda tensor: tensor.to(device))
+
+
+def to_dtype(tree: Tree, dtype: torch.dtype) -> Tree:
+    """Cast all floating-point tensors of a tree."""
+    return _mapped(tree, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _mapped(tree: Tree, change: Callable[[Tensor], Tensor]) -> Tree:
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return change(tree)
     if isinstance(tree, list | tuple):
-        return type(tree)(to_device(item, device) for item in tree)
+        return type(tree)(_mapped(item, change) for item in tree)
     if isinstance(tree, dict):
-        return {key: to_device(value, device) for key, value in tree.items()}
+        return {key: _mapped(value, change) for key, value in tree.items()}
     return tree

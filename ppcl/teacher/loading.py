@@ -18,10 +18,12 @@ from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.modules.compressed import MODULE, register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
 from ppcl.teacher.stored import (
+    QUANTISED,
     check_shards,
     check_stored,
     check_trainable,
     has_own_class,
+    is_quantised,
     loaded_weights,
     not_a_pipeline,
     weight_map,
@@ -238,7 +240,8 @@ def loading_arguments(folder: Path) -> str:
     variant = weights_variant(folder)
     absent = "".join(f", {name}=None" for name in absent_parts(folder))
     trust = ", trust_remote_code=True" if (folder / "transformer" / f"{MODULE}.py").is_file() else ""
-    return (f', variant="{variant}"' if variant else "") + trust + absent
+    dtype = ", torch_dtype=torch.bfloat16" if is_quantised(folder) else ""
+    return (f', variant="{variant}"' if variant else "") + dtype + trust + absent
 
 
 def loading_call(folder: Path) -> str:
@@ -402,6 +405,8 @@ def open_pipeline(
     variant = variant or weights_variant(folder)
     if dtype is None:
         dtype = weights_dtype(device)
+    if is_quantised(folder):
+        dtype = torch.bfloat16  # which its formats are multiplied in, on a CPU, too
     try:
         given: dict[str, Any] = dict.fromkeys(absent_parts(folder))
         if transformer is None:
@@ -449,7 +454,7 @@ def check_complete(model: str, transformer: Any) -> None:
         ModelError: Weights are missing, or the files hold more blocks than the config counts.
     """
     stored = _stored_names(Path(str(transformer.config.get("_name_or_path") or "")))
-    known = stored if stored and not transformer.config.get("quantization_config") else set()
+    known = stored if stored and not transformer.config.get(QUANTISED) else set()
     unset = [n for n, parameter in transformer.named_parameters() if parameter.is_meta or (known and n not in known)]
     if unset:
         raise ModelError(

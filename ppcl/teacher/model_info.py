@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ppcl.common.artifacts import STRICT, Count, Index
 
@@ -51,6 +52,8 @@ class ModelInfo:
             weights is refused by it. Empty where it is not known.
         first_params: Where it is a compressed model itself, the parameters of the first teacher's transformer; 0 where
             they are not known.
+        stored: Bytes of the transformer as it will be written, by its segments
+            (:class:`ppcl.student.stored_size.StoredSize`); None: ``bytes_per_param`` for each parameter.
     """
 
     __pydantic_config__ = STRICT
@@ -64,6 +67,7 @@ class ModelInfo:
     stacks: tuple[Stack, ...]
     weights_digest: str = ""
     first_params: Count = 0
+    stored: Any = field(default=None, repr=False, compare=False, metadata={"stored": False})
 
     def stack(self, name: str) -> Stack:
         """Return a stack by its name.

@@ -14,6 +14,7 @@ from ppcl.config.names import PREFIX
 from ppcl.errors import ArtifactError, ModelError
 
 INDEX = "model_index.json"
+QUANTISED = "quantization_config"  # of a config whose weights diffusers or transformers quantised
 _WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor", "Scheduler")
 _BESIDE = (".md", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".gitattributes")  # for people
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx")
@@ -83,6 +84,11 @@ def check_stored(folder: Path) -> None:
             check_weight_names(file, read_tensor_header(file))
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether a pipeline's transformer is stored quantised, by its config."""
+    return QUANTISED in _read(folder / "transformer" / "config.json")
+
+
 def check_trainable(folder: Path) -> None:
     """Refuse a transformer that is stored quantised, by its config.
 
@@ -90,7 +96,7 @@ def check_trainable(folder: Path) -> None:
         ModelError: It is.
     """
     place = folder / "transformer"
-    if settings := _read(place / "config.json").get("quantization_config"):
+    if settings := _read(place / "config.json").get(QUANTISED):
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
         raise ModelError(
             f"{place} is stored quantised ({method}), and such weights cannot be trained; give the pipeline that it "

@@ -64,7 +64,8 @@ class Context:
             return model.params * (1 - value - 1e-9)
         if kind == "speedup":
             return model.flops * (1 - 1 / (value - 1e-9)) if value > 1 else 0.0
-        return model.params - (value * 1e9 - model.other_bytes) / model.bytes_per_param
+        whole = model.stored.of_teacher() if model.stored else model.params * model.bytes_per_param
+        return model.params * (1 - (value * 1e9 - model.other_bytes) / whole)
 
     def removable(self) -> list[tuple[str, int]]:
         """(stack, block) of all blocks that can go while the block before them stays, in execution order.
