@@ -202,6 +202,7 @@ STAGE_NAMES = {
     "distill.carried": "Distillation: substitutes on the student's own states",
     "distill.alternating": "Distillation 2: hybrids of teacher and substitutes",
     "distill.output": "Distillation 3: the whole student",
+    "distill.recovery": "Recovery of what is not quantised",
 }
 
 
@@ -255,6 +256,7 @@ def _cost_rows(run: RunData) -> list[list[str]]:
         shown = f"{size_bytes(plan.predicted.bytes)} (predicted)"
         kept = _ratio(whole, plan.predicted.bytes)
         rows.append(["Weights of the whole pipeline", size_bytes(whole), shown, number(None), kept])
+    rows += _quantised_rows(run)
     row("Transformer call, ms", "latency_ms", number, faster)
     row("End to end, ms", "latency_end_to_end_ms", number)
     row("Peak memory", "peak_memory_bytes", size_bytes)
@@ -262,6 +264,29 @@ def _cost_rows(run: RunData) -> list[list[str]]:
         shown = f"{percent(pick(models[1].zeros, 'zeros'))} ({models[1].zeros.get('pattern')})"
         rows.append(["Weights that are zero", number(None), shown, number(None), number(None)])
     return rows
+
+
+def _quantised_rows(run: RunData) -> list[list[str]]:
+    """What a format takes and costs: bytes, and the error before and after quantising and recovery."""
+    made = (run.log.get("quantize") or [{}])[-1]
+    settings = run.config.get("config")
+    export = settings.get("export") if isinstance(settings, dict) else None
+    kind = export.get("quantize", "none") if isinstance(export, dict) else "none"
+    if kind == "none" or made.get("format") != kind:
+        return []
+    none = number(None)
+    whole, left = pick(made, "bytes_bf16"), pick(made, "bytes")
+    rows = [["Weights of the transformer, in bfloat16 and as stored", size_bytes(whole), size_bytes(left)]]
+    rows += [
+        [f"Velocity error on held-out states, {words}", none, number(error)]
+        for key, words in (
+            ("distilled", "in bfloat16"),
+            ("quantised", f"in {kind} before recovery"),
+            ("recovered", f"in {kind} after recovery"),
+        )
+        if (error := pick(made, key)) is not None
+    ]
+    return [[*cells, _ratio(whole, left) if number_of == 0 else none, none] for number_of, cells in enumerate(rows)]
 
 
 def cost_section(run: RunData) -> Markup:

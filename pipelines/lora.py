@@ -173,7 +173,7 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     Raises:
         UserError: See :func:`remap_lora`; also a LoRA that was converted already or does not fit the transformer, and
             an option that is unknown.
-        ModelError: The pipeline was not compressed by ppcl, or its class cannot load LoRA.
+        ModelError: The pipeline was not compressed by ppcl, its class cannot load LoRA, or it is stored in int4.
     """
     from safetensors.torch import save_file
 
@@ -183,6 +183,7 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     known = ("runs", "low_rank", _SECOND, *_LOAD_OPTIONS, *_SOURCE_OPTIONS)
     if unknown := [name for name in kwargs if name not in known]:  # diffusers would take no notice of them
         raise UserError(f"load_lora takes no {unknown[0]}{nearest(unknown[0], known)}; it takes {', '.join(known)}")
+    _check_takes_lora(pipe)
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
     if kwargs.pop(_SECOND, False):
         return _load_into_second(pipe, path_or_dict, kwargs, options)
@@ -202,6 +203,20 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         save_file(_storable(tensors), file, {"format": "pt", METADATA_KEY: json.dumps(adapter)})
         pipe.load_lora_weights(str(file), **options)
     return report
+
+
+def _check_takes_lora(pipe: Any) -> None:
+    """Refuse a transformer whose weights PEFT puts no LoRA on.
+
+    Raises:
+        ModelError: Its layers are torchao's int4.
+    """
+    layers = getattr(getattr(pipe, "transformer", None), "modules", tuple)()
+    if any(type(getattr(layer, "weight", None)).__name__ == "Int4Tensor" for layer in layers):
+        raise ModelError(
+            "PEFT puts no LoRA on layers of torchao's int4; load it into a pipeline exported with "
+            "export.quantize=nvfp4, int8, fp8 or nf4, or with none"
+        )
 
 
 def _load_into_second(

@@ -80,7 +80,7 @@ def quantised(student: Any, kind: Quantize, scratch: Path, device: torch.device)
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         student.save_pretrained(folder)
-        made = type(student).from_pretrained(folder, quantization_config=config, torch_dtype=REST, **place)
+        made = type(student).from_pretrained(folder, quantization_config=config, dtype=REST, **place)
     return made.eval().requires_grad_(False)
 
 

@@ -299,6 +299,7 @@ def _quantise(session: Session, plan: CompressionPlan, student: Any) -> Any:
     from ppcl.common.progress import announce
     from ppcl.distill.recovery import recover
     from ppcl.export.quantised import multiplied_out, put_back, quantised
+    from ppcl.student.stored_size import StoredSize
     from ppcl.teacher.block_map import RECORD
 
     kind, checkpoints, device = session.config.export.quantize, session.out / CHECKPOINTS, session.device
@@ -310,6 +311,8 @@ def _quantise(session: Session, plan: CompressionPlan, student: Any) -> Any:
     put_back(made, recovered.tensors)
     shown = ", ".join(f"{name} {error:.4g}" for name, error in recovered.errors.items())
     announce(f"{kind}: velocity error on held-out states: {shown}")
+    sizes = {"bytes_bf16": 2 * plan.model.params, "bytes": StoredSize(student, session.adapter, kind).of_teacher()}
+    session.log({"stage": "quantize", "step": 0, "format": kind, **recovered.errors, **sizes})
     made.register_to_config(**{RECORD: {**made.config[RECORD], "quantised": {"format": kind, **recovered.errors}}})
     return made
 

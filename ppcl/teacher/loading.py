@@ -240,7 +240,7 @@ def loading_arguments(folder: Path) -> str:
     variant = weights_variant(folder)
     absent = "".join(f", {name}=None" for name in absent_parts(folder))
     trust = ", trust_remote_code=True" if (folder / "transformer" / f"{MODULE}.py").is_file() else ""
-    dtype = ", torch_dtype=torch.bfloat16" if is_quantised(folder) else ""
+    dtype = ", dtype=torch.bfloat16" if is_quantised(folder) else ""
     return (f', variant="{variant}"' if variant else "") + dtype + trust + absent
 
 

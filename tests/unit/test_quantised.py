@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from test_lora_bridge import lora_for
 from tiny_compressed import FLUX, QWEN, bundle_for, plan_with, teacher_for, velocity_of
 
 from ppcl.config import load_config
 from ppcl.config.names import Quantize
-from ppcl.errors import ConfigError, UserError
+from ppcl.errors import ConfigError, ModelError, UserError
 from ppcl.export.quantised import check_quantize, multiplied_out, put_back, quantised
 from ppcl.modules.replacements import LowRankLinear
+from ppcl.pipelines import load_lora
 from ppcl.student.bundle import build_student
 from ppcl.student.stored_size import StoredSize, layer_bytes, layers_of
 from ppcl.teacher.call_arguments import to_dtype
@@ -81,7 +83,7 @@ def check_files(family: str, kind: Quantize, folder: Path) -> Any:
     assert bytes_of_tensors(folder / "out") == pytest.approx(predicted, rel=0.002 if kind == "nf4" else 0)
     settings = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] in ("torchao", "bitsandbytes")
-    again, info = type(made).from_pretrained(folder / "out", torch_dtype=torch.bfloat16, output_loading_info=True)
+    again, info = type(made).from_pretrained(folder / "out", dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return made, again
@@ -217,3 +219,35 @@ def test_headers_name_what_torchao_needs(kind: Quantize, tmp_path: Path) -> None
     quantised(student_of("qwen"), kind, tmp_path / "scratch", CPU).save_pretrained(tmp_path / "out")
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert "tensor_names" in file.metadata()
+
+
+def pipe_of(transformer: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, transformer)
+
+
+@pytest.mark.parametrize("how", ["fold", "widen"])
+def test_a_lora_of_the_teacher_does_what_it_does_on_plain_weights(kind: Quantize, how: str, tmp_path: Path) -> None:
+    """Layers of low rank are not quantised, so that they grow as others do."""
+    lora = {n: 4 * t for n, t in lora_for(teacher_for("qwen"), ("img_mod.1", "attn.to_q", "attn.to_out.0")).items()}
+    effects = []
+    for student in (student_of("qwen").to(torch.bfloat16), quantised(student_of("qwen"), kind, tmp_path, CPU)):
+        bare = in_bfloat16(student, "qwen")
+        load_lora(pipe_of(student), lora, low_rank=how)
+        effects.append(in_bfloat16(student, "qwen") - bare)
+    assert effects[0].norm() > 0.05 * bare.norm()
+    assert (effects[1] - effects[0]).norm() < 0.2 * effects[0].norm()
+
+
+def test_int4_takes_no_lora() -> None:
+    """PEFT refuses torchao's Int4Tensor, deep inside and with an error of its own."""
+    tensors = pytest.importorskip("torchao.quantization", minversion=None)
+    student = student_of("qwen")
+    layer, like = student.transformer_blocks[0].attn.to_q, {"dtype": torch.bfloat16}
+    scales = [torch.ones(1, 32, **like) for _ in range(2)]
+    weight = tensors.Int4Tensor(torch.zeros(32, 16, dtype=torch.int8), *scales, [1, 32], layer.weight.shape)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    lora = lora_for(teacher_for("qwen"), ("attn.to_q",))
+    with pytest.raises(ModelError, match=r"no LoRA on layers of torchao's int4.*nvfp4"):
+        load_lora(pipe_of(student), lora)
