@@ -33,7 +33,7 @@ from ppcl.eval.report_numbers import speed_table
 from ppcl.eval.report_pictures import MAX_PAIRS, Pair, prompts_of, seed_folders, spread
 from ppcl.eval.results import Evaluation
 from ppcl.student.plan import Segment
-from ppcl.teacher.stored import has_own_class
+from ppcl.teacher.stored import has_own_class, is_quantised
 
 MAX_PICTURES = 256  # in the gallery: many models show fewer prompts
 
@@ -100,6 +100,9 @@ def load_lines(run: RunData) -> str:
     path = json.dumps(folder.as_posix(), ensure_ascii=False)
     variant = weights_variant(folder)
     named = f', variant="{variant}"' if variant else ""
+    if is_quantised(folder):
+        lines.insert(0, "import torch")
+        named += ", dtype=torch.bfloat16"
     named += ", trust_remote_code=True" if remote else ""
     lines += [f"pipe = DiffusionPipeline.from_pretrained({path}{named})"]
     return "\n".join(lines)

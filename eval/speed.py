@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -139,4 +139,12 @@ def weight_bytes(module: nn.Module, device: str | torch.device | None = None) ->
     """Bytes of parameters and buffers; with ``device``, only of those that live on that kind of device."""
     kind = torch.device(device).type if device is not None else None
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors if kind is None or t.device.type == kind)
+    return sum(_bytes(t) for t in tensors if kind is None or t.device.type == kind)
+
+
+def _bytes(tensor: Any) -> int:
+    """Bytes of a tensor; a quantised one of torchao is made of several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    size: int = tensor.numel() * tensor.element_size()
+    return size

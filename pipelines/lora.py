@@ -17,7 +17,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,7 +211,7 @@ def _check_takes_lora(pipe: Any) -> None:
     Raises:
         ModelError: Its layers are torchao's int4.
     """
-    layers = getattr(getattr(pipe, "transformer", None), "modules", tuple)()
+    layers: Iterable[Any] = getattr(getattr(pipe, "transformer", None), "modules", tuple)()
     if any(type(getattr(layer, "weight", None)).__name__ == "Int4Tensor" for layer in layers):
         raise ModelError(
             "PEFT puts no LoRA on layers of torchao's int4; load it into a pipeline exported with "

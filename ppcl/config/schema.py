@@ -347,8 +347,8 @@ class ExportConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Without what is off."""
-        names = ("quantize", "recover_steps", "recover_learning_rate")
-        return self.model_dump(exclude={*names} if self.quantize == "none" else set())
+        off = {"quantize", "recover_steps", "recover_learning_rate"} if self.quantize == "none" else set[str]()
+        return self.model_dump(exclude=off if self.shards else {*off, "shards"})
 
     @field_validator("max_shard_size")
     @classmethod
@@ -357,10 +357,6 @@ class ExportConfig(Section):
         if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", text):
             raise ValueError("expected a whole number and KB, MB, GB or TB, e.g. 5GB")
         return text
-
-    def identity(self) -> dict[str, Any]:
-        """Without what is off."""
-        return self.model_dump(exclude=set() if self.shards else {"shards"})
 
 
 class EvaluateConfig(Section):

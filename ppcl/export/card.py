@@ -220,6 +220,7 @@ def model_card(plan: CompressionPlan, facts: Facts) -> str:
     )
     trusting = "trust_remote_code=True" in facts.arguments
     imported = "import ppcl.pipelines\n" if facts.own_class and not trusting else ""
+    imported += "import torch\n" if "torch." in facts.arguments else ""
     ((kind, value),) = plan.budget.items()
     card = TEMPLATES.markdown(
         "card.md",

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def count_params(module: nn.Module) -> int:
-    """Number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Number of parameters of a module; bitsandbytes packs several of them into a number."""
+    shapes = (getattr(getattr(p, "quant_state", None), "shape", p.shape) for p in module.parameters())
+    return sum(map(prod, shapes))
 
 
 def count_flops(

@@ -18,6 +18,7 @@ from tiny_compressed import FLUX, QWEN, bundle_for, plan_with, teacher_for, velo
 from ppcl.config import load_config
 from ppcl.config.names import Quantize
 from ppcl.errors import ConfigError, ModelError, UserError
+from ppcl.eval.speed import weight_bytes
 from ppcl.export.quantised import check_quantize, multiplied_out, put_back, quantised
 from ppcl.modules.replacements import LowRankLinear
 from ppcl.pipelines import load_lora
@@ -25,6 +26,7 @@ from ppcl.student.bundle import build_student
 from ppcl.student.stored_size import StoredSize, layer_bytes, layers_of
 from ppcl.teacher.call_arguments import to_dtype
 from ppcl.teacher.families import adapter_for
+from ppcl.teacher.flops import count_params
 
 CPU = torch.device("cpu")
 PARTS = {"qwen": QWEN, "flux": FLUX}
@@ -99,6 +101,8 @@ def test_files_are_as_large_as_predicted_and_load(family: str, kind: Quantize, t
     low_rank = [m for m in again.modules() if isinstance(m, LowRankLinear)]
     assert low_rank
     assert all(type(part.weight.data) is torch.Tensor for layer in low_rank for part in (layer.down, layer.up))
+    assert weight_bytes(again) == pytest.approx(bytes_of_tensors(tmp_path / "out"), rel=0.001)
+    assert count_params(again) == count_params(student_of(family))
     plain = set(layers_of(again, adapter_for(again), kind))
     assert all(type(again.get_submodule(path).weight.data) is not torch.Tensor for path in plain)
 
@@ -110,6 +114,7 @@ def test_nf4_of_bitsandbytes(family: str, bitsandbytes: Any, tmp_path: Path) -> 
     for name, weight in multiplied_out(again, "nf4").items():
         before = student.get_parameter(name)
         assert 0 < (weight - before).norm() / before.norm() < 0.15
+    assert count_params(again) == count_params(student)
     assert any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in made.modules())
 
 
