@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ppcl.experiments.noise import READING, is_alike, without_items
 from ppcl.experiments.runner import MEASURES, RowRunner
 from ppcl.experiments.tables import finish, measured_with, row_cells, table, teacher_cells
 from ppcl.export.pipeline import check_source, export
+from ppcl.export.quantised import check_quantize, quantised
 from ppcl.pruning.selection import select_bundle
 from ppcl.run import Session
 from ppcl.run.summary import describe_plan
@@ -25,6 +27,8 @@ from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.loading import load_pipeline, model_path
 from ppcl.teacher.origin import teacher_of
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("params", "share", "speedup", "predicted", "velocity_error", *MEASURES)
 
@@ -58,6 +62,8 @@ def export_size(
     """
     if not (folder / "bundle" / "bundle.json").is_file():
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
+    settings = settings or ExportConfig()  # type: ignore[call-arg]
+    check_quantize(settings.quantize, resolve_device(device))
     if out.exists():
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
     model = teacher_of(folder, teacher)
@@ -68,7 +74,12 @@ def export_size(
     adapter = adapter_for(pipeline.transformer)
     sized = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)
     student = build_student(pipeline.transformer, adapter, sized)
-    export(pipeline, student, sized.plan, model, out, settings or ExportConfig())  # type: ignore[call-arg]
+    if settings.quantize != "none":
+        logger.warning(
+            "export.quantize=%s: a size of a bundle is not recovered; ppcl export of a run is", settings.quantize
+        )
+        student = quantised(student, settings.quantize, out.parent, resolve_device(device))
+    export(pipeline, student, sized.plan, model, out, settings)
     return sized
 
 

@@ -22,6 +22,7 @@ from ppcl.config.names import Quantize
 from ppcl.errors import UserError
 from ppcl.export.pipeline import cast, is_quantised
 from ppcl.student.stored_size import REST, group_of, layers_of
+from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.families import adapter_for
 
 ON_CUDA = ("int4", "nf4")  # torchao packs int4 there alone, and diffusers refuses bitsandbytes elsewhere
@@ -81,6 +82,7 @@ def quantised(student: Any, kind: Quantize, scratch: Path, device: torch.device)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         student.save_pretrained(folder)
         made = type(student).from_pretrained(folder, quantization_config=config, dtype=REST, **place)
+    made.register_to_config(**{RECORD: {**(made.config.get(RECORD) or {}), "quantised": {"format": kind}}})
     return made.eval().requires_grad_(False)
 
 
