@@ -145,16 +145,17 @@ def test_a_budget_in_bytes_counts_those_of_the_format(open_copy: Callable[..., R
     assert run.depends("plan") != open_copy("plan.keep=null", f"plan.fit_gb={budget}").depends("plan")
 
 
-def test_another_size_of_a_bundle_is_quantised_too(ppcl: Call, finished_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sizes" / "whole"
-    code, _, err = ppcl("export", finished_run, "--keep", 0.7, "--out", out, "--set", "quantize=int8")
+def test_another_size_of_a_bundle_is_quantised_too(ppcl: Call, open_copy: Callable[..., Run], tmp_path: Path) -> None:
+    run, out = open_copy("distill.train=substitutes", "distill.output_steps=0"), tmp_path / "sizes" / "whole"
+    run.run("distill")
+    code, _, err = ppcl("export", run.out, "--keep", 0.7, "--out", out, "--set", "quantize=int8")
     assert code == 0, err
     assert "is not recovered" in err
     config = read_json(out / "transformer" / "config.json")
     assert config["_ppcl"]["quantised"] == {"format": "int8"}
     assert config["quantization_config"]["quant_method"] == "torchao"
     assert [path.name for path in out.parent.iterdir()] == ["whole"]
-    code, _, err = ppcl("export", finished_run, "--keep", 0.7, "--out", tmp_path / "nf4", "--set", "quantize=nf4")
+    code, _, err = ppcl("export", run.out, "--keep", 0.7, "--out", tmp_path / "nf4", "--set", "quantize=nf4")
     assert code == 2
     assert "needs a CUDA device" in err
 
