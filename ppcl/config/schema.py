@@ -431,6 +431,7 @@ class RunConfig(Section):
             raise ValueError("plan.uniform_width makes networks narrower, and fit.width leaves out ffn; add it")
         return self
 
+    @model_validator(mode="after")
     def _quantized_whole(self) -> RunConfig:
         if self.export.quantize == "none":
             return self
