@@ -29,14 +29,14 @@ from ppcl.common.tables import markdown_table
 from ppcl.config import DistillConfig, PlanConfig, for_model, load_config
 from ppcl.distill.streamed import Starts
 from ppcl.eval.velocity import state_errors
+from ppcl.pruning import exchanges, knapsack
 from ppcl.pruning.artifacts import Candidates, load_candidates
 from ppcl.pruning.knapsack import Edge, Route, edges_of, layout_of
 from ppcl.pruning.planner import plan
-from ppcl.student import prediction
 from ppcl.student.assembly import assemble_student
 from ppcl.student.bundle import members
 from ppcl.student.plan import CompressionPlan
-from ppcl.student.prediction import predict
+from ppcl.student.prediction import SHARE, bounded, predict
 from ppcl.teacher.blocks import ResidentBlocks
 from ppcl.teacher.loading import load_pipeline
 
@@ -109,7 +109,7 @@ def random_plans(judge: Judge, analysis: Analysis, candidates: Candidates, plans
             route = random_route(edges, *sizes(generator), generator)
             layout = layout_of(analysis.model, [edges[n] for n in route])
             made = CompressionPlan(analysis.model, "optimal", {"keep": 1.0}, layout, predict(analysis.model, layout))
-            squares = math.sqrt(sum(edges[n].cost for n in route))
+            squares = math.sqrt(sum(float(bounded(np.array(edges[n].cost))) for n in route))
             found.append((judge.error(made), squares, made.predicted.error))
         measured, alone, together = np.array(found).T
         for name, predicted in (("sum of squares", alone), ("joint", together)):
@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--plans", type=int, default=24, help="of each kind")
-    parser.add_argument("--share", type=float, default=prediction.SHARE, help="of two options' products that counts")
+    parser.add_argument("--share", type=float, default=SHARE, help="of products, where plans are looked for")
     given = parser.parse_args(argv)
-    prediction.SHARE = given.share
+    exchanges.SHARE = knapsack.SHARE = given.share
     judge = Judge(given.run)
     analysis, candidates = load_artifact(Analysis, given.run / "analysis.json"), load_candidates(given.run)
     header = ["plans of", "prediction", "measured", "rank correlation", "measured / predicted: median", "5% to 95%"]
@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         f"RUN {given.out} --share {given.share:g}`: {given.plans} random plans of each kind, of briefly fitted blocks "
         f"and untrained smaller modules, on the {judge.config.fit.eval_states} held-out states of the prices. "
         "The sum of squares takes "
-        "options for unrelated; jointly, products of their vectors say how they add up (ppcl/student/prediction.py)."
+        "options for unrelated; jointly, products of their vectors say how they add up, and large errors "
+        "add up to less (ppcl/student/prediction.py)."
         f"\n\n{table}\n\n## Plans that are chosen\n\nThe same budgets with either prediction; nothing is trained."
         f"\n\n{markdown_table(header, best_plans(judge, analysis, candidates))}\n"
     )

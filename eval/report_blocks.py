@@ -15,7 +15,7 @@ from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import Chart, number, percent, render
 from ppcl.modules.parts import cuts_of
 from ppcl.pruning.artifacts import Candidate, WidthOption
-from ppcl.student.plan import CompressionPlan, Segment, start_index
+from ppcl.student.plan import CompressionPlan, Recovered, Segment, start_index
 
 DASH = "\N{EN DASH}"
 BECAME = "\N{RIGHTWARDS ARROW}"
@@ -68,6 +68,7 @@ def redundancy(run: RunData) -> Markup:
             "runs": _run_rows(run, plan),
             "keeps_all": not plan.has_width,
             "smaller": _width_rows(run, plan),
+            "recovered": [_recovered_row(seen, plan.recovered[0]) for seen in plan.recovered],
         }
     else:
         missing.append(run.missing("plan.json"))
@@ -235,6 +236,22 @@ def _width_rows(run: RunData, plan: CompressionPlan) -> list[list[str]]:
         error = sum(option.error**2 for option in options) ** 0.5
         rows.append([group, str(len(options)), size, percent(params / plan.model.params), number(error)])
     return rows
+
+
+def _recovered_row(seen: Recovered, first: Recovered) -> list[str]:
+    """What one of the plans was like before and after its recoveries."""
+    what = [", ".join(seen.runs).replace("-", DASH), f"narrower inside {seen.narrower} blocks" if seen.narrower else ""]
+    words = "; ".join(filter(None, what)) or "nothing replaced"
+    after = [f"{number(errors.score)} ({steps})" for steps, errors in zip(seen.steps, seen.after, strict=True)]
+    last, noises = seen.after[-1], list(zip(seen.after[0].noises, first.after[0].noises, strict=True))
+    nearer = DASH if seen is first else f"{sum(a < b for a, b in noises)} of {len(noises)}"
+    errors = [number(seen.predicted), number(seen.before.score), f" {BECAME} ".join(after)]
+    return [
+        f"{words}{' (the plan)' if seen.chosen else ''}",
+        *errors,
+        *map(number, (last.guided, last.caption)),
+        nearer,
+    ]
 
 
 def _size_words(parts: list[dict[str, Any]]) -> str:

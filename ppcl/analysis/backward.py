@@ -8,9 +8,11 @@ by delta moves the velocity by a vector whose products with the r are <g_v, delt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +23,25 @@ from ppcl.common.streams import Stream, step_generator
 from ppcl.teacher.families import States
 
 
+def signs_of(state: int, shape: Sequence[int], vectors: int, seed: int) -> Tensor:
+    """K random vectors of +1 and -1, (K, *shape) of int8; of more vectors the first ones stay the same.
+
+    Args:
+        state: Number of the state that they are for.
+        shape: Of its velocity.
+        vectors: K.
+        seed: Fixes them.
+    """
+    numbers, generator = math.prod(shape), step_generator(seed, state, Stream.PRICE_SIGNS)
+    drawn = torch.randint(256, (vectors, -(-numbers // 8)), dtype=torch.uint8, generator=generator)
+    bits = torch.from_numpy(np.unpackbits(drawn.numpy(), axis=1, count=numbers))
+    return bits.to(torch.int8).mul_(2).sub_(1).reshape(vectors, *shape)
+
+
 def random_signs(batch: Batch, velocity: Tensor, vectors: int, seed: int) -> Tensor:
-    """K random vectors of +1 and -1 a state, (K, *velocity's shape); they depend on the state's number alone."""
-    generators = (step_generator(seed, batch.first + row, Stream.PRICE_SIGNS) for row in range(len(velocity)))
-    drawn = [torch.randint(2, (vectors, *velocity.shape[1:]), generator=generator) for generator in generators]
-    return torch.stack(drawn, 1).to(velocity.device) * 2 - 1
+    """:func:`signs_of` all states of a batch, (K, *velocity's shape)."""
+    states = range(batch.first, batch.first + len(velocity))
+    return torch.stack([signs_of(state, velocity.shape[1:], vectors, seed) for state in states], 1).to(velocity.device)
 
 
 def backward_sweep(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.analysis.backward import random_signs
+from ppcl.analysis.backward import signs_of
 from ppcl.analysis.entries import Arguments, Entries, enter, leave
 from ppcl.analysis.findings import Findings
 from ppcl.analysis.sweep import Batch, Course, Seen, velocities
@@ -34,6 +34,8 @@ from ppcl.teacher.families import StackSpec, States
 from ppcl.teacher.velocity import VelocityErrors
 
 BRANCHES = 8e9  # bytes of changed states that wait between two blocks
+CARRIED = 256  # random vectors for what is carried, which they cost no pass
+AT_ONCE = 32  # of them in float
 KIND = "prices"  # of findings
 
 
@@ -308,19 +310,21 @@ class _Branches:
     def _at_the_end(self, vectors: int, seed: int) -> dict[str, Price]:
         """The errors of the velocity, and their products with random vectors."""
         errors = [VelocityErrors() for _ in self.jobs]
-        products: list[list[Tensor]] = [[] for _ in self.jobs]
+        products: list[Tensor] = []
         for batch, target in velocities(self.course):
-            arguments = batch.load().arguments
-            signs = random_signs(batch, target, vectors, seed).float().flatten(2)
+            arguments, moved = batch.load().arguments, []
             for number, error in enumerate(errors):
                 states = self.own.before(self.batches[number, batch.number], None) or {}
                 velocity = leave(self.course.source, arguments, states, self.course.precision)
                 error.add(target, velocity)
-                moved = (velocity.float() - target.float()).flatten(1)
-                products[number].append(torch.einsum("kbi,bi->kb", signs, moved))
+                moved.append((velocity.float() - target.float()).flatten(1))
+            for row, changes in enumerate(torch.stack(moved, 1)):  # a state's: (jobs, numbers)
+                signs = signs_of(batch.first + row, target.shape[1:], vectors, seed).flatten(1)
+                parts = torch.split(signs, AT_ONCE)
+                products.append(torch.cat([part.to(changes) @ changes.T for part in parts]))  # (K, jobs)
         sums = {f"{n} {k}": v for n, e in enumerate(errors) for k, v in (("d", e.difference), ("t", e.total))}
         sums = self.course.group.sum_scalars(sums)
-        every = _of_all(self.course, torch.stack([torch.cat(parts, 1) for parts in products]))
+        every = _of_all(self.course, torch.stack(products, -1).transpose(0, 1))
         return {
             name: Price(
                 self.jobs[n].note, _scaled(every[n], sums[f"{n} t"] ** 0.5), (sums[f"{n} d"] / sums[f"{n} t"]) ** 0.5

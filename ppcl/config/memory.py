@@ -84,7 +84,7 @@ HOW_NOT_WHAT = {
     *("offload", "shard_teacher", "checkpointing", "compile", "release_gradients"),
 }
 # what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
-_NOT_IN_TABLES: dict[str, Any] = {
+NOT_IN_TABLES: dict[str, Any] = {
     **{"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0},
     "few_steps": FewStepsConfig(),  # type: ignore[call-arg]
 }
@@ -113,9 +113,9 @@ def for_tables(config: M) -> M:
         config: A :class:`ppcl.config.RunConfig`.
     """
     settings: BaseModel = config.distill  # type: ignore[attr-defined]
-    unused = [name for name, value in _NOT_IN_TABLES.items() if getattr(settings, name) != value]
+    unused = [name for name, value in NOT_IN_TABLES.items() if getattr(settings, name) != value]
     if not unused:
         return config
     named = ", ".join(f"distill.{name}" for name in unused)
     logger.warning("%s: no effect here; rows are trained on recorded states, with the whole teacher in memory", named)
-    return config.model_copy(update={"distill": changed(settings, **_NOT_IN_TABLES)})
+    return config.model_copy(update={"distill": changed(settings, **NOT_IN_TABLES)})

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ppcl.common.plugins import source_of
 from ppcl.config.extensions import CRITERIA
 from ppcl.config.few_steps import FewStepsConfig
-from ppcl.config.memory import HOW_NOT_WHAT, MemorySettings
+from ppcl.config.memory import HOW_NOT_WHAT, NOT_IN_TABLES, UNTRAINED, MemorySettings, changed
 from ppcl.config.names import BUDGETS, Quantize, Start, Width
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
@@ -125,6 +125,17 @@ class PlanConfig(SearchConfig):
         le=8,
         description="of ppcl compress: times that it prunes and recovers, on the way to one budget (docs/compress.md)",
     )
+    recover: int = Field(
+        0,
+        ge=0,
+        description="the best so many plans recover for some steps, the best two of them for longer; the plan is the "
+        "one that is then nearest to the teacher on held-out states (docs/compress.md); 0: off",
+    )
+    recover_steps: int = Field(20, ge=1, description="of each of them; the best two: three times as many")
+    recover_stage: Literal["local", "carried", "output"] = Field(
+        "output", description="of distillation, that they recover by; output needs the whole student with gradients"
+    )
+    recover_states: int = Field(64, ge=1, description="held-out states behind their errors, with and without guidance")
     width: tuple[Width, ...] | None = Field(
         None, description="smaller modules that the optimal mode may use, of those that were measured; all if empty"
     )
@@ -153,11 +164,15 @@ class PlanConfig(SearchConfig):
             raise ValueError(f"plan.uniform_width is kept by plan.mode=optimal, got {self.mode}; leave one of them out")
         if self.uniform_width and self.width is not None and "ffn" not in self.width:
             raise ValueError("plan.uniform_width makes networks narrower, and plan.width leaves out ffn; add it")
+        if self.recover == 1:
+            raise ValueError("plan.recover=1 leaves nothing to choose from; give 2 or more, or 0 to choose by costs")
         return self
 
     def identity(self) -> dict[str, Any]:
         """Without the number of rounds, each of which is a run with a budget of its own, and what is off."""
         off = {"rounds", *(() if self.uniform_width else ("uniform_width",))}
+        if not self.recover:
+            off |= {"recover", "recover_steps", "recover_stage", "recover_states"}
         return {name: value for name, value in super().identity().items() if name not in off}
 
     @property
@@ -424,6 +439,16 @@ class RunConfig(Section):
         if self.blocks == "streamed" and (asked := self.distill.not_streamed):
             raise ValueError(f"blocks=streamed leaves no whole model for {', '.join(asked)}; leave one of them out")
         return self
+
+    def recovery(self, steps: int) -> DistillConfig:
+        """How plans recover before one is chosen: as they will be distilled, in one stage, substitutes alone.
+
+        Raises:
+            ConfigError: That stage does not fit the settings of distillation.
+        """
+        alone = {"train": "substitutes", "shard": False, "keep_start": False, "sparsity": {}}
+        stage = {f"{self.plan.recover_stage}_steps": steps}
+        return changed(self.distill, **{**UNTRAINED, **NOT_IN_TABLES, **alone, **stage})
 
     @model_validator(mode="after")
     def _one_width_of_what_is_measured(self) -> RunConfig:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ppcl.analysis.artifacts import Analysis
 from ppcl.analysis.backward import backward_sweep
 from ppcl.analysis.findings import Findings
-from ppcl.analysis.prices import Job, Jobs, Price, Prices, exact_costs, read_prices, velocity_norm
+from ppcl.analysis.prices import CARRIED, Job, Jobs, Price, Prices, exact_costs, read_prices, velocity_norm
 from ppcl.analysis.probes import chained_probe
+from ppcl.analysis.products import common_vectors
 from ppcl.analysis.sweep import Course, forward_sweep
 from ppcl.capture.states import Row, States
 from ppcl.capture.store import MEMORY, StateStore
@@ -128,7 +129,7 @@ def fit(
     """Score candidate runs and smaller modules; write their weights, what they cost, and then ``candidates.json``.
 
     Files: ``candidates.safetensors`` (fitted blocks), ``width.safetensors`` (closed forms that the analyze stage did
-    not know) and ``prices.safetensors`` (a vector for each option, see :class:`ppcl.analysis.prices.Price`).
+    not know) and ``prices.safetensors`` (a vector for each option, see :mod:`ppcl.analysis.products`).
 
     Args:
         source: The teacher's blocks.
@@ -263,7 +264,7 @@ def _scored(
         width=tuple(option for option in options if math.isfinite(option.error)),
         criterion=narrow.criterion,
         criterion_forwards=narrow.forwards,
-        vectors={name: price.vector.float().numpy() for name, price in prices.items()},
+        vectors={name: vector.float().numpy() for name, vector in common_vectors(prices).items()},
     )
 
 
@@ -287,8 +288,9 @@ def priced(stage: Fit, runs: Sequence[RunKey], narrow: Narrow) -> dict[str, Pric
 
 
 def exactly(stage: Fit, jobs: Jobs, name: str) -> dict[str, Price]:
-    """Exact costs of replacements, by the random vectors of the prices."""
-    return exact_costs(stage.course, jobs, stage.folder / name, f"fit: {name}", stage.settings.vectors, stage.seed)
+    """Exact costs of replacements, by the random vectors of the prices and more of them."""
+    vectors = max(CARRIED, stage.settings.vectors)
+    return exact_costs(stage.course, jobs, stage.folder / name, f"fit: {name}", vectors, stage.seed)
 
 
 def fitted(

@@ -119,7 +119,7 @@ class Candidates:
         width: Smaller modules.
         criterion: What scored neurons and heads; empty where none were.
         criterion_forwards: What it said it would cost: runs of the transformer on one state; None if it did not say.
-        vectors: How each option moves the velocity, (K, N) by its name (:class:`ppcl.analysis.prices.Price`); in a
+        vectors: How each option moves the velocity, (1, D) by its name (:mod:`ppcl.analysis.products`); in a
             file of its own.
     """
 

@@ -1,6 +1,7 @@
 """Plans that know how errors add up: what is in them is exchanged while that lowers the error of all of it together.
 
-The error of :func:`ppcl.student.prediction.joint_error` is no sum over the edges of a path. The cheapest paths by each
+The error of :func:`ppcl.student.prediction.together` is no sum over the edges of a path. Of products a share
+counts here, for whoever looks for the least estimate finds what its noise flatters. The cheapest paths by each
 edge's own squared error (:mod:`ppcl.pruning.knapsack`) are where this starts. No torch here.
 """
 
@@ -13,13 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppcl.pruning.knapsack import Edge, Route
-from ppcl.student import prediction
+from ppcl.student.prediction import SHARE, Numbers, padded
 
 AT_ONCE = 4_000_000  # pairs of moves that are looked at together
 MOST = 500  # exchanges; each lowers the error, and a few dozen are usual
 LEAST = 1e-9  # of a squared error, that an exchange must bring
-
-Numbers = NDArray[np.float64]
 
 
 class _Moves(NamedTuple):
@@ -43,7 +42,7 @@ class _Moves(NamedTuple):
 
 
 class JointErrors:
-    """Squared errors of paths over edges.
+    """What adds up of squared errors (:func:`ppcl.student.prediction.unbounded`), of paths over edges.
 
     Args:
         edges: What may stand in the place of blocks.
@@ -53,11 +52,11 @@ class JointErrors:
         self.first = np.array([edge.first for edge in edges])
         self.last = np.array([edge.last for edge in edges])
         self.saved = np.array([edge.saved for edge in edges], dtype=float)
-        self.vectors = prediction.SHARE**0.5 * prediction.padded([edge.vector for edge in edges])
+        self.vectors = SHARE**0.5 * padded([edge.vector for edge in edges])
         self.own = np.array([edge.alone for edge in edges]) - (self.vectors**2).sum(1)
 
     def of(self, route: Route) -> float:
-        """The squared error of a path."""
+        """That of a path."""
         numbers = list(route)
         together = self.vectors[numbers].sum(0)
         return float(self.own[numbers].sum() + together @ together)

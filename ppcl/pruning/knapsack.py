@@ -18,7 +18,7 @@ import numpy as np
 from ppcl.modules.parts import changed
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import Segment, start_index
-from ppcl.student.prediction import SHARE, joint_error, padded
+from ppcl.student.prediction import SHARE, adding, padded, together, unbounded
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 CLASSES = 1000  # of savings, from nothing to the whole model
@@ -36,11 +36,12 @@ class Edge:
         first: First block, numbered through all stacks.
         last: Last block, inclusive.
         saved: What it saves, in the budget's unit.
-        cost: Sum of the squared relative velocity errors of what is in it: its run, and its smaller modules.
+        cost: Sum of what adds up of the squared relative velocity errors of its run and its smaller modules
+            (:func:`ppcl.student.prediction.unbounded`).
         stack: Its stack.
         segment: What it is in a plan.
-        alone: Squared relative velocity error when it alone is put in: what is in it taken together, if that is known.
-        vector: How it moves the velocity.
+        alone: What adds up of it alone: of what is in it taken together.
+        vector: How it moves the velocity, as that adds up (:func:`ppcl.student.prediction.adding`).
     """
 
     first: int
@@ -51,6 +52,11 @@ class Edge:
     segment: Segment
     alone: float
     vector: tuple[float, ...] = ()
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Its stack, and the first and last block there."""
+        return self.stack, self.segment.first, self.segment.last
 
 
 class _Ways(NamedTuple):
@@ -219,7 +225,7 @@ def edges_of_plan(model: ModelInfo, plan: Layout, by_flops: bool) -> list[Edge]:
     """The substitutes of one plan; those without a measured error come last."""
     offsets = [sum(stack.num_blocks for stack in model.stacks[:i]) for i in range(len(model.stacks))]
     return [
-        _edge(stack, offset, s, 1.0 if s.error is None else s.error * s.error, by_flops)
+        _edge(stack, offset, s, _cost([1.0 if s.error is None else s.error]), by_flops)
         for stack, offset in zip(model.stacks, offsets, strict=True)
         for s in plan[stack.name]
         if s.is_substitute
@@ -231,8 +237,9 @@ def _edge(stack: Stack, offset: int, segment: Segment, cost: float, by_flops: bo
     start = start_index(segment.first, segment.last, segment.start)
     saved = sum(sizes[segment.first : segment.last + 1]) - sizes[start]
     saved += segment.saved_speed if by_flops else segment.saved_params
-    alone = cost if segment.error is None else segment.error**2
-    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment, alone, segment.vector)
+    squares, vectors = adding([1.0 if segment.error is None else segment.error], [segment.vector])
+    alone, vector = float(squares[0]), tuple(vectors[0].tolist())
+    return Edge(offset + segment.first, offset + segment.last, saved, cost, stack.name, segment, alone, vector)
 
 
 def one_width(
@@ -291,7 +298,7 @@ def _counted_from(base: Sequence[Edge], edges: Sequence[Edge]) -> list[Edge]:
 
 
 Choice = tuple[WidthOption, ...]
-Vectors = Mapping[str, Any]  # (K, N) of each run and smaller module, by its name
+Vectors = Mapping[str, Any]  # of each run and smaller module, by its name
 
 
 def put_in(
@@ -306,10 +313,11 @@ def put_in(
         vectors: How each moves the velocity, by its name.
 
     Returns:
-        The segment with its error, and the sum of the squares of the single errors.
+        The segment with its error, and the cost of its edge.
     """
     measured = [*([] if run is None else [(run.name, math.sqrt(run.cost))]), *((o.name, o.error) for o in choice)]
     moves = [np.ravel((vectors or {}).get(name, ())).tolist() for name, _ in measured]
+    error, vector = together([error for _, error in measured], moves)
     timed = any(option.saved_time is not None for option in choice)
     filled = Segment(
         segment.first,
@@ -318,11 +326,15 @@ def put_in(
         width={path: dict(part) for option in choice for path, part in option.parts.items()},
         saved_params=sum(option.saved_params for option in choice),
         saved_flops=sum(option.saved_flops for option in choice),
-        error=joint_error([error for _, error in measured], moves) if measured else None,
-        vector=tuple(padded(moves).sum(0).tolist()),
+        error=error if measured else None,
+        vector=vector,
         saved_time=sum(option.saved_speed for option in choice) if timed else None,
     )
-    return filled, sum(error * error for _, error in measured)
+    return filled, _cost([error for _, error in measured])
+
+
+def _cost(errors: Sequence[float]) -> float:
+    return float(unbounded(np.square(errors)).sum())
 
 
 def choices_of(options: Sequence[WidthOption], by_flops: bool) -> list[Choice]:

@@ -7,7 +7,8 @@ A :class:`Planned` search looks at measured costs alone; those that look at the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -44,6 +45,7 @@ from ppcl.teacher.model_info import ModelInfo, Stack
 RunKey = tuple[str, int, int]  # stack, first block, last block
 Runs = tuple[RunKey, ...]
 Costs = Mapping[RunKey, Candidate]
+OTHERS = 3  # times as many plans are looked at as are wanted beside the best
 UNITS = {"keep": "of the parameters", "speedup": "times as fast", "fit_gb": "GB of weights"}
 
 
@@ -108,31 +110,69 @@ def optimal(analysis: Analysis, candidates: Candidates, settings: PlanConfig) ->
     only where the fitted ones cannot meet the budget. With ``plan.uniform_width`` all networks have one width: the best
     plan of each that was measured is made, the teacher's own among them, and the best of those taken.
     """
-    model, by_flops = analysis.model, settings.budget[0] == "speedup"
-    runs, options = usable(model, candidates, settings)
+    return best_plans(analysis, candidates, settings, 1)[0]
 
-    def cheapest(runs: Sequence[Candidate]) -> CompressionPlan:
-        beside = () if settings.uniform_width else options
-        ways: list[tuple[list[Edge], list[Edge]]] = [([], edges_of(model, runs, beside, by_flops, candidates.vectors))]
-        for of_one in widths(model, options) if settings.uniform_width else ():
-            ways.append(one_width(model, runs, of_one, by_flops, candidates.vectors))
-        classes, layouts = CLASSES if beside else DEPTH_CLASSES, []
-        for base, edges in ways:
-            try:
-                layouts += [least_layout(model, edges, settings.budget, classes, partial(infeasible, settings), base)]
-            except BudgetError as error:
-                refusal = error
-        if not layouts:
-            raise refusal  # of the narrowest
-        layout, found = min(
-            layouts, key=lambda pair: (math.inf if (e := pair[1].error) is None else e, -pair[1].params)
-        )
-        return CompressionPlan(model, settings.mode, dict([settings.budget]), layout, found)
 
+def best_plans(analysis: Analysis, candidates: Candidates, settings: PlanConfig, count: int) -> list[CompressionPlan]:
+    """Plans of least joint error: the best one, and those without one of the things that cost it most.
+
+    Args:
+        analysis: Of the teacher.
+        candidates: Runs and smaller modules with their costs.
+        settings: Budget, and what may be used.
+        count: How many plans, at most.
+
+    Returns:
+        Different plans, the best first.
+
+    Raises:
+        BudgetError: None meets the budget.
+    """
+    cheapest = partial(_cheapest, analysis.model, candidates, settings)
+    runs, _ = usable(analysis.model, candidates, settings)
     try:
-        return cheapest([run for run in runs if run.fitted_error is not None])
+        usable_runs = [run for run in runs if run.fitted_error is not None]
+        found = [(cheapest(usable_runs), frozenset[RunKey]())]
     except BudgetError:
-        return cheapest(runs)
+        usable_runs = runs
+        found = [(cheapest(usable_runs), frozenset())]
+    for plan, without in found if count > 1 else []:  # it grows on the way
+        pieces = [(name, s) for name, segments in plan.stacks.items() for s in segments if s.is_substitute]
+        for name, piece in sorted(pieces, key=lambda each: -(each[1].error or 0)):
+            out = without | {(name, piece.first, piece.last)}
+            if len(found) < OTHERS * count and all(out != other for _, other in found):
+                with suppress(BudgetError):
+                    found.append((cheapest(usable_runs, out), out))
+    plans: list[CompressionPlan] = []
+    for plan, _ in sorted(found, key=lambda each: each[0].predicted.error or 0):
+        plans += [plan] if all(plan.stacks != other.stacks for other in plans) else []
+    return plans[:count]
+
+
+def _cheapest(
+    model: ModelInfo,
+    candidates: Candidates,
+    settings: PlanConfig,
+    runs: Sequence[Candidate],
+    without: Collection[RunKey] = (),
+) -> CompressionPlan:
+    """The plan of least joint error of some runs, which leaves alone what stands in some places."""
+    by_flops, (_, options) = settings.budget[0] == "speedup", usable(model, candidates, settings)
+    beside = () if settings.uniform_width else options
+    ways: list[tuple[list[Edge], list[Edge]]] = [([], edges_of(model, runs, beside, by_flops, candidates.vectors))]
+    for of_one in widths(model, options) if settings.uniform_width else ():
+        ways.append(one_width(model, runs, of_one, by_flops, candidates.vectors))
+    classes, layouts = CLASSES if beside else DEPTH_CLASSES, []
+    for base, every in ways:
+        edges = [edge for edge in every if edge.place not in without]
+        try:
+            layouts += [least_layout(model, edges, settings.budget, classes, partial(infeasible, settings), base)]
+        except BudgetError as error:
+            refusal = error
+    if not layouts:
+        raise refusal  # of the narrowest
+    layout, found = min(layouts, key=lambda pair: (math.inf if (e := pair[1].error) is None else e, -pair[1].params))
+    return CompressionPlan(model, settings.mode, dict([settings.budget]), layout, found)
 
 
 @Planned

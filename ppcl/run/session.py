@@ -86,6 +86,8 @@ class Session:
             shared += [self.config.plan.protect_first, self.config.plan.protect_last]
         if stage == "plan" and self.config.planned_format != "none":
             shared += [self.config.planned_format]
+        if stage == "plan" and self.config.plan.recover:  # plans recover as they will be distilled
+            shared.append(self.config.recovery(self.config.plan.recover_steps).identity())
         position = ORDER.index(stage)
         upstream = self.depends(ORDER[position - 1]) if position else ""
         return digest(stage, section.identity() if section else None, shared, upstream)

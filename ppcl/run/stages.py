@@ -164,16 +164,53 @@ def _fit(session: Session, _: None) -> None:
     )
 
 
-def _choose_plan(session: Session) -> CompressionPlan:
-    """The plan: a search is the check of its budget, and may take long."""
+def _choose_plans(session: Session) -> list[CompressionPlan]:
+    """The plan, and what else may recover better: a search is the check of its budget, and may take long."""
     from ppcl.common.progress import announce
-    from ppcl.pruning.searches import choose
+    from ppcl.pruning.planner import best_plans
+    from ppcl.pruning.searches import checked, choose
 
-    return choose(session.config.plan.mode, session.search_context(), announce)
+    settings, context = session.config.plan, session.search_context()
+    plans = [choose(settings.mode, context, announce)]
+    if settings.recover:
+        session.config.recovery(settings.recover_steps)
+        others = best_plans(context.analysis, context.candidates, settings, settings.recover)
+        plans += [p for p in (checked(other, context) for other in others) if p.stacks != plans[0].stacks]
+        if len(plans) == 1:
+            announce("plan.recover: there is one plan alone under this budget, so none is recovered")
+    return plans[: max(1, settings.recover)]
 
 
-def _plan(session: Session, plan: CompressionPlan) -> None:
+def _plan(session: Session, plans: list[CompressionPlan]) -> None:
+    plan = plans[0] if len(plans) == 1 else _recovers_best(session, plans)
     save_artifact(plan, session.out / "plan.json")
+
+
+def _recovers_best(session: Session, plans: list[CompressionPlan]) -> CompressionPlan:
+    """The one of some plans that recovers best, with the teacher's transformer in memory whole."""
+    from dataclasses import replace
+
+    from ppcl.capture.states import States
+    from ppcl.distill.choice import Choice, Judge
+    from ppcl.teacher.pipeline_call import guidance_weight
+
+    settings, adapter = session.config.plan, session.adapter
+    scale = guidance_weight(session.teacher, session.config.capture)
+    transformer = session.whole_transformer()
+    held_out, train = (States(session.calibration, split) for split in ("held-out", "train"))
+    choice = Choice(
+        transformer,
+        adapter,
+        session.out,
+        session.out / CHECKPOINTS / "plan",
+        session.config.recovery,
+        settings.recover_steps,
+        session.config.seed,
+        Judge(transformer, held_out, train, settings.recover_states, scale, session.precision),
+        session.precision,
+        session.log,
+    )
+    return replace(choice.of(plans), teacher_forwards=plans[0].teacher_forwards)
 
 
 def _check_distill(session: Session) -> None:
@@ -383,8 +420,9 @@ _ALL = (
         "Choose the runs under the budget.",
         ("plan.json",),
         _plan,
-        _choose_plan,
+        _choose_plans,
         inputs={"analysis.json": Analysis, "candidates.json": Candidates},
+        on_the_way=(CHECKPOINTS,),
     ),
     Stage(
         "distill",

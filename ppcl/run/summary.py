@@ -55,8 +55,9 @@ def print_prediction(out: Path) -> None:
     p = plan.predicted
     total = f", {plan.share_of_first:.1%} of the first teacher's" if plan.share_of_first else ""
     error = f", velocity error about {p.error:.3f} before distillation" if p.error is not None else ""
+    tried = f" (of {len(plan.recovered)}, the one that recovered best)" if plan.recovered else ""
     Console(stderr=True, highlight=False, markup=False).print(
-        f"  plan: {describe_plan(plan)}\n"
+        f"  plan: {describe_plan(plan)}{tried}\n"
         f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}{total}), {p.speedup:.2f}x as fast{error}"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
@@ -45,7 +46,7 @@ class Segment:
         error: Relative error of the final velocity when this alone is put in, as the planner saw it; None if
             it was not measured.
         vector: How it moves the velocity, by which errors of several are added up (:func:`ppcl.student.prediction
-            .joint_error`); what follows the last number is 0.
+            .together`); what follows the last number is 0.
         saved_time: See :class:`ppcl.pruning.artifacts.WidthOption`.
         sparsity: Share of the weights in the block's masked linear layers that are zero (:mod:`ppcl.pruning.sparsity`).
     """
@@ -106,6 +107,56 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class StudentErrors:
+    """Relative errors of a student on held-out states.
+
+    Attributes:
+        velocity: Of the velocity with caption.
+        guided: Of what guidance makes of both branches; None where the teacher knows none.
+        caption: Of the difference that the caption makes, v_c - v_u.
+        noises: For each held-out prompt, which has a noise of its own, its :attr:`score`.
+    """
+
+    __pydantic_config__ = STRICT
+
+    velocity: Error
+    guided: Error | None = None
+    caption: Error | None = None
+    noises: tuple[Error, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """What students are told apart by: the geometric mean of the guided error and the caption's, if there are."""
+        return self.velocity if self.guided is None or self.caption is None else math.sqrt(self.guided * self.caption)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A plan that was trained for a few steps before one was chosen.
+
+    Attributes:
+        runs: Its runs, as ``stack first-last``.
+        narrower: Blocks with smaller modules.
+        predicted: Its predicted error.
+        before: Its errors untrained.
+        steps: Of each of its recoveries.
+        after: The errors after each.
+        chosen: Whether it is the plan.
+    """
+
+    __pydantic_config__ = STRICT
+
+    runs: tuple[str, ...]
+    narrower: Count
+    predicted: Error | None
+    before: StudentErrors
+    steps: tuple[Count, ...]
+    after: tuple[StudentErrors, ...]
+    chosen: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
 class CompressionPlan:
     """Which blocks stay and which runs become one block, for every stack of the teacher.
 
@@ -115,6 +166,7 @@ class CompressionPlan:
         stacks: Segments of each stack.
         predicted: What it should give.
         teacher_forwards: What the search said it would cost: runs of the transformer on one state.
+        recovered: The plans that it was chosen from by a short recovery (``plan.recover``); empty without.
     """
 
     __pydantic_config__ = STRICT
@@ -129,6 +181,7 @@ class CompressionPlan:
     # pattern, criterion, allocation; zeros among all parameters and in the masked layers; empty without sparsity
     sparsity: dict[str, str | float] = field(default_factory=dict)
     call: dict[str, int | float] = field(default_factory=dict)  # steps and guidance of a student of few steps
+    recovered: tuple[Recovered, ...] = ()
 
     def check(self) -> None:
         """Refuse a plan that is none.
@@ -181,8 +234,12 @@ def identity_segments(num_blocks: int) -> tuple[Segment, ...]:
 
 
 def plan_digest(plan: CompressionPlan) -> str:
-    """SHA-256 of a plan's canonical JSON (sorted keys, no spaces, UTF-8), as 64 hexadecimal digits."""
-    text = json.dumps(to_jsonable(plan), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """SHA-256 of a plan's canonical JSON (sorted keys, no spaces, UTF-8), as 64 hexadecimal digits.
+
+    How it was chosen is no part of what it is.
+    """
+    told = {name: value for name, value in to_jsonable(plan).items() if name != "recovered"}
+    text = json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

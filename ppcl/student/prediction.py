@@ -1,10 +1,10 @@
 """What a plan costs: parameters and FLOPs exactly, bytes, its error about; before anything is built. No torch here.
 
 Squared errors of options add up only where they move the velocity in unrelated directions. With the vectors of
-:mod:`ppcl.analysis.prices` a plan x costs x^T G x: off its diagonal G has the products of two options' vectors, on it
-their squared errors as measured, which a vector's own norm underrates where they are not small. Of the products half
-counts (docs/decisions.md): whoever looks for the least estimate finds what its noise flatters, and large errors add up
-to less than their sum.
+:mod:`ppcl.analysis.products` a plan x costs x^T G x: off its diagonal G has the products of two options' vectors, on it
+their squared errors as measured. Large errors add up to less: a velocity that has lost everything but its length is
+sqrt(2) away from the teacher's, and no further. So squares are taken as e^2 = q^2 / (1 + q^2 / 2) of some q^2, and
+these are what adds up.
 """
 
 from __future__ import annotations
@@ -19,18 +19,47 @@ from numpy.typing import NDArray
 from ppcl.student.plan import Prediction, Segment, start_index
 from ppcl.teacher.model_info import ModelInfo
 
-SHARE = 0.5  # of the products of two options' vectors that counts
+SHARE = 0.5  # of two options' products that counts where plans are looked for (docs/decisions.md)
+FARTHEST = 2.0  # squared relative error of a velocity that is unrelated to the teacher's, and as long
 Stacks = Mapping[str, Sequence[Segment]]
+Numbers = NDArray[np.float64]
 
 
-def joint_error(errors: Sequence[float], vectors: Sequence[Sequence[float]]) -> float:
-    """The error of all options together, from each one's error and vector; an empty vector is related to no other."""
-    rows = padded(vectors)
-    products = float((rows.sum(0) ** 2).sum() - (rows**2).sum())
-    return math.sqrt(max(0.0, sum(error * error for error in errors) + SHARE * products))
+def unbounded(squares: Numbers) -> Numbers:
+    """What adds up of squared errors; from half of ``FARTHEST`` on, which trained substitutes stay below, a line."""
+    half = FARTHEST / 2
+    near = np.minimum(squares, half)
+    return near / (1 - near / FARTHEST) + 4 * (squares - near)
 
 
-def padded(vectors: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+def bounded(sums: Numbers) -> Numbers:
+    """The inverse of :func:`unbounded`."""
+    near = np.minimum(sums, FARTHEST)
+    return near / (1 + near / FARTHEST) + (sums - near) / 4
+
+
+def adding(errors: Sequence[float], vectors: Sequence[Sequence[float]]) -> tuple[Numbers, Numbers]:
+    """What of several options adds up.
+
+    Returns:
+        Squares (N,), and vectors (N, D): all together are the squares of their sum, with these squares in place of each
+        one's own.
+    """
+    squares = np.square(np.asarray(errors, dtype=float))
+    free = unbounded(squares)
+    return free, padded(vectors) * np.sqrt(free / np.maximum(squares, 1e-300))[:, None]
+
+
+def together(errors: Sequence[float], vectors: Sequence[Sequence[float]]) -> tuple[float, tuple[float, ...]]:
+    """The error and the vector of all options together; one with an empty vector is related to no other."""
+    squares, rows = adding(errors, vectors)
+    total = rows.sum(0)
+    free = max(0.0, float(squares.sum() + total @ total - (rows**2).sum()))
+    square = float(bounded(np.array(free)))
+    return math.sqrt(square), tuple((total * math.sqrt(square / free) if free else total).tolist())
+
+
+def padded(vectors: Sequence[Sequence[float]]) -> Numbers:
     """Vectors as rows of equal length, (N, D)."""
     rows = np.zeros((len(vectors), max(map(len, vectors), default=0)))
     for row, vector in zip(rows, vectors, strict=True):
@@ -57,7 +86,7 @@ def _error_of(stacks: Stacks) -> float | None:
     """The error of all substitutes together; None if one's is not known."""
     substitutes = list(_substitutes(stacks))
     errors = [segment.error for segment in substitutes if segment.error is not None]
-    return joint_error(errors, [s.vector for s in substitutes]) if len(errors) == len(substitutes) else None
+    return together(errors, [s.vector for s in substitutes])[0] if len(errors) == len(substitutes) else None
 
 
 def predict(model: ModelInfo, stacks: Stacks, error: float | None = None) -> Prediction:

@@ -136,6 +136,22 @@ def _guidance(pipeline: Any, settings: CaptureConfig) -> Guidance:
     return guidance_of(pipeline, pipeline.transformer.config, config, settings.guidance_scale)
 
 
+def guidance_weight(pipeline: Any, settings: CaptureConfig) -> float | None:
+    """The scale w of v_u + w (v_c - v_u), as a pipeline draws with these settings; None without guidance.
+
+    A pipeline that is still asked twice at a scale of 1 counts from 0.
+    """
+    guidance = _guidance(pipeline, settings)
+    if not (guidance.argument and guidance.doubles):
+        return None
+    scale = guidance.scale
+    if scale is None:
+        scale = call_parameters(pipeline)[guidance.argument].default
+    config = getattr(pipeline, "config", {})
+    from_zero = guidance_of(pipeline, pipeline.transformer.config, config, OFF).scale == 0
+    return float(scale) + from_zero
+
+
 def guidance_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
     """Name the guidance and size arguments as this pipeline wants them (frames too, if it draws videos)."""
     accepted, guidance = call_parameters(pipeline), _guidance(pipeline, settings)

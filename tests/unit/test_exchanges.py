@@ -21,25 +21,26 @@ from ppcl.pruning.knapsack import Edge, Route
 from ppcl.pruning.planner import layout_of_runs, plan, select
 from ppcl.pruning.searches import Context, choose
 from ppcl.student.plan import CompressionPlan, Segment
-from ppcl.student.prediction import SHARE, joint_error, predict, with_short_vectors
+from ppcl.student.prediction import SHARE, adding, bounded, predict, together, unbounded, with_short_vectors
 from ppcl.teacher.model_info import ModelInfo, Stack
 
 BLOCKS = 7
 MODEL = ModelInfo("Tiny", "0", 700, 700, 4, 0, (Stack("a", "blocks", BLOCKS, (100,) * BLOCKS, (100,) * BLOCKS),))
 
 
-def random_edges(seed: int) -> list[Edge]:
+def random_edges(seed: int, size: float = 1.0) -> list[Edge]:
     """Runs of two and three blocks and smaller modules in single ones, whose vectors have much in common."""
     generator = np.random.default_rng(seed)
     common = generator.normal(size=(2, 3))
     edges = []
     spans = [(i, i + n) for n in (0, 0, 1, 2) for i in range(BLOCKS - n)]
     for first, last in spans:
-        vector = (last - first + 0.4) * (generator.normal(size=(2, 3)) + 1.5 * common * generator.normal())
+        vector = size * (last - first + 0.4) * (generator.normal(size=(2, 3)) + 1.5 * common * generator.normal())
         cost = float((vector**2).sum()) * generator.uniform(0.9, 1.4)  # a vector underrates what is not small
         saved = 100.0 * (last - first) if last > first else generator.uniform(10, 60)
         segment = Segment(first, last, error=cost**0.5, vector=tuple(vector.ravel()))
-        edges.append(Edge(first, last, saved, cost, "a", segment, cost, segment.vector))
+        squares, vectors = adding([cost**0.5], [segment.vector])
+        edges.append(Edge(first, last, saved, cost, "a", segment, float(squares[0]), tuple(vectors[0])))
     return edges
 
 
@@ -52,24 +53,53 @@ def paths(edges: list[Edge], most: int) -> Iterator[Route]:
                 yield tuple(sorted(chosen, key=lambda n: edges[n].first))
 
 
-def by_hand(edges: list[Edge], route: Route) -> float:
-    """x^T G x, with measured squares on the diagonal and a share of the products off it."""
-    total = sum(edges[n].cost for n in route)
+def by_hand(edges: list[Edge], route: Route, counts: float = 1.0) -> float:
+    """x^T G x, with measured squares on the diagonal; all of it before squares are bounded."""
+    free = {n: edges[n].cost / (1 - edges[n].cost / 2) if edges[n].cost < 1 else 4 * edges[n].cost - 2 for n in route}
+    total = sum(free.values())
     for a, b in itertools.permutations(route, 2):
-        total += SHARE * float(np.dot(edges[a].segment.vector, edges[b].segment.vector))
+        share = (free[a] / edges[a].cost * free[b] / edges[b].cost) ** 0.5
+        total += counts * share * float(np.dot(edges[a].segment.vector, edges[b].segment.vector))
     return total
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_error_of_a_path_is_the_quadratic_form(seed: int) -> None:
-    edges = random_edges(seed)
+    edges = random_edges(seed, 0.1)
     joint = JointErrors(edges)
     for route in itertools.islice(paths(edges, 4), 0, None, 97):
-        known = by_hand(edges, route)
-        assert joint.of(route) == pytest.approx(known, abs=1e-9)
+        free = by_hand(edges, route)
+        assert joint.of(route) == pytest.approx(by_hand(edges, route, SHARE), abs=1e-9)
         segments = [edges[n].segment for n in route]
         errors = [s.error for s in segments if s.error is not None]
-        assert joint_error(errors, [s.vector for s in segments]) ** 2 == pytest.approx(max(0.0, known), abs=1e-9)
+        error, vector = together(errors, [s.vector for s in segments])
+        assert error**2 == pytest.approx(bounded(np.maximum(free, 0.0)), abs=1e-9)
+        assert len(vector) == (6 if route else 0)
+
+
+def test_what_two_options_are_together_adds_up_with_a_third() -> None:
+    """Pieces that were put together count as their parts do, large errors too."""
+    generator = np.random.default_rng(3)
+    vectors = generator.normal(size=(4, 5)) * 0.2
+    errors = [*(1.1 * np.linalg.norm(vectors, axis=1)[:3]), 1.3]
+    rows = [tuple(row) for row in vectors]
+    pair, other = together(errors[:2], rows[:2]), together(errors[2:], rows[2:])
+    parts = together([pair[0], other[0]], [pair[1], other[1]])
+    assert parts[0] == pytest.approx(together(errors, rows)[0])
+
+
+def test_large_errors_add_up_to_less_and_single_ones_stay() -> None:
+    squares = np.array([0.0, 1e-6, 0.3, 0.999, 1.001, 2.0, 9.0])
+    np.testing.assert_allclose(bounded(unbounded(squares)), squares)
+    assert (np.diff(unbounded(squares)) > 0).all()
+    assert together([3.0], [(1.0,)])[0] == pytest.approx(3.0)
+    assert together([0.01, 0.01], [(), ()])[0] == pytest.approx(0.01 * 2**0.5, rel=1e-4)
+    many, sure = together([0.5] * 8, [()] * 8)[0], 0.5 * 8**0.5
+    assert many < 0.85 * sure
+    far = together([0.9] * 100, [(0.9,)] * 100)[0]
+    assert (
+        far > 1.4
+    )  # further than an unrelated velocity of the teacher's length: what is so far off is only put in order
 
 
 def test_exchanges_come_near_the_best_of_all() -> None:
@@ -106,7 +136,7 @@ def test_a_plan_avoids_options_whose_errors_add_up(parallel: bool) -> None:
     assert (set(firsts) == {0, 2}) is not parallel
     assert 4 in firsts or not parallel
     squares = 0.1**2 + (0.12**2 if parallel else 0.1**2)
-    assert chosen.predicted.error == pytest.approx(squares**0.5)
+    assert chosen.predicted.error == pytest.approx(squares**0.5, rel=0.01)
     unknown = plan(analysis, replace(candidates_of(parallel), vectors={}), settings)
     assert {segment.first for _, segment in unknown.runs} == {0, 2}  # without vectors squares are summed
 
@@ -117,7 +147,7 @@ def test_baselines_are_predicted_as_the_optimal_plan_is(parallel: bool) -> None:
     settings = PlanConfig(mode="uniform", keep=3 / 7, protect_first=0, protect_last=0)
     runs = [("a", 0, 1), ("a", 2, 3)]
     error = predict(MODEL, layout_of_runs(MODEL, tuple(runs), candidates)).error
-    assert error == pytest.approx((0.02 + (2 * SHARE * 0.01 if parallel else 0)) ** 0.5)
+    assert error == pytest.approx((0.02 + (0.02 if parallel else 0)) ** 0.5, rel=0.02)
     chosen = plan(analysis, candidates, settings)
     known = {f"{stack}/{s.first}-{s.last}" for stack, s in chosen.runs} <= {c.name for c in candidates.candidates}
     assert (chosen.predicted.error is not None) is known
@@ -151,7 +181,9 @@ def test_smaller_modules_of_one_block_are_predicted_together() -> None:
     chosen = plan(analysis, Candidates((), 1, 0.0, tuple(options), vectors=vectors), settings)
     segment = chosen.stacks["a"][3]
     assert segment.width.keys() == {"x", "y"}
-    assert segment.error == chosen.predicted.error == pytest.approx((0.02 + 2 * SHARE * 0.08**2) ** 0.5)
+    assert (
+        segment.error == pytest.approx(chosen.predicted.error) == pytest.approx((0.02 + 2 * 0.08**2) ** 0.5, rel=0.02)
+    )
 
 
 def test_short_vectors_tell_the_products_of_long_ones() -> None:

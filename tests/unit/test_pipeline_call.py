@@ -31,10 +31,12 @@ from ppcl.teacher.call_arguments import batch_size
 from ppcl.teacher.families import ADAPTERS
 from ppcl.teacher.pipeline_call import (
     PicturedPrompt,
+    call_parameters,
     check_call,
     check_guidance,
     guidance_arguments,
     guidance_of,
+    guidance_weight,
     needs_of,
     picture_arguments,
 )
@@ -99,6 +101,16 @@ def test_families_that_count_from_nought_get_nought(name: str) -> None:
     assert guidance_of(kind, {}, {}, 1.0).scale == 0
     assert guidance_of(kind, {}, {}, 1.5).scale == 1.5
     assert guidance_of(diffusers.WanPipeline, {}, {}, 0.0).scale == 1
+
+
+def test_the_weight_of_guidance_counts_from_one_in_every_family() -> None:
+    z_image, sd3 = tiny("z_image"), tiny("sd3")
+    assert guidance_weight(z_image, small(guidance_scale=2.0)) == 3.0  # v_c + 2 (v_c - v_u)
+    assert guidance_weight(sd3, small(guidance_scale=2.0)) == 2.0
+    assert (
+        guidance_weight(sd3, small(guidance_scale=1.0)) is guidance_weight(z_image, small(guidance_scale=0.0)) is None
+    )
+    assert guidance_weight(sd3, small()) == call_parameters(sd3)["guidance_scale"].default
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, None])

@@ -7,7 +7,9 @@ import math
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import DUAL, SINGLE, describe_alone, random_substitutes, tiny_flux, tiny_qwen
@@ -19,7 +21,7 @@ from ppcl.pruning import planner
 from ppcl.pruning.artifacts import Candidate, Candidates
 from ppcl.student.bundle import Bundle, build_student
 from ppcl.student.plan import CompressionPlan
-from ppcl.student.prediction import predict
+from ppcl.student.prediction import bounded, predict, unbounded
 from ppcl.teacher.families import adapter_for
 from ppcl.teacher.flops import count_params
 from ppcl.teacher.model_info import ModelInfo, Stack
@@ -80,6 +82,10 @@ def all_sets(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
         yield [head, *others]
 
 
+def adding(candidate: Candidate) -> float:
+    return float(unbounded(np.array(square(candidate))))
+
+
 def square(candidate: Candidate) -> float:
     return (candidate.probe_error if candidate.fitted_error is None else candidate.fitted_error) ** 2
 
@@ -123,12 +129,30 @@ def test_optimal_is_the_best_of_all_sets(budget: dict[str, float], seed: int) ->
     feasible = [runs for runs in all_sets(fitted) if within(runs, budget)]
     # unfitted runs, whose costs are on another scale, come in only where the fitted ones cannot meet the budget
     feasible = feasible or [runs for runs in all_sets(list(candidates.candidates)) if within(runs, budget)]
-    best = min(sum(map(square, runs)) for runs in feasible)
+    best = min(sum(map(adding, runs)) for runs in feasible)
     by_key = {(c.stack, c.first, c.last): c for c in candidates.candidates}
     mine = [by_key[run] for run in chosen_runs(found)]
     assert within(mine, budget)
-    assert sum(map(square, mine)) == pytest.approx(best, rel=1e-12)
-    assert found.predicted.error == pytest.approx(math.sqrt(best), rel=1e-12)
+    assert sum(map(adding, mine)) == pytest.approx(best, rel=1e-12)
+    assert found.predicted.error == pytest.approx(math.sqrt(bounded(np.array(best))), rel=1e-12)
+
+
+def test_the_best_plans_are_different_and_the_best_comes_first() -> None:
+    candidates, settings = random_candidates(MODEL, 0), PlanConfig(protect_first=0, protect_last=0, keep=0.8)
+    plans = planner.best_plans(analysis_of(MODEL, {}), candidates, settings, 5)
+    assert len({frozenset(chosen_runs(plan)) for plan in plans}) == len(plans) == 5
+    errors = [plan.predicted.error or 0 for plan in plans]
+    assert errors == sorted(errors)
+    assert all(plan.predicted.param_ratio <= 0.8 for plan in plans)
+    fitted = [c for c in candidates.candidates if c.fitted_error is not None]
+    feasible = sorted(sum(map(adding, runs)) for runs in all_sets(fitted) if within(runs, {"keep": 0.8}))
+    assert errors[0] == pytest.approx(math.sqrt(bounded(np.array(feasible[0]))))
+    assert errors[0] == planner.plan(analysis_of(MODEL, {}), candidates, settings).predicted.error
+    two = candidates.candidates[:2]  # where there are not so many
+    few = planner.best_plans(
+        analysis_of(MODEL, {}), replace(candidates, candidates=two), settings.model_copy(update={"keep": 0.99}), 5
+    )
+    assert 1 <= len(few) <= 3
 
 
 def test_unfitted_runs_come_in_only_when_needed() -> None:

@@ -11,9 +11,10 @@ import torch
 from tiny_models import flux_call, qwen_call, random_substitutes, tiny_flux, tiny_qwen
 from torch import Tensor, nn
 
-from ppcl.analysis.backward import backward_sweep, random_signs
+from ppcl.analysis.backward import backward_sweep, random_signs, signs_of
 from ppcl.analysis.findings import Findings
-from ppcl.analysis.prices import Job, Jobs, Prices, exact_costs, read_prices, velocity_norm
+from ppcl.analysis.prices import Job, Jobs, Price, Prices, exact_costs, read_prices, velocity_norm
+from ppcl.analysis.products import common_vectors
 from ppcl.analysis.sweep import Batch, Course, forward_sweep
 from ppcl.capture.store import StateStore
 from ppcl.student.assembly import RunKey, patched
@@ -173,3 +174,36 @@ def directional(
     signs = random_signs(course.batches[0], answer, vectors, 2)
     rows = [torch.autograd.grad((sign * answer).sum(), shares, retain_graph=True)[0].flatten() for sign in signs]
     return torch.stack(rows).double() / (float(answer.double().norm()) * vectors**0.5)
+
+
+# What vectors say of pairs
+
+
+def test_vectors_tell_each_product_from_as_many_signs_as_both_have() -> None:
+    """Few for what is priced, many for what is carried, of which the first are the same."""
+    generator = torch.Generator().manual_seed(0)
+    states, numbers, few, many = 6, 300, 4, 256
+    moved = torch.randn(8, states, numbers, generator=generator, dtype=torch.float64)
+    moved += 0.8 * torch.randn(states, numbers, generator=generator, dtype=torch.float64)
+    moved *= torch.logspace(-2, 0, 8, dtype=torch.float64)[:, None, None]
+    signs = torch.stack([signs_of(n, (numbers,), many, 0) for n in range(states)]).double()
+    assert all(torch.equal(signs_of(n, (numbers,), few, 0).double(), signs[n, :few]) for n in range(states))
+    seen = torch.einsum("skn,jsn->jks", signs, moved)
+    carried = [n >= 4 for n in range(8)]
+    prices = {
+        str(n): Price({}, (row if is_carried else row[:few]) / (many if is_carried else few) ** 0.5)
+        for n, (row, is_carried) in enumerate(zip(seen, carried, strict=True))
+    }
+    vectors = torch.cat([common_vectors(prices)[str(n)] for n in range(8)])
+    sketched = torch.stack([prices[str(n)].vector[:few].flatten() for n in range(4)])
+    assert torch.allclose(vectors[:4].norm(dim=1), sketched.norm(dim=1))  # lengths are those of the prices
+    found, true = alike(vectors), alike(moved.flatten(1))
+    limit = 4 / (many * states) ** 0.5
+    assert (found[4:, 4:] - true[4:, 4:]).abs().max() < limit < (alike(sketched) - true[:4, :4]).abs().max()
+    assert (found - true).abs().max() < 4 / (few * states) ** 0.5
+
+
+def alike(rows: Tensor) -> Tensor:
+    """Cosines of all pairs."""
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return rows @ rows.T

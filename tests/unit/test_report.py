@@ -43,7 +43,7 @@ from ppcl.eval.report_numbers import verdict
 from ppcl.eval.report_pictures import find_pairs, spread, thumbnails
 from ppcl.eval.report_sections import headline_sentence, load_lines
 from ppcl.pruning.artifacts import Candidate, Candidates
-from ppcl.student.plan import CompressionPlan
+from ppcl.student.plan import CompressionPlan, Recovered, StudentErrors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,6 +154,25 @@ def test_only_analysis_and_plan(tmp_path: Path) -> None:
     assert "candidates.json is written by the fit stage" in words
     assert "pipeline is written by the export stage" in words
     assert path.read_text(encoding="utf-8").count("<svg") == 4
+
+
+def test_plans_that_were_recovered_are_listed(tmp_path: Path) -> None:
+    def recovered(run: str, score: float, *after: float) -> Recovered:
+        errors = [StudentErrors(0.5, score, score, (score, 0.3)) for score in after]
+        return Recovered((f"a {run}",), 2, 0.4, StudentErrors(0.5, score, score), (20, 60)[: len(after)], tuple(errors))
+
+    seen = (recovered("1-2", 0.4, 0.2), replace(recovered("3-5", 0.5, 0.1, 0.0625), chosen=True))
+    save_artifact(replace(make_plan(), recovered=seen), tmp_path / "plan.json")
+    path = write_report(tmp_path)
+    parse(path)
+    words = body_text(path)
+    assert "plans that were recovered" in words
+    assert re.search(r"a 1.2; narrower inside 2 blocks ?0\.4\S* ?0\.4\S* ?0\.2\S* \(20\)", words)
+    assert re.search(r"a 3.5; narrower inside 2 blocks \(the plan\)", words)
+    assert re.search(r"0\.1\S* \(20\) . 0\.06\S* \(60\)", words)
+    assert "1 of 2" in words
+    save_artifact(make_plan(), tmp_path / "plan.json")
+    assert "plans that were recovered" not in body_text(write_report(tmp_path))
 
 
 def test_empty_run(tmp_path: Path) -> None:
