@@ -169,8 +169,8 @@ class Distiller:
             )
             first, weights = read_tensors(start)[0], self._weights()
             with torch.no_grad():
-                for name, tensor in weights.items():
-                    tensor.copy_(first[name])
+                for key, tensor in weights.items():
+                    tensor.copy_(first[key])
             bundle = Bundle(self.plan, self.substitutes, masks=self.masks.masks)
             self.student = assemble_student(self.transformer, self.adapter, self.plan, self.substitutes)
             self._trained = None
