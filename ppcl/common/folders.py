@@ -18,7 +18,7 @@ from ppcl.errors import ArtifactError, UserError
 
 LOCK, LEDGER = ".lock", "stages.json"
 # what stages of a run remove before they make it again
-OF_STAGES = ("calibration", "sweep", "checkpoints", "samples", "bundle", "pipeline", "eval")
+OF_STAGES = ("calibration", "sweep", "checkpoints", "samples", "bundle", "recovered", "pipeline", "eval")
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # files inside of save_file
 
 

@@ -236,9 +236,10 @@ def identity_segments(num_blocks: int) -> tuple[Segment, ...]:
 def plan_digest(plan: CompressionPlan) -> str:
     """SHA-256 of a plan's canonical JSON (sorted keys, no spaces, UTF-8), as 64 hexadecimal digits.
 
-    How it was chosen is no part of what it is.
+    How it was chosen is no part of what it is, nor is a call that nobody made its own.
     """
-    told = {name: value for name, value in to_jsonable(plan).items() if name != "recovered"}
+    left_out = {"recovered"} if plan.call else {"recovered", "call"}
+    told = {name: value for name, value in to_jsonable(plan).items() if name not in left_out}
     text = json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

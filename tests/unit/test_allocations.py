@@ -76,7 +76,8 @@ def test_plans_cut_the_same_share_everywhere_and_no_block() -> None:
         assert not any(part["kind"] == "linear" for s in segments for part in s.width.values())
         counts = [sum("ffn.image" in s.width for s in segments[i : i + 2]) for i in range(0, len(segments), 2)]
         assert max(counts) - min(counts) <= 1  # spread out
-        assert made.error == pytest.approx(0.1 * sum(len(s.width) for s in segments) ** 0.5)
+        added = sum(len(s.width) for s in segments) * 0.1**2 / (1 - 0.1**2 / 2)
+        assert made.error == pytest.approx((added / (1 + added / 2)) ** 0.5)  # large errors add up to less
     heads = {n: sum("attention" in s.width for stack in p.stacks.values() for s in stack) for n, p in found.items()}
     assert heads["nirvana"] < heads["uniform"]
 

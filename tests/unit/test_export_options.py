@@ -273,12 +273,13 @@ def test_provenance_survives_loading_and_saving(source: Path, tmp_path: Path) ->
 def test_the_plan_digest_is_of_the_artifact_and_nothing_else(tmp_path: Path) -> None:
     plan = plan_for(tiny_flux(), [(DUAL, 0, 1)])
     save_artifact(plan, tmp_path / "plan.json")
-    canonical = json.dumps(
-        json.loads((tmp_path / "plan.json").read_text()), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    )
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert (told.pop("recovered"), told.pop("call")) == ([], {})  # how it was chosen, and no call of its own
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert plan_digest(plan) == hashlib.sha256(canonical.encode()).hexdigest()
     assert plan_digest(load_artifact(CompressionPlan, tmp_path / "plan.json")) == plan_digest(plan)
     assert plan_digest(replace(plan, mode="paper")) != plan_digest(plan)
+    assert plan_digest(replace(plan, call={"num_inference_steps": 4})) != plan_digest(plan)
 
 
 def test_the_plan_as_text() -> None:
