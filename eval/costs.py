@@ -6,6 +6,7 @@ device that the pipelines are on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ppcl.config import EvaluateConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.eval.generate import draw, picture_generator, quiet, steps_of
 from ppcl.eval.results import Speed
 from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
@@ -45,9 +47,9 @@ class Costs:
     speed: tuple[list[Speed], list[Speed]] = field(default_factory=lambda: ([], []))
 
 
-def denoiser_of(pipeline: Any) -> nn.Module | None:
-    """The transformer or U-Net of a pipeline, if it has one."""
-    found = (getattr(pipeline, name, None) for name in ("transformer", "unet"))
+def denoiser_of(pipeline: Any, component: str = TRANSFORMER) -> nn.Module | None:
+    """The transformer (of several the one of that name) or U-Net of a pipeline, if it has one."""
+    found = (getattr(pipeline, name, None) for name in (component, "unet"))
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
@@ -63,19 +65,26 @@ def picture_call(pipeline: Any, prompts: Sequence[str], steps: int, kwargs: dict
     return call
 
 
-def transformer_call(pipeline: Any, prompts: Sequence[str], kwargs: dict[str, Any], seed: int) -> Call | None:
+class _Asked(Exception):
+    """Ends a drawing at the first call of what is watched."""
+
+
+def transformer_call(
+    pipeline: Any, prompts: Sequence[str], steps: int, kwargs: dict[str, Any], seed: int, component: str = TRANSFORMER
+) -> Call | None:
     """The transformer's (or U-Net's) first call of drawing these prompts at once, to be repeated; None without one."""
-    module = denoiser_of(pipeline)
+    module = denoiser_of(pipeline, component)
     if module is None:
         return None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep_first(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not calls:
-            calls.append((args, named))
+        calls.append((args, named))
+        raise _Asked
 
-    with module.register_forward_pre_hook(keep_first, with_kwargs=True), torch.no_grad():
-        picture_call(pipeline, prompts, 2, kwargs, seed)()
+    watched = module.register_forward_pre_hook(keep_first, with_kwargs=True)
+    with watched, torch.no_grad(), contextlib.suppress(_Asked):
+        picture_call(pipeline, prompts, steps, kwargs, seed)()
     if not calls:
         return None
     args, named = calls[0]
@@ -117,26 +126,27 @@ def step_counts(settings: EvaluateConfig, kwargs: tuple[dict[str, Any], dict[str
     return [(one or count, two or count) for count in counts]
 
 
-def flops_of(pipeline: Any, call: Call | None) -> int | None:
+def flops_of(pipeline: Any, call: Call | None, component: str = TRANSFORMER) -> int | None:
     """FLOPs of a call of the transformer, as :func:`ppcl.teacher.flops.count_flops` counts; None without a call."""
-    module = denoiser_of(pipeline)
+    module = denoiser_of(pipeline, component)
     return int(count_flops(module, {}, call, 1)["total"]) if module is not None and call is not None else None
 
 
 def _timed(
     pipelines: tuple[Any, Any],
     calls: tuple[Call, Call],
-    part: Part,
     size: int,
-    steps: tuple[int | None, int | None],
     runs: int,
+    steps: tuple[int | None, int | None] = (None, None),
+    component: str | None = None,
 ) -> tuple[Speed, Speed]:
-    """Time the two models' calls alternately, and measure the memory of each."""
+    """Time the two models' calls alternately, and measure the memory of each: of a transformer, or of pictures."""
     latencies = measure_pair(*calls, runs=runs, warmup=WARMUP)
+    part: Part = "transformer" if component else "picture"
     rows = []
     for pipeline, call, latency, count in zip(pipelines, calls, latencies, steps, strict=True):
-        module = denoiser_of(pipeline)
-        alone = [module] if part == "transformer" and module is not None else None
+        module = denoiser_of(pipeline, component) if component else None
+        alone = None if module is None else [module]
         rows.append(
             Speed(
                 part=part,
@@ -160,6 +170,7 @@ def sweep(
     settings: EvaluateConfig,
     kwargs: tuple[dict[str, Any], dict[str, Any]],
     seed: int,
+    component: str = TRANSFORMER,
 ) -> tuple[list[Speed], list[Speed]]:
     """Time both models at every batch size: one transformer call, and whole pictures at every step count.
 
@@ -167,16 +178,16 @@ def sweep(
         The rows of the first and of the second model, in the same order.
     """
     rows: list[tuple[Speed, Speed]] = []
+    whole, both = settings.num_inference_steps, list(zip(pipelines, kwargs, strict=True))
     for size in batch_sizes(settings, prompts):
         some = list(prompts[:size])
-        one, two = (transformer_call(p, some, extra, seed) for p, extra in zip(pipelines, kwargs, strict=True))
+        one, two = (transformer_call(p, some, whole, extra, seed, component) for p, extra in both)
         if one is not None and two is not None:
-            rows.append(_timed(pipelines, (one, two), "transformer", size, (None, None), settings.latency_runs))
+            rows.append(_timed(pipelines, (one, two), size, settings.latency_runs, component=component))
         for steps in step_counts(settings, kwargs):
-            sides = zip(pipelines, steps, kwargs, strict=True)
-            first, second = (picture_call(p, some, count, extra, seed) for p, count, extra in sides)
-            runs = min(PICTURE_RUNS, settings.latency_runs)
-            rows.append(_timed(pipelines, (first, second), "picture", size, steps, runs))
+            sides = zip(both, steps, strict=True)
+            first, second = (picture_call(p, some, count, extra, seed) for (p, extra), count in sides)
+            rows.append(_timed(pipelines, (first, second), size, min(PICTURE_RUNS, settings.latency_runs), steps))
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
@@ -188,6 +199,7 @@ def costs(
     kwargs: tuple[dict[str, Any], dict[str, Any]],
     transformer_calls: tuple[Call, Call],
     seed: int,
+    component: str = TRANSFORMER,
 ) -> Costs:
     """Time the two models alternately, and measure the memory of drawing one picture.
 
@@ -198,11 +210,12 @@ def costs(
         kwargs: Arguments that the teacher's and the student's call take.
         transformer_calls: Run each transformer once; behind ``latency_ms``.
         seed: Of the noise.
+        component: Which transformer.
     """
     prompt = list(prompts[:1])
+    steps = settings.num_inference_steps
     draws = [
-        picture_call(pipeline, prompt, settings.num_inference_steps, extra, seed)
-        for pipeline, extra in zip(pipelines, kwargs, strict=True)
+        picture_call(pipeline, prompt, steps, extra, seed) for pipeline, extra in zip(pipelines, kwargs, strict=True)
     ]
     transformer = measure_pair(*transformer_calls, runs=settings.latency_runs, warmup=WARMUP)
     end_to_end = measure_pair(draws[0], draws[1], runs=min(PICTURE_RUNS, settings.latency_runs), warmup=WARMUP)
@@ -210,6 +223,7 @@ def costs(
     measure = ""
     for index, pipeline in enumerate(pipelines):
         peak, measure = peak_memory(pipeline, draws[index])
+        call = transformer_call(pipeline, prompt, steps, kwargs[index], seed, component)
         rows.append(
             {
                 "latency_ms": transformer[index].median_ms,
@@ -217,7 +231,7 @@ def costs(
                 "latency_p90_ms": transformer[index].p90_ms,
                 "latency_end_to_end_ms": end_to_end[index].median_ms,
                 "peak_memory_bytes": peak,
-                "flops": flops_of(pipeline, transformer_call(pipeline, prompt, kwargs[index], seed)),
+                "flops": flops_of(pipeline, call, component),
             }
         )
-    return Costs(rows[0], rows[1], measure, sweep(pipelines, prompts, settings, kwargs, seed))
+    return Costs(rows[0], rows[1], measure, sweep(pipelines, prompts, settings, kwargs, seed, component))

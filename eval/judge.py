@@ -22,6 +22,8 @@ from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import record_calls
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import RunConfig
+from ppcl.config.names import TRANSFORMER
+from ppcl.errors import ModelError
 from ppcl.eval.costs import Call, Costs, costs, denoiser_of, transformer_call
 from ppcl.eval.features import FeatureExtractor, cut_texts
 from ppcl.eval.fid import FeatureStatistics
@@ -84,6 +86,7 @@ class Side:
         paths: Its pictures, a list a seed; the first seed is that of all models.
         features: (N, D) of those, one a seed.
         measures: Numbers, one mapping a seed.
+        component: The transformer that is looked at.
     """
 
     entrant: Entrant
@@ -92,6 +95,7 @@ class Side:
     paths: list[list[Path]]
     features: list[Tensor]
     measures: list[dict[str, Measured]] = field(default_factory=list)
+    component: str = TRANSFORMER
 
     @property
     def label(self) -> str:
@@ -101,8 +105,8 @@ class Side:
     @property
     def params(self) -> int:
         """Parameters of its transformer or U-Net."""
-        module = denoiser_of(self.pipeline)
-        assert module is not None  # loading refuses pipelines without one
+        module = denoiser_of(self.pipeline, self.component)
+        assert module is not None  # judging refuses pipelines without one
         return count_params(module)
 
     @property
@@ -202,7 +206,9 @@ class Judge:
         Without a reference the second seed of the first model becomes it: no model's pictures of that seed, which share
         its noise, have a distance to it.
         """
-        pipeline = entrant.load()
+        pipeline, component = entrant.load(), self.config.capture.component
+        if denoiser_of(pipeline, component) is None:
+            raise ModelError(f"{entrant.label} has no transformer {component!r}; mend capture.component")
         check_call(pipeline, isinstance(self.prompts[0], PicturedPrompt))
         self.note(cut_note(pipeline, self.prompts))
         kwargs = accepted_kwargs(pipeline, call_arguments(pipeline, self.config.capture))
@@ -220,7 +226,7 @@ class Judge:
             measure(of_seed, None if seed == self.reference_seed else self.reference, self.text)
             for seed, of_seed in zip(seeds, features, strict=True)
         ]
-        return Side(entrant, pipeline, kwargs, list(paths), list(features), measures)
+        return Side(entrant, pipeline, kwargs, list(paths), list(features), measures, component)
 
     def fidelity(self, first: Side, second: Side) -> dict[str, Measured]:
         """Paired measures: pictures of one prompt, drawn from one noise."""
@@ -238,7 +244,7 @@ class Judge:
 
     def velocity(self, first: Side, second: Side) -> StateErrors | None:
         """Velocity errors on states of the first model's trajectories, where the second takes them."""
-        teacher, student = (getattr(side.pipeline, "transformer", None) for side in (first, second))
+        teacher, student = (getattr(side.pipeline, side.component, None) for side in (first, second))
         if own := first.own_steps or second.own_steps:
             why = f"one of the two is made to draw in {own} steps, and answers for as long ones"
         elif teacher is None or student is None:
@@ -272,13 +278,17 @@ class Judge:
             second: The other.
             calls: Run each transformer once; the first call of drawing one prompt if None.
         """
-        sides = (first, second)
+        seed, steps, component = self.config.seed, self.settings.num_inference_steps, first.component
         if calls is None:
-            one, two = (transformer_call(s.pipeline, self.prompts[:1], s.kwargs, self.config.seed) for s in sides)
-            assert one is not None and two is not None  # loading refuses pipelines without a denoiser
+            one, two = (
+                transformer_call(side.pipeline, self.prompts[:1], steps, side.kwargs, seed, component)
+                for side in (first, second)
+            )
+            if one is None or two is None:
+                raise ModelError(f"{component} is not called in {steps} steps; raise evaluate.num_inference_steps")
             calls = (one, two)
-        pipelines = (first.pipeline, second.pipeline)
-        return costs(pipelines, self.prompts, self.settings, (first.kwargs, second.kwargs), calls, self.config.seed)
+        pipelines, kwargs = (first.pipeline, second.pipeline), (first.kwargs, second.kwargs)
+        return costs(pipelines, self.prompts, self.settings, kwargs, calls, seed, component)
 
     def compare(
         self,
@@ -382,8 +392,8 @@ def described(side: Side, costs: dict[str, float | None], speed: Sequence[Speed]
         spread=side.spread(),
         costs=costs,
         speed=list(speed),
-        blocks=blocks_of(side.pipeline),
-        zeros=zeros_of(transformer) if (transformer := getattr(side.pipeline, "transformer", None)) else {},
+        blocks=blocks_of(side.pipeline, side.component),
+        zeros=zeros_of(transformer) if (transformer := getattr(side.pipeline, side.component, None)) else {},
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ppcl.capture.prompts import pictured_prompts, prompts_for, read_prompts
+from ppcl.capture.prompts import drawn_data, pictured_prompts, prompts_for, read_prompts
 from ppcl.common.files import digest, read_mapping, read_yaml
 from ppcl.common.tensor_files import weights_variant
 from ppcl.config import CaptureConfig, RunConfig, for_model, load_config
-from ppcl.config.names import PREFIX
+from ppcl.config.names import PREFIX, TRANSFORMER
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ArtifactError, ConfigError, ModelError, UserError
 from ppcl.eval.costs import denoiser_of
@@ -42,7 +42,7 @@ from ppcl.teacher.stored import check_stored, not_a_pipeline
 from ppcl.teacher.streaming import RESIDENT, STREAMED, choose_blocks, load_streamed, streamed_dtype
 
 logger = logging.getLogger(__name__)
-OF_PICTURES = ("height", "width", "num_frames", "guidance_scale", "negative_prompt")  # of ``capture``
+OF_PICTURES = ("component", "height", "width", "num_frames", "guidance_scale", "negative_prompt")  # of ``capture``
 FOLDERS = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -194,14 +194,14 @@ def _can_stream(source: ModelSource) -> bool:
     return isinstance(entry, list) and str(entry[-1]).removeprefix(PREFIX) in ADAPTERS
 
 
-def blocks_of(pipeline: Any) -> dict[str, list[Block]]:
+def blocks_of(pipeline: Any, component: str = TRANSFORMER) -> dict[str, list[Block]]:
     """The blocks of a model that ppcl made, by stack, as its config records them; empty for any other."""
     from ppcl.teacher.block_map import block_maps, pipeline_record, smaller_modules
 
-    config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
+    config = getattr(getattr(pipeline, component, None), "config", None) or {}
     if not config.get("_ppcl"):
         return {}
-    record = pipeline_record(pipeline)
+    record = pipeline_record(pipeline, component)
     smaller: dict[tuple[str, str], list[str]] = {}
     for path in smaller_modules(config):
         stack, position, module = [*str(path).split(".", 2), "", ""][:3]
@@ -229,9 +229,9 @@ def call_arguments(pipeline: Any, settings: CaptureConfig) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value is not None and name in accepted}
 
 
-def with_transformer(pipeline: Any, transformer: Any) -> Any:
-    """Return a pipeline that shares all components but the transformer."""
-    copied = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+def with_transformer(pipeline: Any, transformer: Any, component: str = TRANSFORMER) -> Any:
+    """Return a pipeline that shares all components but a transformer."""
+    copied = type(pipeline)(**{**pipeline.components, component: transformer})
     copied.set_progress_bar_config(disable=True)
     return copied
 
@@ -286,14 +286,16 @@ def evaluation_prompts(arguments: Sequence[str], file: Path | None, config: RunC
         UserError: The file or the pictures cannot be read, or are too few.
     """
     count, kind = config.evaluate.num_prompts, pipeline_class(sources(arguments)[0].model)
-    if config.capture.data != PROMPTS and kind is not None and picture_arguments(kind):
-        return pictured_prompts(config.capture, count, config.seed)[1]
+    runs = [first_round(Path(argument)) / "calibration" for argument in arguments if is_run(argument)]
+    settings = drawn_data(config.capture, runs[0]) if runs else config.capture
+    if settings.data != PROMPTS and kind is not None and picture_arguments(kind):
+        return pictured_prompts(settings, count, config.seed)[1]
     if file is not None:
         return read_prompts(file)
     for argument in filter(is_run, arguments):
-        for settings in sorted((Path(argument) / "eval" / "student").glob("seed-*/prompts.json")):
-            held = read_mapping(settings).get("prompts")
+        for shown in sorted((Path(argument) / "eval" / "student").glob("seed-*/prompts.json")):
+            held = read_mapping(shown).get("prompts")
             if not isinstance(held, list) or not all(isinstance(text, str) for text in held):
-                raise ArtifactError(f"{settings} names no prompts; run ppcl evaluate again")
+                raise ArtifactError(f"{shown} names no prompts; run ppcl evaluate again")
             return held
     return prompts_for("emoji" if is_embedded(arguments) else "", None, count)[1]

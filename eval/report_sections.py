@@ -92,9 +92,8 @@ def _tiles(run: RunData) -> list[tuple[str, ...]]:
 
 def load_lines(run: RunData) -> str:
     """The Python that loads the result; importing ppcl.pipelines is needed only where widths changed."""
-    lines = ["from diffusers import DiffusionPipeline"]
-    folder = run.folder / "pipeline"
-    remote = (folder / "transformer" / "transformer_ppcl.py").is_file()
+    lines, folder = ["from diffusers import DiffusionPipeline"], run.folder / "pipeline"
+    remote = any(folder.glob("*/transformer_ppcl.py"))
     if has_own_class(folder) and not remote:
         lines.append("import ppcl.pipelines  # registers the classes with narrower blocks")
     path = json.dumps(folder.as_posix(), ensure_ascii=False)

@@ -20,6 +20,7 @@ from torch import nn
 from ppcl.common.devices import autocast
 from ppcl.common.files import atomic_path, read_json, write_json
 from ppcl.config import RunConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import UserError
 from ppcl.eval.generate import accepted_kwargs, draw, picture_generator
 from ppcl.teacher.pipeline_call import guidance_arguments
@@ -47,6 +48,7 @@ class SampleSheet:
         call_kwargs: Size and guidance; see :func:`ppcl.teacher.pipeline_call.guidance_arguments`.
         seed: Of the noise; that of the evaluation's first pictures, where it is the run's.
         precision: Autocast of the transformer, as in training.
+        component: Which of the pipeline's transformers the student stands for.
         group: The processes that draw together, where the student is split over them: if one fails, all end the
             drawing, before any of them waits for the others inside the student.
         log: Receives ``{"stage": "samples", "step": ..., "picture": ...}`` with the path below ``out``; None in all
@@ -65,11 +67,12 @@ class SampleSheet:
         log: Log | None = None,
         group: Group = SINGLE,
         teacher_is_split: bool = False,
+        component: str = TRANSFORMER,
     ) -> None:
         self.pipeline, self.prompts, self.out, self.log = pipeline, list(prompts), out, log
         self.num_inference_steps, self.call_kwargs = num_inference_steps, accepted_kwargs(pipeline, call_kwargs)
         self.seed, self.precision = seed, precision
-        self.group, self.teacher_is_split = group, teacher_is_split
+        self.group, self.teacher_is_split, self.component = group, teacher_is_split, component
         self._failed = self._inside = False
 
     def __call__(self, step: int, student: nn.Module) -> None:
@@ -124,8 +127,9 @@ class SampleSheet:
 
         if self.group.on_main(is_there) if self.teacher_is_split else (is_there() or not self.log):
             return
-        with self._in_step(self.pipeline.transformer) if self.teacher_is_split else contextlib.nullcontext():
-            sheet = self._draw(self.pipeline.transformer)
+        teacher = getattr(self.pipeline, self.component)
+        with self._in_step(teacher) if self.teacher_is_split else contextlib.nullcontext():
+            sheet = self._draw(teacher)
         if self.log:
             self._write(folder / "teacher.png", sheet)
             write_json(beside, about)
@@ -134,10 +138,10 @@ class SampleSheet:
         """A row of pictures; they are drawn one by one, since training has filled the memory."""
         pipeline = copy.copy(self.pipeline)
         # past the pipeline's own __setattr__, which would write the class of a split student into its config
-        object.__setattr__(pipeline, "transformer", transformer)
+        object.__setattr__(pipeline, self.component, transformer)
         device = next(transformer.parameters()).device
         pictures = []
-        with _others_on(pipeline, device), autocast(device, self.precision):
+        with _others_on(pipeline, device, self.component), autocast(device, self.precision):
             for index, prompt in enumerate(self.prompts):
                 noise = [picture_generator(self.seed, index)]
                 pictures += draw(pipeline, [prompt], noise, self.num_inference_steps, self.call_kwargs)
@@ -173,16 +177,17 @@ def sample_sheet(
         log if group.is_main else None,
         group if settings.shard or settings.shard_teacher else SINGLE,
         settings.splits_teacher(group.size),
+        config.capture.component,
     )
 
 
 @contextlib.contextmanager
-def _others_on(pipeline: Any, device: torch.device) -> Iterator[None]:
-    """Bring text encoder and VAE to the device for the block, if training had them wait elsewhere."""
+def _others_on(pipeline: Any, device: torch.device, component: str) -> Iterator[None]:
+    """Bring all other components to the device for the block, if training had them wait elsewhere."""
     moved: list[tuple[nn.Module, torch.device]] = []
     try:
         for name, module in pipeline.components.items():
-            if name == "transformer" or not isinstance(module, nn.Module):
+            if name == component or not isinstance(module, nn.Module):
                 continue
             here = next((p.device for p in module.parameters()), device)
             if here != device:

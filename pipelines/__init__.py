@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import UserError
 from ppcl.modules.compressed import register
 from ppcl.pipelines.bundle import load_bundle
@@ -41,11 +42,12 @@ __all__ = [
 register(ADAPTERS)
 
 
-def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:
+def kept_blocks(pipeline: Any, component: str = TRANSFORMER) -> dict[str, list[int | list[int]]]:
     """Return, for each block list, where every block of a compressed pipeline comes from.
 
     Args:
         pipeline: A pipeline that ppcl exported, loaded by diffusers.
+        component: Which transformer of it.
 
     Returns:
         For each block list one entry a block: the teacher's block number, or ``[first, last]`` of
@@ -54,7 +56,7 @@ def kept_blocks(pipeline: Any) -> dict[str, list[int | list[int]]]:
     Raises:
         ModelError: The pipeline was not compressed by ppcl.
     """
-    blocks: dict[str, list[int | list[int]]] = pipeline_record(pipeline)["kept_blocks"]
+    blocks: dict[str, list[int | list[int]]] = pipeline_record(pipeline, component)["kept_blocks"]
     return blocks
 
 

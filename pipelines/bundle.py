@@ -137,8 +137,8 @@ def load_bundle(
         teacher: Where the teacher is, if it or the run was moved; it must be the one that the run was made from.
 
     Returns:
-        The pipeline; ``pipe.transformer.select`` is :meth:`Plugboard.select` and
-        ``pipe.transformer.plugboard`` knows the substitutes' names.
+        The pipeline; ``pipe.transformer.select`` is :meth:`Plugboard.select` and ``pipe.transformer.plugboard`` knows
+        the substitutes' names; of a run of another transformer that one has them.
 
     Raises:
         ArtifactError: There is no bundle, or its kept blocks were tuned together with all substitutes.
@@ -158,9 +158,10 @@ def load_bundle(
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
     place = resolve_device(device)
     model = teacher_of(folder, teacher)
-    check_teacher(read_plan(folder / "bundle"), model, folder / "bundle")
-    pipeline = load_pipeline(model, place, dtype)
-    transformer = pipeline.transformer
+    plan = read_plan(folder / "bundle")
+    check_teacher(plan, model, folder / "bundle")
+    pipeline = load_pipeline(model, place, dtype, component=plan.model.component)
+    transformer = getattr(pipeline, plan.model.component)
     adapter = adapter_for(transformer)
     bundle = read_bundle(folder / "bundle", transformer, adapter)
     check_pluggable(bundle)

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl.common.reading import parse_json
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ModelError, UserError, nearest
 from ppcl.pipelines.lora_back import lora_for_teacher
 from ppcl.pipelines.lora_cut import fit_replaced
 from ppcl.pipelines.lora_low_rank import HOW, INNER, fold, low_rank_paths, widen
 from ppcl.pipelines.lora_metadata import METADATA_KEY, remap_metadata, scaling_note
 from ppcl.pipelines.lora_report import MappingReport
-from ppcl.teacher.block_map import BlockMap, block_maps, pipeline_record, smaller_modules
+from ppcl.teacher.block_map import RECORD, BlockMap, block_maps, pipeline_record, smaller_modules
+from ppcl.teacher.pipeline_call import other_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +167,8 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         **kwargs: ``runs`` as in :func:`remap_lora`; ``low_rank`` is ``widen`` (layers of low rank grow by the LoRA's
             rank, exact) or ``fold`` (they stay, and take what they can express), see
             :mod:`ppcl.pipelines.lora_low_rank`; all else as for ``pipe.load_lora_weights``. With
-            ``load_into_transformer_2`` the LoRA goes to the second expert (Wan 2.2's, for little noise) as it is.
+            ``load_into_transformer_2`` the LoRA goes to the second expert (Wan 2.2's, for little noise). One that was
+            not compressed, beside one that was, takes it as it is.
 
     Returns:
         What became of each tensor.
@@ -183,16 +186,18 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     known = ("runs", "low_rank", _SECOND, *_LOAD_OPTIONS, *_SOURCE_OPTIONS)
     if unknown := [name for name in kwargs if name not in known]:  # diffusers would take no notice of them
         raise UserError(f"load_lora takes no {unknown[0]}{nearest(unknown[0], known)}; it takes {', '.join(known)}")
-    _check_takes_lora(pipe)
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
-    if kwargs.pop(_SECOND, False):
-        return _load_into_second(pipe, path_or_dict, kwargs, options)
+    component = _SECOND.removeprefix("load_into_") if kwargs.pop(_SECOND, False) else TRANSFORMER
+    options |= {_SECOND: True} if component != TRANSFORMER else {}
+    _check_takes_lora(getattr(pipe, component, None))
+    if _is_the_teachers(pipe, component):
+        return _load_as_it_is(pipe, path_or_dict, kwargs, options, component)
     if isinstance(path_or_dict, Mapping):
         _check_kind(path_or_dict, "this LoRA")
         strength = scaling_note(path_or_dict, ())
     else:
         strength = _check_source(path_or_dict, kwargs.get("weight_name"))
-    tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs, how)
+    tensors, adapter, report = _bridge(pipe, path_or_dict, runs, kwargs, how, component)
     report = replace(report, strength=strength)
     if adapter is None:
         pipe.load_lora_weights(tensors, **options)
@@ -205,13 +210,13 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     return report
 
 
-def _check_takes_lora(pipe: Any) -> None:
+def _check_takes_lora(transformer: Any) -> None:
     """Refuse a transformer whose weights PEFT puts no LoRA on.
 
     Raises:
         ModelError: Its layers are torchao's int4.
     """
-    layers: Iterable[Any] = getattr(getattr(pipe, "transformer", None), "modules", tuple)()
+    layers: Iterable[Any] = getattr(transformer, "modules", tuple)()
     if any(type(getattr(layer, "weight", None)).__name__ == "Int4Tensor" for layer in layers):
         raise ModelError(
             "PEFT puts no LoRA on layers of torchao's int4; load it into a pipeline exported with "
@@ -219,31 +224,44 @@ def _check_takes_lora(pipe: Any) -> None:
         )
 
 
-def _load_into_second(
-    pipe: Any, source: str | Path | Mapping[str, Tensor], reading: Mapping[str, Any], options: Mapping[str, Any]
+def _is_the_teachers(pipe: Any, component: str) -> bool:
+    """Whether a transformer has all the teacher's blocks, beside another one of the pipeline that was compressed."""
+    if component != TRANSFORMER and getattr(pipe, component, None) is None:
+        raise UserError(f"{type(pipe).__name__} has no {component}; leave {_SECOND} out")
+    others = other_transformers(pipe, component)
+    is_small = [bool(getattr(pipe, name).config.get(RECORD)) for name in (component, *others)] if others else []
+    return any(is_small) and not is_small[0]
+
+
+def _load_as_it_is(
+    pipe: Any,
+    source: str | Path | Mapping[str, Tensor],
+    reading: Mapping[str, Any],
+    options: Mapping[str, Any],
+    component: str,
 ) -> MappingReport:
-    """Load a LoRA into a pipeline's second transformer, which is the teacher's."""
-    name, second = type(pipe).__name__, getattr(pipe, "transformer_2", None)
-    if second is None:
-        raise UserError(f"{name} has no transformer_2; leave {_SECOND} out")
-    if second.config.get("_ppcl"):
-        raise UserError(
-            f"the transformer_2 of {name} was compressed; the bridge knows the blocks of its transformer alone"
-        )
+    """Load a LoRA into a transformer that has all the teacher's blocks."""
+    name = type(pipe).__name__
     given = dict(source) if isinstance(source, Mapping) else str(source)
     try:
         keys = tuple(pipe.lora_state_dict(given, **reading))
-        pipe.load_lora_weights(given, **{_SECOND: True}, **reading, **options)
+        pipe.load_lora_weights(given, **reading, **options)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"this LoRA does not go into transformer_2 ({reason}); check that it was made for {name}"
+            f"this LoRA does not go into {component} ({reason}); check that it was made for {name}"
         ) from error
     return MappingReport({}, (), keys, (), ())
 
 
 def convert_lora(
-    src: str | Path, dst: str | Path, pipe_or_kept_blocks: Any, *, runs: str = "drop", to: str = "student"
+    src: str | Path,
+    dst: str | Path,
+    pipe_or_kept_blocks: Any,
+    *,
+    runs: str = "drop",
+    to: str = "student",
+    component: str = TRANSFORMER,
 ) -> MappingReport:
     """Write a LoRA file for the compressed model, which plain ``load_lora_weights`` then loads; or one for the teacher.
 
@@ -259,6 +277,7 @@ def convert_lora(
         runs: See :func:`remap_lora`.
         to: ``student``; or ``teacher``, for what was trained on the compressed pipeline
             (:mod:`ppcl.pipelines.lora_back`).
+        component: Which transformer of the pipeline it is for.
 
     Returns:
         What became of each tensor.
@@ -276,10 +295,10 @@ def convert_lora(
         tensors, header = _read(Path(src))
         adapter = _metadata(header, src) if METADATA_KEY in header else {}
         if any(_FOREIGN.match(key) for key in tensors):
-            pipeline_record(pipe_or_kept_blocks)
+            pipeline_record(pipe_or_kept_blocks, component)
             tensors, found = _read_by_diffusers(pipe_or_kept_blocks, str(src), {})
             adapter = found or {}
-        back, report = lora_for_teacher(tensors, adapter, pipe_or_kept_blocks)
+        back, report = lora_for_teacher(tensors, adapter, pipe_or_kept_blocks, component)
         with atomic_path(dst) as temporary:
             save_file(_storable(back), temporary, {"format": "pt"})
         return report
@@ -291,8 +310,8 @@ def convert_lora(
         out, report = remap_lora(tensors, record, runs=runs)
         adapter = remap_metadata(_metadata(header, src), _modules(report)) if METADATA_KEY in header else None
     else:
-        record = pipeline_record(pipe_or_kept_blocks)["kept_blocks"]
-        out, adapter, report = _bridge(pipe_or_kept_blocks, str(src), runs, {})
+        record = pipeline_record(pipe_or_kept_blocks, component)["kept_blocks"]
+        out, adapter, report = _bridge(pipe_or_kept_blocks, str(src), runs, {}, component=component)
     if adapter is not None:
         header[METADATA_KEY] = json.dumps(adapter)
     header[CONVERTED_KEY] = json.dumps(record)
@@ -302,13 +321,18 @@ def convert_lora(
 
 
 def _bridge(
-    pipe: Any, source: str | Path | Mapping[str, Tensor], runs: str, options: Mapping[str, Any], how: str = "fold"
+    pipe: Any,
+    source: str | Path | Mapping[str, Tensor],
+    runs: str,
+    options: Mapping[str, Any],
+    how: str = "fold",
+    component: str = TRANSFORMER,
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, MappingReport]:
-    """Let diffusers read and convert a LoRA, rename it, and check that it fits the pipeline's transformer."""
-    record = pipeline_record(pipe)
+    """Let diffusers read and convert a LoRA, rename it, and check that it fits a transformer of the pipeline."""
+    record, transformer = pipeline_record(pipe, component), getattr(pipe, component)
     named, metadata = _read_by_diffusers(pipe, source, options)
-    lists = [name for name, part in pipe.transformer.named_modules() if type(part).__name__ == "ModuleList"]
-    smaller = smaller_modules(pipe.transformer.config)
+    lists = [name for name, part in transformer.named_modules() if type(part).__name__ == "ModuleList"]
+    smaller = smaller_modules(transformer.config)
     unpruned = [name for name in lists if name.split(".")[0] not in record["kept_blocks"]]
     out, report = remap_lora(
         named,
@@ -324,14 +348,14 @@ def _bridge(
             f"this LoRA is for a text encoder alone (the first key is '{next(iter(named))}'), "
             f"and {type(pipe).__name__} loads LoRA into its transformer only"
         )
-    folded, shares = fold(out, pipe.transformer)
-    _check_fits(pipe.transformer, folded, report)
+    folded, shares = fold(out, transformer)
+    _check_fits(transformer, folded, report)
     if how == "widen":
         shares = dict.fromkeys(shares, 1.0)
     report = replace(report, folded=shares)
     modules = _modules(report)
     adapter = None if metadata is None else remap_metadata(metadata, modules, spell_out=bool(shares))
-    return widen(out, pipe.transformer) if how == "widen" else folded, adapter, report
+    return widen(out, transformer) if how == "widen" else folded, adapter, report
 
 
 def _read_by_diffusers(

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import UserError
 from ppcl.modules.parts import SLICED, cuts_of
 from ppcl.pipelines.lora_low_rank import plain_weight
@@ -32,7 +33,7 @@ _FACTOR = re.compile(
 
 
 def lora_for_teacher(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], pipe: Any
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], pipe: Any, component: str = TRANSFORMER
 ) -> tuple[dict[str, Tensor], MappingReport]:
     """Rename and enlarge a LoRA of a compressed pipeline's transformer.
 
@@ -40,6 +41,7 @@ def lora_for_teacher(
         tensors: ``transformer.<module>.lora_A.weight`` and ``lora_B``, as PEFT and diffusers save them, and alphas.
         metadata: The adapter's, as diffusers stores it; empty without any.
         pipe: The compressed pipeline.
+        component: Which transformer of it.
 
     Returns:
         The teacher's LoRA with alpha = rank, and what became of each tensor.
@@ -48,10 +50,10 @@ def lora_for_teacher(
         UserError: It is of another form (DoRA, LoKr, kohya's names), of another model, or nothing is left.
         ModelError: The pipeline was not compressed by ppcl, or weights that are asked for are not in memory.
     """
-    maps = block_maps(pipeline_record(pipe)["kept_blocks"])
-    pruning = smaller_modules(pipe.transformer.config)
+    maps, transformer = block_maps(pipeline_record(pipe, component)["kept_blocks"]), getattr(pipe, component)
+    pruning = smaller_modules(transformer.config)
     pairs = _pairs(tensors, metadata)
-    _check(pairs, pipe.transformer)
+    _check(pairs, transformer)
     out: dict[str, Tensor] = {}
     mapped: dict[str, str] = {}
     dropped: list[str] = []
@@ -69,7 +71,7 @@ def lora_for_teacher(
             lost[block if new is None else path] = None
             continue
         if kind == LOW_RANK:
-            factors = _product(pipe.transformer.get_submodule(path), path, pairs)
+            factors = _product(transformer.get_submodule(path), path, pairs)
         elif kind:
             factors = scattered(factors, name.removeprefix(f"{path}."), pruning[path])
         out |= {_key(new, side): factor.contiguous() for side, factor in zip("AB", factors, strict=True)}

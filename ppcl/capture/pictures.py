@@ -25,11 +25,12 @@ from ppcl.capture.trajectories import forget_others, prompt_length, recording, s
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, captured_noise, step_generator
 from ppcl.config import CaptureConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher import call_arguments as trees
 from ppcl.teacher.calls import Call
-from ppcl.teacher.pipeline_call import call_pipeline, guidance_arguments, picture_arguments
+from ppcl.teacher.pipeline_call import call_pipeline, guidance_arguments, other_transformers, picture_arguments
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
@@ -54,6 +55,11 @@ def image_to_image(pipeline: Any) -> Any:
         raise ModelError(
             f"{name} has no image-to-image sibling in diffusers, which noised pictures need; set capture.data=prompts "
             "(Qwen-Image, FLUX.1, SD3, Z-Image and Chroma have one)"
+        )
+    if others := other_transformers(pipeline):
+        raise ModelError(
+            f"{name} calls {' or '.join((TRANSFORMER, *others))} by how much noise there is, and noised pictures do "
+            "not know which; set capture.data=prompts"
         )
     accepted = inspect.signature(kind).parameters
     sibling = kind(**{part: module for part, module in pipeline.components.items() if part in accepted})
@@ -95,7 +101,7 @@ def record_noised(
         pipeline._interrupt = True  # diffusers' own way to end a sampling early
         return {}
 
-    with recording(sibling.transformer) as calls:
+    with recording(getattr(sibling, settings.component)) as calls:
         call_pipeline(  # SD3 has positions for so many rows and columns, and some samplers cannot noise a picture
             sibling,
             prompts,

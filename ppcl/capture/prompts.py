@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PROMPTS = ("prompt", "prompts", *WORDS)  # columns, the first that is there counts
 UNBOUNDED = 1_000_000  # tokens; tokenizers without a limit say 10^30
+DRAWN = "sources"  # in a run's calibration folder: pictures to start from that were drawn for it
 BUILT_IN = Path(__file__).resolve().parents[1] / "assets" / "prompts.txt"
 
 
@@ -114,6 +115,16 @@ def pictured_prompts(settings: CaptureConfig, count: int, seed: int) -> tuple[Se
         )
     evaluation = split_evaluation(texts, count)[1]
     return [prompt for prompt in prompts if prompt not in set(evaluation)], [first[text] for text in evaluation]
+
+
+def drawn_data(settings: CaptureConfig, calibration: Path) -> CaptureConfig:
+    """The settings that read pictures which were drawn for a run; as they are where there are none, or data."""
+    from ppcl.config.sections import PROMPTS as NONE
+
+    folder = calibration / DRAWN
+    if settings.data != NONE or not folder.is_dir():
+        return settings
+    return type(settings).model_validate({"num_prompts": settings.num_prompts, "data": str(folder)})
 
 
 def _read_picture(entry: Any) -> Image.Image:

@@ -73,11 +73,11 @@ def record_calls(
         settings: Size, steps and guidance.
 
     Raises:
-        ModelError: The pipeline fails, or never calls its transformer.
+        ModelError: The pipeline fails, or never calls the transformer.
     """
     noise = captured_noise(noise, 0, len(prompts)) if isinstance(noise, int) else noise
     batch = 1 if isinstance(prompts[0], PicturedPrompt) else len(prompts)
-    with recording(pipeline.transformer) as calls:
+    with recording(getattr(pipeline, settings.component)) as calls:
         for start in range(0, len(prompts), batch):
             call_pipeline(
                 pipeline,
@@ -89,8 +89,8 @@ def record_calls(
             )
     if not calls:
         raise ModelError(
-            f"{type(pipeline).__name__} draws in {settings.num_inference_steps} steps without its transformer; raise "
-            "capture.num_inference_steps, or give a pipeline that uses it"
+            f"{type(pipeline).__name__} draws in {settings.num_inference_steps} steps without its "
+            f"{settings.component}; raise capture.num_inference_steps, or give a pipeline that uses it"
         )
     return calls
 
@@ -193,13 +193,14 @@ def split_batches(
     return jobs
 
 
-def check_teacher(pipeline: Any, settings: CaptureConfig, pictured: bool) -> None:
+def check_teacher(pipeline: Any, settings: CaptureConfig, pictured: bool, beside: bool = False) -> None:
     """Refuse a teacher that wants what it will not get, and say what of it stays as it is, or is left out.
 
     Args:
         pipeline: The teacher.
         settings: See :class:`CaptureConfig`.
         pictured: Whether its prompts bring pictures.
+        beside: Whether its other transformer is compressed, too.
 
     Raises:
         ModelError: See :func:`ppcl.teacher.pipeline_call.check_call`.
@@ -207,12 +208,15 @@ def check_teacher(pipeline: Any, settings: CaptureConfig, pictured: bool) -> Non
     check_call(pipeline, pictured)
     check_guidance(pipeline, settings)
     name = type(pipeline).__name__
-    if others := other_transformers(pipeline):
-        logger.warning("%s has another transformer, %s; only 'transformer' is compressed", name, ", ".join(others))
+    if (others := other_transformers(pipeline, settings.component)) and not beside:
+        logger.warning(
+            "%s has another transformer, %s; only %r is compressed, --component both takes the two",
+            *(name, ", ".join(others), settings.component),
+        )
     if not pictured and (pictures := picture_arguments(pipeline)):
         logger.warning(
             "%s also takes pictures (%s), and none of its calibration will have one: what it does with them is not "
-            "looked after; set capture.data to captioned pictures (docs/data.md)",
+            "looked after; set capture.data to captioned pictures (docs/data.md), or capture.sources=teacher",
             *(name, ", ".join(pictures)),
         )
 

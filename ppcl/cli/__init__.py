@@ -14,6 +14,7 @@ import typer
 from ppcl import __version__
 from ppcl.cli.options import (
     Budget,
+    Component,
     Keep,
     Model,
     OtherFormat,
@@ -59,6 +60,7 @@ def compress(
     settings: Settings,
     budget: Budget,
     push: Push,
+    component: Component = None,
     rounds: Rounds = None,
     processes: Processes = None,
 ) -> None:
@@ -66,7 +68,7 @@ def compress(
     from ppcl.run.summary import print_prediction, print_summary
 
     push.check()
-    for step in open_rounds(model, out, settings, budget, processes, rounds):
+    for step in open_rounds(model, out, settings, budget, processes, rounds, component):
         run = step.run
         if step.title:
             typer.echo(step.title, err=True)
@@ -359,6 +361,7 @@ def teacher(
 def inspect(
     model: Annotated[str, typer.Argument(help="'emoji', a pipeline folder, a hub id, or a transformer's config.json")],
     settings: Settings,
+    component: Component = None,
     keep: Keep = None,
     speedup: Annotated[float | None, typer.Option("--speedup", help="predicted speed-up, e.g. 1.7")] = None,
     height: Annotated[int | None, typer.Option("--height", min=1, help="of the picture, pixels")] = None,
@@ -377,27 +380,32 @@ def inspect(
     """Show blocks, parameters and a ladder of sizes, or what a run takes, from the model's config files alone."""
     if device is not None and not estimate:
         raise ConfigError("--device is what --estimate counts for; give both")
-    config = resolve(model, settings, Budget(keep=keep, speedup=speedup))
+    config = resolve(model, settings, Budget(keep=keep, speedup=speedup), component=component)
     quiet_libraries()
     if "torch" not in sys.modules:  # a process that only looks at configs
         skip_peft()
     import json
 
     from ppcl.common.artifacts import to_jsonable
+    from ppcl.inspection.blueprint import transformers_of
+    from ppcl.inspection.estimate import estimate_reports, estimate_run
+    from ppcl.inspection.hardware import hardware_here, parse_hardware
     from ppcl.inspection.model import inspect_model, report
 
-    height, width = height or config.capture.height, width or config.capture.width
-    if estimate:
-        from ppcl.inspection.estimate import estimate_report, estimate_run
-        from ppcl.inspection.hardware import hardware_here, parse_hardware
-
-        hardware = parse_hardware(device) if device else hardware_here(config.device)
-        of_picture = {"capture": config.capture.model_copy(update={"height": height, "width": width})}
-        found = estimate_run(model, config.model_copy(update=of_picture), hardware, text_tokens)
-        typer.echo(json.dumps(to_jsonable(found), indent=1) if json_ else estimate_report(found))
-        return
-    inspection = inspect_model(model, config.plan, config.fit.max_run, height, width, text_tokens, rank)
-    typer.echo(json.dumps(to_jsonable(inspection), indent=1) if json_ else report(inspection))
+    size = (height or config.capture.height, width or config.capture.width)
+    found: list[Any] = []
+    for name in transformers_of(model, config.capture.component):
+        if estimate:
+            hardware = parse_hardware(device) if device else hardware_here(config.device)
+            changes = {"height": size[0], "width": size[1], "component": name}
+            of_one = {"capture": config.capture.model_copy(update=changes)}
+            found.append(estimate_run(model, config.model_copy(update=of_one), hardware, text_tokens))
+            continue
+        found.append(inspect_model(model, config.plan, config.fit.max_run, *size, text_tokens, rank, name))
+    if json_:
+        typer.echo(json.dumps(to_jsonable(found[0] if len(found) == 1 else found), indent=1))
+    else:
+        typer.echo(estimate_reports(found) if estimate else "\n\n".join(map(report, found)))
 
 
 @app.command()

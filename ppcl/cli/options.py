@@ -33,6 +33,9 @@ Seeds = Annotated[str, typer.Option("--seeds", help="training seeds, e.g. 0,1,2"
 Keep = Annotated[float | None, typer.Option("--keep", help="share of the transformer's parameters, e.g. 0.6")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="where a moved run finds its teacher now")]
 Rounds = Annotated[int | None, typer.Option("--rounds", help="times to prune and recover on the way to the budget")]
+Component = Annotated[
+    str | None, typer.Option("--component", help="which transformer, of two (Wan 2.2): transformer_2, or both")
+]
 Processes = Annotated[int | None, typer.Option("--processes", min=1, help="that must train (docs/training.md)")]
 
 
@@ -166,7 +169,12 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def resolve(
-    model: str, settings: Settings, budget: Budget, processes: int | None = None, rounds: int | None = None
+    model: str,
+    settings: Settings,
+    budget: Budget,
+    processes: int | None = None,
+    rounds: int | None = None,
+    component: str | None = None,
 ) -> Any:
     """Build the config: the model's own defaults, files, overrides, budget options.
 
@@ -185,6 +193,8 @@ def resolve(
         overrides.append(f"plan.mode={budget.mode}")
     if rounds is not None:
         overrides.append(f"plan.rounds={rounds}")
+    if component is not None:
+        overrides.append(f"capture.component={component}")
     if processes:
         overrides.append(f"processes={processes}")
     return for_model(model, load_config(settings.config or [], overrides))
@@ -203,10 +213,16 @@ def open_run(
 
 
 def open_rounds(
-    model: str, out: Path, settings: Settings, budget: Budget, processes: int | None, rounds: int | None
+    model: str,
+    out: Path,
+    settings: Settings,
+    budget: Budget,
+    processes: int | None,
+    rounds: int | None,
+    component: str | None,
 ) -> Iterator[Any]:
-    """Open the rounds of ``ppcl compress``, one after the other; see :func:`open_run`."""
-    config = resolve(model, settings, budget, processes, rounds)
+    """Open the runs of ``ppcl compress``, one after the other; see :func:`open_run`."""
+    config = resolve(model, settings, budget, processes, rounds, component)
     import ppcl.run
 
     quiet_libraries()

@@ -218,7 +218,7 @@ def share_folder(source: Path, place: Path) -> None:
     """Make ``place`` a folder of the same files, which nobody changes: links, or copies where there are none."""
     with atomic_path(place) as temporary:
         temporary.mkdir()
-        for file in sorted(source.iterdir()):
+        for file in sorted(path for path in source.iterdir() if path.is_file()):
             if not link_file(file, temporary / file.name):
                 shutil.copyfile(file, temporary / file.name)
 

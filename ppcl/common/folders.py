@@ -54,8 +54,8 @@ def _is_of_a_start(name: str, marker: str) -> bool:
 
 
 def _is_round(path: Path, marker: str) -> bool:
-    """Whether something is an earlier round of a run whose last one has not begun."""
-    if marker != LEDGER or not re.fullmatch(r"round-\d+", path.name) or not path.is_dir():
+    """Whether something is an earlier round, or another transformer's run, of a run that has not begun."""
+    if marker != LEDGER or not re.fullmatch(r"round-\d+|transformer", path.name) or not path.is_dir():
         return False
     return (path / LEDGER).is_file() or all(_is_of_a_start(inner.name, LEDGER) for inner in path.iterdir())
 

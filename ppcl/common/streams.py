@@ -47,6 +47,7 @@ class Stream(IntEnum):
     CONTIGUOUS_REMOVALS = 89  # runs of blocks that the study takes away
     SCATTERED_REMOVALS = 97  # blocks apart from each other that it takes away
     PICTURE = 101  # noise of the evaluation's pictures
+    SOURCE_PICTURES = 103  # the seed of pictures that are drawn to start from
 
 
 def seeds(seed: int, count: int, device: torch.device | str = "cpu") -> Iterator[torch.Generator]:

@@ -11,7 +11,7 @@ from ppcl.common.plugins import source_of
 from ppcl.config.extensions import CRITERIA
 from ppcl.config.few_steps import FewStepsConfig
 from ppcl.config.memory import HOW_NOT_WHAT, NOT_IN_TABLES, UNTRAINED, MemorySettings, changed
-from ppcl.config.names import BUDGETS, Quantize, Start, Width
+from ppcl.config.names import BOTH, BUDGETS, TRANSFORMER, Quantize, Start, Width
 from ppcl.config.search import SearchConfig
 from ppcl.config.sections import PROMPTS, PicturesConfig, Section
 from ppcl.config.sparsity import SparsityConfig
@@ -21,6 +21,17 @@ from ppcl.errors import nearest
 class CaptureConfig(PicturesConfig):
     """Recording the teacher's denoising states."""
 
+    component: str = Field(
+        TRANSFORMER,
+        pattern=r"^[A-Za-z]\w*$",
+        description="which transformer is recorded and compressed, of a pipeline with two (Wan 2.2: transformer_2); "
+        "both: of ppcl compress, one budget for the two (docs/compress.md)",
+    )
+    sources: str = Field(
+        "",
+        description="of what starts from a picture, without capture.data: what draws pictures to start from, a "
+        "text-to-image pipeline (a folder or a hub id), or teacher, if that draws from a prompt alone (docs/data.md)",
+    )
     num_prompts: int = Field(256, ge=2, description="prompts to sample from, at most")
     batch_size: int = Field(16, ge=1, description="prompts denoised together")
     num_inference_steps: int = Field(20, ge=1)
@@ -33,6 +44,17 @@ class CaptureConfig(PicturesConfig):
         None, ge=0, description="as the pipeline counts it, 1 or less for none; the pipeline's default if empty"
     )
     negative_prompt: str = " "
+
+    def identity(self) -> dict[str, Any]:
+        """Without the transformer's name where it is the usual one, and sources where there are none."""
+        usual = {"component": TRANSFORMER, "sources": ""}
+        return {name: value for name, value in super().identity().items() if usual.get(name) != value}
+
+    @model_validator(mode="after")
+    def _one_place_of_pictures(self) -> CaptureConfig:
+        if self.sources and self.data != PROMPTS:
+            raise ValueError("capture.sources draws what capture.data has already; leave one of them out")
+        return self
 
 
 class AnalyzeConfig(Section):
@@ -475,6 +497,12 @@ class RunConfig(Section):
     def _fresh_needs_pictures(self) -> RunConfig:
         if self.distill.fresh and self.capture.data == PROMPTS:
             raise ValueError("distill.fresh noises pictures anew; set capture.data to some, or distill.fresh=0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_several_runs(self) -> RunConfig:
+        if self.capture.component == BOTH and self.plan.rounds > 1:
+            raise ValueError("capture.component=both and plan.rounds do not go together; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from torch import nn
 from ppcl.capture.states import States
 from ppcl.common.devices import weights_dtype
 from ppcl.config import DistillConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.distill.memory import MemoryEstimate, check_memory, estimate_distill, estimate_streamed, free_bytes
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.blocks import Blocks
@@ -24,7 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def training_transformer(
-    pipeline: Any | None, model: str, device: torch.device, settings: DistillConfig, precision: str, processes: int
+    pipeline: Any | None,
+    model: str,
+    device: torch.device,
+    settings: DistillConfig,
+    precision: str,
+    processes: int,
+    component: str = TRANSFORMER,
 ) -> Any:
     """The teacher's transformer alone, on its device; text encoders and VAE can leave memory.
 
@@ -37,13 +44,14 @@ def training_transformer(
         settings: What streams or is split waits on the CPU until then.
         precision: See ``RunConfig.precision``.
         processes: How many train.
+        component: Which transformer.
     """
     waits = settings.offload != "none" or settings.splits_teacher(processes)  # until they are split
     if pipeline is None:
-        transformer = open_pipeline(model, device, weights_dtype(device, precision)).transformer
+        transformer = getattr(open_pipeline(model, device, weights_dtype(device, precision)), component)
         check_complete(model, transformer)
     else:
-        transformer = pipeline.transformer
+        transformer = getattr(pipeline, component)
     stacks = {spec.name for spec in adapter_for(transformer).stacks}
     for name, part in transformer.named_children():
         is_stack = name in stacks

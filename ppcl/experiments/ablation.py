@@ -177,7 +177,7 @@ def ablation_rows(session: Session) -> list[Row]:
     rungs = [plan_from_runs(model, runs, "paper", candidates) for runs in paper]
     depth = min(rungs, key=lambda rung: abs(rung.predicted.param_ratio - depth_keep))
     states = States(session.calibration, "held-out").batches(CKA_STATES, CKA_STATES)
-    tables = state_cka(session.teacher.transformer, session.adapter, list(states))
+    tables = state_cka(session.transformer, session.adapter, list(states))
     alike = nearest_rung(threshold_ladder(model, tables, settings), removed_blocks(run_keys(depth)))
     threshold = with_starts(session, plan_from_runs(model, alike, "threshold", candidates))
     depth = with_starts(session, depth)

@@ -113,7 +113,7 @@ def with_starts(session: Session, plan: CompressionPlan) -> CompressionPlan:
         return plan
     states = States(session.calibration, "held-out")
     sample = list(states.weighed(states.spread(settings.eval_states), settings.eval_states))
-    starts = best_starts(session.teacher.transformer, session.adapter, sample, keys, settings.starts)
+    starts = best_starts(session.transformer, session.adapter, sample, keys, settings.starts)
 
     def changed(stack: str, segment: Segment) -> Segment:
         start = starts.get((stack, segment.first, segment.last))

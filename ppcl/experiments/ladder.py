@@ -12,6 +12,7 @@ from ppcl.common.devices import resolve_device
 from ppcl.common.files import digest, file_digest
 from ppcl.common.folders import check_apart
 from ppcl.config import ExportConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ArtifactError
 from ppcl.eval.report import write_report
 from ppcl.experiments.noise import READING, is_alike, without_items
@@ -68,18 +69,23 @@ def export_size(
         raise ArtifactError(f"{out} is already there; choose another --out or delete it")
     model = teacher_of(folder, teacher)
     check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
-    check_source(model)
-    check_teacher(read_plan(folder / "bundle"), model, folder / "bundle")
-    pipeline = load_pipeline(model, resolve_device(device))
-    adapter = adapter_for(pipeline.transformer)
-    sized = select_bundle(load_bundle(folder / "bundle", pipeline.transformer, adapter), kind, value)
-    student = build_student(pipeline.transformer, adapter, sized)
+    plan = read_plan(folder / "bundle")
+    component = plan.model.component
+    check_source(model, component)
+    check_teacher(plan, model, folder / "bundle")
+    pipeline = load_pipeline(model, resolve_device(device), component=component)
+    transformer = getattr(pipeline, component)
+    adapter = adapter_for(transformer)
+    sized = select_bundle(load_bundle(folder / "bundle", transformer, adapter), kind, value)
+    student = build_student(transformer, adapter, sized)
     if settings.quantize != "none":
         logger.warning(
             "export.quantize=%s: a size of a bundle is not recovered; ppcl export of a run is", settings.quantize
         )
         student = quantised(student, settings.quantize, out.parent, resolve_device(device))
-    export(pipeline, student, sized.plan, model, out, settings)
+    other = folder / TRANSFORMER / "pipeline"  # of a run of both transformers
+    beside = other if component != TRANSFORMER and other.is_dir() else None
+    export(pipeline, student, sized.plan, model, out, settings, beside=beside)
     return sized
 
 
@@ -102,7 +108,7 @@ def measure_ladder(session: Session, keeps: Sequence[float], place: Path | None 
         ArtifactError: The bundle's kept blocks were tuned together with all its substitutes.
     """
     session.keep_whole()
-    whole = load_bundle(session.out / "bundle", session.teacher.transformer, session.adapter)
+    whole = load_bundle(session.out / "bundle", session.transformer, session.adapter)
     rungs = [(keep, select_bundle(whole, "keep", keep)) for keep in keeps]
     runner = RowRunner(session)
     of_whole = file_digest(session.out / "bundle" / "bundle.json")
@@ -111,7 +117,7 @@ def measure_ladder(session: Session, keeps: Sequence[float], place: Path | None 
         weights = digest(of_whole, to_jsonable(rung.plan.stacks))
 
         def make(rung: Bundle = rung) -> tuple[Any, dict[str, Any]]:
-            return build_student(session.teacher.transformer, session.adapter, rung), {}  # as it is exported
+            return build_student(session.transformer, session.adapter, rung), {}  # as it is exported
 
         rows.append(
             (keep, rung.plan, runner.measured(f"ladder/keep-{keep:g}", {"bundle": weights}, {"bundle": ()}, make))

@@ -185,7 +185,7 @@ def zeros_row(session: Session, name: str, method: Method, budget: Mapping[str, 
     """
     if "keep" not in budget:
         raise BudgetError("zeros make nothing faster by themselves")
-    transformer, adapter = session.teacher.transformer, session.adapter
+    transformer, adapter = session.transformer, session.adapter
     candidates = session.candidates
     model = session.search_context().model
     plan = plan_from_runs(model, (), "optimal", candidates)

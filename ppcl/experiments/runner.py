@@ -156,7 +156,8 @@ class RowRunner:
             weights: Digest of its weights.
         """
         _ = self.teacher  # what is compared with, FID's reference above all
-        entrant = Entrant(f"{name}/pictures", name, weights, lambda: with_transformer(self.session.teacher, student))
+        teacher, component = self.session.teacher, self.session.component
+        entrant = Entrant(f"{name}/pictures", name, weights, lambda: with_transformer(teacher, student, component))
         side = self.judge.side(entrant, self.session.config.evaluate.picture_seeds)
         seeds = _with_drops([_scores(measures) for measures in side.measures], self.captions)
         by_prompt = mean_over_seeds([{n: m[n] for n in SCORED if n in m} for m in side.measures])
@@ -201,7 +202,7 @@ class RowRunner:
         """Relative velocity error of a transformer on held-out states, with its interval."""
         session, count = self.session, self.session.config.evaluate.velocity_states
         states = States(session.calibration, "held-out").batches(count, count)
-        return state_errors(session.teacher.transformer, student, states, session.config.precision).error
+        return state_errors(session.transformer, student, states, session.config.precision).error
 
     def run(self, row: Row, seed: int) -> dict[str, Any]:
         """Train, draw and score one row with one training seed.
@@ -217,7 +218,7 @@ class RowRunner:
             distiller = self._distiller(row, seed, folder)
             before = self.errors_of(distiller.student).value
             bundle = self._trained(row, folder, distiller)
-            student = build_student(self.session.teacher.transformer, self.session.adapter, bundle)
+            student = build_student(self.session.transformer, self.session.adapter, bundle)
             return student, {"velocity_error_before": before, "zeros": bundle.plan.sparsity.get("zeros", 0.0)}
 
         return self.measured(name, {"trained": trained}, {"trained": ("checkpoints", "bundle", "log.jsonl")}, make)
@@ -231,7 +232,7 @@ class RowRunner:
         base, session = row.fitted_by or self.session, self.session
 
         return Distiller(
-            session.teacher.transformer,
+            session.transformer,
             session.adapter,
             row.plan,
             session.calibration,
@@ -247,11 +248,11 @@ class RowRunner:
     def _trained(self, row: Row, folder: Path, distiller: Distiller) -> Bundle:
         """Train the substitutes of a row into ``folder/bundle``, or read what was trained before."""
         if (folder / "bundle").is_dir():
-            return load_bundle(folder / "bundle", self.session.teacher.transformer, self.session.adapter)
+            return load_bundle(folder / "bundle", self.session.transformer, self.session.adapter)
         if not row.is_trained:
             bundle = Bundle(distiller.plan, distiller.substitutes, masks=distiller.masks.masks)
             how = {"distill": to_jsonable(row.settings.model_dump())}
-            save_bundle(bundle, folder / "bundle", how, self.session.teacher.transformer)
+            save_bundle(bundle, folder / "bundle", how, self.session.transformer)
             return bundle
         bundle = distiller.run()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the optimizer's state of every row adds up

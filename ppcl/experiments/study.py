@@ -98,7 +98,7 @@ def removable(session: Session) -> list[list[Position]]:
     settings, stacks = session.config.plan, []
     specs = session.adapter.stacks
     for number, spec in enumerate(specs):
-        count = len(session.adapter.blocks(session.teacher.transformer, spec))
+        count = len(session.adapter.blocks(session.transformer, spec))
         low = settings.protect_first if number == 0 else 0
         high = count - (settings.protect_last if number == len(specs) - 1 else 0)
         stacks.append([(spec.name, index) for index in range(low, high)])
@@ -161,7 +161,7 @@ def study_contiguity(session: Session, meter: VelocityMeter, draws: int) -> list
     Returns:
         The fields of :class:`ppcl.experiments.study_text.Comparison`, one row a size and form.
     """
-    transformer, adapter, seed = session.teacher.transformer, session.adapter, session.config.seed
+    transformer, adapter, seed = session.transformer, session.adapter, session.config.seed
     probes = read_tensors(session.out / "analysis.safetensors", str(session.device))[0]
     stacks = removable(session)
     drawn = {
@@ -190,7 +190,7 @@ def study_sequence(
     session: Session, meter: VelocityMeter, plan: CompressionPlan, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """(b) Local distillation of one plan in both ways: errors and seconds of training by training seed."""
-    transformer, adapter = session.teacher.transformer, session.adapter
+    transformer, adapter = session.transformer, session.adapter
     with torch.no_grad():
         start = assemble_student(transformer, adapter, plan, new_substitutes(transformer, adapter, plan, None))
         result: dict[str, Any] = {"before": meter.error(start), "steps": session.config.distill.local_steps}
@@ -265,7 +265,7 @@ def study_squares(session: Session, meter: VelocityMeter) -> list[dict[str, Any]
 
 def fitted_student(session: Session, plan: CompressionPlan) -> Any:
     """A plan's student with the fitted candidates put in, and plain starts where a run was not fitted."""
-    transformer, adapter = session.teacher.transformer, session.adapter
+    transformer, adapter = session.transformer, session.adapter
     substitutes = new_substitutes(transformer, adapter, plan, session.out / "candidates.safetensors")
     return assemble_student(transformer, adapter, plan, substitutes)
 
@@ -278,10 +278,10 @@ def study_planner(session: Session, meter: VelocityMeter, plans: Mapping[str, Co
     for mode, plan in plans.items():
         keys = run_keys(plan)
         plain = assemble_student(
-            session.teacher.transformer,
+            session.transformer,
             session.adapter,
             plan,
-            new_substitutes(session.teacher.transformer, session.adapter, plan, None),
+            new_substitutes(session.transformer, session.adapter, plan, None),
         )
         fit_start, plain_start = meter.interval(fitted_student(session, plan)), meter.interval(plain)
         rows.append(
@@ -334,11 +334,9 @@ def study(session: Session, table: Path | None = None, draws: int = 12, seeds: S
     analysis, candidates = session.read(Analysis, "analysis.json"), session.candidates
     plans, notes = plans_of_equal_size(analysis, candidates, session.config.plan)
     plans = {mode: with_starts(session, plan) for mode, plan in plans.items()}
-    meter = VelocityMeter(session.teacher.transformer, list(held_out.batches(count, count)), session.config.precision)
+    meter = VelocityMeter(session.transformer, list(held_out.batches(count, count)), session.config.precision)
     # the costs behind a prediction were measured on these states: no difference comes from the choice of states
-    cost_meter = VelocityMeter(
-        session.teacher.transformer, list(held_out.batches(costs, costs)), session.config.precision
-    )
+    cost_meter = VelocityMeter(session.transformer, list(held_out.batches(costs, costs)), session.config.precision)
     parts: dict[str, Callable[[], Any]] = {
         "contiguity": lambda: study_contiguity(session, meter, draws),
         "sequence": lambda: study_sequence(session, meter, plans[OURS], seeds),

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from ppcl.common.files import read_json
 from ppcl.common.tables import device_name, versions, zeros_meaning
 from ppcl.common.templates import Templates
+from ppcl.config.names import TRANSFORMER
 from ppcl.student.plan import CompressionPlan
 from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
-from ppcl.teacher.stored import has_own_class
+from ppcl.teacher.stored import has_own_class, transformers_in
 
 PLACEHOLDER = "path/to/this/folder"  # in the loading line, until the pipeline is pushed
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -56,6 +57,8 @@ class Facts:
         round: Which round of compression it is.
         making: How it was made; None leaves that section out.
         measured: The numbers of the evaluate stage, as Markdown; empty before it.
+        component: The transformer that was compressed.
+        beside: The pipeline's other transformer, if it has one, and whether that was compressed, too.
         licence: ``license``, ``license_name`` and ``license_link`` of the source's card.
         own_class: Whether the transformer is of a class of ours, with smaller modules.
     """
@@ -68,20 +71,24 @@ class Facts:
     round: int = 1
     making: Making | None = None
     measured: str = ""
+    component: str = TRANSFORMER
+    beside: tuple[str, bool] | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     own_class: bool = False
 
 
-def written_facts(source: str, folder: Path) -> Facts:
+def written_facts(source: str, folder: Path, component: str = TRANSFORMER) -> Facts:
     """What a pipeline folder tells by itself, under its final or a temporary name.
 
     Args:
         source: The teacher.
         folder: The pipeline.
+        component: Which transformer of it was compressed.
     """
-    dtype = stored_dtype(str(folder))
-    record = read_json(folder / "transformer" / "config.json").get(RECORD) or {}
+    dtype = stored_dtype(str(folder), component=component)
+    record = read_json(folder / component / "config.json").get(RECORD) or {}
     rounds, kind = record.get("rounds") or (), (record.get("quantised") or {}).get("format")
+    other = next((name for name in transformers_in(folder) if name != component), None)
     return Facts(
         source=source,
         pipeline_class=str(read_json(folder / "model_index.json")["_class_name"]),
@@ -90,10 +97,20 @@ def written_facts(source: str, folder: Path) -> Facts:
         first=str(record.get("source_model", "")) if rounds else "",
         round=1 + len(rounds),
         own_class=has_own_class(folder),
+        component=component,
+        beside=None if other is None else (other, RECORD in read_json(folder / other / "config.json")),
     )
 
 
-def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, device: str, measured: str) -> Facts:
+def facts_of(
+    source: str,
+    folder: Path,
+    commands: Sequence[str],
+    seed: int,
+    device: str,
+    measured: str,
+    component: str = TRANSFORMER,
+) -> Facts:
     """What is known of a pipeline folder as it stands.
 
     Args:
@@ -103,10 +120,11 @@ def facts_of(source: str, folder: Path, commands: Sequence[str], seed: int, devi
         seed: Of the run.
         device: On which it was trained and timed.
         measured: The numbers of the evaluate stage, as Markdown; empty before it.
+        component: Which transformer of it was compressed.
     """
     shown = tuple(dict.fromkeys(shown_command(text) for text in commands if text))
     return replace(
-        written_facts(source, folder),
+        written_facts(source, folder, component),
         making=Making(shown, seed, versions(), device_name(device)),
         measured=measured,
         licence=source_licence(source),

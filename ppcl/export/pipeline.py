@@ -19,6 +19,7 @@ from ppcl.common.files import atomic_path, link_file, read_json, write_json, wri
 from ppcl.common.outside import check_links, real_places
 from ppcl.common.tensor_files import variant_of
 from ppcl.config import ExportConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ArtifactError, ConfigError
 from ppcl.export.card import model_card, written_facts
 from ppcl.modules.remote_code import name_class, write_code
@@ -45,6 +46,7 @@ def export(
     out: Path,
     settings: ExportConfig,
     card: Callable[[Path], str] | None = None,
+    beside: Path | None = None,
 ) -> Path:
     """Write the pipeline with the student in the transformer's place; nothing of ours is needed to load it.
 
@@ -60,6 +62,8 @@ def export(
         out: The folder to write.
         settings: See :class:`ExportConfig`.
         card: Makes the model card of the written folder; one of the plan alone if None.
+        beside: The pipeline whose other components are taken along, the other expert's compressed one; the source's
+            if None.
 
     Returns:
         ``out``.
@@ -68,7 +72,8 @@ def export(
         ArtifactError: The written transformer does not load back completely.
         UserError: The folder cannot be written.
     """
-    dtype = dtype_of(source, settings)
+    component = plan.model.component
+    dtype = dtype_of(source, settings, component)
     if dtype is not None and not is_quantised(student):
         cast(student, dtype)
 
@@ -76,12 +81,12 @@ def export(
         # diffusers does not read bitsandbytes' 4 bits where a weight and its scales lie in two files
         one = getattr(student, "is_loaded_in_4bit", False)
         size = "1TB" if one else shard_size(student.state_dict(), settings)
-        student.save_pretrained(folder / "transformer", max_shard_size=size, variant=settings.variant)
+        student.save_pretrained(folder / component, max_shard_size=size, variant=settings.variant)
 
     def check(folder: Path) -> None:
-        _check(folder / "transformer", type(student), settings.variant)
+        _check(folder / component, type(student), settings.variant)
 
-    return write_pipeline(Parts(pipeline, student, plan, source, write, check), out, settings, card)
+    return write_pipeline(Parts(pipeline, student, plan, source, write, check, beside), out, settings, card)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Parts:
         source: What the teacher was loaded from.
         write: Writes config and weights of the transformer below a pipeline folder.
         check: Refuses a pipeline folder whose transformer is not what its config says.
+        beside: The pipeline whose other components are taken along; the source's if None.
     """
 
     pipeline: Any
@@ -103,26 +109,32 @@ class Parts:
     source: str
     write: Callable[[Path], None]
     check: Callable[[Path], None]
+    beside: Path | None = None
 
 
 def write_pipeline(parts: Parts, out: Path, settings: ExportConfig, card: Callable[[Path], str] | None) -> Path:
     """Write a pipeline folder, whole or not at all; see :func:`export`."""
-    student = parts.student
+    student, component = parts.student, parts.plan.model.component
     register_source(student, parts.plan, parts.source)
     with atomic_path(out) as temporary:
         temporary.mkdir()
-        write_components(parts.pipeline, stored_folder(parts.source), temporary, link=settings.components == "link")
+        folder = parts.beside or stored_folder(parts.source)
+        write_components(parts.pipeline, folder, temporary, settings.components == "link", component)
         parts.write(temporary)
         if parts.plan.call:  # of few steps, whose noise levels are those that it was trained at
             sampler = temporary / "scheduler" / "scheduler_config.json"
             write_json(sampler, {**read_json(sampler), **FEW_STEPS})
         remote = settings.remote_code and "pruning" in student.config
         if remote:
-            write_code(student, temporary / "transformer")
+            write_code(student, temporary / component)
         elif settings.remote_code:
             logger.warning("export.remote_code has no effect: this plan makes no module smaller, its class is stock")
-        name_class(temporary, type(student).__name__, remote)
-        text = model_card(parts.plan, written_facts(parts.source, temporary)) if card is None else card(temporary)
+        name_class(temporary, type(student).__name__, remote, component)
+        text = (
+            model_card(parts.plan, written_facts(parts.source, temporary, component))
+            if card is None
+            else card(temporary)
+        )
         write_text(temporary / "README.md", text)
         hide_folders(temporary, source_name(parts.source))
         parts.check(temporary)
@@ -158,9 +170,9 @@ def _shown(value: Any, name: str, key: str = "") -> Any:
     return Path(value).name if is_path and (Path(value).is_absolute() or value.startswith("~")) else value
 
 
-def dtype_of(source: str, settings: ExportConfig) -> torch.dtype | None:
+def dtype_of(source: str, settings: ExportConfig, component: str = TRANSFORMER) -> torch.dtype | None:
     """What an exported transformer's weights are written in; None: as they are, of a teacher in no known dtype."""
-    return stored_dtype(source) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    return stored_dtype(source, component=component) if settings.dtype == "auto" else DTYPES[settings.dtype]
 
 
 def shard_size(weights: Mapping[str, torch.Tensor], settings: ExportConfig) -> int | str:
@@ -235,7 +247,9 @@ def register_source(student: Any, plan: CompressionPlan, source: str) -> None:
     student.register_to_config(**{RECORD: record})
 
 
-def write_components(pipeline: Any, folder: Path | None, target: Path, link: bool = False) -> None:
+def write_components(
+    pipeline: Any, folder: Path | None, target: Path, link: bool = False, component: str = TRANSFORMER
+) -> None:
     """Write every component of a pipeline but its transformer, and ``model_index.json``.
 
     A component that is not among the source's files is saved from memory. Only what the index
@@ -246,27 +260,28 @@ def write_components(pipeline: Any, folder: Path | None, target: Path, link: boo
         folder: Where its files are; None if they are not here.
         target: The new pipeline's folder; it exists.
         link: Link the weights where the file system allows, see ``WEIGHTS``; else they are copied, with a warning.
+        component: The transformer that is left out.
     """
     if folder is None:
         pipeline.save_config(target)
-        names = sorted({*pipeline.components} - {"transformer"})
+        names = sorted({*pipeline.components} - {component})
     else:
-        names, files = taken_along(folder)
+        names, files = taken_along(folder, component)
         for file in files:
             shutil.copyfile(file, target / file.name)
     copied: list[Path] = []
     for name in names:
-        component: Any = getattr(pipeline, name, None)
+        part: Any = getattr(pipeline, name, None)
         if folder is not None and (folder / name).is_dir():
             copied += _take_along(folder / name, target / name, link)
-        elif hasattr(component, "save_pretrained"):
-            component.save_pretrained(target / name)
+        elif hasattr(part, "save_pretrained"):
+            part.save_pretrained(target / name)
             copied += [target / name] if link else []
     if copied:
         logger.warning("export.components=link: %s (%d in all) had to be written anew", copied[0], len(copied))
 
 
-def check_source(model: str) -> None:
+def check_source(model: str, component: str = TRANSFORMER) -> None:
     """Find what keeps a teacher's files from being exported, hours before they are.
 
     Raises:
@@ -274,10 +289,10 @@ def check_source(model: str) -> None:
     """
     folder = stored_folder(model)
     if folder is not None:
-        taken_along(folder)
+        taken_along(folder, component)
 
 
-def taken_along(folder: Path) -> tuple[list[str], list[Path]]:
+def taken_along(folder: Path, component: str = TRANSFORMER) -> tuple[list[str], list[Path]]:
     """What of a teacher's folder goes into an exported pipeline.
 
     Returns:
@@ -290,7 +305,7 @@ def taken_along(folder: Path) -> tuple[list[str], list[Path]]:
     index = read_json(folder / INDEX)
     check_names(folder / INDEX, index)
     of_parts = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
-    names = sorted(of_parts - {"transformer"})
+    names = sorted(of_parts - {component})
     beside = (file for pattern in TOP_LEVEL for file in sorted(folder.glob(pattern)) if file.is_file())
     files = [folder / INDEX, *beside]
     check_links([*files, *(folder / name for name in names)], real_places(folder))

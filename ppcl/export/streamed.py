@@ -43,6 +43,7 @@ def export_streamed(
     out: Path,
     settings: ExportConfig,
     card: Callable[[Path], str] | None = None,
+    beside: Path | None = None,
 ) -> Path:
     """Write the pipeline of a bundle with one weight of its transformer in memory at a time.
 
@@ -53,6 +54,7 @@ def export_streamed(
         out: The folder to write.
         settings: See :class:`ExportConfig`.
         card: Makes the model card of the written folder; one of the plan alone if None.
+        beside: See :func:`ppcl.export.pipeline.export`.
 
     Returns:
         ``out``.
@@ -64,22 +66,23 @@ def export_streamed(
     check_bundle(bundle)
     plan = read_plan(bundle)
     check_teacher(plan, source, bundle)
-    folder, dtype = stored_folder(source), dtype_of(source, settings)
+    component = plan.model.component
+    folder, dtype = stored_folder(source), dtype_of(source, settings, component)
     assert folder is not None  # or there were no blocks to read
     assert dtype is not None
-    teacher = without_weights(folder, dtype)
+    teacher = without_weights(folder, dtype, component)
     check_blocks(plan, teacher, blocks.adapter, bundle)
     weights = StudentWeights(teacher, blocks.adapter, plan, bundle, blocks.stored)
     student = weights.student
     cast(student, dtype)
 
     def write(folder: Path) -> None:
-        write_weights(student, weights.read, folder / "transformer", settings)
+        write_weights(student, weights.read, folder / component, settings)
 
     def check(folder: Path) -> None:
-        _check_headers(folder, student, dtype, settings.variant)
+        _check_headers(folder, student, dtype, settings.variant, component)
 
-    return write_pipeline(Parts(None, student, plan, source, write, check), out, settings, card)
+    return write_pipeline(Parts(None, student, plan, source, write, check, beside), out, settings, card)
 
 
 @dataclass(frozen=True)
@@ -247,14 +250,14 @@ def write_weights(student: Any, read: Callable[[str], Tensor], folder: Path, set
         (folder / f"{WEIGHTS_NAME}.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
 
 
-def _check_headers(folder: Path, student: Any, dtype: torch.dtype, variant: str | None) -> None:
+def _check_headers(folder: Path, student: Any, dtype: torch.dtype, variant: str | None, component: str) -> None:
     """Compare the files' headers with what the written config builds, and with what was to be written."""
-    transformer = without_weights(folder, dtype)  # as the written config has it
+    transformer = without_weights(folder, dtype, component)  # as the written config has it
     built = {name: list(tensor.shape) for name, tensor in transformer.state_dict().items()}
     wanted = {name: (built.get(name), safetensors_name(tensor.dtype)) for name, tensor in student.state_dict().items()}
     written = {
         name: (entry["shape"], entry["dtype"])
-        for file in sorted(set(weight_files(folder, variant).values()))
+        for file in sorted(set(weight_files(folder, variant, component).values()))
         for name, entry in read_tensor_header(file).items()
     }
     wrong = sorted(name for name in {*built, *wanted, *written} if written.get(name) != wanted.get(name))

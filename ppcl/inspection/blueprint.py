@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ppcl.common.files import read_mapping
 from ppcl.common.hooks import removing
+from ppcl.config.names import BOTH, TRANSFORMER
 from ppcl.errors import ModelError, UserError
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
-from ppcl.teacher.loading import EMBEDDED, check_config, check_folder, check_model, model_path
+from ppcl.teacher.loading import EMBEDDED, check_config, check_folder, check_model, model_path, two_transformers
 
-CONFIG_FILE = "transformer/config.json"
 VAE_FILE = "vae/config.json"
 MOST_VAE_LEVELS = 10
 DEFAULT_VAE_SCALE = 8  # of the published models of the families below
@@ -35,11 +35,24 @@ DEFAULT_TEXT_TOKENS = {
 }
 
 
-def read_config(model: str) -> tuple[dict[str, Any], int]:
+def transformers_of(model: str, component: str) -> list[str]:
+    """Names of the transformers that are meant: one, or of ``both`` the two that the pipeline has.
+
+    Raises:
+        ModelError: It has not two.
+    """
+    if component != BOTH:
+        return [component]
+    read_config(model)  # which fetches the index, too
+    return two_transformers(model)
+
+
+def read_config(model: str, component: str = TRANSFORMER) -> tuple[dict[str, Any], int]:
     """Read a transformer's config and the scale of the VAE beside it; no weights are touched.
 
     Args:
         model: ``emoji``, a pipeline folder, a transformer folder, its config.json, or a hub id.
+        component: Which transformer of a pipeline.
 
     Returns:
         The config, and how many pixels of height one latent row stands for (8 where no VAE is beside it).
@@ -47,25 +60,25 @@ def read_config(model: str) -> tuple[dict[str, Any], int]:
     Raises:
         ModelError: There is no such config, or it is not one of a diffusers model.
     """
-    place = Path(model_path(model))
+    place, config_file = Path(model_path(model)), f"{component}/config.json"
     if place.is_file() or place.suffix == ".json":
         config_path: Path | None = place
         vae_path: Path | None = place.parent.parent / VAE_FILE
     elif place.is_dir():
-        bare = (place / "config.json").is_file() and not (place / CONFIG_FILE).is_file()
-        if (place / "model_index.json").is_file() and not (place / CONFIG_FILE).is_file():
-            check_folder(place)  # says it better where the pipeline has no transformer at all
-        config_path, vae_path = (place / "config.json", None) if bare else (place / CONFIG_FILE, place / VAE_FILE)
+        bare = (place / "config.json").is_file() and not (place / config_file).is_file()
+        if (place / "model_index.json").is_file() and not (place / config_file).is_file():
+            check_folder(place, component)  # says it better where the pipeline has no transformer at all
+        config_path, vae_path = (place / "config.json", None) if bare else (place / config_file, place / VAE_FILE)
     else:
         check_model(model)
-        config_path = _fetch(model, CONFIG_FILE)
+        config_path = _fetch(model, config_file)
         vae_path = _fetch(model, VAE_FILE, required=False)
         _fetch(model, "model_index.json", required=False)  # for what asks which class of pipeline it is
     if config_path is None:
         raise AssertionError("a required file is there or an error")
     if not config_path.exists():
         raise ModelError(
-            f"{config_path} does not exist; give a pipeline folder (with {CONFIG_FILE}), a transformer folder, "
+            f"{config_path} does not exist; give a pipeline folder (with {config_file}), a transformer folder, "
             f"a transformer's config.json, a hub id, or an embedded model ({', '.join(EMBEDDED)})"
         )
     config = read_mapping(config_path, ModelError, "fetch it again")

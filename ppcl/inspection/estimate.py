@@ -6,6 +6,7 @@ start from, and how the result is put down.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppcl.common.artifacts import SCHEMA_VERSION
@@ -81,9 +82,10 @@ def estimate_run(model: str, config: RunConfig, hardware: Hardware, text_tokens:
     """
 
     def counted(streamed: bool) -> Blueprint:
-        dtype = dtype_for(model, hardware.kind, streamed, config.precision)
         capture = config.capture
-        return blueprint_of(model, capture.height, capture.width, capture.num_frames, text_tokens, dtype)
+        dtype = dtype_for(model, hardware.kind, streamed, config.precision, capture.component)
+        size = (capture.height, capture.width, capture.num_frames)
+        return blueprint_of(model, *size, text_tokens, dtype, capture.component)
 
     blueprint = counted(config.blocks == STREAMED)
     weights = blueprint.shapes.itemsize * blueprint.shapes.info.params
@@ -157,6 +159,15 @@ def estimate_report(estimate: Estimate) -> str:
         lines.append(f"  {'  '.join(cells)}  {row[5]}".rstrip())
     lines += [f"  assumed: {text}" for text in estimate.assumptions]
     return "\n".join([*lines, *_verdict(estimate)])
+
+
+def estimate_reports(estimates: Sequence[Estimate]) -> str:
+    """Those of one transformer, or of two that are compressed one after the other."""
+    texts = [estimate_report(estimate) for estimate in estimates]
+    if len(texts) > 1:
+        seconds, disk = (sum(getattr(each, name) for each in estimates) for name in ("seconds", "disk"))
+        texts.append(f"both transformers, at most: {time_text(seconds)}, {_size(disk)} of disk; memory of the larger")
+    return "\n\n".join(texts)
 
 
 def estimate_lines(estimate: Estimate) -> list[str]:

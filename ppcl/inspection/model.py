@@ -12,6 +12,7 @@ from typing import Any
 
 from ppcl.common.artifacts import SCHEMA_VERSION
 from ppcl.config import PlanConfig
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import BudgetError, ConfigError, ModelError
 from ppcl.inspection.blueprint import (
     build_on_meta,
@@ -108,6 +109,7 @@ def inspect_model(
     width: int | None = None,
     text_tokens: int | None = None,
     rank: int | None = None,
+    component: str = TRANSFORMER,
 ) -> Inspection:
     """Look at a model through its config files alone.
 
@@ -119,19 +121,21 @@ def inspect_model(
         width: Likewise.
         text_tokens: Tokens of its prompt; what is usual for the family if None.
         rank: What modulation layers are assumed to need, for an example with smaller modules; none without it.
+        component: Which transformer of a pipeline.
 
     Raises:
         ModelError: There is no usable config of a supported transformer.
         BudgetError: No depth-only plan meets the budget.
         ConfigError: The budget needs what configs do not tell.
     """
-    config, vae_scale = read_config(model)
+    config, vae_scale = read_config(model, component)
     transformer = build_on_meta(config)
     height, width = height or DEFAULT_PIXELS, width or DEFAULT_PIXELS
     grid = token_grid(height, width, vae_scale)
     arguments = example_call(transformer, grid, text_tokens)
     flops = flops_on_meta(transformer, arguments) if arguments else None
-    info = replace(describe(SimpleNamespace(transformer=transformer, components={}), flops), bytes_per_param=2)
+    alone = SimpleNamespace(**{component: transformer}, components={})
+    info = replace(describe(alone, flops, component), bytes_per_param=2)
     call = None
     if arguments:
         text = text_tokens or usual_text_tokens(transformer)
@@ -290,7 +294,8 @@ def report(inspection: Inspection) -> str:
     """Lay an inspection out as text for a terminal."""
     model = inspection.model
     size = f"{model.params:,} parameters ({_gigabytes(2 * model.params)} in bf16)"
-    lines = [f"{inspection.source}: {model.transformer_class}, {size}"]
+    name = "" if model.component == TRANSFORMER else f", {model.component}"
+    lines = [f"{inspection.source}{name}: {model.transformer_class}, {size}"]
     for stack in model.stacks:
         sizes = sorted(set(stack.block_params))
         each = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"

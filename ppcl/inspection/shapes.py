@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppcl.common.devices import autocast
-from ppcl.config.names import PREFIX
+from ppcl.config.names import PREFIX, TRANSFORMER
 from ppcl.distill.fake import bare_copy, fake_tree, simulated_peak
 from ppcl.distill.memory import local_step_bytes
 from ppcl.errors import ModelError
@@ -159,6 +159,7 @@ def blueprint_of(
     frames: int | None = None,
     text_tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    component: str = TRANSFORMER,
 ) -> Blueprint:
     """Count what the cost of compressing a model depends on.
 
@@ -169,11 +170,12 @@ def blueprint_of(
         frames: Of a video; what the pipeline draws if None.
         text_tokens: Of its prompt; what is usual for the family if None.
         dtype: Of the weights.
+        component: Which transformer of a pipeline.
 
     Raises:
         ModelError: There is no usable config, or none of a family whose calls are known.
     """
-    config, vae_scale = read_config(model)
+    config, vae_scale = read_config(model, component)
     transformer: Any = nn.Module.to(build_on_meta(config), dtype)  # diffusers' own warns of what has no weights here
     height, width = height or 1024, width or 1024
     family = config["_class_name"].removeprefix(PREFIX)
@@ -187,12 +189,13 @@ def blueprint_of(
         )
     arguments = to_dtype(arguments, dtype)
     adapter = adapter_for(transformer)
-    info = describe(SimpleNamespace(transformer=transformer, components={}), flops_on_meta(transformer, arguments))
+    alone = SimpleNamespace(**{component: transformer}, components={})
+    info = describe(alone, flops_on_meta(transformer, arguments), component)
     info = replace(info, bytes_per_param=dtype.itemsize)
     sizes = loaded_bytes(model, dtype)
-    here = sizes.get("transformer", 0) > 0
+    here = sizes.get(component, 0) > 0
     text = sum(size for name, size in sizes.items() if name.startswith("text_encoder"))
-    others = sum(sizes.values()) - sizes.get("transformer", 0) - text
+    others = sum(sizes.values()) - sizes.get(component, 0) - text
     shapes = Shapes(
         info,
         itemsize=dtype.itemsize,
@@ -206,13 +209,13 @@ def blueprint_of(
     return Blueprint(transformer, adapter, arguments, shapes)
 
 
-def dtype_for(model: str, kind: str, streamed: bool, precision: str) -> torch.dtype:
+def dtype_for(model: str, kind: str, streamed: bool, precision: str, component: str = TRANSFORMER) -> torch.dtype:
     """What weights are in: bfloat16 on a GPU; on a CPU float32, or streamed what the files have."""
     if precision == "fp32":
         return torch.float32
     if kind != "cpu":
         return torch.bfloat16
-    return (stored_dtype(model) or torch.float32) if streamed else torch.float32
+    return (stored_dtype(model, component=component) or torch.float32) if streamed else torch.float32
 
 
 def _of_calls(

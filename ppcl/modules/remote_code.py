@@ -14,7 +14,7 @@ from typing import Any
 
 from ppcl import __version__
 from ppcl.common.files import read_json, write_json, write_text
-from ppcl.config.names import PREFIX
+from ppcl.config.names import PREFIX, TRANSFORMER
 from ppcl.modules import parts, slicing, text_stream
 from ppcl.modules import replacements as width
 from ppcl.modules.compressed import MODULE, compressed_class
@@ -77,18 +77,21 @@ def write_code(transformer: Any, folder: Path) -> None:
     write_text(folder / f"{MODULE}.py", source_of(transformer))
 
 
-def name_class(pipeline: Path, name: str, remote: bool) -> None:
+def name_class(pipeline: Path, name: str, remote: bool, component: str = TRANSFORMER) -> None:
     """Let a pipeline's files name the class of its transformer, and where ``AutoModel`` finds its code.
 
     Args:
         pipeline: The folder; what its files said of another transformer goes.
         name: Of the class.
         remote: Whether its code lies beside the weights.
+        component: The transformer's name in the pipeline.
     """
     entry = {"auto_map": {"AutoModel": f"{MODULE}.{name}"}} if remote else {}
-    index, config = pipeline / "model_index.json", pipeline / "transformer" / "config.json"
-    for path, more in ((index, {"transformer": [MODULE if remote else "diffusers", name]}), (config, {})):
+    has_others = any(file.parent.name != component for file in pipeline.glob(f"*/{MODULE}.py"))
+    index, config = pipeline / "model_index.json", pipeline / component / "config.json"
+    of_index = {component: [MODULE if remote else "diffusers", name]}
+    for path, more, stays in ((index, of_index, has_others), (config, {}, False)):
         before = read_json(path)  # AutoModel looks into the first of these where it is given a subfolder
-        after = {**{key: value for key, value in before.items() if key != "auto_map"}, **entry, **more}
+        after = {**{key: value for key, value in before.items() if key != "auto_map" or stays}, **entry, **more}
         if after != before:
             write_json(path, after)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ppcl.capture.states import States
-from ppcl.common.files import file_digest
+from ppcl.common.files import digest, file_digest
 from ppcl.common.tensor_files import weights_variant
 from ppcl.eval.command import track
 from ppcl.eval.feature_choice import real_reference
@@ -27,10 +27,11 @@ from ppcl.student.plan import CompressionPlan
 from ppcl.student.substitutes import new_substitutes
 from ppcl.teacher.call_arguments import to_device
 from ppcl.teacher.calls import velocity
+from ppcl.teacher.flops import count_params
 from ppcl.teacher.loading import load_pipeline, on_device, open_pipeline, source_name
 from ppcl.teacher.origin import weights_digest
-from ppcl.teacher.pipeline_call import own_call
-from ppcl.teacher.stored import is_quantised
+from ppcl.teacher.pipeline_call import other_transformers, own_call
+from ppcl.teacher.stored import is_quantised, transformers_in
 from ppcl.teacher.streaming import STREAMED, load_streamed
 
 NOT_UNDISTILLED = (
@@ -66,17 +67,20 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
         Entrant("teacher", source_name(origin.model), weights_digest(origin.model), lambda: teacher),
         settings.teacher_seeds,
     )
-    second = judge.side(Entrant("student", "pipeline", file_digest(folder / "transformer"), lambda: student))
+    weights = [file_digest(folder / name) for name in transformers_in(folder)]
+    identity = weights[0] if len(weights) == 1 else digest(weights)
+    second = judge.side(Entrant("student", "pipeline", identity, lambda: student))
+    one = getattr(teacher, session.component)
+    _note_others(session, judge, teacher, student)
     state = to_device(held_out.alike(settings.batch_size), session.device)  # whose speed is measured
     undistilled = None if is_streamed or session.first else undistilled_error(session, held_out)
     models, comparisons, measure = list[ModelResult](), list[Comparison](), ""
     for side in chain([second], _before_few_steps(session, judge, second)):
-        same = in_dtype_of(state, teacher.transformer, side.pipeline.transformer)
-        calls = (partial(velocity, teacher.transformer, state), partial(velocity, side.pipeline.transformer, same))
+        two = getattr(side.pipeline, session.component)
+        calls = (partial(velocity, one, state), partial(velocity, two, in_dtype_of(state, one, two)))
         errors = None
         if not side.own_steps:
-            batches = held_out.batches(count, count)
-            errors = state_errors(teacher.transformer, side.pipeline.transformer, batches)
+            errors = state_errors(one, two, held_out.batches(count, count))
         comparison, cost = judge.compare(first, side, errors, calls, undistilled if errors else None)
         comparisons.append(comparison)
         models += [] if models else [described(first, cost.teacher, cost.speed[0])]
@@ -98,10 +102,10 @@ def _before_few_steps(session: Session, judge: Judge, student: Side) -> Iterator
         return
 
     def load(call: dict[str, int | float]) -> Any:
-        bundle = load_bundle(folder, teacher.transformer, session.adapter)
+        bundle = load_bundle(folder, session.transformer, session.adapter)
         bundle = replace(bundle, plan=replace(bundle.plan, call=call))
-        built = build_student(teacher.transformer, session.adapter, bundle)
-        return with_transformer(student.pipeline if call else teacher, built)
+        built = build_student(session.transformer, session.adapter, bundle)
+        return with_transformer(student.pipeline if call else teacher, built, session.component)
 
     for label, call in (("recovered", {}), ("recovered-few", own_call(student.pipeline))):
         yield judge.side(Entrant(label, label, file_digest(folder / "bundle.json"), partial(load, call)))
@@ -110,18 +114,36 @@ def _before_few_steps(session: Session, judge: Judge, student: Side) -> Iterator
 def load_student(session: Session, folder: Path) -> Any:
     """The exported pipeline; a streamed one has the teacher's text encoders and VAE, whose files are its own."""
     teacher, variant = session.origin.teacher, weights_variant(folder)
-    dtype = teacher.transformer.dtype
+    dtype = getattr(teacher, session.component).dtype
     if is_quantised(folder):  # no teacher's weights: load_pipeline refuses them
         return on_device(str(folder), open_pipeline(str(folder), session.device, None, variant), session.device)
     if session.origin.blocks == STREAMED:
-        return load_streamed(str(folder), session.device, dtype, variant, teacher)
-    return load_pipeline(str(folder), session.device, dtype, variant)
+        beside = None if session.beside else teacher  # whose other transformer is compressed, too
+        return load_streamed(str(folder), session.device, dtype, variant, beside, session.component)
+    return load_pipeline(str(folder), session.device, dtype, variant, session.component)
+
+
+def _note_others(session: Session, judge: Judge, teacher: Any, student: Any) -> None:
+    """Say of a pipeline with two transformers whose numbers these are, and what both come to."""
+    names = [session.component, *other_transformers(teacher, session.component)]
+    if len(names) == 1:
+        return
+    before, after = (sum(count_params(getattr(p, name)) for name in names) for p in (teacher, student))
+    judge.note(
+        f"numbers of a transformer are those of {names[0]}; with {' and '.join(names[1:])} it keeps "
+        f"{after / before:.1%} of the parameters, {after:,} of {before:,}"
+    )
+    if session.beside:
+        count, other = session.config.evaluate.velocity_states, session.beside.component
+        states = States(session.beside.calibration, "held-out").batches(count, count)
+        error = state_errors(getattr(teacher, other), getattr(student, other), states).error
+        judge.note(f"velocity error of {other}: {error.value:.4g} ({error.low:.4g} to {error.high:.4g})")
 
 
 def undistilled_error(session: Session, held_out: States) -> float:
     """Velocity error of the same plan with substitutes that were never trained; all of them are in memory at once."""
     plan = session.read(CompressionPlan, "plan.json")
-    transformer, count = session.teacher.transformer, session.config.evaluate.velocity_states
+    transformer, count = session.transformer, session.config.evaluate.velocity_states
     substitutes = new_substitutes(transformer, session.adapter, plan, None, session.out / "analysis.safetensors")
     with torch.no_grad():
         student = assemble_student(transformer, session.adapter, plan, substitutes)

@@ -28,7 +28,7 @@ def check_budget(session: Session) -> None:
 
     capture, kind = session.config.capture, session.config.plan.budget[0]
     try:
-        config, scale = read_config(session.model)
+        config, scale = read_config(session.model, session.component)
         transformer = build_on_meta(config)
         flops: dict[str, Any] | None = None
         if kind == "speedup":
@@ -40,8 +40,8 @@ def check_budget(session: Session) -> None:
 
     dtype = torch.float32 if session.config.precision == "fp32" else torch.bfloat16  # a CPU may have it in either
     sizes = loaded_bytes(session.model, dtype)
-    others = sum(sizes.values()) - sizes.get("transformer", 0)
-    info = describe(SimpleNamespace(transformer=transformer, components={}), flops)
+    others = sum(sizes.values()) - sizes.get(session.component, 0)
+    info = describe(SimpleNamespace(**{session.component: transformer}, components={}), flops, session.component)
     check_limits(limits_of(transformer, info, session.config, dtype.itemsize, others), session.config)
 
 

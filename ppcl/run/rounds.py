@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from ppcl.common.files import read_mapping, remove
 from ppcl.common.folders import LEDGER, check_claim
 from ppcl.config import RunConfig, for_model
 from ppcl.config.memory import changed
+from ppcl.config.names import BOTH
 from ppcl.config.sparsity import SparsityConfig
 from ppcl.errors import ArtifactError
-from ppcl.run.run import Run
+from ppcl.run.experts import open_experts
+from ppcl.run.run import Round, Run
 from ppcl.run.stage import ORDER
 from ppcl.run.stages import PIPELINE, STAGES
 from ppcl.student.plan import CompressionPlan
@@ -33,30 +34,15 @@ logger = logging.getLogger(__name__)
 PRUNING = ORDER[: ORDER.index("export") + 1]  # the stages of a round that another one follows
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round, for whom it is to run.
-
-    Attributes:
-        run: The run.
-        stages: Those of its stages that the next round, or the user, needs.
-        title: Which round it is, for the screen; empty where there is one.
-    """
-
-    run: Run
-    stages: Sequence[str]
-    title: str = ""
-
-
 def open_rounds(
     model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = ""
 ) -> Iterator[Round]:
-    """Open one round after the other; each is asked for when the one before is done.
+    """Open one round, or run of a transformer, after the other; each is asked for when the one before is done.
 
     Args:
         model: ``emoji``, a folder, or a hub id.
         out: The run directory, of the last round.
-        config: ``plan.rounds`` says how many.
+        config: ``plan.rounds`` says how many, ``capture.component`` whether of both transformers.
         prompts: The user's prompts file, if any.
         command: The command line, for the record.
 
@@ -64,6 +50,9 @@ def open_rounds(
         UserError: See :class:`Run`.
     """
     config = for_model(model, config)
+    if config.capture.component == BOTH:
+        yield from open_experts(model, out, config, prompts, command)
+        return
     total, first, plans = config.plan.rounds, None, list[CompressionPlan]()
     if total > 1:
         _check_place(out, _folder(out, total - 1, total))

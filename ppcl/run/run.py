@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ class Run(Session):
         prompts: Path | None = None,
         command: str = "",
         first: Session | None = None,
+        beside: Session | None = None,
     ) -> None:
-        super().__init__(model, out, config, prompts, command, first)
+        super().__init__(model, out, config, prompts, command, first, beside)
         from ppcl.teacher.origin import lasting_name
 
         first_round = os.path.relpath(first.out, out) if first else None
@@ -124,6 +127,21 @@ class Run(Session):
             for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
                 if file.suffix == ".safetensors":
                     self.folder.check_tensors(str(file.relative_to(self.out)))
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of what ``ppcl compress`` does: some stages of a run; there are several rounds, or two transformers.
+
+    Attributes:
+        run: The run.
+        stages: Those of its stages that come now.
+        title: Which part it is, for the screen; empty where there is one.
+    """
+
+    run: Run
+    stages: Sequence[str]
+    title: str = ""
 
 
 def open_run(model: str, out: Path, config: RunConfig, prompts: Path | None = None, command: str = "") -> Run:

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl.capture.prompts import pictured_prompts, prompts_for
+from ppcl.capture.prompts import drawn_data, pictured_prompts, prompts_for
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import append_row, digest, read_mapping
 from ppcl.common.folders import LEDGER, check_apart
 from ppcl.config import PlanConfig, RunConfig, for_model
+from ppcl.config.names import BOTH
 from ppcl.config.sections import PROMPTS
 from ppcl.errors import ConfigError
 from ppcl.run.stage import ORDER
@@ -34,9 +35,10 @@ class Session:
         prompts: The user's prompts file, if any.
         command: The command line, for the record.
         first: Of a later round (:mod:`ppcl.run.rounds`): the first one, whose teacher this one is held to as well.
+        beside: Of the second transformer (:mod:`ppcl.run.experts`): the run of the first, whose pipeline is written on.
 
     Raises:
-        ConfigError: Several rounds are asked for, and this is one run.
+        ConfigError: Several rounds or transformers are asked for, and this is one run.
         ModelError: There is no such model.
         ArtifactError: The run directory lies in the model's.
         UserError: The prompts cannot be used, or other processes do not answer.
@@ -50,13 +52,14 @@ class Session:
         prompts: Path | None = None,
         command: str = "",
         first: Session | None = None,
+        beside: Session | None = None,
     ) -> None:
-        if config.plan.rounds > 1:
-            raise ConfigError(
-                f"plan.rounds={config.plan.rounds}: ppcl compress alone runs several rounds; leave it out of other "
-                "commands"
-            )
-        self.model, self.out, self.prompts, self.command, self.first = model, out, prompts, command, first
+        if config.plan.rounds > 1 or config.capture.component == BOTH:
+            what = "capture.component=both" if config.plan.rounds == 1 else f"plan.rounds={config.plan.rounds}"
+            raise ConfigError(f"{what}: ppcl compress alone makes several runs in one folder; leave it out here")
+        self.model, self.out, self.prompts, self.command = model, out, prompts, command
+        self.first, self.beside = first, beside
+        self.is_half = beside is not None  # the other transformer is compressed, too, by a run of its own
         self.config = for_model(model, config)
         from ppcl.common.devices import resolve_device
         from ppcl.teacher.loading import check_folder, check_model, fetch_files, model_path
@@ -64,14 +67,20 @@ class Session:
         from ppcl.training.distributed import connect
 
         on_cpu = world() > 1 and resolve_device(config.device).type == "cpu"
-        self.group: Group = first.group if first else connect(on_cpu, config.processes)
+        related = first or beside
+        self.group: Group = related.group if related else connect(on_cpu, config.processes)
         check_model(model)
         check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
-        self._texts = prompts_for(self.origin.model, prompts, config.evaluate.num_prompts)
-        check_folder(fetch_files(model))  # of a hub model, before its files are what the run is made of
-        every = sorted(text for texts in self._texts for text in texts)
+        self.texts = prompts_for(self.origin.model, prompts, config.evaluate.num_prompts)
+        check_folder(fetch_files(model), self.component)  # of a hub model, before its files are what the run is made of
+        every = sorted(text for texts in self.texts for text in texts)
         self.made_of = {"files": model_files(model), "prompts": digest(every), "seed": config.seed}
-        self.identity = digest(self.made_of, *self._texts)
+        self.identity = digest(self.made_of, *self.texts)
+
+    @property
+    def component(self) -> str:
+        """Name of the transformer that is compressed."""
+        return self.config.capture.component
 
     @property
     def origin(self) -> Session:
@@ -88,18 +97,20 @@ class Session:
             shared += [self.config.planned_format]
         if stage == "plan" and self.config.plan.recover:  # plans recover as they will be distilled
             shared.append(self.config.recovery(self.config.plan.recover_steps).identity())
+        if stage == "export" and self.beside:
+            shared.append(self.beside.depends(stage))
         position = ORDER.index(stage)
         upstream = self.depends(ORDER[position - 1]) if position else ""
         return digest(stage, section.identity() if section else None, shared, upstream)
 
     @cached_property
     def is_pictured(self) -> bool:
-        """Whether the teacher's prompts bring pictures: it starts from some, and ``capture.data`` has them."""
+        """Whether the teacher's prompts bring pictures: it starts from some, and ``capture`` says which."""
         from ppcl.teacher.loading import pipeline_class
         from ppcl.teacher.pipeline_call import picture_arguments
 
         if self.config.capture.data == PROMPTS:
-            return False
+            return bool(self.config.capture.sources)
         return bool(picture_arguments(pipeline_class(self.model) or type(self.teacher)))
 
     @cached_property
@@ -107,8 +118,9 @@ class Session:
         if self.first:
             return self.first._prompts
         if not self.is_pictured:
-            return self._texts
-        return pictured_prompts(self.config.capture, self.config.evaluate.num_prompts, self.config.seed)
+            return self.texts
+        settings = drawn_data(self.config.capture, self.calibration)
+        return pictured_prompts(settings, self.config.evaluate.num_prompts, self.config.seed)
 
     @property
     def calibration_prompts(self) -> list[str]:
@@ -163,7 +175,7 @@ class Session:
         if self.device.type == "cpu" and precision != "fp32":
             recorded = self._recorded_dtype()  # whether all fits memory may change between two stages
             if recorded is not None or self.blocks == STREAMED:
-                return recorded or streamed_dtype(self.model, self.device, precision)
+                return recorded or streamed_dtype(self.model, self.device, precision, component=self.component)
         return weights_dtype(self.device, precision)
 
     @property
@@ -193,8 +205,13 @@ class Session:
         from ppcl.teacher.streaming import STREAMED, load_streamed
 
         if self.blocks == STREAMED:
-            return load_streamed(self.model, self.device, self.dtype)
-        return load_pipeline(self.model, self.device, self.dtype)
+            return load_streamed(self.model, self.device, self.dtype, component=self.component)
+        return load_pipeline(self.model, self.device, self.dtype, component=self.component)
+
+    @property
+    def transformer(self) -> Any:
+        """The transformer of ``teacher`` that is compressed."""
+        return getattr(self.teacher, self.component)
 
     def agree_on_blocks(self) -> None:
         """Have all processes do what the first one decides, by the memory that it sees; they call it together."""
@@ -206,9 +223,9 @@ class Session:
         from ppcl.teacher.streaming import STREAMED
 
         if self.blocks != STREAMED:
-            return ResidentBlocks(self.teacher.transformer)
+            return ResidentBlocks(self.transformer)
         self.release_teacher()
-        return StreamedBlocks(self.model, self.device, self.dtype)
+        return StreamedBlocks(self.model, self.device, self.dtype, component=self.component)
 
     def release_teacher(self) -> Any | None:
         """Give away the teacher's pipeline, if it is loaded whole; who asks for it later loads it again.
@@ -229,9 +246,9 @@ class Session:
         from ppcl.teacher.streaming import STREAMED
 
         if self.blocks != STREAMED:
-            return self.teacher.transformer
+            return self.transformer
         self.release_teacher()
-        return load_pipeline(self.model, self.device, self.dtype).transformer
+        return getattr(load_pipeline(self.model, self.device, self.dtype, component=self.component), self.component)
 
     def keep_whole(self) -> None:
         """Have the teacher in memory whole from now on, whatever ``blocks`` says: for what trains many students."""
@@ -253,8 +270,8 @@ class Session:
 
         folder = stored_folder(self.model)
         if self.blocks == STREAMED and folder is not None:
-            return adapter_class(transformer_class(folder))
-        return adapter_for(self.teacher.transformer)
+            return adapter_class(transformer_class(folder, self.component))
+        return adapter_for(self.transformer)
 
     @cached_property
     def _features(self) -> Any:

@@ -47,22 +47,25 @@ def _check_capture(session: Session) -> None:
     from ppcl.inspection.blueprint import read_config
     from ppcl.pruning.stock_widths import check_uniform
     from ppcl.run.outlook import check_budget
+    from ppcl.run.sources import check_sources
 
     _check_quantize(session)
     if any(getattr(session.config.plan, name) is not None for name in BUDGETS):
         check_budget(session)
-    check_source(session.model)
+    check_source(session.model, session.component)
     if session.config.plan.uniform_width:
-        check_uniform(session.adapter, read_config(session.model)[0]["_class_name"])
+        check_uniform(session.adapter, read_config(session.model, session.component)[0]["_class_name"])
     if session.first:
         return
     settings = session.config.capture
     data = Path(settings.data)
     if settings.data != PROMPTS and data.is_dir() and not (data / "metadata.jsonl").is_file():
         check_apart(session.out, [data])  # or the run's own pictures would be samples
+    if settings.sources:
+        check_sources(session)
     noised = not session.is_pictured and settings.data != PROMPTS
     check_data(session.teacher, settings, noised or bool(session.config.distill.fresh))
-    check_teacher(session.teacher, settings, session.is_pictured)
+    check_teacher(session.teacher, settings, session.is_pictured, session.is_half)
     _check_few_steps(session)
 
 
@@ -83,16 +86,19 @@ def _capture(session: Session, _: None) -> None:
     from ppcl.capture.padding import check_padding
     from ppcl.capture.pictures import capture_pictures
     from ppcl.capture.trajectories import capture
+    from ppcl.run.sources import draw_sources
 
     if session.first:
         share_folder(session.first.calibration, session.calibration)
         return
     settings, seed = session.config.capture, session.config.seed
+    if settings.sources:
+        draw_sources(session)
     if settings.data == PROMPTS or session.is_pictured:
         capture(session.teacher, session.calibration_prompts, session.calibration, settings, seed)
     else:
         capture_pictures(session.teacher, session.calibration, settings, seed, session.evaluation_prompts)
-    check_padding(session.teacher.transformer, session.adapter, session.calibration)
+    check_padding(session.transformer, session.adapter, session.calibration)
 
 
 def _analyze(session: Session, _: None) -> None:
@@ -120,10 +126,11 @@ def _analyze(session: Session, _: None) -> None:
         flops = count_flops(transformer, stacks, lambda: velocity(transformer, state), batch_size(state))
     if isinstance(source, StreamedBlocks):  # the other components are not loaded for the sake of their size
         sizes = loaded_bytes(session.model, source.dtype)
-        alone = SimpleNamespace(transformer=source.transformer, components={})
-        model = replace(describe(alone, flops), other_bytes=sum(sizes.values()) - sizes["transformer"])
+        alone = SimpleNamespace(**{session.component: source.transformer}, components={})
+        others = sum(sizes.values()) - sizes[session.component]
+        model = replace(describe(alone, flops, session.component), other_bytes=others)
     else:
-        model = describe(session.teacher, flops)
+        model = describe(session.teacher, flops, session.component)
     model = replace(model, weights_digest=weights_digest(session.model))
     analyze(
         source,
@@ -268,7 +275,13 @@ def _distill_resident(session: Session) -> None:
         given = (session.config.capture, settings.few_steps, session.config.seed)
         group.on_main(lambda: capture_jumps(session.teacher, session.calibration_prompts, trajectories, *given))
     transformer = training_transformer(
-        session.release_teacher(), session.model, session.device, settings, session.precision, group.size
+        session.release_teacher(),
+        session.model,
+        session.device,
+        settings,
+        session.precision,
+        group.size,
+        session.component,
     )
     if pipeline is not None and session.blocks == STREAMED:
         pipeline.streamed_blocks.attach()  # pictures are still drawn with it
@@ -310,7 +323,7 @@ def _card(session: Session, folder: Path) -> str:
     metrics = session.out / PICTURES / "metrics.json"
     measured = measured_table(load_evaluation(metrics)) if metrics.is_file() else ""
     commands, seed, device = [*done, session.command], session.config.seed, str(session.device)
-    facts = facts_of(session.model, folder, commands, seed, device, measured)
+    facts = facts_of(session.model, folder, commands, seed, device, measured, session.component)
     return model_card(load_artifact(CompressionPlan, session.out / BUNDLE / "plan.json"), facts)
 
 
@@ -322,13 +335,13 @@ def _build(session: Session) -> Any:
 
     bundle = session.out / BUNDLE
     _check_quantize(session)
-    check_source(session.model)
+    check_source(session.model, session.component)
     check_bundle(bundle)
     check_fits(load_artifact(CompressionPlan, bundle / "plan.json"), session.model, bundle / "plan.json")
     if session.blocks == STREAMED:
         return None
-    loaded = load_bundle(bundle, session.teacher.transformer, session.adapter)
-    return loaded.plan, build_student(session.teacher.transformer, session.adapter, loaded)
+    loaded = load_bundle(bundle, session.transformer, session.adapter)
+    return loaded.plan, build_student(session.transformer, session.adapter, loaded)
 
 
 def _quantise(session: Session, plan: CompressionPlan, student: Any) -> Any:
@@ -359,17 +372,18 @@ def _export(session: Session, built: Any) -> None:
     from ppcl.export.streamed import export_streamed
 
     out, settings = session.out / PIPELINE, session.config.export
+    beside = session.beside.out / PIPELINE if session.beside else None
 
     def card(folder: Path) -> str:
         return _card(session, folder)
 
     if built is None:
-        export_streamed(session.open_blocks(), session.out / BUNDLE, session.model, out, settings, card)
+        export_streamed(session.open_blocks(), session.out / BUNDLE, session.model, out, settings, card, beside)
         return
     plan, student = built
     if settings.quantize != "none":
         student = _quantise(session, plan, student)
-    export(session.teacher, student, plan, session.model, out, settings, card)
+    export(session.teacher, student, plan, session.model, out, settings, card, beside)
 
 
 def _load_student(session: Session) -> Any:

@@ -218,7 +218,7 @@ def check_fits(plan: CompressionPlan, model: str, path: Path) -> None:
     if folder is None:
         return
     try:
-        teacher = without_weights(folder, torch.float32)
+        teacher = without_weights(folder, torch.float32, plan.model.component)
     except ModelError:
         return  # loading it says what is wrong, or is able to
     check_blocks(plan, teacher, adapter_class(type(teacher)), path)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppcl.common.reading import MOST_NUMBER
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ModelError
 from ppcl.modules.parts import check_part
 
@@ -173,21 +174,25 @@ def first_params(config: Mapping[str, Any]) -> int:
     return params if type(params) is int and 0 < params < MOST_NUMBER else 0
 
 
-def pipeline_record(pipeline: Any) -> Mapping[str, Any]:
+def pipeline_record(pipeline: Any, component: str = TRANSFORMER) -> Mapping[str, Any]:
     """Return what ppcl recorded in the config of a pipeline's transformer.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        component: Which transformer of it.
 
     Raises:
         ModelError: The pipeline was not compressed by ppcl.
     """
-    config = getattr(getattr(pipeline, "transformer", None), "config", None) or {}
+    config = getattr(getattr(pipeline, component, None), "config", None) or {}
     record = config.get(RECORD)
     if not record:
         raise ModelError(
-            f"this {type(pipeline).__name__} was not compressed by ppcl: its transformer has no '{RECORD}' entry"
+            f"this {type(pipeline).__name__} was not compressed by ppcl: its {component} has no '{RECORD}' entry"
         )
     if not isinstance(record, Mapping) or not isinstance(record.get("kept_blocks"), Mapping):
         raise ModelError(
-            "the '_ppcl' entry of the transformer's config names no kept_blocks; export the pipeline again"
+            f"the '_ppcl' entry of the config of its {component} names no kept_blocks; export the pipeline again"
         )
     return record
 

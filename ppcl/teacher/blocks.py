@@ -23,6 +23,7 @@ from ppcl.common.files import read_mapping
 from ppcl.common.lazy import Lazy
 from ppcl.common.pieces import Pieces
 from ppcl.common.tensor_files import read_tensor_header
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ModelError, UserError, shortened
 from ppcl.modules.compressed import register
 from ppcl.teacher.families import ADAPTERS, Adapter, StackSpec, adapter_for
@@ -134,26 +135,32 @@ class StreamedBlocks(Blocks):
         device: Where blocks and all other parts go.
         dtype: Of the weights; as most of them are stored if None, on a CPU too.
         variant: In the weights' file names.
+        component: Which transformer.
 
     Raises:
         ModelError: The files are not here, quantised, damaged, or lack a weight.
     """
 
     def __init__(
-        self, model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+        self,
+        model: str,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        component: str = TRANSFORMER,
     ) -> None:
         check_model(model)
         folder = stored_folder(model)
         if folder is None:
             raise ModelError(f"the files of model {model!r} are not here; fetch them first: hf download {model}")
-        self._files = weight_files(folder, variant)
-        dtype = dtype or stored_dtype(model, variant)
+        self._files = weight_files(folder, variant, component)
+        dtype = dtype or stored_dtype(model, variant, component)
         if dtype is None:
             raise ModelError(f"the transformer of {model!r} is quantised, and its blocks cannot be read one by one")
         self.dtype, self._model = dtype, model
         self._calls: _Calls | None = None
         self._pieces = Pieces()
-        super().__init__(without_weights(folder, dtype), device)
+        super().__init__(without_weights(folder, dtype, component), device)
         check_counts(model, self.transformer, self._files)
         streamed = {f"{stack}.{index}" for stack, index in self.order}
         names = [n for n in self.transformer.state_dict() if ".".join(n.split(".")[:2]) not in streamed]
@@ -348,7 +355,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def transformer_class(folder: Path) -> Any:
+def transformer_class(folder: Path, component: str = TRANSFORMER) -> Any:
     """The class of a pipeline folder's transformer, ppcl's own for one with smaller modules.
 
     Raises:
@@ -357,40 +364,39 @@ def transformer_class(folder: Path) -> Any:
     import diffusers
 
     register(ADAPTERS)
-    _, name = component_entry(folder, "transformer")
+    _, name = component_entry(folder, component)
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"the transformer of {folder} is a {name}, which this diffusers has not; use a newer one")
     return kind
 
 
-def without_weights(folder: Path, dtype: torch.dtype) -> Any:
+def without_weights(folder: Path, dtype: torch.dtype, component: str = TRANSFORMER) -> Any:
     """A pipeline's transformer with all its modules, tables and buffers, but no weights; see diffusers' own loading.
 
     Args:
         folder: The pipeline's.
         dtype: That its weights would have, all of them.
+        component: Which transformer.
 
     Raises:
         ModelError: It is quantised.
     """
     from accelerate import init_empty_weights
 
-    config: Mapping[str, Any] = read_mapping(folder / "transformer" / "config.json", ModelError, AGAIN)
-    check_config(config, folder / "transformer" / "config.json")
+    config: Mapping[str, Any] = read_mapping(folder / component / "config.json", ModelError, AGAIN)
+    check_config(config, folder / component / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"the transformer of {folder} is quantised, and its blocks cannot be read one by one")
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does: of tables that are made when the model is built
     try:
         with init_empty_weights():
-            transformer = transformer_class(folder).from_config(config)
+            transformer = transformer_class(folder, component).from_config(config)
     except UserError:
         raise
     except Exception as error:  # whatever a family's constructor raises for values that do not fit together
-        raise ModelError(
-            f"the config of {folder / 'transformer'} builds no model ({shortened(error)}); {AGAIN}"
-        ) from None
+        raise ModelError(f"the config of {folder / component} builds no model ({shortened(error)}); {AGAIN}") from None
     finally:
         torch.set_default_dtype(default)
     return transformer.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ppcl.common.files import digest
+from ppcl.config.names import TRANSFORMER
 from ppcl.teacher.block_map import first_params, recorded_maps
 from ppcl.teacher.blocks import main_dtype
 from ppcl.teacher.families import adapter_for
@@ -20,17 +21,18 @@ def config_digest(transformer: Any) -> str:
     return digest(type(transformer).__name__, config)
 
 
-def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
+def describe(pipeline: Any, flops: dict[str, Any] | None = None, component: str = TRANSFORMER) -> ModelInfo:
     """Describe a pipeline's transformer for the planner.
 
     Args:
         pipeline: The teacher.
         flops: What :func:`ppcl.teacher.flops.count_flops` measured: ``total`` and per-stack lists.
+        component: Which transformer.
 
     Raises:
         ModelError: It was compressed before, and its record of that is not of its blocks.
     """
-    transformer = pipeline.transformer
+    transformer = getattr(pipeline, component)
     adapter = adapter_for(transformer)
     maps = recorded_maps(transformer.config, {s.name: len(adapter.all_blocks(transformer, s)) for s in adapter.stacks})
     stacks = []
@@ -40,7 +42,7 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
         sizes = tuple(map(count_params, blocks))
         spans = maps[spec.name].spans[: len(blocks)] if spec.name in maps else ()
         stacks.append(Stack(spec.name, spec.count_field, len(blocks), sizes, counted, spans))
-    others = [c for n, c in pipeline.components.items() if n != "transformer" and isinstance(c, nn.Module)]
+    others = [c for n, c in pipeline.components.items() if n != component and isinstance(c, nn.Module)]
     return ModelInfo(
         transformer_class=type(transformer).__name__,
         config_digest=config_digest(transformer),
@@ -51,4 +53,5 @@ def describe(pipeline: Any, flops: dict[str, Any] | None = None) -> ModelInfo:
         other_bytes=sum(p.numel() * p.element_size() for c in others for p in c.parameters()),
         stacks=tuple(stacks),
         first_params=first_params(transformer.config),
+        component=component,
     )

@@ -14,6 +14,7 @@ from ppcl.common.devices import weights_dtype
 from ppcl.common.files import read_mapping
 from ppcl.common.outside import printable
 from ppcl.common.tensor_files import needed_variant, read_tensor_header, weights_variant
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ArtifactError, ModelError, UserError
 from ppcl.modules.compressed import MODULE, register
 from ppcl.teacher.families import ADAPTERS, adapter_class, adapter_for
@@ -26,6 +27,7 @@ from ppcl.teacher.stored import (
     is_quantised,
     loaded_weights,
     not_a_pipeline,
+    transformers_in,
     weight_map,
 )
 
@@ -62,6 +64,20 @@ def stored_folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def two_transformers(model: str) -> list[str]:
+    """Names of the two transformers of a pipeline whose index is here.
+
+    Raises:
+        ModelError: It has not two.
+    """
+    folder = stored_folder(model)
+    names = transformers_in(folder) if folder is not None else []
+    if len(names) != 2:
+        kinds = f"{len(names)} transformer{'s' * (len(names) != 1)}"
+        raise ModelError(f"{model} has {kinds}, and --component both is for pipelines with two; leave it out")
+    return names
+
+
 def pipeline_class(model: str) -> Any | None:
     """The class of a pipeline whose files are here, as its index names it; None where that is not known."""
     import diffusers
@@ -72,15 +88,20 @@ def pipeline_class(model: str) -> Any | None:
     return getattr(diffusers, str(index.get("_class_name")), None)
 
 
-def stored_dtype(model: str, variant: str | None = None) -> torch.dtype | None:
+def stored_dtype(model: str, variant: str | None = None, component: str = TRANSFORMER) -> torch.dtype | None:
     """The dtype that most bytes of a pipeline's stored transformer have, in the files of a variant if there are any.
+
+    Args:
+        model: ``emoji``, a folder, or a hub id.
+        variant: In the weights' file names.
+        component: Which transformer.
 
     Returns:
         float32, bfloat16 or float16, and bfloat16 for float8, which nothing calculates in; None where the files are not
         here or hold something else (quantised weights).
     """
     folder = stored_folder(model)
-    return None if folder is None else dtype_in(folder / "transformer", variant)
+    return None if folder is None else dtype_in(folder / component, variant)
 
 
 def dtype_in(place: Path, variant: str | None = None) -> torch.dtype | None:
@@ -131,8 +152,12 @@ def model_of_run(run: Path) -> str:
     return model
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, component: str = TRANSFORMER) -> None:
     """Check a pipeline folder before any heavy import touches it.
+
+    Args:
+        folder: The pipeline's.
+        component: The transformer that is to be compressed.
 
     Raises:
         ModelError: It is not a pipeline, has no transformer, or a weight file is damaged.
@@ -141,13 +166,15 @@ def check_folder(folder: Path) -> None:
     if not index.is_file():
         raise ModelError(not_a_pipeline(folder))
     components = read_index(folder)
-    if "transformer" not in components:
+    if TRANSFORMER not in components:
         raise ModelError(
             f"{folder} has no transformer ({components.get('_class_name', 'unknown pipeline')}); "
             "ppcl compresses diffusion transformers, not U-Nets"
         )
-    _check_family(components["transformer"])
-    check_trainable(folder)
+    if component != TRANSFORMER and component not in (names := transformers_in(folder)):
+        raise ModelError(f"{folder} has no transformer {component!r}; it has {' and '.join(names)}, mend --component")
+    _check_family(components[component])
+    check_trainable(folder, component)
     for config in sorted(folder.glob("*/config.json")):
         check_config(read_mapping(config, ModelError, AGAIN), config)
     check_stored(folder)
@@ -193,17 +220,18 @@ def check_names(index: Path, components: Mapping[str, Any]) -> None:
         raise ModelError(f"{index} names a component {printable(repr(wrong[0]))}; fetch the pipeline again")
 
 
-def weight_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
+def weight_files(folder: Path, variant: str | None = None, component: str = TRANSFORMER) -> dict[str, Path]:
     """The file that holds each weight of a pipeline's transformer.
 
     Args:
         folder: The pipeline's.
         variant: In the files' names; files without it are taken where there are none with it, and the other way round.
+        component: Which transformer.
 
     Raises:
         ModelError: There are no safetensors, or one is damaged.
     """
-    place = folder / "transformer"
+    place = folder / component
     for kind in dict.fromkeys((variant, None, weights_variant(folder))):
         suffix = f".{kind}" if kind else ""
         listing = place / f"{WEIGHTS_NAME}.safetensors.index{suffix}.json"
@@ -239,14 +267,14 @@ def loading_arguments(folder: Path) -> str:
     """What plain diffusers must be told beside the folder to load a pipeline: ``, variant="bf16"`` or nothing."""
     variant = weights_variant(folder)
     absent = "".join(f", {name}=None" for name in absent_parts(folder))
-    trust = ", trust_remote_code=True" if (folder / "transformer" / f"{MODULE}.py").is_file() else ""
+    trust = ", trust_remote_code=True" if any(folder.glob(f"*/{MODULE}.py")) else ""
     dtype = ", dtype=torch.bfloat16" if is_quantised(folder) else ""
     return (f', variant="{variant}"' if variant else "") + dtype + trust + absent
 
 
 def loading_call(folder: Path) -> str:
     """The Python line that loads a pipeline folder: plain diffusers, and our import where its class is ours."""
-    code_goes_along = (folder / "transformer" / f"{MODULE}.py").is_file()
+    code_goes_along = any(folder.glob(f"*/{MODULE}.py"))
     call = f'DiffusionPipeline.from_pretrained("{folder}"{loading_arguments(folder)})'
     return f"import ppcl.pipelines; {call}" if has_own_class(folder) and not code_goes_along else call
 
@@ -287,7 +315,11 @@ def check_model(model: str) -> None:
 
 
 def load_pipeline(
-    model: str, device: torch.device, dtype: torch.dtype | None = None, variant: str | None = None
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    component: str = TRANSFORMER,
 ) -> Any:
     """Load a text-to-image pipeline, frozen, in evaluation mode.
 
@@ -296,6 +328,7 @@ def load_pipeline(
         device: Where it goes.
         dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
         variant: In the weights' file names; components without such files are loaded without it.
+        component: The transformer that is to be compressed.
 
     Returns:
         The ``DiffusionPipeline``, without a progress bar.
@@ -304,9 +337,9 @@ def load_pipeline(
         ModelError: It cannot be found or loaded, or its transformer is not supported.
     """
     check_model(model)
-    check_folder(fetch_files(model))
+    check_folder(fetch_files(model), component)
     pipeline = open_pipeline(model, device, dtype, variant)
-    transformer = getattr(pipeline, "transformer", None)
+    transformer = getattr(pipeline, component, None)
     if transformer is None:
         raise ModelError(
             f"{type(pipeline).__name__} has no transformer; ppcl compresses diffusion transformers, not U-Nets"
@@ -379,7 +412,7 @@ def open_pipeline(
     device: torch.device,
     dtype: torch.dtype | None,
     variant: str | None = None,
-    transformer: Any | None = None,
+    loaded: Mapping[str, Any] | None = None,
 ) -> Any:
     """Load any diffusers pipeline, frozen and quiet, on the CPU still; see :func:`load_pipeline`.
 
@@ -388,7 +421,7 @@ def open_pipeline(
         device: Where it will go.
         dtype: Weights' dtype; float32 on CPU and bfloat16 elsewhere if None.
         variant: In the weights' file names.
-        transformer: Its transformer, if that is there already.
+        loaded: Components that are there already.
 
     Raises:
         ModelError: It cannot be found or loaded.
@@ -408,11 +441,8 @@ def open_pipeline(
     if is_quantised(folder):
         dtype = torch.bfloat16  # which its formats are multiplied in, on a CPU, too
     try:
-        given: dict[str, Any] = dict.fromkeys(absent_parts(folder))
-        if transformer is None:
-            given |= _own_transformer(folder, dtype=dtype, variant=variant)
-        else:
-            given["transformer"] = transformer
+        given: dict[str, Any] = dict.fromkeys(absent_parts(folder)) | dict(loaded or {})
+        given |= _own_transformers(folder, given, dtype=dtype, variant=variant)
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, variant=variant, use_safetensors=True, **given
         )
@@ -429,15 +459,17 @@ def open_pipeline(
     return pipeline
 
 
-def _own_transformer(folder: Path, **options: Any) -> dict[str, Any]:
-    """The transformer of a pipeline whose code went along, by ppcl's own class: no file of the folder is run."""
+def _own_transformers(folder: Path, loaded: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The transformers of a pipeline whose code went along, by ppcl's own class: no file of the folder is run."""
     import diffusers
 
-    if not (folder / "transformer" / f"{MODULE}.py").is_file():
-        return {}
-    library, name = component_entry(folder, "transformer")
-    kind = getattr(diffusers, name, None) if library == MODULE else None
-    return {} if kind is None else {"transformer": kind.from_pretrained(folder, subfolder="transformer", **options)}
+    parts = {}
+    for place in sorted(file.parent for file in folder.glob(f"*/{MODULE}.py")):
+        library, name = component_entry(folder, place.name)
+        kind = getattr(diffusers, name, None) if library == MODULE else None
+        if kind is not None and place.name not in loaded:
+            parts[place.name] = kind.from_pretrained(folder, subfolder=place.name, **options)
+    return parts
 
 
 def check_complete(model: str, transformer: Any) -> None:

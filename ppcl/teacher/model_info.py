@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ppcl.common.artifacts import STRICT, Count, Index
+from ppcl.config.names import TRANSFORMER
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ModelInfo:
             they are not known.
         stored: Bytes of the transformer as it will be written, by its segments
             (:class:`ppcl.student.stored_size.StoredSize`); None: ``bytes_per_param`` for each parameter.
+        component: Its name in the pipeline.
     """
 
     __pydantic_config__ = STRICT
@@ -68,6 +70,7 @@ class ModelInfo:
     weights_digest: str = ""
     first_params: Count = 0
     stored: Any = field(default=None, repr=False, compare=False, metadata={"stored": False})
+    component: str = TRANSFORMER
 
     def stack(self, name: str) -> Stack:
         """Return a stack by its name.

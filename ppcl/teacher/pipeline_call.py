@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ppcl.config import CaptureConfig
+from ppcl.config.names import PREFIX, TRANSFORMER
 from ppcl.errors import ModelError, UserError
 from ppcl.teacher.block_map import RECORD, is_call
 
@@ -44,7 +45,7 @@ _GIVEN = (
 )
 _WAY = (
     "set capture.data to captioned pictures (docs/data.md), and capture.source_column where the picture to start from "
-    "is not the captioned one"
+    "is not the captioned one; or capture.sources to a text-to-image pipeline that draws pictures to start from"
 )
 
 
@@ -329,8 +330,13 @@ def told_in_one_line(pipeline: Any, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def other_transformers(pipeline: Any) -> list[str]:
-    """Names of a pipeline's further transformers, which stay as they are: Wan 2.2 has one for little noise."""
-    kind = type(pipeline.transformer)
-    parts = getattr(pipeline, "components", {}).items()
-    return [n for n, p in parts if n != "transformer" and isinstance(p, nn.Module) and isinstance(p, kind)]
+def other_transformers(pipeline: Any, component: str = TRANSFORMER) -> list[str]:
+    """Names of a pipeline's transformers beside one: Wan 2.2 has one for much noise and one for little."""
+    parts = {n: p for n, p in getattr(pipeline, "components", {}).items() if isinstance(p, nn.Module)}
+    name = stock_name(parts[component]) if component in parts else None
+    return [n for n, part in parts.items() if n != component and stock_name(part) == name]
+
+
+def stock_name(transformer: nn.Module) -> str:
+    """Name of a transformer's class, of one with smaller modules that of the stock one."""
+    return type(transformer).__name__.removeprefix(PREFIX)

@@ -10,7 +10,7 @@ from typing import Any
 from ppcl.common.files import digest, read_json
 from ppcl.common.outside import inside
 from ppcl.common.tensor_files import read_tensor_header, variant_of, weights_variant
-from ppcl.config.names import PREFIX
+from ppcl.config.names import PREFIX, TRANSFORMER
 from ppcl.errors import ArtifactError, ModelError
 
 INDEX = "model_index.json"
@@ -28,9 +28,16 @@ def components(folder: Path) -> dict[str, str]:
     return {name: str(entry[1]) for name, entry in entries if _is_component(name, entry)}
 
 
+def transformers_in(folder: Path) -> list[str]:
+    """Names of a pipeline's transformers: the usual one first, then those of the same class beside it."""
+    kinds = {name: kind.removeprefix(PREFIX) for name, kind in components(folder).items()}
+    kind = kinds.pop(TRANSFORMER, None)
+    return [] if kind is None else [TRANSFORMER, *(name for name in kinds if kinds[name] == kind)]
+
+
 def has_own_class(folder: Path) -> bool:
-    """Whether the transformer of a pipeline folder is of a class of ours, with smaller modules."""
-    return components(folder).get("transformer", "").startswith(PREFIX)
+    """Whether a transformer of a pipeline folder is of a class of ours, with smaller modules."""
+    return any(kind.startswith(PREFIX) for kind in components(folder).values())
 
 
 def _is_component(name: str, entry: Any) -> bool:
@@ -86,16 +93,20 @@ def check_stored(folder: Path) -> None:
 
 def is_quantised(folder: Path) -> bool:
     """Whether a pipeline's transformer is stored quantised, by its config."""
-    return QUANTISED in _read(folder / "transformer" / "config.json")
+    return any(QUANTISED in _read(folder / name / "config.json") for name in transformers_in(folder))
 
 
-def check_trainable(folder: Path) -> None:
+def check_trainable(folder: Path, component: str = TRANSFORMER) -> None:
     """Refuse a transformer that is stored quantised, by its config.
+
+    Args:
+        folder: The pipeline's.
+        component: Which transformer.
 
     Raises:
         ModelError: It is.
     """
-    place = folder / "transformer"
+    place = folder / component
     if settings := _read(place / "config.json").get(QUANTISED):
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
         raise ModelError(

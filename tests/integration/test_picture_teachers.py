@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import PICTURED, small_sources
+from tiny_pipelines import PICTURED, PIPELINES, small_sources
 
 from ppcl import cli
 from ppcl.capture.states import States
 from ppcl.config import CaptureConfig
+from ppcl.errors import UserError
 from ppcl.eval.results import load_evaluation
 
 OPTIONS = (
@@ -92,3 +93,78 @@ def test_what_was_written_loads_and_starts_from_a_picture(compressed, monkeypatc
     call_pipeline(student, [prompt], num_inference_steps=2, output_type="pil", **small)
     card = (compressed.run / "pipeline" / "README.md").read_text()
     assert ("image-to-video" if "Wan" in compressed.kind.__name__ else "image-to-image") in card
+
+
+DRAWN = [option for option in OPTIONS if "source_column" not in option and "sample_every" not in option]
+
+
+def with_sources(model, run, small_config, sources, command="compress", more=()):
+    """Run a command on a teacher whose pictures to start from are drawn; eight calibrate and some evaluate."""
+    options = (*DRAWN, f"capture.sources={sources}", *more)
+    sets = [part for option in options for part in ("--set", option)]
+    return call(command, model, "--out", run, "--config", small_config, "--keep", 0.9, *sets)
+
+
+def rows_of(run):
+    table = run / "calibration" / "sources" / "metadata.jsonl"
+    return [json.loads(line) for line in table.read_text().splitlines()]
+
+
+def test_a_teacher_draws_its_own_sources_and_is_evaluated_on_others(small_config, tmp_path, monkeypatch):
+    from ppcl.eval import generate
+
+    torch.manual_seed(0)
+    PICTURED["flux_kontext"]().save_pretrained(tmp_path / "model")
+    run, call_pipeline = tmp_path / "run", generate.call_pipeline
+
+    def stopped(*arguments, **more):
+        if (run / "calibration" / "sources" / "0003.png").is_file():
+            raise UserError("stopped")
+        return call_pipeline(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "call_pipeline", stopped)
+        assert with_sources(tmp_path / "model", run, small_config, "teacher") == 2
+    first = (run / "calibration" / "sources" / "0000.png").stat().st_mtime_ns
+    assert with_sources(tmp_path / "model", run, small_config, "teacher") == 0
+    assert (run / "calibration" / "sources" / "0000.png").stat().st_mtime_ns == first
+    rows = rows_of(run)
+    shown = json.loads((run / "calibration" / "sources" / "prompts.json").read_text())["prompts"]
+    assert len(rows) == 10 and all(row["text"] != text for row, text in zip(rows, shown, strict=True))
+    by_text = {row["text"]: row["file_name"] for row in rows}
+    drawn = json.loads((run / "eval" / "student" / "seed-0" / "prompts.json").read_text())
+    assert drawn["pictures"] == [by_text[text] for text in drawn["prompts"]]
+    marks = [mark for split in ("train", "held-out") for mark in States(run / "calibration", split).marks.values()]
+    calibrated = {mark.prompt for mark in marks}
+    assert len(calibrated) == 8 and not calibrated & set(drawn["prompts"])
+    evaluated = call(
+        "evaluate", run, "--out", tmp_path / "judged", "--set", "evaluate.teacher_seeds=1", "--set", "device=cpu"
+    )
+    assert evaluated == 0
+    judged = json.loads((tmp_path / "judged" / "pictures" / "student" / "seed-0" / "prompts.json").read_text())
+    assert judged["pictures"] == drawn["pictures"]
+
+
+def test_another_pipeline_draws_first_frames(small_config, tmp_path, capsys):
+    torch.manual_seed(0)
+    PICTURED["wan_image_to_video"]().save_pretrained(tmp_path / "model")
+    PIPELINES["flux"]().save_pretrained(tmp_path / "drawer")
+    model, run = tmp_path / "model", tmp_path / "run"
+    assert with_sources(model, run, small_config, "teacher", "capture") == 2
+    assert "WanImageToVideoPipeline does not draw from a prompt alone; name a text-to-image" in capsys.readouterr().err
+    assert with_sources(tmp_path / "drawer", run, small_config, "teacher", "capture") == 2
+    assert "FluxPipeline starts from no picture, so capture.sources has no use" in capsys.readouterr().err
+    assert with_sources(model, run, small_config, "teacher", "capture", [f"capture.data={tmp_path}"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+    assert with_sources(model, run, small_config, tmp_path / "drawer", "capture") == 0
+    shown = json.loads((run / "calibration" / "sources" / "prompts.json").read_text())["prompts"]
+    assert [row["text"] for row in rows_of(run)] == shown
+    with Image.open(run / "calibration" / "sources" / "0000.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_an_editing_teacher_that_needs_a_picture_is_tried_once(small_config, tmp_path, capsys):
+    torch.manual_seed(0)
+    PICTURED["qwen_edit"]().save_pretrained(tmp_path / "model")
+    assert with_sources(tmp_path / "model", tmp_path / "run", small_config, "teacher", "capture") == 2
+    assert "QwenImageEditPipeline does not draw from a prompt alone; name a text-to-image" in capsys.readouterr().err

@@ -367,8 +367,8 @@ def test_an_unknown_option_is_refused() -> None:
     assert not getattr(pipe.transformer, "peft_config", {})
 
 
-def test_a_lora_of_the_second_expert_goes_there() -> None:
-    """Wan 2.2: LoRAs come in pairs, and the second transformer has all its blocks."""
+def two_experts(*compressed: int) -> tuple[Any, Any]:
+    """A Wan 2.2 pipeline of which some transformers have one block for 1-3, and the teacher of each."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
     def transformer() -> Any:
@@ -378,15 +378,36 @@ def test_a_lora_of_the_second_expert_goes_there() -> None:
         )  # fmt: skip
 
     teacher = transformer()
-    first = student_of(teacher, [("blocks", 1, 3)])
-    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), first, transformer(), boundary_ratio=0.7)
-    tensors = lora_for(teacher, ("attn1.to_q",))
+    parts = [student_of(transformer(), [("blocks", 1, 3)]) if n in compressed else transformer() for n in (1, 2)]
+    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), *parts, boundary_ratio=0.7)
+    return pipe, teacher
+
+
+def test_a_lora_of_the_second_expert_goes_there() -> None:
+    """Wan 2.2: LoRAs come in pairs, and the second transformer has all its blocks."""
+    pipe, teacher = two_experts(1)
+    first, tensors = pipe.transformer, lora_for(teacher, ("attn1.to_q",))
     report = load_lora(pipe, tensors, adapter_name="low", load_into_transformer_2=True)
     assert list(pipe.transformer_2.peft_config) == ["low"]
     assert not getattr(first, "peft_config", {})
     assert (len(report.other), report.dropped) == (len(tensors), ())
     load_lora(pipe, tensors, adapter_name="high")
     assert list(first.peft_config) == ["high"] and list(pipe.transformer_2.peft_config) == ["low"]
-    pipe.transformer_2.register_to_config(_ppcl={"kept_blocks": {}})
-    with pytest.raises(UserError, match="the transformer_2 of WanPipeline was compressed"):
-        load_lora(pipe, tensors, adapter_name="other", load_into_transformer_2=True)
+
+
+def test_a_lora_of_a_compressed_second_expert_goes_to_its_blocks(tmp_path: Path) -> None:
+    """Each transformer is bridged by its own record; one that has all its blocks takes a LoRA as it is."""
+    pipe, teacher = two_experts(2)
+    tensors = lora_for(teacher, ("attn1.to_q",))
+    assert kept_blocks(pipe, "transformer_2") == {"blocks": [0, [1, 3], 4, 5]}
+    report = load_lora(pipe, tensors, adapter_name="low", load_into_transformer_2=True)
+    assert list(pipe.transformer_2.peft_config) == ["low"] and not getattr(pipe.transformer, "peft_config", {})
+    assert ("blocks.5", "blocks.3") in report.moved and len(report.dropped) == 6
+    layer = pipe.transformer_2.blocks[3].attn1.to_q
+    torch.testing.assert_close(layer.lora_A["low"].weight, tensors["transformer.blocks.5.attn1.to_q.lora_A.weight"])
+    report = load_lora(pipe, tensors, adapter_name="high")
+    assert list(pipe.transformer.peft_config) == ["high"] and len(report.other) == len(tensors)
+    save_file(tensors, tmp_path / "low.safetensors")
+    convert_lora(tmp_path / "low.safetensors", tmp_path / "new.safetensors", pipe, component="transformer_2")
+    pipe.load_lora_weights(tmp_path / "new.safetensors", adapter_name="again", load_into_transformer_2=True)
+    torch.testing.assert_close(layer.lora_A["again"].weight, layer.lora_A["low"].weight)

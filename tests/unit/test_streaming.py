@@ -196,11 +196,7 @@ def test_text_encoders_come_to_a_gpu_layer_by_layer_and_the_rest_goes_there(monk
     monkeypatch.setattr(hooks, "apply_group_offloading", apply)
     monkeypatch.setattr(torch.nn.Linear, "to", lambda module, device: moved.append((module, device)))
     encoder, vae = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    for name, component, device in (
-        ("text_encoder_2", encoder, gpu),
-        ("vae", vae, gpu),
-        ("text_encoder", encoder, CPU),
-    ):
-        streaming._place(name, component, device)
+    for component, device, is_large in ((encoder, gpu, True), (vae, gpu, False), (encoder, CPU, True)):
+        streaming._place(component, device, is_large)
     assert offloaded == [(encoder, gpu, CPU, "leaf_level")]
     assert moved == [(vae, gpu), (encoder, CPU)]
