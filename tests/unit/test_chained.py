@@ -104,3 +104,4 @@ def test_training_that_leads_away_from_the_teacher_is_undone(rate: float, tmp_pa
     )
     assert kept == (rate > 1) == ("the start is kept" in caplog.text)
     assert bool(bundle.tuned) != kept
+    assert (tmp_path / "bundle" / "bundle.json").is_file()

@@ -237,6 +237,7 @@ def test_parts_of_a_batch_train_what_the_whole_does(tmp_path: Path) -> None:
 def test_a_start_that_is_kept_is_what_few_steps_go_on_from(tmp_path: Path) -> None:
     found = train(tmp_path, "kept", output_learning_rate=1.0, warmup_steps=0)
     recovered = tmp_path / "kept" / "recovered"
+    assert (recovered / "substitutes.safetensors").exists()
     assert not (recovered / "tuned.safetensors").exists()  # training led away: the untrained start
     assert any(name.startswith("tuned/") for name in found)  # and few steps trained all of it
 
