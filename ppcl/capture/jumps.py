@@ -29,7 +29,7 @@ from ppcl.config.few_steps import FewStepsConfig
 from ppcl.errors import ModelError
 from ppcl.teacher.block_map import SCALES
 from ppcl.teacher.calls import Call
-from ppcl.teacher.pipeline_call import call_pipeline, guidance_arguments, without_guidance
+from ppcl.teacher.pipeline_call import call_pipeline, guidance_arguments, other_transformers, without_guidance
 
 SAMPLER = "FlowMatchEulerDiscreteScheduler"
 CALL = "call.json"  # beside the trajectories: what the student's pipeline is to be called with
@@ -77,8 +77,13 @@ def check_few_steps(pipeline: Any, prompts: Sequence[str], settings: CaptureConf
     """Draw one prompt in few steps, to find what keeps a teacher from being learned from, before hours of work.
 
     Raises:
-        ModelError: See :func:`record_jumps`.
+        ModelError: It draws with two transformers; also see :func:`record_jumps`.
     """
+    if others := other_transformers(pipeline):
+        raise ModelError(
+            f"distill.few_steps: {type(pipeline).__name__} draws with {others[0]}, too, and one transformer alone "
+            "cannot learn all steps; leave distill.few_steps out"
+        )
     record_jumps(pipeline, prompts[:1], 0, 0, settings, few.model_copy(update={"teacher_steps": 1}))
 
 

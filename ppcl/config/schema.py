@@ -506,6 +506,20 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _first_transformer_for_what_knows_no_other(self) -> RunConfig:
+        asked = {
+            "plan.recover": self.plan.recover,
+            "distill.few_steps": self.distill.few_steps.num_inference_steps,
+            "export.quantize": self.export.quantize != "none",
+        }
+        if self.capture.component != TRANSFORMER and (names := [name for name, on in asked.items() if on]):
+            raise ValueError(
+                f"{', '.join(names)} with capture.component={self.capture.component}: known of {TRANSFORMER!r} alone; "
+                "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rounds_on_recorded_states(self) -> RunConfig:
         if self.distill.fresh and self.plan.rounds > 1:
             raise ValueError(

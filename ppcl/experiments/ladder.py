@@ -13,7 +13,7 @@ from ppcl.common.files import digest, file_digest
 from ppcl.common.folders import check_apart
 from ppcl.config import ExportConfig
 from ppcl.config.names import TRANSFORMER
-from ppcl.errors import ArtifactError
+from ppcl.errors import ArtifactError, ConfigError
 from ppcl.eval.report import write_report
 from ppcl.experiments.noise import READING, is_alike, without_items
 from ppcl.experiments.runner import MEASURES, RowRunner
@@ -60,6 +60,7 @@ def export_size(
     Raises:
         ArtifactError: The folder is no run with a bundle, or ``out`` is there already, or lies in what is read.
         BudgetError: The bundle does not reach the budget.
+        ConfigError: The settings are not for the transformer of that run.
     """
     if not (folder / "bundle" / "bundle.json").is_file():
         raise ArtifactError(f"{folder} has no bundle; run ppcl distill (or compress) first")
@@ -71,6 +72,11 @@ def export_size(
     check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
     plan = read_plan(folder / "bundle")
     component = plan.model.component
+    if component != TRANSFORMER and settings.quantize != "none":
+        raise ConfigError(
+            f"export.quantize={settings.quantize}: known of {TRANSFORMER!r} alone, not of {component} of {folder}; "
+            "leave it out"
+        )
     check_source(model, component)
     check_teacher(plan, model, folder / "bundle")
     pipeline = load_pipeline(model, resolve_device(device), component=component)

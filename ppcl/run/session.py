@@ -317,7 +317,7 @@ class Session:
         candidates.check_blocks(analysis.model)
         settings = settings or self.config.plan
         if settings.uniform_width:
-            config, _ = read_config(self.model)
+            config, _ = read_config(self.model, self.component)
             candidates = with_stock_widths(candidates, analysis.model, build_on_meta(config), self.adapter)
         analysis = self._counted_as_stored(analysis)
         return Context(
@@ -339,7 +339,7 @@ class Session:
         from ppcl.teacher.families import adapter_for
         from ppcl.teacher.loading import fetch_files
 
-        bare = without_weights(fetch_files(self.model), torch.bfloat16)
+        bare = without_weights(fetch_files(self.model), torch.bfloat16, self.component)
         stored = StoredSize(bare, adapter_for(bare), self.config.planned_format)
         return replace(analysis, model=replace(analysis.model, stored=stored))
 

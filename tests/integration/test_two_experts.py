@@ -161,6 +161,11 @@ def test_what_cannot_be_is_one_line(
     refuses("compress", tiny_model, *common, "--component", "transformer_2", says=("no transformer 'transformer_2'",))
     refuses("compress", teacher, *common, "--component", "both", "--rounds", 2, says=("plan.rounds", "leave one"))
     refuses("capture", teacher, *common, "--set", "capture.component=both", says=("ppcl compress alone",))
+    second = (*common, "--component", "transformer_2")
+    for setting in ("plan.recover=2", "distill.few_steps.num_inference_steps=2", "export.quantize=nf4"):
+        name = setting.partition("=")[0].removesuffix(".num_inference_steps")
+        refuses("compress", teacher, *second, "--set", setting, says=(name, "component=transformer_2", "leave"))
+        refuses("compress", teacher, *common, "--component", "both", "--set", setting, says=(name, "=both", "leave"))
     refuses("inspect", tiny_model, "--component", "both", says=("has 1 transformer,",))
     refuses("inspect", teacher, "--component", "transformer_3", says=("no transformer 'transformer_3'",))
     assert not (tmp_path / "run").exists()
