@@ -41,7 +41,8 @@ pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True
 assert "PPCLWanTransformer3DModel" in (type(pipeline.transformer).__name__, type(pipeline.transformer_2).__name__)
 pipeline.set_progress_bar_config(disable=True)
 numpy.save(sys.argv[2], pipeline("red cat", height=16, width=16, num_frames=1, num_inference_steps=4,
-                                 generator=torch.Generator().manual_seed(0), output_type="np").frames)
+                                 max_sequence_length=16, output_type="np",
+                                 generator=torch.Generator().manual_seed(0)).frames)
 """
 
 
@@ -69,7 +70,7 @@ def drawn(folder: Path) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         "red cat", height=16, width=16, num_frames=1, num_inference_steps=4, output_type="np",
-        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=16, generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
 
 
