@@ -1,10 +1,10 @@
 """Settings: what there is (:mod:`ppcl.config.schema`), and how they are read (:mod:`ppcl.config.load`)."""
 
+from ppcl.config.distill import DistillConfig
 from ppcl.config.load import for_model, load_config, merge, parse_override, parse_seeds, parse_size
 from ppcl.config.schema import (
     AnalyzeConfig,
     CaptureConfig,
-    DistillConfig,
     EvaluateConfig,
     ExportConfig,
     FitConfig,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from inspect import get_annotations
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,12 +19,27 @@ SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def settings_reference() -> str:
-    """A table for the run and for each section, in Markdown."""
-    text = [markdown_table(HEADER, _rows(RunConfig), numbers=False)]
+    """A table for the run and for each subject of each section, in Markdown."""
+    text = [markdown_table(HEADER, [*_rows(RunConfig, RunConfig.model_fields)], numbers=False)]
     for name, section in _sections(RunConfig).items():
-        text += [f"## {name}", (section.__doc__ or "").strip().splitlines()[0]]
-        text.append(markdown_table(HEADER, _rows(section, f"{name}."), numbers=False))
+        text += [f"## {name}", _about(section)]
+        for subject, rows in _subjects(section, f"{name}."):
+            text += [f"### {subject}"] * bool(subject) + [markdown_table(HEADER, rows, numbers=False)]
     return "\n\n".join(text)
+
+
+def _about(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip().splitlines()[0]
+
+
+def _subjects(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """A section's rows by subject: its own first, then those of each class that it is put together from or holds."""
+    for kind in (section, *(base for base in reversed(section.__mro__) if base is not section)):
+        names = get_annotations(kind).keys() & section.model_fields.keys()
+        if rows := list(_rows(section, names, prefix)):
+            yield "" if kind is section else _about(kind).rstrip("."), rows
+    for name, kind in _sections(section).items():
+        yield _about(kind).rstrip("."), list(_rows(kind, kind.model_fields, f"{prefix}{name}."))
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -32,20 +48,12 @@ def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
-def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
-    """A row a setting; a section inside a section brings its own."""
-    sections = _sections(model)
+def _rows(model: type[BaseModel], names: Collection[str], prefix: str = "") -> Iterator[list[str]]:
+    """A row for each of some settings; sections inside a section are none."""
     for name, field in model.model_fields.items():
-        if name not in sections:
-            means = field.description or ""
-            yield [
-                f"`{prefix}{name}`",
-                f"`{_written(field.get_default(call_default_factory=True))}`",
-                _values(field),
-                means,
-            ]
-        elif prefix:
-            yield from _rows(sections[name], f"{prefix}{name}.")
+        if name in names and name not in _sections(model):
+            default = _written(field.get_default(call_default_factory=True))
+            yield [f"`{prefix}{name}`", f"`{default}`", _values(field), field.description or ""]
 
 
 def _written(value: Any) -> str:
