@@ -45,7 +45,7 @@ def test_a_run_in_fp32_has_a_teacher_in_float32(
 ) -> None:
     """Substitutes are float32: without autocast they and a bfloat16 teacher do not go together."""
     given: list[torch.dtype] = []
-    monkeypatch.setattr(teacher_module, "load_pipeline", lambda *args: given.append(args[2]))
+    monkeypatch.setattr(teacher_module, "load_pipeline", lambda *args, **_: given.append(args[2]))
     run = Run("emoji", tmp_path / "run", load_config([], [f"precision={precision}", "device=cpu", "blocks=resident"]))
     run.device = torch.device(device)
     assert run.teacher is None

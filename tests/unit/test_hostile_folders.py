@@ -128,7 +128,13 @@ def test_capture_writes_not_into_the_pictures_that_it_reads(tmp_path: Path) -> N
     tiny, data = model_folder(tmp_path / "tiny"), tmp_path / "data"
     data.mkdir()
     config = load_config([], [f"capture.data={data}"])
-    common: dict[str, Any] = {"config": config, "model": str(tiny), "teacher": None, "first": None}
+    common: dict[str, Any] = {
+        "component": "transformer",
+        "config": config,
+        "model": str(tiny),
+        "teacher": None,
+        "first": None,
+    }
     session: Any = SimpleNamespace(**common, out=data / "run", is_pictured=False)
     with pytest.raises(ArtifactError, match=r"data/run lies in .*data, which is read"):
         STAGES["capture"].prepare(session)

@@ -34,7 +34,7 @@ def fake_run(folder: Path, config: RunConfig) -> Any:
     transformer = tiny_qwen(4)
     teacher = SimpleNamespace(transformer=transformer)
     more = {"identity": "x", "evaluation_prompts": ["a"], "model": "m", "device": "cpu", "depends": lambda stage: stage}
-    more["keep_whole"] = lambda: None
+    more |= {"keep_whole": lambda: None, "transformer": transformer, "component": "transformer"}
     found = SimpleNamespace(config=config, out=folder, teacher=teacher, adapter=adapter_for(transformer), **more)
     found.calibration = folder / "calibration"
     found.with_config = lambda config: found
