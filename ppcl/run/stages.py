@@ -180,7 +180,7 @@ def _choose_plans(session: Session) -> list[CompressionPlan]:
     settings, context = session.config.plan, session.search_context()
     plans = [choose(settings.mode, context, announce)]
     if settings.recover:
-        session.config.recovery(settings.recover_steps)
+        session.config.recovery(settings.recover_steps)  # settings that do not fit together are refused here
         others = best_plans(context.analysis, context.candidates, settings, settings.recover)
         plans += [p for p in (checked(other, context) for other in others) if p.stacks != plans[0].stacks]
         if len(plans) == 1:
