@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ppcl.errors import UserError
@@ -32,3 +34,12 @@ def real_reference(model: str, extractor: FeatureExtractor) -> tuple[Reference, 
 
     pictures = torch.from_numpy(load_pictures(load_pairs())).permute(0, 3, 1, 2).contiguous()
     return reference_of(extractor.image_features(pictures)), "real pictures"
+
+
+def drawn_before(model: str) -> Path | None:
+    """The store of pictures that comes with a model: of the embedded one, what its default evaluation draws."""
+    if model != "emoji":
+        return None
+    from ppcl.emoji.data import DRAWN
+
+    return DRAWN

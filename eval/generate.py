@@ -28,12 +28,12 @@ from ppcl.common.pictures import BadPicture, open_picture
 from ppcl.common.progress import Progress
 from ppcl.common.streams import Stream, step_generator
 from ppcl.errors import ArtifactError, UserError
+from ppcl.eval.drawn import SETTINGS_FILE, set_of, unpack
 from ppcl.teacher.pipeline_call import PicturedPrompt, call_pipeline
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-SETTINGS_FILE = "prompts.json"
 
 
 def picture_generator(seed: int, index: int) -> torch.Generator:
@@ -164,6 +164,24 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
+def picture_settings(
+    model: str, prompts: Sequence[str], seed: int, num_inference_steps: int, call_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that a set of pictures depends on, as it stands beside them; for the arguments see ``generate``."""
+    settings: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "prompts": list(prompts),
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "kwargs": {key: value for key, value in call_kwargs.items() if value is not None},
+    }
+    if isinstance(prompts[0], PicturedPrompt):
+        settings["pictures"] = [getattr(prompt, "name", None) for prompt in prompts]
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
 def generate(
     pipeline: Any,
     prompts: Sequence[str],
@@ -175,6 +193,7 @@ def generate(
     call_kwargs: dict[str, Any],
     label: str,
     model: str = "",
+    drawn: Path | None = None,
 ) -> list[Path]:
     """Draw every prompt once; pictures that are there already are kept.
 
@@ -189,6 +208,8 @@ def generate(
             pipeline does not take is ignored with a warning, None means the pipeline's default. Steps in it count.
         label: Shown beside the progress bar.
         model: Identifies the weights; a folder of another model's pictures is refused.
+        drawn: A store of sets that were drawn before (:mod:`ppcl.eval.drawn`); one of the same settings is taken
+            from there.
 
     Returns:
         The pictures' paths, in the order of the prompts.
@@ -200,18 +221,11 @@ def generate(
         raise UserError(f"nothing to draw: {len(prompts)} prompts, batch size {batch_size}; give at least one of each")
     folder = Path(folder)
     num_inference_steps, call_kwargs = steps_of(num_inference_steps, call_kwargs)
-    settings = {
-        "schema_version": SCHEMA_VERSION,
-        "model": model,
-        "prompts": list(prompts),
-        "seed": seed,
-        "num_inference_steps": num_inference_steps,
-        "kwargs": {key: value for key, value in call_kwargs.items() if value is not None},
-    }
-    if isinstance(prompts[0], PicturedPrompt):
-        settings["pictures"] = [getattr(prompt, "name", None) for prompt in prompts]
-    _claim(folder, json.loads(json.dumps(settings)))
+    settings = picture_settings(model, prompts, seed, num_inference_steps, call_kwargs)
+    _claim(folder, settings)
     paths = [folder / f"{index:04d}.png" for index in range(len(prompts))]
+    if (known := set_of(drawn, settings)) and not all(map(_is_readable, paths)):
+        unpack(known, paths)
     kwargs = accepted_kwargs(pipeline, call_kwargs)
     with Progress(label, total=len(prompts)) as progress, quiet(pipeline):
         for start in range(0, len(prompts), batch_size):

@@ -20,11 +20,13 @@ from torch import Tensor
 from ppcl.capture.prompts import cut_note, of_beginnings
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.trajectories import record_calls
+from ppcl.common.files import read_json
 from ppcl.common.streams import Stream, step_generator
 from ppcl.config import RunConfig
 from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ModelError
 from ppcl.eval.costs import Call, Costs, costs, denoiser_of, transformer_call
+from ppcl.eval.drawn import SETTINGS_FILE, set_of
 from ppcl.eval.features import FeatureExtractor, cut_texts
 from ppcl.eval.fid import FeatureStatistics
 from ppcl.eval.fidelity import pair_measures
@@ -134,6 +136,7 @@ class Judge:
             one.
         cache: Folder that keeps features by content; None keeps none.
         statistics: Gets mean and covariance of the reference as ``.npz``; None for nowhere.
+        drawn: A store of pictures that were drawn before, see :mod:`ppcl.eval.drawn`.
     """
 
     def __init__(
@@ -145,7 +148,9 @@ class Judge:
         reference: tuple[Reference, str] | None = None,
         cache: Path | None = None,
         statistics: Path | None = None,
+        drawn: Path | None = None,
     ) -> None:
+        self.drawn = drawn
         self.pictures, self.prompts, self.config, self.settings = pictures, list(prompts), config, config.evaluate
         self.extractor, self.cache, self.statistics = extractor, cache, statistics
         self.notes: list[str] = []
@@ -196,7 +201,12 @@ class Judge:
             call_kwargs=kwargs,
             label=f"{entrant.label}, seed {seed}",
             model=entrant.identity,
+            drawn=self.drawn,
         )
+        if set_of(self.drawn, read_json(paths[0].parent / SETTINGS_FILE)):
+            self.note(
+                f"the {entrant.label}'s pictures come with ppcl: drawn once with these weights, prompts and noise"
+            )
         cache = self.cache / f"{entrant.label}-{seed}.safetensors" if self.cache else None
         return paths, describe(paths, self.extractor, cache, f"{entrant.label}, seed {seed}: features")
 

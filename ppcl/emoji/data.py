@@ -24,6 +24,7 @@ from ppcl.common.files import read_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DATA = ASSETS / "data"
+DRAWN = ASSETS / "drawn"  # pictures of the embedded teacher
 TILE = 64  # pixels of a baked tile
 SIZE = 48  # pixels that the embedded teacher draws
 PLAIN = "white"  # the ground that captions do not name

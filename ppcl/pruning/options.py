@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as wall_clock
 
 from ppcl.analysis.artifacts import Analysis, StackAnalysis
@@ -36,7 +35,7 @@ from ppcl.teacher.families import StackSpec
 from ppcl.teacher.flops import count_flops, count_params
 from ppcl.teacher.trace import BlockCall
 
-ROUNDS = 7  # in which what is large and what is smaller are timed in turn, two calls each
+ROUNDS = 9  # in which what is large and what is smaller are timed in turn
 
 
 @dataclass(frozen=True)
@@ -296,9 +295,16 @@ def saved_time(transformer: nn.Module, student: nn.Module, arguments: dict[str, 
 @torch.no_grad()
 def _saved_share(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
     """The share of the first call's time that the second one saves; 0 or more and below 1."""
-    threads = torch.get_num_threads()
-    clock = time.process_time if threads == 1 and device.type == "cpu" else wall_clock
-    timers = [Timer("call()", globals={"call": call}, num_threads=threads, timer=clock) for call in calls]
-    times = [[timer.timeit(2).mean for timer in timers] for _ in range(ROUNDS)]
-    before, after = (min(column) for column in zip(*times, strict=True))
+    clock = time.process_time if torch.get_num_threads() == 1 and device.type == "cpu" else wall_clock
+
+    def seconds(call: Callable[[], Any]) -> float:
+        began = clock()
+        call()
+        return clock() - began
+
+    for call in calls:
+        call()  # the first one fills caches
+    before, after = (
+        min(column) for column in zip(*([seconds(call) for call in calls] for _ in range(ROUNDS)), strict=True)
+    )
     return float(min(0.99, max(0.0, 1 - after / before)))

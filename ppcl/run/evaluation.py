@@ -15,7 +15,7 @@ from ppcl.capture.states import States
 from ppcl.common.files import digest, file_digest
 from ppcl.common.tensor_files import weights_variant
 from ppcl.eval.command import track
-from ppcl.eval.feature_choice import real_reference
+from ppcl.eval.feature_choice import drawn_before, real_reference
 from ppcl.eval.judge import TIMES_OF_STREAMED, Entrant, Judge, Side, described
 from ppcl.eval.models import with_transformer
 from ppcl.eval.results import Comparison, Evaluation, ModelResult, save_evaluation
@@ -57,7 +57,8 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
     count = settings.velocity_states
     extractor = session.extractor
     reference = real_reference(origin.model, extractor)
-    judge = Judge(session.out / "eval", session.evaluation_prompts, session.config, extractor, reference)
+    drawn, prompts = drawn_before(origin.model), session.evaluation_prompts
+    judge = Judge(session.out / "eval", prompts, session.config, extractor, reference, drawn=drawn)
     judge.note(session.feature_note)
     if is_streamed:
         judge.note(TIMES_OF_STREAMED)
@@ -88,7 +89,7 @@ def evaluate_session(session: Session, student: Any) -> Evaluation:
         measure = cost.memory_measure
     result = judge.result(models, comparisons, measure)
     save_evaluation(result, session.out / "eval")
-    track(session.tracker, result, session.out / "eval", session.evaluation_prompts)
+    track(session.tracker, result, session.out / "eval", prompts)
     return result
 
 
