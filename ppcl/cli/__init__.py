@@ -349,12 +349,15 @@ def teacher(
     lora: Annotated[list[str] | None, typer.Option("--lora", help="fold it in; may be given several times")] = None,
     lora_scale: Annotated[float, typer.Option("--lora-scale", help="of each --lora")] = 1.0,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")] = "auto",
+    trim: Annotated[
+        bool, typer.Option("--trim-text-encoders", help="leave out their last layers, as far as nothing reads them")
+    ] = False,
 ) -> None:
     """Put together a pipeline that can be compressed: of one file, a GGUF, quantised weights, with LoRAs folded in."""
     quiet_libraries()
     from ppcl.export.assembled import assemble_teacher
 
-    typer.echo(f"ppcl compress {assemble_teacher(model, out, base, lora or [], lora_scale, dtype)} --out RUN")
+    typer.echo(f"ppcl compress {assemble_teacher(model, out, base, lora or [], lora_scale, dtype, trim)} --out RUN")
 
 
 @_command

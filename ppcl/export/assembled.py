@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from ppcl.common.files import atomic_path, read_mapping, write_json
 from ppcl.common.folders import check_apart, check_claim
 from ppcl.common.tensor_files import read_tensor_header
+from ppcl.config.names import TRANSFORMER
 from ppcl.errors import ConfigError, ModelError, UserError, shortened
 from ppcl.export.pipeline import DTYPES, INDEX, hide_folders, write_components
+from ppcl.export.text_encoders import trim_text_encoders
 from ppcl.modules.remote_code import name_class
 from ppcl.teacher.loading import (
     LOADING_ERRORS,
@@ -37,14 +39,20 @@ from ppcl.teacher.loading import (
     read_index,
     source_name,
 )
-from ppcl.teacher.stored import QUANTISED, check_weight_names
+from ppcl.teacher.stored import QUANTISED, check_weight_names, is_quantised
 
 logger = logging.getLogger(__name__)
 PREFIX = "model.diffusion_model."  # of ComfyUI's and the original checkpoints
 
 
 def assemble_teacher(
-    model: str, out: Path, base: str | None = None, loras: Sequence[str] = (), scale: float = 1.0, dtype: str = "auto"
+    model: str,
+    out: Path,
+    base: str | None = None,
+    loras: Sequence[str] = (),
+    scale: float = 1.0,
+    dtype: str = "auto",
+    trim: bool = False,
 ) -> Path:
     """Write a pipeline folder that can be compressed.
 
@@ -56,6 +64,8 @@ def assemble_teacher(
         loras: Files or hub ids of LoRAs, which are folded into the transformer's weights.
         scale: Of the LoRAs.
         dtype: Of the transformer's weights; ``auto``: as they are stored, those that are quantised bfloat16.
+        trim: Leave out layers of the text encoders that no embedding depends on
+            (:func:`ppcl.export.text_encoders.trim_text_encoders`).
 
     Returns:
         ``out``.
@@ -76,27 +86,52 @@ def assemble_teacher(
     source = _base_folder(base or model, is_quantised=is_pipeline)
     check_apart(out, [source, *([place] if place.is_dir() else [])])
     check_claim(out, INDEX, "a pipeline")
+    transformer = None
+    if not (is_pipeline and trim and not loras and dtype == "auto" and not is_quantised(source)):
+        transformer = _transformer(model, source, is_pipeline, loras, scale, dtype, trim)
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        write_components(None, source, temporary, component="" if transformer is None else TRANSFORMER)
+        if transformer is not None:
+            transformer.save_pretrained(temporary / TRANSFORMER)
+            config = temporary / TRANSFORMER / "config.json"
+            write_json(config, {key: value for key, value in read_mapping(config).items() if key != QUANTISED})
+            name_class(temporary, type(transformer).__name__, False)
+        if trim:
+            _trim(temporary)
+        hide_folders(temporary, source_name(base or model))
+        check_folder(temporary)
+    return out
+
+
+def _transformer(
+    model: str, source: Path, is_pipeline: bool, loras: Sequence[str], scale: float, dtype: str, trim: bool
+) -> Any:
+    """The transformer of plain weights, with LoRAs folded in."""
     with _one_line(
         f"the transformer of {model} cannot be loaded", ModelError, "check the file, and that it is of --base"
     ):
-        transformer = _load(source / "transformer" if is_pipeline else place, source, DTYPES.get(dtype))
+        transformer = _load(source / TRANSFORMER if is_pipeline else Path(model), source, DTYPES.get(dtype))
     was_plain = not _multiply_out(transformer)
-    if is_pipeline and was_plain and not loras:
-        raise ConfigError(f"{model} is a pipeline of plain weights already; compress it as it is, or add --lora")
+    if is_pipeline and was_plain and not loras and not trim:
+        raise ConfigError(
+            f"{model} is a pipeline of plain weights already; compress it as it is, or add --lora or "
+            "--trim-text-encoders"
+        )
     _check_weights(model, transformer)
     for lora in loras:
         _fold(transformer, source, lora, scale)
     _say_differences(transformer, source)
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
-        write_components(None, source, temporary)
-        transformer.save_pretrained(temporary / "transformer")
-        config = temporary / "transformer" / "config.json"
-        write_json(config, {key: value for key, value in read_mapping(config).items() if key != QUANTISED})
-        name_class(temporary, type(transformer).__name__, False)
-        hide_folders(temporary, source_name(base or model))
-        check_folder(temporary)
-    return out
+    return transformer
+
+
+def _trim(folder: Path) -> None:
+    """Make the text encoders shorter, and say what became of them."""
+    shorter = trim_text_encoders(folder)
+    for name, (before, after) in shorter.items():
+        logger.warning("%s: %d of %d layers are read; the others are left out", name, after, before)
+    if not shorter:
+        logger.warning("all layers of the text encoders are read: they stay as they are")
 
 
 def _base_folder(base: str, is_quantised: bool) -> Path:
@@ -122,7 +157,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
     """Load a transformer of the class that the base pipeline's index names."""
     import diffusers
 
-    library, name = component_entry(source, "transformer")
+    library, name = component_entry(source, TRANSFORMER)
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"{source} has a transformer of {library}.{name}; ppcl takes those of diffusers")
@@ -131,7 +166,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
     if not hasattr(kind, "from_single_file"):
         raise ModelError(f"diffusers reads no single file of {name}; save the transformer as a folder first")
     with torch.device("meta"):
-        expected = kind.from_config(kind.load_config(source / "transformer")).state_dict()
+        expected = kind.from_config(kind.load_config(source / TRANSFORMER)).state_dict()
     options: dict[str, Any] = {"config": str(source), "subfolder": "transformer"}
     if place.suffix == ".gguf":
         from diffusers import GGUFQuantizationConfig
@@ -148,7 +183,7 @@ def _load(place: Path, source: Path, dtype: torch.dtype | None) -> Any:
     _check_size(place, sum(math.prod(header[name]["shape"]) for name in names), expected)
     with safe_open(place, "pt") as file:
         tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-    return kind.from_single_file(tensors, dtype=dtype or dtype_in(source / "transformer"), **options)
+    return kind.from_single_file(tensors, dtype=dtype or dtype_in(source / TRANSFORMER), **options)
 
 
 def _size_of_gguf(path: Path) -> int:
@@ -220,7 +255,7 @@ def _fold(transformer: Any, source: Path, lora: str, scale: float) -> None:
 
 def _say_differences(transformer: Any, source: Path) -> None:
     """Say where the config is another one than the base's."""
-    base = read_mapping(source / "transformer" / "config.json", ModelError)
+    base = read_mapping(source / TRANSFORMER / "config.json", ModelError)
     ours = {key: value for key, value in transformer.config.items() if not key.startswith("_") and key != QUANTISED}
     known = json.loads(json.dumps(ours, default=str))
     words = [f"{key} {base[key]} -> {value}" for key, value in known.items() if key in base and base[key] != value]
