@@ -16,7 +16,7 @@ def _resident(field: str) -> int:
 
 @contextlib.contextmanager
 def bounded(seconds: float = 10, memory: float = 2e9) -> Iterator[None]:
-    """Interrupt a block that works for over ``seconds``, or waits for over three times that; bound its memory.
+    """Interrupt a block that works for over ``seconds``, or waits for over ten times that; bound its memory.
 
     Work is processor time, which other processes on a busy machine do not add to. Memory is how far the peak of
     resident memory lies above what there was, in bytes: what earlier tests needed does not count.
@@ -25,7 +25,7 @@ def bounded(seconds: float = 10, memory: float = 2e9) -> Iterator[None]:
     def late(number: int, _: object) -> None:
         raise AssertionError(f"{signal.Signals(number).name}: it hangs")
 
-    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 3 * seconds)}
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
     before = {number: signal.signal(number, late) for number in timers}
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
     start = _resident("VmRSS")
