@@ -18,7 +18,9 @@ KEEP = {"flux": 0.75, "z_image": 0.95, "wan": 0.85}
 KINDS = {"flux": {"low_rank"}, "z_image": set(), "wan": set()}  # beside those of feed-forward networks
 
 
-@pytest.mark.parametrize("family", ["flux", "z_image", pytest.param("wan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("z_image", "wan"))]
+)
 def test_depth_and_width(family, prompts_file, small_config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher = PIPELINES[family]()

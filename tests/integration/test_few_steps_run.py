@@ -85,6 +85,7 @@ def test_a_teacher_with_another_sampler_is_refused_before_anything(
     assert not (tmp_path / "run" / "calibration").exists()
 
 
+@pytest.mark.slow
 def test_one_command_makes_a_pipeline_of_few_steps(tiny_model, few_config, prompts_file, run_cli, tmp_path):
     out = tmp_path / "run"
     arguments = ("compress", tiny_model, "--out", out, "--config", few_config, "--prompts", prompts_file)

@@ -18,6 +18,7 @@ from ppcl.run import STAGES, Run
 from ppcl.teacher import loading as teacher
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_run_in_bf16(
     tiny_model: Path, prompts_file: Path, small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

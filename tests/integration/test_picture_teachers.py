@@ -110,6 +110,7 @@ def rows_of(run):
     return [json.loads(line) for line in table.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_teacher_draws_its_own_sources_and_is_evaluated_on_others(small_config, tmp_path, monkeypatch):
     from ppcl.eval import generate
 

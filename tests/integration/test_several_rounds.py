@@ -47,7 +47,7 @@ def act(folder: Path, number: str, *options: str) -> None:
     print(json.dumps([*codes, attempt([*command, str(folder / "killed")], output)]))
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("few", "many")])
 def runs(
     request: pytest.FixtureRequest,
     tiny_model: Path,

@@ -21,6 +21,7 @@ def sparse_layers(transformer):
     }
 
 
+@pytest.mark.slow
 def test_zeros_reach_the_pipeline_and_its_papers(tiny_model, prompts_file, small_config, run_cli, tmp_path):
     sets = ["--set", "sparsity.pattern=2:4", "--set", "distill.train=substitutes"]
     out = tmp_path / "run"

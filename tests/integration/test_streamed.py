@@ -130,6 +130,7 @@ def test_half_precision_stays_what_it_is_from_capture_on(
     assert found["streamed"] == found["resident"]
 
 
+@pytest.mark.slow
 def test_finished_models_are_judged_alike_streamed_or_whole(
     run_cli: Cli, finished_run: Path, common: tuple[Path | str, ...], tmp_path: Path
 ) -> None:

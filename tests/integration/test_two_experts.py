@@ -107,6 +107,7 @@ def test_the_second_expert_is_recorded_where_it_draws_and_compressed(
     assert "`transformer` is as it was" in (out / "pipeline" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_both_share_one_budget_and_go_on_after_a_stop(
     compress: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ def run(prompts_file, small_config, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_process_without_ppcl_loads_the_folder_and_the_file(run, tmp_path):
     folder = run / "pipeline"
     assert read_json(folder / "transformer" / "config.json")["ffn_dim"] == 16

@@ -43,6 +43,7 @@ def test_a_stricter_threshold_makes_shorter_runs():
     assert ladder[-1] == ((DUAL, 1, 4),)
 
 
+@pytest.mark.slow
 def test_the_whole_table(tiny_model, prompts_file, small_config, tmp_path):
     run = Run(str(tiny_model), tmp_path / "run", load_config([small_config], SETTINGS), prompts_file, "ppcl ablate")
     run.through("fit")

@@ -44,6 +44,7 @@ def test_full_size(benchmark):
         assert abs(float(row[7].rstrip("%"))) < 10  # the peak is counted, so it does not depend on the machine
 
 
+@pytest.mark.slow
 def test_the_stages_at_full_size_by_arithmetic(benchmark):
     text = benchmark("full_size", "--estimate")
     assert "## Qwen/Qwen-Image" in text

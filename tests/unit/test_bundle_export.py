@@ -175,6 +175,7 @@ def student_and_pipeline() -> tuple[Any, Any, Bundle]:
     return build_student(pipeline.transformer, adapter_for(pipeline.transformer), bundle), pipeline, bundle
 
 
+@pytest.mark.slow
 def test_an_exported_pipeline_needs_stock_diffusers_alone(tmp_path: Path) -> None:
     student, pipeline, bundle = student_and_pipeline()
     kind = type(pipeline)

@@ -68,6 +68,7 @@ def test_compiled_blocks_learn_the_same(name: str, tmp_path: Path, graphs: list[
     assert not any("_orig_mod" in key for key in distiller.student.state_dict())
 
 
+@pytest.mark.slow
 def test_alike_blocks_share_what_is_compiled(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:
     write_all_states(tmp_path)  # two shapes, with and without padding; teacher and substitutes
     trained(tmp_path, "local", compile=True, local_steps=12)

@@ -135,6 +135,7 @@ def test_accumulating_changes_nothing(alone: dict[str, torch.Tensor], tmp_path: 
     assert_close(parts, {k: v for k, v in alone.items() if k.startswith(("local", "alternating", "analysis", "fit"))})
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_is_resumed_by_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     write_all_states(tmp_path)
     done = start(TORCHRUN, "kill", tmp_path)

@@ -198,6 +198,7 @@ def test_budget_as_speed(tmp_path):
         inspect_model(folder, PlanConfig(fit_gb=20))
 
 
+@pytest.mark.slow
 def test_half_of_qwen_image_by_smaller_modules(tmp_path):
     """The count is that of the compressed class built from the config entry, at full size, without weights."""
     write_config(tmp_path, QWEN_IMAGE)

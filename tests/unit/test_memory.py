@@ -258,6 +258,7 @@ def test_the_correction_is_predicted(case: Any, tmp_path: Path) -> None:
     assert trained.total >= estimate.total
 
 
+@pytest.mark.slow
 def test_checkpointing_and_depth_show_in_the_output_stage() -> None:
     transformer = tiny_qwen(8)
     adapter = adapter_for(transformer)

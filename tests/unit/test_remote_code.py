@@ -130,6 +130,7 @@ def test_it_loads_without_ppcl(exported: tuple[Path, Any, CompressionPlan], tmp_
     assert "import ppcl.pipelines\n" not in card
 
 
+@pytest.mark.slow
 def test_it_is_ppcls_own_class_where_ppcl_is_imported(
     exported: tuple[Path, Any, CompressionPlan], tmp_path: Path
 ) -> None:

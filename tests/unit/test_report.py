@@ -248,6 +248,7 @@ def test_last_line_of_a_step_wins_and_damage_is_skipped(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 2.0), (1, 1.0)]
 
 
+@pytest.mark.slow
 def test_size_limit_with_64_large_pairs(run: Path) -> None:
     for name in ("teacher", "student"):
         for file in (run / "eval" / name).rglob("*"):
