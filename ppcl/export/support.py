@@ -106,9 +106,10 @@ def format_table() -> str:
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"`ppcl export --format` of pruned models; of every family `diffusers` writes a folder of stock classes. "
+            "`ppcl export --format` of pruned models; of every family `diffusers` writes a folder of stock classes. "
             f"diffusers {metadata.version('diffusers')} was asked itself; the sources of ComfyUI, ComfyUI-GGUF and "
-            "stable-diffusion.cpp were read (August 2026, December 2025, August 2026).",
+            "stable-diffusion.cpp were read (August 2026, December 2025, August 2026), and ComfyUI's loading code was "
+            "run: [formats_comfyui.md](formats_comfyui.md).",
             "",
             f"| class | {' | '.join(kinds)} |",
             f"| --- |{' --- |' * len(kinds)}",
