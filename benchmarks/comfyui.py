@@ -40,21 +40,28 @@ FIELDS = (
 )
 RELEASED: dict[str, dict[str, Any]] = {  # where a release differs from its class's defaults
     "FluxTransformer2DModel": {"guidance_embeds": True},
+    "Kandinsky5Transformer3DModel": {
+        "model_dim": 1792,
+        "ff_dim": 7168,
+        "in_visual_dim": 16,
+        "out_visual_dim": 16,
+        "visual_cond": True,
+    },
     "Lumina2Transformer2DModel": {"cap_feat_dim": 2304},
     "PixArtTransformer2DModel": {"caption_channels": 4096},
 }
 PAGE = """# ComfyUI's own loading code
 
-Transformers of full width with {blocks} blocks of each kind and random weights, as `ppcl export --format comfyui` writes
-them, given to `load_diffusion_model_state_dict` of ComfyUI {version} on a CPU. A line that loads: ComfyUI misses nothing,
-leaves nothing over, and holds the very numbers of the file.
+Transformers of full width with {blocks} blocks of each kind and random weights, as `ppcl export --format comfyui`
+writes them, given to `load_diffusion_model_state_dict` of ComfyUI {version} on a CPU. A line that loads: ComfyUI
+misses nothing, leaves nothing over, and holds the very numbers of the file.
 
 | class | weights | ComfyUI's model | result |
 | --- | ---: | --- | --- |
 {rows}
 
-PixArt's embedding of an empty text is one that ComfyUI's class has and diffusers' model has not: of the whole teacher it
-says the same.
+PixArt's embedding of an empty text is one that ComfyUI's class has and diffusers' model has not: of the whole teacher
+it says the same.
 
 Command: `python benchmarks/comfyui.py --comfyui CHECKOUT --table docs/formats_comfyui.md`
 
