@@ -98,6 +98,8 @@ def _torchao(student: Any, layers: Mapping[str, nn.Linear], kind: Quantize) -> A
     module, name = _CONFIGS[kind]
     make = getattr(importlib.import_module(module), name)
     options: dict[str, Any] = {} if kind == "nvfp4" else {"set_inductor_config": False}  # it is the process's
+    if kind == "int8":
+        options["version"] = 2  # whose tensors safetensors take; torchao 0.17 makes older ones where nobody asks
     stacks = sorted({path.partition(".")[0] for path in layers})
     inside = re.compile(f"(?:{'|'.join(stacks)})\\..+")
     linear = [path for path, m in student.named_modules() if isinstance(m, nn.Linear) and inside.fullmatch(path)]
