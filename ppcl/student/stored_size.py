@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from ppcl.config.names import Quantize
@@ -24,6 +26,17 @@ GROUPS = (128, 64, 32)  # weights with one scale, of int4: the largest that divi
 REST = torch.bfloat16  # what the rest is stored in, and what is calculated in
 
 
+def _int8_scale() -> int:
+    """Bytes of a row's scale: float32, and of torchao 0.17 in the weights' own bfloat16."""
+    try:
+        return 2 if Version(metadata.version("torchao")) < Version("0.18") else 4
+    except metadata.PackageNotFoundError:
+        return 4
+
+
+_INT8_SCALE = _int8_scale()
+
+
 def group_of(columns: int) -> int | None:
     """Weights that share a scale in int4, of a layer of so many inputs; None: no group divides them."""
     return next((group for group in GROUPS if columns % group == 0), None)
@@ -33,7 +46,7 @@ def layer_bytes(kind: Quantize, rows: int, columns: int) -> int | None:
     """Bytes of a linear layer's weight (rows, columns) in a format, scales included; None: it stays in ``REST``."""
     count = rows * columns
     if kind == "int8":
-        return count + 5 * rows  # a scale (float32) and a zero point (int8) a row
+        return count + (_INT8_SCALE + 1) * rows  # a scale and a zero point (int8) a row
     if kind == "fp8":
         return count + 4 * rows
     if kind == "nvfp4":
