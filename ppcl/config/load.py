@@ -158,3 +158,19 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and len(part) < 16 for part in parts) or len(set(map(int, parts))) < len(parts):
         raise ConfigError(f"--seeds {shortened(repr(text))} is not a list of different seeds; write it like 0,1,2")
     return tuple(map(int, parts))
+
+
+def drawn_seeds(model: str, config: RunConfig) -> int:
+    """Seeds whose pictures of the teacher come with ppcl: those of the embedded one by its own settings."""
+    if model not in DEFAULTS:
+        return 0
+    own = for_model(model, load_config([], []))
+    sections = {
+        "capture": ("height", "width", "guidance_scale", "negative_prompt"),
+        "evaluate": ("num_prompts", "num_inference_steps"),
+    }
+    one, two = (
+        [getattr(getattr(settings, section), name) for section, names in sections.items() for name in names]
+        for settings in (own, config)
+    )
+    return own.evaluate.teacher_seeds if one == two and config.seed == own.seed else 0

@@ -107,12 +107,14 @@ class Costs:
         config: Settings.
         hardware: The machine.
         streamed: Blocks are read as they run.
+        drawn: Seeds whose pictures of the teacher need not be drawn.
     """
 
     blueprint: Blueprint
     config: RunConfig
     hardware: Hardware
     streamed: bool
+    drawn: int = 0
 
     @property
     def shapes(self) -> Shapes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ppcl.common.artifacts import SCHEMA_VERSION
 from ppcl.common.tables import markdown_table
-from ppcl.config import RunConfig
+from ppcl.config import RunConfig, drawn_seeds
 from ppcl.inspection.costs import Costs, StageCost
 from ppcl.inspection.hardware import CACHED, CONTEXT, FREE, PROGRAM, SHARE, Hardware
 from ppcl.inspection.shapes import Blueprint, blueprint_of, dtype_for
@@ -107,7 +107,7 @@ def estimate_of(model: str, blueprint: Blueprint, config: RunConfig, hardware: H
         hardware: Where it would run.
         blocks: ``resident`` or ``streamed``.
     """
-    costs = Costs(blueprint, config, hardware, blocks == STREAMED)
+    costs = Costs(blueprint, config, hardware, blocks == STREAMED, drawn_seeds(model, config))
     weights = blueprint.shapes.itemsize * blueprint.shapes.info.params
     stages = tuple(stage_costs(costs))
     return Estimate(model, str(hardware), hardware.memory, blocks, weights, stages, assumptions(costs))

@@ -10,11 +10,13 @@ from test_eval_generate import PROMPTS, SETTINGS, NoisePipeline, contents
 
 from ppcl.capture.prompts import prompts_for
 from ppcl.common.files import digest, read_json
-from ppcl.config import for_model, load_config
+from ppcl.config import drawn_seeds, for_model, load_config
 from ppcl.emoji.data import DRAWN
 from ppcl.eval import drawn
 from ppcl.eval.generate import accepted_kwargs, generate, picture_settings, steps_of
 from ppcl.eval.models import call_arguments
+from ppcl.inspection.estimate import estimate_run
+from ppcl.inspection.hardware import parse_hardware
 from ppcl.teacher.loading import load_pipeline
 from ppcl.teacher.origin import weights_digest
 
@@ -106,3 +108,18 @@ def test_a_kept_picture_is_what_the_teacher_draws(tmp_path: Path) -> None:
             list(drawn.open_picture(two).tobytes())
         )
         assert difference.abs().float().mean() < 1
+
+
+def test_the_estimate_knows_what_need_not_be_drawn() -> None:
+    own = for_model("emoji", load_config([], []))
+    assert drawn_seeds("emoji", own) == own.evaluate.teacher_seeds
+    assert drawn_seeds("another model", own) == 0
+    for other in ("evaluate.num_prompts=64", "evaluate.num_inference_steps=10", "seed=1", "capture.guidance_scale=2"):
+        assert drawn_seeds("emoji", for_model("emoji", load_config([], [other]))) == 0
+    more = for_model("emoji", load_config([], ["evaluate.teacher_seeds=5"]))
+    hardware = parse_hardware("24GB,1TFLOPS")
+    seconds = [
+        next(stage.seconds for stage in estimate_run("emoji", config, hardware).stages if stage.stage == "evaluate")
+        for config in (own, more, for_model("emoji", load_config([], ["seed=1"])))
+    ]
+    assert seconds[0] < seconds[1] < seconds[2]
