@@ -66,7 +66,7 @@ class Session:
         from ppcl.teacher.origin import model_files
         from ppcl.training.distributed import connect
 
-        on_cpu = world() > 1 and resolve_device(config.device).type == "cpu"
+        on_cpu = world() > 1 and resolve_device(config.device).type != "cuda"
         related = first or beside
         self.group: Group = related.group if related else connect(on_cpu, config.processes)
         check_model(model)

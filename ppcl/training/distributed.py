@@ -6,7 +6,8 @@ same batch (a function of seed and step), takes its own part of it, and weighs i
 that part counts in the mean over the whole batch; the gradients are then added up before they are
 clipped. The result does not depend on the number of processes beyond float rounding.
 
-accelerate reads the launcher's environment, chooses backend and device, and starts torch.distributed.
+accelerate reads the launcher's environment, chooses the device, starts torch.distributed and passes objects on. All
+goes through one group: what is in CPU memory over gloo, what is on GPUs over nccl.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ppcl.errors import ConfigError, UserError
@@ -29,6 +32,7 @@ V = TypeVar("V")
 R = TypeVar("R")
 
 _BUCKET = 32 * 1024 * 1024  # numbers in one message: large enough to keep a network busy, small beside a model
+_BACKENDS = "cpu:gloo,cuda:nccl"  # gloo waits without keeping a GPU busy, and objects are passed on from CPU memory
 _PATIENCE = timedelta(days=30)  # others wait while one process captures or evaluates, for hours
 
 
@@ -58,12 +62,10 @@ class Group:
     Args:
         rank: Number of this process, from 0.
         size: Number of processes.
-        local_rank: Number of this process on its machine.
-        control: A gloo group for short messages, which waits without a time limit; None for one process.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, control: Any = None) -> None:
-        self.rank, self.size, self.local_rank, self._control = rank, size, local_rank, control
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
 
     @property
     def is_main(self) -> bool:
@@ -77,21 +79,18 @@ class Group:
 
     def place(self, device: torch.device) -> torch.device:
         """The device of this process: of several GPUs the one with its local number."""
-        if self.size > 1 and device.type == "cuda":
-            device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(device)
-        return device
+        return PartialState().device if self.size > 1 else device
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
-            torch.distributed.barrier(group=self._control)
+            torch.distributed.barrier()  # accelerate's wait_for_everyone waits on the GPU, and keeps it busy
 
     def close(self) -> None:
         """Leave together, at the end of a program."""
         if self.size > 1:
             self.barrier()
-            torch.distributed.destroy_process_group()
+            PartialState().destroy_process_group()
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let the first process work while the others wait; all of them get its result.
@@ -101,33 +100,29 @@ class Group:
         """
         if self.size == 1:
             return work()
-        answer: list[Any] = [None, None]
+        answer: list[Any] = [None, None]  # accelerate's on_main_process neither waits nor hands on result and error
         if self.is_main:
             try:
                 answer[0] = work()
             except UserError as error:
                 answer[1] = error
-        torch.distributed.broadcast_object_list(answer, src=0, group=self._control)
-        if answer[1] is not None:
-            raise answer[1]
-        result: T = answer[0]
-        return result
+        result, error = broadcast_object_list(answer)
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def spread(self, jobs: Mapping[K, V], work: Callable[[dict[K, V]], dict[K, R]]) -> dict[K, R]:
         """Do independent jobs, each in one of the processes; all of them get all results."""
         if self.size == 1:
             return work(dict(jobs))
+        # every n-th one, since neighbours cost alike; split_between_processes would cut the list in pieces
         results = self.gather(work(dict(list(jobs.items())[self.rank :: self.size])))
         merged = {key: value for part in results for key, value in part.items()}
         return {key: merged[key] for key in jobs}
 
     def gather(self, value: V) -> list[V]:
         """What each of the processes has, in the order of their numbers; all of them get it."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value, group=self._control)
-        return values
+        return cast(list[V], gather_object([value])) if self.size > 1 else [value]
 
     def any(self, here: bool) -> bool:
         """Whether it holds in any of the processes."""
@@ -138,7 +133,7 @@ class Group:
         if self.size == 1 or not row:
             return dict(row)
         values = torch.tensor(list(row.values()), dtype=torch.float64)
-        torch.distributed.all_reduce(values, group=self._control)
+        torch.distributed.all_reduce(values)  # accelerate's reduce refuses what is in CPU memory where it is debugged
         return dict(zip(row, values.tolist(), strict=True))
 
     @torch.no_grad()
@@ -147,7 +142,7 @@ class Group:
         if self.size == 1 or not parameters:
             return
         here = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX, group=self._control)
+        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
         gradients = []
         for parameter, used in zip(parameters, here.tolist(), strict=True):
             if used:
@@ -199,16 +194,19 @@ def connect(cpu: bool, asked: int | None = None) -> Group:
         asked: The number of processes that the user wants; None takes what there is.
 
     Raises:
-        ConfigError: Another number of processes runs, or the launcher did not say all that they need.
+        ConfigError: Another number of processes runs, or the launcher did not say all that they need, or somebody
+            joined them without gloo.
     """
     group = SINGLE
     check_launcher()
     if world() > 1:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=cpu)
-        control = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        group = Group(state.process_index, state.num_processes, state.local_process_index, control)
+        state = PartialState(cpu=cpu, backend="gloo" if cpu else _BACKENDS, timeout=_PATIENCE)
+        joined = torch.distributed.get_backend_config()
+        if "cpu:gloo" not in joined:
+            raise ConfigError(
+                f"the processes were joined over {joined} before; ppcl needs {_BACKENDS}, or joins them itself"
+            )
+        group = Group(state.process_index, state.num_processes)
     if asked is not None and asked != group.size:
         raise ConfigError(
             f"{asked} processes were asked for, {group.size} train; start the command with "

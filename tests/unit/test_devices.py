@@ -60,7 +60,7 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     states: Any = SimpleNamespace(largest=lambda *_: {}, pieces=lambda *_: 1)
     for local in ("3", "6"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        settings, plan, group = load_config([], []).distill, cast("CompressionPlan", SimpleNamespace()), Group(1, 6, 1)
+        settings, plan, group = load_config([], []).distill, cast("CompressionPlan", SimpleNamespace()), Group(1, 6)
         preparation.say_memory(tiny_qwen(2), plan, states, settings, "auto", torch.device("cpu"), group)
     assert found == [400, 200]
     assert Group().local_size == 1
