@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,14 +54,13 @@ def evaluate_models(
     check_out(out)
     given = [Path(model_path(source.model)) for source in to_judge if not source.is_bundle]
     check_apart(out, filter(Path.is_dir, [*given, *([reference] if reference else [])]))
-    descriptor = lock_folder(out)
-    remove_leftovers(out)
+    lock = lock_folder(out)
     try:
+        remove_leftovers(out)
         write_json(out / MARKER, {"schema_version": 1, "models": [source.shown for source in to_judge]})
         result = _evaluate(to_judge, out, config, prompts, reference, embedded)
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        lock.release()
     save_evaluation(result, out)
     write_report(out)
     _mirror(out, config, prompts, result)

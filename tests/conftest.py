@@ -61,7 +61,7 @@ MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 def written(folder: Path) -> dict[str, list[int]]:
     """Size and time of every file, by name; of locks the time says nothing."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
     return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

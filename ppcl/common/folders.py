@@ -11,12 +11,18 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from ppcl.common.files import LEFTOVER
+from ppcl.common.files import LEFTOVER, write_text
 from ppcl.common.outside import printable
 from ppcl.errors import ArtifactError, UserError
 
-LOCK, LEDGER = ".lock", "stages.json"
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOCK, HOLDER, LEDGER = ".lock", ".lock.pid", "stages.json"
+_LOCKS: WeakValueDictionary[str, FileLock] = WeakValueDictionary()  # of this process
 # what stages of a run remove before they make it again
 OF_STAGES = ("calibration", "sweep", "checkpoints", "samples", "bundle", "recovered", "pipeline", "eval")
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # files inside of save_file
@@ -50,7 +56,7 @@ def check_claim(folder: Path, marker: str, kind: str) -> None:
 def _is_of_a_start(name: str, marker: str) -> bool:
     """Whether something is left of a process that was killed before it wrote its marker."""
     leftover = LEFTOVER.fullmatch(name)
-    return name == LOCK or (leftover is not None and leftover["name"] == marker)
+    return name in (LOCK, HOLDER) or (leftover is not None and leftover["name"] in (HOLDER, marker))
 
 
 def _is_round(path: Path, marker: str) -> bool:
@@ -81,38 +87,34 @@ def check_apart(out: Path, others: Iterable[Path]) -> None:
             raise ArtifactError(f"{out} lies in {other}, which is read and not written; choose another --out")
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Keep other processes out of a folder until the returned descriptor is closed or the process ends.
+def lock_folder(folder: Path) -> FileLock:
+    """Keep other processes out of a folder until the lock is released, or dropped, or the process ends in any way.
 
-    Returns:
-        A file descriptor, or None where the system has no POSIX locks.
+    The same process may ask again. Its number stands in a file of its own, since opening a lock may empty it.
 
     Raises:
         UserError: Another process holds the lock, or the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    path = folder / LOCK
+    from filelock import FileLock, Timeout
+
+    path, holder = folder / LOCK, folder / HOLDER
+    lock = _LOCKS.setdefault(str(path.resolve()), FileLock(path, thread_local=False))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-    except (BlockingIOError, PermissionError):
-        owner = os.read(descriptor, 20).decode(errors="replace")
-        os.close(descriptor)
+        lock.acquire(blocking=False)
+    except Timeout:
+        owner = "unknown"
+        with contextlib.suppress(OSError):
+            owner = holder.read_text(errors="replace")[:20]
         raise UserError(
             f"{folder} is in use by process {owner}; wait until it is done, or choose another --out"
         ) from None
-    except OSError:  # a file system without locks: go on unprotected rather than not at all
-        pass
-    return descriptor
+    except NotImplementedError:  # a file system without locks: go on unprotected rather than not at all
+        return lock
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    write_text(holder, str(os.getpid()))
+    return lock
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -186,8 +185,7 @@ def train(
                 return False
         publish(pipeline, loop, out / "pipeline")
     finally:
-        if lock is not None:
-            os.close(lock)
+        lock.release()
     return True
 
 

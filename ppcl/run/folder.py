@@ -121,9 +121,7 @@ class RunFolder:
         """
         if self._is_locked:
             return
-        descriptor = lock_folder(self.path)
-        if descriptor is not None:
-            weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, lock_folder(self.path).release)
         self._is_locked = True
         remove_leftovers(self.path)
         self.ledger = self._read_ledger()

@@ -43,7 +43,7 @@ def test_changed_bundle(refuses, common, run_copy, name):
     content[-3] ^= 1
     path.write_bytes(content)
     options = ("--set", "export.dtype=bfloat16", "--out", run_copy)
-    line = refuses("export", *common, *options, watch=run_copy, without=(".lock",))
+    line = refuses("export", *common, *options, watch=run_copy)
     assert str(run_copy / "bundle") in line
     assert "delete" in line
 
@@ -75,7 +75,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_the_bundle_goes(refuses, com
     change(plan)
     path.write_text(json.dumps(plan))
     options = ("--set", "distill.local_steps=2", "--out", run_copy)
-    refuses("distill", *common, *options, says=("plan.json",), watch=run_copy, without=(".lock",))
+    refuses("distill", *common, *options, says=("plan.json",), watch=run_copy)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_pipeline_that_cannot_be_loaded_is_refused_before_the_evaluation_goes(
     else:
         (run_copy / name).write_text(content)
     options = ("--set", "evaluate.batch_size=3", "--out", run_copy)
-    refuses("evaluate", *common, *options, watch=run_copy, without=(".lock",))
+    refuses("evaluate", *common, *options, watch=run_copy)
 
 
 def test_json_of_another_shape(refuses, common, run_copy):

@@ -24,7 +24,8 @@ SWEEPS = {"analyze": [("forward", 0.5)], "fit": [("forward", 0.2), ("backward", 
 # the verdict names the measured speed
 VOLATILE = ("latency", "times_as_fast", "peak_memory", "speedup", "seconds", "samples_per_second", "verdict")
 # the model card has the command and the times
-JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", "report.md", ".lock", "pipeline/README.md")
+JOURNAL = ("config.yaml", "stages.json", "log.jsonl", "report.html", "report.md", "pipeline/README.md")
+JOURNAL += (".lock", ".lock.pid")
 
 
 # The part that runs as a script

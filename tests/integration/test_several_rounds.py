@@ -148,7 +148,7 @@ def test_a_round_made_anew_takes_what_followed_along(
     rounds.make_way(out, model)
     assert "made again" in caplog.text
     left = {path.name for path in out.iterdir()}
-    assert left == {"round-1", "config.yaml", "log.jsonl", ".lock", "stages.json"}
+    assert left == {"round-1", "config.yaml", "log.jsonl", ".lock", ".lock.pid", "stages.json"}
     folder = RunFolder(out, model, "another", {}, "round-1")
     assert not any(folder.record_of(stage) for stage in STAGES.values())
     with pytest.raises(ArtifactError, match="holds a run of"):

@@ -63,13 +63,13 @@ def test_a_folder_that_holds_something_else_is_left_as_it_is(kind: str, name: st
     assert tree(out) == before
 
 
-@pytest.mark.parametrize("names", [(), (".lock",), (".lock", ".stages.json.tmp-4.ppcl")])
+@pytest.mark.parametrize("names", [(), (".lock",), (".lock", "..lock.pid.tmp-4.ppcl", ".stages.json.tmp-4.ppcl")])
 def test_an_empty_folder_and_one_of_a_killed_start_are_taken(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     RunFolder(tmp_path, "tiny", "identity").lock()
     RunFolder(tmp_path / "new" / "run", "tiny", "identity").lock()
-    assert set(tree(tmp_path)) == {".lock", "new", "new/run", "new/run/.lock"}
+    assert set(tree(tmp_path)) == {*(".lock", ".lock.pid"), *("new", "new/run", "new/run/.lock", "new/run/.lock.pid")}
 
 
 def test_an_evaluation_is_known_by_its_marker_or_its_numbers(tmp_path: Path) -> None:
