@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.common.parts import part_of
-from ppcl.common.tensor_files import read_tensors, write_tensors
+from ppcl.common.tensor_files import StoredTensors, read_metadata, write_tensors
 from ppcl.training.eight_bit import joined_states, plain_states
 
 FILE = "state.safetensors"
@@ -23,14 +23,17 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.parent.name.split("-")[1]), path.parent) for path in files)
 
 
-def newest_checkpoint(folder: Path, fingerprint: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """File, tensors and description of the newest checkpoint; None if there is none, or it is of another training."""
+def newest_checkpoint(folder: Path, fingerprint: str) -> tuple[Path, StoredTensors, dict[str, Any]] | None:
+    """File, tensors and description of the newest checkpoint; None if there is none, or it is of another training.
+
+    A tensor is read when it is asked for: each of several processes would have all of them in memory otherwise.
+    """
     checkpoints = checkpoints_in(folder)
     if not checkpoints:
         return None
     path = checkpoints[-1][1] / FILE
-    tensors, meta = read_tensors(path)
-    return (path, tensors, meta) if meta and meta.get("fingerprint") == fingerprint else None
+    meta = read_metadata(path)
+    return (path, StoredTensors(path), meta) if meta and meta.get("fingerprint") == fingerprint else None
 
 
 def write_checkpoint(
@@ -62,15 +65,20 @@ def load_optimizer_tensors(
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what :func:`optimizer_tensors` took."""
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    """Put back what :func:`optimizer_tensors` took.
+
+    Not by torch's ``set_optimizer_state_dict``: it refuses parameters that no gradient reached yet, and has optimizers
+    without states take a step.
+    """
+    saved: dict[str, dict[str, str]] = {}
+    for key in tensors:
         kind, *rest = key.split("/", 2)
         if kind == "optimizer":
-            saved.setdefault(rest[1], {})[rest[0]] = tensor
+            saved.setdefault(rest[1], {})[rest[0]] = key
     names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             # AdamW keeps its step counter as a float32 scalar on the parameter's device when fused
             if slots := saved.get(names[parameter], {}):
-                optimizer.state[parameter] = joined_states({slot: part_of(t, parameter) for slot, t in slots.items()})
+                parts = {slot: part_of(tensors[key], parameter) for slot, key in slots.items()}
+                optimizer.state[parameter] = joined_states(parts)

@@ -292,12 +292,16 @@ class TrainingLoop:
             self.parameters[key].copy_(average)
 
     def save(self, step: int) -> None:
-        """Write ``step-N`` and remove the oldest ones.
+        """Write ``step-N`` and remove the oldest ones; the first process alone keeps whole tensors, in CPU memory.
 
         Raises:
             UserError: The folder cannot be written; all processes stop.
         """
-        tensors = {name: whole(tensor) for name, tensor in self._state().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._state().items():
+            gathered = whole(tensor)
+            if self.group.is_main:
+                tensors[name] = gathered.cpu()
         self.group.on_main(lambda: self._write(step, tensors))
 
     def _state(self) -> dict[str, Tensor]:

@@ -53,17 +53,16 @@ def shard_block(block: nn.Module, again: bool = True) -> None:
 
 def unshard(module: nn.Module) -> None:
     """Give every process whole weights again, in modules that no longer know that they were split."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # a forward pass without a backward pass leaves weights gathered, maybe of an older step
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            if is_part(parameter):
-                part._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     for part in module.modules():
         _forget(part)
+    module.load_state_dict(weights, assign=True)
 
 
 @contextmanager

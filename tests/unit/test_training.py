@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from torch import nn
 
 import ppcl
 from ppcl.common.streams import Stream, step_generator
-from ppcl.common.tensor_files import read_tensors
+from ppcl.common.tensor_files import StoredTensors, read_tensors
 from ppcl.errors import ArtifactError, TrainingError, UserError
+from ppcl.training.distributed import SINGLE, Group
 from ppcl.training.loop import schedule_at
 from ppcl.training.settings import LoopSettings
 
@@ -248,6 +251,40 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     loop.run()
     assert seen == [[], [], ["step-2"], ["step-2"], ["step-4"], ["step-4"], ["step-6"]]
     assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
+
+
+class Whole:
+    """Counts the whole tensors that a function gave and somebody still holds."""
+
+    def __init__(self, give: Callable[..., torch.Tensor]) -> None:
+        self.give, self.given = give, list[weakref.ref[torch.Tensor]]()
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        tensor = self.give(*arguments).detach().clone()
+        self.given.append(weakref.ref(tensor))
+        return tensor
+
+    def held(self) -> int:
+        return sum(ref() is not None for ref in self.given)
+
+
+def test_a_whole_checkpoint_is_in_the_memory_of_the_first_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, read, held = Whole(lambda tensor: tensor), Whole(StoredTensors.__getitem__), []
+    loop = new_loop(tmp_path)
+    loop.run(until=2)
+    monkeypatch.setattr("ppcl.training.loop.whole", whole)
+    monkeypatch.setattr(Group, "on_main", lambda self, work: held.append(whole.held()))
+    for rank in (0, 1):
+        loop.group = Group(rank, 2)
+        loop.save(3)
+    assert held == [len(whole.given) // 2, 1]
+    monkeypatch.setattr(StoredTensors, "__getitem__", lambda self, name: held.append(read.held()) or read(self, name))
+    loop.group = SINGLE
+    held.clear()
+    assert loop.resume() == 2
+    assert held[: len(loop.parameters)] == [0] * len(loop.parameters)
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
