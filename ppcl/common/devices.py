@@ -30,7 +30,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The autocast context of a run: ``bf16``, ``fp32``, or ``auto`` (bf16 on CUDA alone)."""
+    """The autocast context of a run: ``bf16``, ``fp32``, or ``auto`` (bf16 on CUDA alone).
+
+    Not accelerate's, which has one device and one precision for all of a program.
+    """
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

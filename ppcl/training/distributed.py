@@ -106,9 +106,9 @@ class Group:
                 answer[0] = work()
             except UserError as error:
                 answer[1] = error
-        result, error = broadcast_object_list(answer)
-        if error is not None:
-            raise error
+        result, refusal = broadcast_object_list(answer)
+        if refusal is not None:
+            raise refusal
         return cast(T, result)
 
     def spread(self, jobs: Mapping[K, V], work: Callable[[dict[K, V]], dict[K, R]]) -> dict[K, R]:

@@ -1,7 +1,8 @@
 """Mirror in Weights & Biases, when asked (``--set wandb=offline`` or ``online``).
 
 What goes there: the rows of ``log.jsonl``, and an evaluation's table, numbers and pictures. The mirror is a
-convenience: whatever happens to it, the run goes on and ``log.jsonl`` has every row.
+convenience: whatever happens to it, the run goes on and ``log.jsonl`` has every row. accelerate's tracker would hand on
+three calls of wandb, and has none of the rest.
 """
 
 from __future__ import annotations

@@ -192,6 +192,17 @@ def test_a_launcher_that_is_none_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_somebody_joined_without_gloo_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("ppcl.training.distributed.PartialState", lambda **_: None)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(
+        ConfigError, match=r"^the processes were joined over cuda:nccl before; ppcl needs cpu:gloo,cuda:"
+    ):
+        connect(cpu=False)
+
+
 @pytest.mark.parametrize("value", ["0", "1", "", "two", "-2", "9" * 5000])
 def test_a_world_of_one_needs_no_launcher(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
