@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 from ppcl.common.files import LEFTOVER, write_text
 from ppcl.common.outside import printable
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 LOCK, HOLDER, LEDGER = ".lock", ".lock.pid", "stages.json"
-_LOCKS: WeakValueDictionary[str, FileLock] = WeakValueDictionary()  # of this process
+_LOCKS: dict[str, FileLock] = {}  # of this process
 # what stages of a run remove before they make it again
 OF_STAGES = ("calibration", "sweep", "checkpoints", "samples", "bundle", "recovered", "pipeline", "eval")
 _OF_SAFETENSORS = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # files inside of save_file
@@ -88,7 +87,7 @@ def check_apart(out: Path, others: Iterable[Path]) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Keep other processes out of a folder until the lock is released, or dropped, or the process ends in any way.
+    """Keep other processes out of a folder until the lock is released or the process ends in any way.
 
     The same process may ask again. Its number stands in a file of its own, since opening a lock may empty it.
 
