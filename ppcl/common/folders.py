@@ -96,8 +96,8 @@ def lock_folder(folder: Path) -> FileLock:
     """
     from filelock import FileLock, Timeout
 
-    path, holder = folder / LOCK, folder / HOLDER
-    lock = _LOCKS.setdefault(str(path.resolve()), FileLock(path, thread_local=False))
+    path, holder, place = folder / LOCK, folder / HOLDER, str(folder.resolve() / LOCK)
+    lock = _LOCKS.setdefault(place, FileLock(place, thread_local=False))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
