@@ -156,15 +156,21 @@ def prompts_for(model: str, path: Path | None, count: int) -> tuple[list[str], l
     return split_evaluation(read_prompts(BUILT_IN), count)
 
 
+def tokenizers_of(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline calls its tokenizers, by name; where that is a processor, which reads pictures first, its own."""
+    parts = getattr(pipeline, "components", {})
+    own = {name: getattr(part, "tokenizer", part) for name, part in parts.items() if name.startswith("tokenizer")}
+    return {name: part for name, part in own.items() if callable(part)}
+
+
 def reach(pipeline: Any) -> tuple[Any, int] | None:
     """The tokenizer of a pipeline that reads most of a text, and how many tokens that is; None if nothing says it."""
     parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     asked = parameter.default if parameter is not None and isinstance(parameter.default, int) else None
     reaches = []
-    for name, part in getattr(pipeline, "components", {}).items():
-        if name.startswith("tokenizer") and callable(part):
-            limits = [limit for limit in (asked, getattr(part, "model_max_length", None)) if limit]
-            reaches.append((part, min(limits, default=UNBOUNDED)))
+    for part in tokenizers_of(pipeline).values():
+        limits = [limit for limit in (asked, getattr(part, "model_max_length", None)) if limit]
+        reaches.append((part, min(limits, default=UNBOUNDED)))
     tokenizer, limit = max(reaches, key=lambda pair: pair[1], default=(None, UNBOUNDED))
     return (tokenizer, limit) if limit < UNBOUNDED else None
 

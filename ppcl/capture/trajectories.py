@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl.capture.prompts import cut_note
+from ppcl.capture.prompts import cut_note, tokenizers_of
 from ppcl.capture.spread import choose_rows
 from ppcl.capture.states import guidance_branches
 from ppcl.common.files import digest, read_json, write_json
@@ -234,5 +234,5 @@ def _check_guided(pipeline: Any, calls: Sequence[Call], count: int, settings: Ca
 
 def prompt_length(pipeline: Any, text: str) -> int:
     """Tokens of a prompt, or its characters where the pipeline has no single tokenizer."""
-    tokenizer = getattr(pipeline, "tokenizer", None)
-    return len(tokenizer(str(text)).input_ids) if callable(tokenizer) else len(text)
+    tokenizer = tokenizers_of(pipeline).get("tokenizer")
+    return len(tokenizer(str(text)).input_ids) if tokenizer else len(text)

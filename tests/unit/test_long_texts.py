@@ -15,7 +15,7 @@ from tiny_pipeline import SMALL, tiny_qwen_pipeline
 from ppcl.capture.pictures import capture_pictures
 from ppcl.capture.prompts import cut_note, reach
 from ppcl.capture.states import States
-from ppcl.capture.trajectories import capture
+from ppcl.capture.trajectories import capture, prompt_length
 from ppcl.config import CaptureConfig
 from ppcl.eval.features import cut_texts, load_extractor
 from ppcl.eval.report_pictures import SHOWN, prompts_of
@@ -39,9 +39,19 @@ class Counting:
         return SimpleNamespace(input_ids=text.split())
 
 
-def pipeline_of(asked: int | None, **limits: int) -> object:
+class Processor:
+    """Reads pictures first, and text by a tokenizer of its own (FLUX.2, Kandinsky 5)."""
+
+    def __init__(self, limit: int) -> None:
+        self.tokenizer = Counting(limit)
+
+    def __call__(self, images: object = None, text: str | None = None) -> None:
+        assert images is None, "a text is no picture"
+
+
+def pipeline_of(asked: int | None, kind: type = Counting, **limits: int) -> object:
     class Pipeline:
-        components = {name: Counting(limit) for name, limit in limits.items()} | {"tokenizer_4": None, "vae": 3}
+        components = {name: kind(limit) for name, limit in limits.items()} | {"tokenizer_4": None, "vae": 3}
 
         def __call__(self, prompt: str, max_sequence_length: int | None = asked) -> None: ...
 
@@ -59,13 +69,29 @@ def pipeline_of(asked: int | None, **limits: int) -> object:
         (None, {}, None),
     ],
 )
-def test_the_tokenizer_that_reads_most_sets_the_limit(asked: int | None, limits: dict, limit: int | None) -> None:
-    found = reach(pipeline_of(asked, **limits))
+@pytest.mark.parametrize("kind", [Counting, Processor])
+def test_the_tokenizer_that_reads_most_sets_the_limit(
+    asked: int | None, limits: dict, limit: int | None, kind: type
+) -> None:
+    found = reach(pipeline_of(asked, kind, **limits))
     assert (found and found[1]) == limit
     texts = ["a", "b " * 78, "c " * 301, "d " * 600]
-    note = cut_note(pipeline_of(asked, **limits), texts)
+    note = cut_note(pipeline_of(asked, kind, **limits), texts)
     counted = sum(len(text.split()) > limit for text in texts) if limit else 0
     assert (f": {counted} of 4 texts" in note) if counted else note is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "length"),
+    [
+        ({"tokenizer": Counting(9)}, 3),
+        ({"tokenizer": Processor(9)}, 3),
+        ({"tokenizer_2": Counting(9)}, 9),
+        ({"tokenizer": None}, 9),
+    ],
+)
+def test_prompts_are_sorted_by_tokens_or_else_by_characters(parts: dict, length: int) -> None:
+    assert prompt_length(SimpleNamespace(components=parts), "a red cat") == length
 
 
 def test_trajectories_and_pictures_cut_alike_and_say_it(
