@@ -83,10 +83,14 @@ HOW_NOT_WHAT = {
     *("sample_every", "sample_prompts"),
     *("offload", "shard_teacher", "checkpointing", "compile", "release_gradients"),
 }
-# what distill alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
-NOT_IN_TABLES: dict[str, Any] = {
-    **{"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0},
-    "few_steps": FewStepsConfig(),  # type: ignore[call-arg]
+# what a run alone can do: rows of a table are many trainings in one process, which holds the teacher all the time
+NOT_IN_TABLES: dict[str, dict[str, Any]] = {
+    "distill": {
+        **{"offload": "none", "shard_teacher": False, "one_at_a_time": False, "fresh": 0, "sample_every": 0},
+        "few_steps": FewStepsConfig(),  # type: ignore[call-arg]
+    },
+    "plan": {"recover": 0, "rounds": 1},
+    "export": {"quantize": "none"},
 }
 
 
@@ -112,10 +116,17 @@ def for_tables(config: M) -> M:
     Args:
         config: A :class:`ppcl.config.RunConfig`.
     """
-    settings: BaseModel = config.distill  # type: ignore[attr-defined]
-    unused = [name for name, value in NOT_IN_TABLES.items() if getattr(settings, name) != value]
-    if not unused:
+    sections: dict[str, BaseModel] = {name: getattr(config, name) for name in NOT_IN_TABLES}
+    unused = {
+        name: {key: value for key, value in NOT_IN_TABLES[name].items() if getattr(section, key) != value}
+        for name, section in sections.items()
+    }
+    if not any(unused.values()):
         return config
-    named = ", ".join(f"distill.{name}" for name in unused)
-    logger.warning("%s: no effect here; rows are trained on recorded states, with the whole teacher in memory", named)
-    return config.model_copy(update={"distill": changed(settings, **NOT_IN_TABLES)})
+    logger.warning(
+        "%s: no effect here; rows are plans as they are chosen, trained on recorded states with the whole teacher in "
+        "memory",
+        ", ".join(f"{name}.{key}" for name, keys in unused.items() for key in keys),
+    )
+    update = {name: changed(sections[name], **values) for name, values in unused.items() if values}
+    return config.model_copy(update=update)

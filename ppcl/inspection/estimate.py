@@ -138,6 +138,13 @@ def assumptions(costs: Costs) -> tuple[str, ...]:
             f"text encoders of {shapes.text / 1e9:.1f} GB and a VAE of {shapes.vae / 1e9:.1f} GB, as published; their "
             "files are not here"
         )
+    left_out = {
+        f"rounds after the first (plan.rounds={config.plan.rounds})": config.plan.rounds > 1,
+        f"short recoveries of plans (plan.recover={config.plan.recover})": bool(config.plan.recover),
+        f"recovery of quantised weights (export.quantize={config.export.quantize})": config.export.quantize != "none",
+    }
+    if any(left_out.values()):
+        found.append(f"not counted: {', '.join(text for text, is_asked in left_out.items() if is_asked)}")
     if hardware.count > 1:
         found.append("analyze, fit and distill are shared by all devices; the other stages run on one")
     return tuple(found)

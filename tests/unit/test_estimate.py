@@ -194,3 +194,11 @@ def test_a_cpu_has_one_memory(tmp_path):
     )
     assert all(stage.device == stage.ram for stage in found.stages)
     assert torch.get_num_threads() > 0
+
+
+def test_what_is_not_counted_is_said(tmp_path):
+    asked = ["plan.rounds=2", "plan.recover=3", "export.quantize=nvfp4"]
+    assert not [text for text in estimate(tmp_path, FLUX_DEV).assumptions if text.startswith("not counted")]
+    found = estimate(tmp_path, FLUX_DEV, *asked, "blocks=resident")
+    (said,) = (text for text in found.assumptions if text.startswith("not counted"))
+    assert all(text in said for text in asked)
