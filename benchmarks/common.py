@@ -23,6 +23,9 @@ from ppcl.config import RunConfig
 from ppcl.teacher.families import Adapter, adapter_for
 from ppcl.teacher.loading import load_pipeline
 
+HALF = 0.5  # of the parameters: what is planned at full size
+FULL_SIZE = {"QwenImageTransformer2DModel": "Qwen-Image", "FluxTransformer2DModel": "FLUX.1"}
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Arguments of every benchmark."""
@@ -97,3 +100,15 @@ def publish(args: argparse.Namespace, argv: list[str] | None, script: str, text:
 def megabytes(count: float) -> str:
     """Bytes as MB (1e6)."""
     return f"{count / 1e6:,.2f}"
+
+
+def real_arguments(arguments: Mapping[str, Any], shape: Any) -> dict[str, Any]:
+    """Random inputs of the shapes of an example call, on the device and in the dtype of ``shape``."""
+    generator = torch.Generator().manual_seed(1)
+
+    def fill(tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return torch.rand(tree.shape, generator=generator).to(shape.device, shape.dtype)
+        return type(tree)(map(fill, tree)) if isinstance(tree, list) else tree
+
+    return {name: fill(value) for name, value in arguments.items()}

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import alternate, parser, publish
+from common import FULL_SIZE, HALF, alternate, parser, publish, real_arguments
 from naive_loop import peak_bytes
 from torch import nn
 
@@ -39,8 +39,6 @@ from ppcl.teacher.description import describe
 from ppcl.teacher.families import Adapter, adapter_for
 from ppcl.teacher.flops import count_params
 
-KEEP = 0.5
-NAMES = {"QwenImageTransformer2DModel": "Qwen-Image", "FluxTransformer2DModel": "FLUX.1"}
 FULL: dict[str, dict[str, Any]] = {
     "QwenImageTransformer2DModel": {},
     "FluxTransformer2DModel": {"guidance_embeds": True},
@@ -92,18 +90,6 @@ class Student:
     speedup: float
 
 
-def real_arguments(arguments: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """Random inputs of the shapes of an example call."""
-    generator = torch.Generator().manual_seed(1)
-
-    def fill(tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return torch.rand(tree.shape, generator=generator).to(shape.device, shape.dtype)
-        return type(tree)(map(fill, tree)) if isinstance(tree, list) else tree
-
-    return {name: fill(value) for name, value in arguments.items()}
-
-
 def shared_copy(block: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     """A block with smaller modules that shares all other weights, so that two models fit where one does."""
     made = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
@@ -114,11 +100,11 @@ def shared_copy(block: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> nn.
 def students(meta: Any, teacher: Any, adapter: Adapter, call: dict[str, Any]) -> Iterator[Student]:
     """Half of the parameters by depth alone, and by smaller modules where these suffice."""
     info = describe(SimpleNamespace(transformer=meta, components={}), flops_on_meta(meta, call))
-    settings = PlanConfig(keep=KEEP)
+    settings = PlanConfig(keep=HALF)
     for runs in uniform_ladder(info, settings):
         stacks = {s.name: segments(s, [run for run in runs if run[0] == s.name], {}) for s in info.stacks}
         found = predict(info, stacks)
-        if found.param_ratio <= KEEP:
+        if found.param_ratio <= HALF:
             lists = {
                 spec.name: [adapter.blocks(teacher, spec)[piece.first] for piece in stacks[spec.name]]
                 for spec in adapter.stacks
@@ -126,7 +112,7 @@ def students(meta: Any, teacher: Any, adapter: Adapter, call: dict[str, Any]) ->
             left = " + ".join(str(len(blocks)) for blocks in lists.values())
             yield Student(f"depth: {left} blocks", with_blocks(teacher, lists), found.speedup)
             break
-    wider = widest_within(meta, adapter, KEEP, arguments=call)
+    wider = widest_within(meta, adapter, HALF, arguments=call)
     if wider is not None and wider.speedup:
         parts = next(p for _, networks, p in plans(meta, adapter, wider.rank or 1) if networks == wider.networks)
         lists = {}
@@ -164,7 +150,7 @@ def rows_of(name: str, config: Mapping[str, Any], shape: Shape, repeats: int) ->
         activations = peak_bytes(run(teacher), teacher.parameters())
         before = weight_bytes(teacher) + activations
         size = f"{count_params(teacher) / 1e9:.2f}B"
-        lines = [[f"{NAMES[name]}: teacher", size, "1", "1", "", f"{before / 1e9:.3f}", f"{before / 1e9:.3f}", ""]]
+        lines = [[f"{FULL_SIZE[name]}: teacher", size, "1", "1", "", f"{before / 1e9:.3f}", f"{before / 1e9:.3f}", ""]]
         for student in students(meta, teacher, adapter, call):
             times = alternate({"teacher": run(teacher), "student": run(student.model)}, repeats)
             measured = times["teacher"] / times["student"]
@@ -172,7 +158,7 @@ def rows_of(name: str, config: Mapping[str, Any], shape: Shape, repeats: int) ->
             expected, peak = own + activations, own + peak_bytes(run(student.model), student.model.parameters())
             lines.append(
                 [
-                    f"{NAMES[name]}, {student.label}",
+                    f"{FULL_SIZE[name]}, {student.label}",
                     f"{count_params(student.model) / 1e9:.2f}B",
                     f"{student.speedup:.3f}",
                     f"{measured:.3f}",
@@ -189,7 +175,9 @@ def rows_of(name: str, config: Mapping[str, Any], shape: Shape, repeats: int) ->
 
 def _described(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """What differs from the published models, as text."""
-    parts = (f"{NAMES[name]}: {', '.join(f'{k}={v}' for k, v in config.items())}" for name, config in configs.items())
+    parts = (
+        f"{FULL_SIZE[name]}: {', '.join(f'{k}={v}' for k, v in config.items())}" for name, config in configs.items()
+    )
     return "; ".join(parts)
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import synchronize
+from common import FULL_SIZE, HALF, real_arguments, synchronize
 from naive_loop import peak_bytes
 from torch import Tensor, nn
 
@@ -124,10 +124,8 @@ def take(step: Callable[[], None], repeats: int) -> float:
 
 def rows_of(name: str, config: Mapping[str, Any], shape: Any, pixels: int, repeats: int) -> list[list[str]]:
     """Measure one class at one size of picture."""
-    from full_size import KEEP, NAMES, real_arguments
-
     meta = build_on_meta({"_class_name": name, **config}).to(shape.dtype)
-    adapter, plan = adapter_for(meta), half_plan(meta, KEEP)
+    adapter, plan = adapter_for(meta), half_plan(meta, HALF)
     call = example_call(meta, token_grid(pixels, pixels, 8))
     if call is None:
         raise SystemExit(f"{name} has no example call")
@@ -144,7 +142,7 @@ def rows_of(name: str, config: Mapping[str, Any], shape: Any, pixels: int, repea
     for way, changes in WAYS.items():
         settings = DistillConfig(output_steps=0, **changes)
         estimate = estimate_distill(meta, adapter, plan, call, settings, precision)["local"]
-        label = f"{NAMES[name]}, {pixels} px, {way}"
+        label = f"{FULL_SIZE[name]}, {pixels} px, {way}"
         if estimate.total - estimate.teacher > free_bytes(shape.device):
             rows.append([label, _gigabytes(estimate.total), "does not fit", "", ""])
             continue
