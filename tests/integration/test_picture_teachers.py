@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import PICTURED, PIPELINES, small_sources
+from tiny_pipelines import PICTURED, PIPELINES, picture_pairs, small_sources
 
 from ppcl import cli
 from ppcl.capture.states import States
@@ -36,13 +36,7 @@ def call(*arguments):
 def data(tmp_path_factory):
     """Nine pairs of pictures, and what makes the second of the first."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows = []
-    for number in range(9):
-        for kind, shade in (("before", 0), ("after", 255)):
-            Image.new("RGB", (40, 48), (number * 20, 90, shade)).save(folder / f"{kind}-{number}.png")
-        names = {"file_name": f"after-{number}.png", "source": f"before-{number}.png"}
-        rows.append({**names, "text": f"make it {number} cats"})
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    picture_pairs(folder)
     return folder
 
 

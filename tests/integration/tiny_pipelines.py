@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -114,8 +115,8 @@ def flux_control() -> Any:
     return flux("FluxControlPipeline", in_channels=32, out_channels=16)
 
 
-def qwen_edit(kind: str = "QwenImageEditPipeline") -> Any:
-    """Qwen-Image-Edit; of a megapixel where :func:`small_sources` is not called."""
+def qwen_edit(kind: str = "QwenImageEditPipeline", levels: int = 2, width: int = 8) -> Any:
+    """Qwen-Image-Edit, its VAE of so many halvings; of a megapixel where :func:`small_sources` is not called."""
     import diffusers
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
@@ -135,7 +136,7 @@ def qwen_edit(kind: str = "QwenImageEditPipeline") -> Any:
         joint_attention_dim=128, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     decoder = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, False],
+        base_dim=width, z_dim=4, dim_mult=[1] * (levels + 1), num_res_blocks=1, temperal_downsample=[False] * levels,
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     return getattr(diffusers, kind)(
@@ -206,7 +207,7 @@ def pixart() -> Any:
     )
 
 
-def z_image() -> Any:
+def z_image(heads: int = 2) -> Any:
     """Z-Image: one stream, and a list with one entry a prompt where others have a batch."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -214,8 +215,8 @@ def z_image() -> Any:
     from ppcl.emoji.components import new_tokenizer
 
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=6, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-        axes_dims=[4, 6, 6], axes_lens=[1024, 32, 32],
+        in_channels=4, dim=16 * heads, n_layers=6, n_refiner_layers=1, n_heads=heads, n_kv_heads=heads,
+        cap_feat_dim=WIDTH, axes_dims=[4, 6, 6], axes_lens=[1024, 32, 32],
     )  # fmt: skip
     tokenizer = new_tokenizer(["a red cat", "an old house"])
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -228,6 +229,80 @@ def z_image() -> Any:
     return ZImagePipeline(
         flow_scheduler(shift=3.0), vae(shift_factor=0.1159), text_encoder, tokenizer, _modulated(transformer)
     )
+
+
+def flux2() -> Any:
+    """FLUX.2: one modulation for all blocks of a kind, fused networks, and pictures to start from if there are any."""
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralImageProcessor,
+        PixtralProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    from ppcl.emoji.components import new_tokenizer
+
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    # where the words of what stands before every prompt are no tokens, it alone is longer than what is read
+    trained = new_tokenizer(["a red cat", *[SYSTEM_MESSAGE] * 500])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, pad_token=trained.pad_token)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    words = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, patch_size=8, chat_template=words)
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": WIDTH,
+        "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    picture = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    image_token = tokenizer.convert_tokens_to_ids("[IMG]")
+    config = Mistral3Config(text_config=text, vision_config=picture, image_token_index=image_token)
+    decoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    text_encoder = Mistral3ForConditionalGeneration(config)
+    return Flux2Pipeline(flow_scheduler(), decoder, text_encoder, processor, _modulated(transformer))
+
+
+def hunyuan_video() -> Any:
+    """HunyuanVideo: a video model of dual- and single-stream blocks, which gets its text with a mask."""
+    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from transformers import LlamaConfig, LlamaModel
+
+    from ppcl.emoji.components import new_tokenizer
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=4, num_single_layers=6,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=WIDTH,
+        pooled_projection_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    decoder = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    )  # fmt: skip
+    tokenizer = new_tokenizer(["a red cat", *[DEFAULT_PROMPT_TEMPLATE["template"]] * 500])
+    text_encoder = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
+            num_attention_heads=2, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    tokenizer_2 = clip_tokenizer()
+    return HunyuanVideoPipeline(
+        text_encoder, tokenizer, _modulated(transformer), decoder, flow_scheduler(shift=7.0), clip(tokenizer_2, False),
+        tokenizer_2,
+    )  # fmt: skip
 
 
 def _wan_transformer(in_channels: int = 4) -> Any:
@@ -287,8 +362,21 @@ def ltx_image_to_video() -> Any:
     return LTXImageToVideoPipeline(flow_scheduler(), decoder, t5(tokenizer), tokenizer, _modulated(transformer))
 
 
+def picture_pairs(folder: Any) -> None:
+    """Write nine pairs of pictures, and what makes the second of the first."""
+    from PIL import Image
+
+    rows = []
+    for number in range(9):
+        for kind, shade in (("before", 0), ("after", 255)):
+            Image.new("RGB", (40, 48), (number * 20, 90, shade)).save(folder / f"{kind}-{number}.png")
+        names = {"file_name": f"after-{number}.png", "source": f"before-{number}.png"}
+        rows.append({**names, "text": f"make it {number} cats"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 PICTURED = {
     f.__name__: f
     for f in (flux_kontext, flux_fill, flux_control, qwen_edit, qwen_edit_plus, wan_image_to_video, ltx_image_to_video)
 }
-PIPELINES = {f.__name__: f for f in (flux, sd3, sd3_without_t5, pixart, z_image, wan)}
+PIPELINES = {f.__name__: f for f in (flux, flux2, sd3, sd3_without_t5, pixart, z_image, wan, hunyuan_video)}

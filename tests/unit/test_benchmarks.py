@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from tiny_models import flux_call, tiny_flux
 
 from ppcl.pruning.knapsack import Edge
 from ppcl.student.plan import Segment
@@ -119,6 +121,37 @@ def test_ways_of_recovery(monkeypatch, tiny_model, finished_run, tmp_path):
     assert (carried[1], output[1]) == ("60", "120")
     peaks = [float(row[4]) for row in (carried, light, output)]
     assert peaks[0] < peaks[2] and peaks[1] < peaks[2]
+
+
+@pytest.mark.slow
+def test_a_model_from_end_to_end(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    table = tmp_path / "table.md"
+    importlib.import_module("end_to_end").main(["--models", "FLUX.1 Fill", "--table", str(table)])
+    row = cells(table.read_text(), "FLUX.1 Fill")
+    assert row[1] == "FluxTransformer2DModel" and row[2] == "modulation, ffn, attention, text"
+    assert 0.5 < float(row[5]) <= 0.6 and row[6].isdigit() and row[7:] == ["0", "loads, draws"]
+
+
+def test_diffusers_tests_work_on_models_with_a_smaller_part_of_each_kind(monkeypatch):
+    """What a class of tests of theirs gets instead: the compressed class, and what of it is smaller."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plugin = importlib.import_module("diffusers_tests")
+
+    class Tests:
+        model_class = FluxTransformer2DModel
+
+        def get_init_dict(self):
+            return {k: v for k, v in tiny_flux(1, 1).config.items() if not k.startswith("_")}
+
+        def get_dummy_inputs(self):
+            return flux_call(seed=0)
+
+    plugin.replace_model(Tests, plugin.Pruned())
+    model = Tests.model_class(**Tests().get_init_dict())
+    assert type(model).__name__ == "PPCLFluxTransformer2DModel"
+    assert {part["kind"] for part in model.config["pruning"].values()} == {"low_rank", "narrow", "heads", "parallel"}
+    assert model(**Tests().get_dummy_inputs(), return_dict=False)[0].isfinite().all()
 
 
 @pytest.mark.slow
