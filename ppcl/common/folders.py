@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +98,11 @@ def lock_folder(folder: Path) -> FileLock:
     from filelock import FileLock, Timeout
 
     path, holder, place = folder / LOCK, folder / HOLDER, str(folder.resolve() / LOCK)
-    lock = _LOCKS.setdefault(place, FileLock(place, thread_local=False))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        usual = stat.S_IMODE(path.stat().st_mode)  # by the umask, which filelock of before 3.13 overrules
+        lock = _LOCKS.setdefault(place, FileLock(place, mode=usual, thread_local=False))
         lock.acquire(blocking=False)
     except Timeout:
         owner = "unknown"
