@@ -8,7 +8,10 @@ angles, :mod:`ppcl.eval.fid` uses them raw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -208,9 +211,10 @@ def _load_named(name: str, device: str) -> ClipExtractor:
     # OpenAI's weights were trained with another GELU than the plain architecture name stands for
     quick_gelu = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
     try:
-        model = open_clip.create_model_from_pretrained(
-            architecture, pretrained=tag, force_quick_gelu=quick_gelu, return_transform=False
-        )
+        with _said_by_us():
+            model = open_clip.create_model_from_pretrained(
+                architecture, pretrained=tag, force_quick_gelu=quick_gelu, return_transform=False
+            )
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # a failed download surfaces as one of many hub, HTTP and OS errors
         raise ModelError(
@@ -218,6 +222,21 @@ def _load_named(name: str, device: str) -> ClipExtractor:
             "connect once, or use evaluate.features=emoji or local-dir:FOLDER"
         ) from error
     return ClipExtractor(name, model, tokenizer, device)
+
+
+@contextlib.contextmanager
+def _said_by_us() -> Iterator[None]:
+    """Keep open_clip from logging a failed download as an error: what is raised says it."""
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
+    root = logging.getLogger()  # open_clip has no logger of its own
+    root.addFilter(of_others)
+    try:
+        yield
+    finally:
+        root.removeFilter(of_others)
 
 
 def _one_line(error: BaseException, length: int = 200) -> str:

@@ -57,7 +57,7 @@ from ppcl.teacher.pipeline_call import PicturedPrompt, check_call
 logger = logging.getLogger(__name__)
 STATE_PROMPTS = 8  # prompts behind the states of the velocity error, at most
 TIMES_OF_STREAMED = "transformers were read block by block as they ran: times and memory hold the reading"
-SECOND_SEED = "the second seed of {}"
+SECOND_SEED = "pictures of {} with another seed"
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,9 @@ class Judge:
         if self.reference is None and len(features) > 1:
             self.reference_seed = seeds[1]
             self._compare_with(reference_of(features[1]), SECOND_SEED.format(entrant.label))
-            self.note("no real pictures (--reference): FID and the like compare with the first model's second seed")
+            self.note(
+                "no real pictures (--reference): FID and the like compare with those of the first model's other seed"
+            )
         elif self.reference is None:
             self.note("no real pictures and one seed: FID is left out; set evaluate.teacher_seeds=2")
         if len(features[0]) <= features[0].shape[1] and self.reference is not None:

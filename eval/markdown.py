@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppcl.analysis.artifacts import Analysis
-from ppcl.common.tables import number, plain
+from ppcl.common.tables import counted, number, plain
 from ppcl.eval.metrics import COSTS, METRICS
 from ppcl.eval.report_html import TEMPLATES
 from ppcl.eval.results import Comparison, Evaluation, Speed
@@ -53,7 +53,11 @@ def _speed(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> dict[str, 
     lines = []
     for same_work in zip(*rows, strict=True):
         first = same_work[0]
-        work = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
+        work = (
+            "transformer call"
+            if first.part == "transformer"
+            else f"pictures, {counted(first.num_inference_steps or 0, 'step')}"
+        )
         cells = [
             f"{number(time.latency_ms)} ({number(time.latency_p10_ms)} to {number(time.latency_p90_ms)})"
             + (f", {time.times_as_fast:.2f}x" if time.times_as_fast is not None else "")
@@ -64,8 +68,8 @@ def _speed(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> dict[str, 
         memory = [number(peak / 1e6 if peak is not None else None) for peak in peaks]
         lines.append([work, str(first.batch_size), *cells, *memory])
     header = ["", "prompts at once", *(f"{label}, ms" for label in labels), *(f"{label}, peak MB" for label in labels)]
-    counted = sorted({f"{time.runs} runs after {time.warmup_runs}" for times in rows for time in times})
-    return {"header": header, "rows": lines, "counted": " or ".join(counted)}
+    runs = sorted({f"{counted(time.runs, 'run')} after {time.warmup_runs}" for times in rows for time in times})
+    return {"header": header, "rows": lines, "counted": " or ".join(runs)}
 
 
 def _timesteps(row: Comparison) -> list[list[str]]:

@@ -13,9 +13,9 @@ from ppcl.analysis.artifacts import StackAnalysis
 from ppcl.eval import figures
 from ppcl.eval.report_data import RunData
 from ppcl.eval.report_html import Chart, number, percent, render
-from ppcl.modules.parts import cuts_of
 from ppcl.pruning.artifacts import Candidate, WidthOption
 from ppcl.student.plan import CompressionPlan, Recovered, Segment, start_index
+from ppcl.student.words import size_words
 
 DASH = "\N{EN DASH}"
 BECAME = "\N{RIGHTWARDS ARROW}"
@@ -231,7 +231,7 @@ def _width_rows(run: RunData, plan: CompressionPlan) -> list[list[str]]:
             by_group.setdefault(option.group, []).append(option)
     rows = []
     for group, options in by_group.items():
-        size = _size_words([part for option in options for part in option.parts.values()])
+        size = ", or ".join(size_words([part for option in options for part in option.parts.values()]))
         params = sum(option.saved_params for option in options)
         error = sum(option.error**2 for option in options) ** 0.5
         rows.append([group, str(len(options)), size, percent(params / plan.model.params), number(error)])
@@ -252,22 +252,6 @@ def _recovered_row(seen: Recovered, first: Recovered) -> list[str]:
         *map(number, (last.guided, last.caption)),
         nearer,
     ]
-
-
-def _size_words(parts: list[dict[str, Any]]) -> str:
-    """How small the modules of one group are: ``rank 2 to 5``, ``64 to 128 of 256 neurons, or one affine map``."""
-    words = []
-    cuts = [cut for part in parts for cut in (cuts_of(part) or [part])]
-    for kind, before, after in (("low_rank", "rank ", ""), ("narrow", "", " neurons"), ("heads", "", " heads")):
-        sizes = sorted({int(part["size"]) for part in cuts if part["kind"] == kind})
-        if sizes:
-            span_of = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-            whole = sorted({int(part["of"]) for part in cuts if part["kind"] == kind and "of" in part})
-            words.append(f"{before}{span_of}{f' of {whole[-1]}' if whole else ''}{after}")
-    kinds = {part["kind"] for part in parts}
-    words += ["one affine map"] if "linear" in kinds else []
-    words += ["two linear maps"] if "text_input" in kinds else []
-    return ", or ".join(words)
 
 
 def _basis(run: RunData) -> str:

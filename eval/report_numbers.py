@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ppcl.common.tables import counted
 from ppcl.eval import figures
 from ppcl.eval.metrics import CAPTION_SCORES, COSTS, FIDELITY, METRICS, SCORES, Metric
 from ppcl.eval.report_html import (
@@ -241,7 +242,11 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> Marku
     lines = []
     for same_work in zip(*rows, strict=True):
         first = same_work[0]
-        name = "transformer call" if first.part == "transformer" else f"pictures, {first.num_inference_steps} steps"
+        name = (
+            "transformer call"
+            if first.part == "transformer"
+            else f"pictures, {counted(first.num_inference_steps or 0, 'step')}"
+        )
         cells = []
         for position, row in enumerate(same_work):
             own = f" ({row.num_inference_steps} steps)" if row.num_inference_steps != first.num_inference_steps else ""
@@ -254,5 +259,5 @@ def speed_table(labels: Sequence[str], rows: Sequence[Sequence[Speed]]) -> Marku
     for label in labels[1:]:
         header += [f"{label}, ms", "as fast"]
     header += [f"{label}, peak memory" for label in labels]
-    counted = sorted({str(row.runs) for times in rows for row in times})
-    return render("speed.html", header=header, rows=lines, counted=" or ".join(counted))
+    runs = sorted({str(row.runs) for times in rows for row in times})
+    return render("speed.html", header=header, rows=lines, counted=" or ".join(runs))

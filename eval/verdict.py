@@ -19,7 +19,7 @@ def verdict(
     speedup: float | None,
     steps: int | None = None,
 ) -> str:
-    """Write ``B keeps X% of A at Y% of the parameters, Zx as fast``, with the interval and its limits.
+    """Write ``B keeps X% of the caption scores of A at Y% of the parameters, Zx as fast``, with the interval.
 
     Args:
         name: The model that is judged.
@@ -36,7 +36,7 @@ def verdict(
     if drop is None:
         return f"{name} against {against}: no caption scores to compare{f'; {cost}' if cost else ''}"
     kept, low, high = 100 - drop.value, 100 - drop.high, 100 - drop.low
-    line = f"{name} keeps {kept:.1f}% of {against}{f' {cost}' if cost else ''}"
+    line = f"{name} keeps {kept:.1f}% of the caption scores of {against}{f' {cost}' if cost else ''}"
     limits = f"{LEVEL:.0%} interval {low:.1f}% to {high:.1f}%, {drop.count} prompts"
     return f"{line} ({limits}){doubt(drop)}"
 

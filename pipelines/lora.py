@@ -174,7 +174,7 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         What became of each tensor.
 
     Raises:
-        UserError: See :func:`remap_lora`; also a LoRA that was converted already or does not fit the transformer, and
+        UserError: See :func:`remap_lora`; also a LoRA that is not there, was converted already or does not fit, and
             an option that is unknown.
         ModelError: The pipeline was not compressed by ppcl, its class cannot load LoRA, or it is stored in int4.
     """
@@ -189,6 +189,8 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
     options = {name: kwargs.pop(name) for name in _LOAD_OPTIONS if name in kwargs}
     component = _SECOND.removeprefix("load_into_") if kwargs.pop(_SECOND, False) else TRANSFORMER
     options |= {_SECOND: True} if component != TRANSFORMER else {}
+    if not isinstance(path_or_dict, Mapping):
+        _check_is_there(path_or_dict)
     _check_takes_lora(getattr(pipe, component, None))
     if _is_the_teachers(pipe, component):
         return _load_as_it_is(pipe, path_or_dict, kwargs, options, component)
@@ -208,6 +210,13 @@ def load_lora(pipe: Any, path_or_dict: str | Path | Mapping[str, Tensor], **kwar
         save_file(_storable(tensors), file, {"format": "pt", METADATA_KEY: json.dumps(adapter)})
         pipe.load_lora_weights(str(file), **options)
     return report
+
+
+def _check_is_there(source: str | Path) -> None:
+    """Refuse what is no hub id and not on this machine: diffusers would look for it on the hub."""
+    path = Path(source)
+    if not path.exists() and (path.suffix == ".safetensors" or path.is_absolute() or str(source).startswith(".")):
+        raise UserError(f"no LoRA at {source}; expected a .safetensors file, a folder with one, or a hub id")
 
 
 def _check_takes_lora(transformer: Any) -> None:
@@ -392,10 +401,12 @@ def _parse(key: str, maps: Mapping[str, BlockMap], unpruned: Sequence[str]) -> t
         return None
     like = _BLOCK_LIKE.search(key)
     if like:
+        why = "was made for another family"
+        if _FOREIGN.match(bare):
+            why += ", or has names of another program, which load_lora, and convert_lora with the pipeline, can read"
         raise UserError(
-            f"'{key}' names block {like['index']} of '{like['stack'].strip('_')}', expected "
-            f"'transformer.{next(iter(maps))}.N...' of this transformer; the LoRA is of another family, or of a format "
-            "that only diffusers converts: use load_lora, or convert_lora with the pipeline"
+            f"'{key}' names block {like['index']} of '{like['stack'].strip('_')}', but the transformer's blocks are in "
+            f"{' and '.join(maps)}; the LoRA {why}"
         )
     return None
 

@@ -14,6 +14,7 @@ from ppcl.capture.spread import Mark, allot, choose_states
 from ppcl.common.artifacts import Count
 from ppcl.common.files import read_json
 from ppcl.common.progress import announce
+from ppcl.common.tables import counted
 from ppcl.common.tensor_files import finite, read_tensor_header, read_tensors
 from ppcl.errors import ArtifactError, UserError, shortened
 from ppcl.teacher import call_arguments as trees
@@ -206,7 +207,7 @@ class States:
             self._said.add(limit)
             marks = [self.marks[row] for row in rows]
             kinds = {name: len({getattr(m, name) for m in marks}) for name in ("prompt", "timestep", "branch", "shape")}
-            found = ", ".join(f"{number} {name}(s)" for name, number in kinds.items())
+            found = ", ".join(counted(number, name) for name, number in kinds.items())
             announce(f"{self.split}: {limit} states wanted, {len(rows)} of {len(self)} taken: {found}")
         return rows
 

@@ -232,6 +232,8 @@ def open_rounds(
     ):
         if not number:
             _said(step.run)
+            if not any(getattr(config.plan, name) for name in BUDGETS):
+                typer.echo("no budget was given: --{} {:g}".format(*config.plan.budget), err=True)
         yield step
 
 

@@ -65,7 +65,8 @@ class Progress:
             self._said = now
             rate = (self.done - self.start) / max(1e-9, now - self._began)
             left = (self.total - self.done) / max(rate, 1e-9)
-            print(f"  {self.label}: {self.done}/{self.total}, {left:.0f} s left {note}", file=sys.stderr, flush=True)
+            text = f"  {self.label}: {self.done}/{self.total}, {left:.0f} s left{note and f', {note}'}"
+            print(text, file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

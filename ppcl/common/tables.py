@@ -133,6 +133,12 @@ def zeros_meaning(pattern: str) -> str:
     return text + "No common kernel runs this pattern faster; 2:4 is the one that GPUs know."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 step``, ``2 steps``, ``2 branches``."""
+    ending = "" if number == 1 else "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def size_text(count: float) -> str:
     """Bytes as text, GB (1e9) or MB where that is too coarse."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

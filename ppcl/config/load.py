@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ppcl.errors import ConfigError, nearest, shortened
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # those that come with ppcl
 DEFAULTS = {"emoji": CONFIGS / "emoji.yaml"}  # what a model is compressed with where nothing else is said
+
+_QUOTED = re.compile(r"'([^']+)'")
 
 
 def _valid_keys(model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
@@ -36,9 +39,14 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         valid = _valid_keys(RunConfig, location[:-1])
         return f"unknown key '{dotted}'{nearest(location[-1], valid)}; valid: {', '.join(valid)}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if isinstance(problem["input"], dict) and problem["type"] == "value_error":
         return message  # a rule about several keys names them itself
+    if problem["type"] == "tuple_type":
+        message = "expected a list, e.g. [a,b]"
+    if problem["type"] == "literal_error":
+        message += nearest(str(problem["input"]), _QUOTED.findall(problem["ctx"]["expected"]))
+    dotted = ".".join(part for part in location if not part.isdigit())  # not where in a list
     return f"{dotted} = {shortened(repr(problem['input']))}: {message}" if dotted else message
 
 

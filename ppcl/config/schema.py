@@ -137,7 +137,9 @@ class FitConfig(Section):
 class PlanConfig(SearchConfig):
     """Choosing the runs under a budget; exactly one budget is used."""
 
-    keep: float | None = Field(None, gt=0, le=1, description="share of the transformer's parameters")
+    keep: float | None = Field(
+        None, gt=0, le=1, description="share of the transformer's parameters; 0.6 if no budget is given"
+    )
     speedup: float | None = Field(None, ge=1, description="predicted speed-up of the transformer")
     fit_gb: float | None = Field(None, gt=0, description="GB (1e9 bytes) that all weights may take")
     rounds: int = Field(
@@ -263,7 +265,11 @@ class ExportConfig(Section):
 class EvaluateConfig(Section):
     """Pictures and numbers."""
 
-    num_prompts: int = Field(128, ge=2)
+    num_prompts: int = Field(
+        128,
+        ge=2,
+        description="of a run, a third of its prompts at most; ppcl evaluate --prompts FILE draws all of the file",
+    )
     num_inference_steps: int = Field(20, ge=1)
     batch_size: int = Field(32, ge=1)
     teacher_seeds: int = Field(2, ge=1, description="times the teacher draws every prompt, for its own spread")

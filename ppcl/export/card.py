@@ -18,6 +18,7 @@ from ppcl.common.tables import device_name, versions, zeros_meaning
 from ppcl.common.templates import Templates
 from ppcl.config.names import TRANSFORMER
 from ppcl.student.plan import CompressionPlan
+from ppcl.student.words import smaller_modules
 from ppcl.teacher.block_map import RECORD
 from ppcl.teacher.loading import loading_arguments, source_name, stored_dtype, stored_folder
 from ppcl.teacher.stored import has_own_class, transformers_in
@@ -189,7 +190,7 @@ def call_text(call: Mapping[str, int | float]) -> str:
 
 
 def draw_plan(plan: CompressionPlan) -> str:
-    """Draw a plan: the first teacher's block numbers in order, in brackets those that became one block."""
+    """Draw a plan: the first teacher's block numbers, in brackets those that became one block, and smaller modules."""
     lines = []
     for stack in plan.model.stacks:
         pieces = [stack.first_teachers(s.first, s.last) for s in plan.stacks[stack.name]]
@@ -204,6 +205,8 @@ def draw_plan(plan: CompressionPlan) -> str:
             subsequent_indent="  ",
             break_on_hyphens=False,
         )
+    smaller = smaller_modules(plan)
+    lines += ["smaller modules inside the blocks:", *(f"  {text}" for text in smaller)] if smaller else []
     return "\n".join(lines).replace("~", " ")
 
 

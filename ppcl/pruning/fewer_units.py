@@ -12,6 +12,7 @@ from ppcl.analysis.findings import Findings
 from ppcl.analysis.moments import Moments, add_up
 from ppcl.analysis.sweep import Seen
 from ppcl.common.progress import announce
+from ppcl.common.tables import counted
 from ppcl.config import FitConfig
 from ppcl.config.extensions import CRITERIA
 from ppcl.errors import ConfigError
@@ -79,7 +80,7 @@ def criterion_cost(settings: FitConfig, sets: Sequence[Batches], held_out: Batch
     if cost is not None and len(sets) > 1:
         cost += 2 * len(sets) * sum(map(batch_size, held_out))
     says = "it does not say what it costs" if cost is None else f"{cost:,.0f} runs of the teacher on one state"
-    announce(f"criterion {settings.criterion}, {len(sets)} draw(s) of {states[0]} states: {says}")
+    announce(f"criterion {settings.criterion}, {counted(len(sets), 'draw')} of {states[0]} states: {says}")
     return cost
 
 

@@ -101,7 +101,7 @@ class RunFolder:
         held = ledger if isinstance(ledger, dict) else {}
         raise ArtifactError(
             f"{self.path} holds a run of {held.get('model', 'another model')} with other "
-            f"{self._what_differs(held.get('made_of'))}; choose another --out or delete it"
+            f"{self._what_differs(held.get('made_of'))}; give the run's own, choose another --out or delete it"
         )
 
     def _what_differs(self, held: Any) -> str:

@@ -12,6 +12,7 @@ from ppcl.capture.prompts import drawn_data, pictured_prompts, prompts_for
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.files import append_row, digest, read_mapping
 from ppcl.common.folders import LEDGER, check_apart
+from ppcl.common.progress import announce
 from ppcl.config import PlanConfig, RunConfig, for_model
 from ppcl.config.names import BOTH
 from ppcl.config.sections import PROMPTS
@@ -72,6 +73,9 @@ class Session:
         check_model(model)
         check_apart(out, filter(Path.is_dir, [Path(model_path(model))]))
         self.texts = prompts_for(self.origin.model, prompts, config.evaluate.num_prompts)
+        if len(self.texts[1]) < config.evaluate.num_prompts:
+            split = "{} prompts calibrate and {} evaluate".format(*map(len, self.texts))
+            announce(f"{split}, of {config.evaluate.num_prompts} wanted: a third at most; --prompts FILE brings more")
         check_folder(fetch_files(model), self.component)  # of a hub model, before its files are what the run is made of
         every = sorted(text for texts in self.texts for text in texts)
         self.made_of = {"files": model_files(model), "prompts": digest(every), "seed": config.seed}
@@ -252,7 +256,6 @@ class Session:
 
     def keep_whole(self) -> None:
         """Have the teacher in memory whole from now on, whatever ``blocks`` says: for what trains many students."""
-        from ppcl.common.progress import announce
         from ppcl.teacher.streaming import RESIDENT, STREAMED
 
         if vars(self).get("blocks", self.config.blocks) == STREAMED:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ppcl.common.artifacts import load_artifact
 from ppcl.student.plan import CompressionPlan
+from ppcl.student.words import smaller_modules
 
 if TYPE_CHECKING:
     from ppcl.eval.results import Evaluation
@@ -29,24 +30,7 @@ def describe_plan(plan: CompressionPlan) -> str:
     """What a plan replaces, in one line."""
     runs = describe_runs(plan)
     parts = [f"{runs} -> one block each"] if runs != "none" else []
-    return "; ".join([*parts, *filter(None, [describe_width(plan)])]) or "nothing is replaced"
-
-
-def describe_width(plan: CompressionPlan) -> str:
-    """The smaller modules of a plan as ``img_mod.1 -> low_rank 5-9 in 24 blocks``."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for segments in plan.stacks.values():
-        for segment in segments:
-            for path, part in segment.width.items():
-                if part["kind"] in ("unit_gate", "no_output", "identity"):
-                    continue  # beside the two maps of a text stream; they have no weights
-                found.setdefault((path, str(part["kind"])), []).append(int(part.get("size", 0)))
-    parts = []
-    for (path, kind), sizes in sorted(found.items()):
-        low, high = min(sizes), max(sizes)
-        size = "" if not high else f" {low}" if low == high else f" {low}-{high}"
-        parts.append(f"{path} -> {kind}{size} in {len(sizes)} blocks")
-    return "; ".join(parts)
+    return "; ".join([*parts, *smaller_modules(plan)]) or "nothing is replaced"
 
 
 def print_prediction(out: Path) -> None:
@@ -58,7 +42,8 @@ def print_prediction(out: Path) -> None:
     tried = f" (of {len(plan.recovered)}, the one that recovered best)" if plan.recovered else ""
     Console(stderr=True, highlight=False, markup=False).print(
         f"  plan: {describe_plan(plan)}{tried}\n"
-        f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}{total}), {p.speedup:.2f}x as fast{error}"
+        f"  predicted: {p.params / 1e6:.2f}M parameters ({p.param_ratio:.1%}{total}), {p.speedup:.2f}x as fast{error}",
+        soft_wrap=True,
     )
 
 

@@ -188,7 +188,8 @@ def pipeline_record(pipeline: Any, component: str = TRANSFORMER) -> Mapping[str,
     record = config.get(RECORD)
     if not record:
         raise ModelError(
-            f"this {type(pipeline).__name__} was not compressed by ppcl: its {component} has no '{RECORD}' entry"
+            f"this {type(pipeline).__name__} was not compressed by ppcl: its {component} has no '{RECORD}' entry; "
+            "on the teacher itself use diffusers' own calls"
         )
     if not isinstance(record, Mapping) or not isinstance(record.get("kept_blocks"), Mapping):
         raise ModelError(

@@ -171,6 +171,8 @@ def not_a_pipeline(path: Path) -> str:
     if path.is_file():
         if path.name == INDEX:
             return f"{path} is a pipeline's index; give its folder, {path.parent}"
+        if path.suffix.lower() not in _WEIGHTS:
+            return f"{path} is a file that holds no weights; give the pipeline's folder, a hub id or emoji"
         return f"{path} is one file, and a pipeline folder of plain weights is needed; {put}"
     if (path.parent / INDEX).is_file() and path.name in components(path.parent):
         return f"{path} is the {path.name} of a pipeline; give its folder, {path.parent}"

@@ -135,8 +135,9 @@ def test_auto_takes_what_fits_and_says_so(
     shared_pipeline().save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {n}" for n in range(12)))
-    config = load_config([], ["device=cpu", "evaluate.num_prompts=4"])
+    config = load_config([], ["device=cpu", "evaluate.num_prompts=5"])
     session = Session(str(tmp_path / "model"), tmp_path / "run", config, prompts)
+    assert "8 prompts calibrate and 4 evaluate, of 5 wanted: a third at most" in capsys.readouterr().err
     monkeypatch.setattr(ppcl.teacher.streaming, "free_bytes", lambda _: free)
     assert isinstance(session.open_blocks(), expected)
     kind = "streamed" if expected is StreamedBlocks else "resident"

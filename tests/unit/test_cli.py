@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ppcl import cli
 from ppcl.analysis.artifacts import Analysis
-from ppcl.cli.options import Budget, Settings, resolve
+from ppcl.cli.options import Budget, Settings, open_rounds, resolve
 from ppcl.common.artifacts import load_artifact
 from ppcl.common.folders import lock_folder, remove_leftovers
 from ppcl.config import PlanConfig, load_config, parse_size
@@ -66,6 +66,14 @@ def test_a_budget_option_replaces_the_budget_of_a_file(tmp_path):
     config = resolve("x/y", Settings([path]), Budget(speedup=1.5, mode="paper"))
     assert config.plan.budget == ("speedup", 1.5)
     assert config.plan.mode == "paper"
+
+
+def test_a_budget_that_nobody_gave_is_said(monkeypatch, capsys):
+    step = SimpleNamespace(run=SimpleNamespace(group=SimpleNamespace(size=1), config=load_config([], [])))
+    monkeypatch.setattr("ppcl.run.open_rounds", lambda *_: [step])
+    for budget, said in ((Budget(), "no budget was given: --keep 0.6\n"), (Budget(speedup=1.5), "")):
+        list(open_rounds("x/y", Path("out"), Settings(), budget, None, None, None))
+        assert capsys.readouterr().err == said
 
 
 def test_two_budgets():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, m
 def test_an_unknown_override_is_refused_too() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'fit\.stepps' \(did you mean 'steps'\?\)"):
         load_config([], ["fit.stepps=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("fit.width=attention", "fit.width = 'attention': expected a list, e.g. [a,b]"),
+        ("fit.width=[ffn,atention]", "fit.width = 'atention': expected .* (did you mean 'attention'?)"),
+        ("distill.offload=dsk", "distill.offload = 'dsk': expected 'none', 'cpu' or 'disk' (did you mean 'disk'?)"),
+        ("plan.keep=60", "plan.keep = 60.0: expected less than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_says_what_is_expected(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [override])
+    assert re.fullmatch(re.escape(said).replace(r"\.\*", ".*"), str(caught.value))
 
 
 def test_two_budgets_are_refused() -> None:

@@ -103,7 +103,7 @@ def test_each_says_what_it_costs_before_it_starts(capsys: pytest.CaptureFixture[
     sets = [[qwen_call(4)], [qwen_call(4)]]
     assert criterion_cost(FitConfig(criterion="wanda"), sets[:1], [qwen_call(3)]) == 4
     assert criterion_cost(FitConfig(criterion="wanda"), sets, [qwen_call(3)]) == 2 * 4 + 2 * 2 * 3
-    assert "criterion wanda, 2 draw(s) of 4 states: 20 runs of the teacher" in capsys.readouterr().err
+    assert "criterion wanda, 2 draws of 4 states: 20 runs of the teacher" in capsys.readouterr().err
     path = tmp_path / "own.py"
     path.write_text("class Own:\n    def score(self, transformer, adapter, sites, batches, seed): ...\n")
     assert unit_cost(f"{path}:Own", 4) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,21 @@ def test_unknown_names_name_the_nearest(name: str, said: str) -> None:
         load_extractor(name)
 
 
-def test_named_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import open_clip
 
     asked: dict[str, Any] = {}
 
     def offline(name: str, **kwargs: Any) -> None:
         asked.update(kwargs, name=name)
+        for file in ("/site-packages/open_clip/factory.py", "elsewhere.py"):
+            logging.getLogger().handle(logging.LogRecord("root", logging.ERROR, file, 1, "failed", (), None))
         raise RuntimeError("no\nnetwork")
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", offline)
     with pytest.raises(ModelError, match=r"downloaded \(no network\).*emoji"):
         load_extractor("ViT-B-32/openai")
+    assert [record.pathname for record in caplog.records] == ["elsewhere.py"]  # said once, by who may do without
     assert asked["name"] == "ViT-B-32"
     assert asked["pretrained"] == "openai"
     assert asked["force_quick_gelu"] is True  # OpenAI's weights need it, LAION's must not have it

@@ -146,7 +146,11 @@ def test_velocity_error_by_timestep() -> None:
 @pytest.mark.parametrize(
     ("drop_found", "said", "unsaid"),
     [
-        (Interval(4.0, 3.0, 5.0, 200), "B keeps 96.0% of A at 60.0% of the parameters, 1.50x as fast (95%", "tell"),
+        (
+            Interval(4.0, 3.0, 5.0, 200),
+            "B keeps 96.0% of the caption scores of A at 60.0% of the parameters, 1.50x as fast (95%",
+            "tell",
+        ),
         (Interval(0.1, -0.4, 0.5, 200), "cannot be told apart", "too small"),
         (Interval(3.0, -3.0, 9.0, 100), "too small to tell: about 900 prompts", "apart"),
         (Interval(3.0, 2.9, 3.1, 8), "too small to tell: fewer than 30", "apart"),

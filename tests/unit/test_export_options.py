@@ -290,6 +290,18 @@ def test_the_plan_as_text() -> None:
         "single_transformer_blocks: 4 -> 2 blocks; became one block each: 1-3",
         "  0 [1 2 3]",
     ]
+    low, cut = {"kind": "low_rank", "size": 4}, {"kind": "narrow", "size": 32, "of": 64, "kept": "0"}
+    both = {"kind": "parallel", "size": 33, "cuts": [cut, {"kind": "heads", "size": 1, "of": 2, "kept": "1"}]}
+    texts = {"norm1_context": {"kind": "text_input"}, "ff_context": {"kind": "text_output"}}
+    dual, single = plan.stacks.values()
+    dual = (replace(dual[0], width={"norm1.linear": low, **texts}), replace(dual[1], width={"norm1.linear": low}))
+    stacks = dict(zip(plan.stacks, (dual, (replace(single[0], width={"": both}), single[1])), strict=True))
+    assert draw_plan(replace(plan, stacks=stacks)).splitlines()[4:] == [
+        "smaller modules inside the blocks:",
+        "  heads and neurons: 1 of 2 heads, 32 of 64 neurons in 1 block",
+        "  norm1.linear: rank 4 in 2 blocks",
+        "  norm1_context: two linear maps in 1 block",
+    ]
     long = draw_plan(plan_for(tiny_qwen(60), [(DUAL, 35, 39)])).splitlines()
     assert max(map(len, long)) <= 100
     assert any("[35 36 37 38 39]" in line for line in long)  # a run is not torn apart

@@ -180,7 +180,7 @@ def test_without_references_fid_is_against_the_teachers_second_seed(tmp_path: Pa
     result = run(tmp_path, references=None)
     describe = BlockExtractor().image_features
     first, second, third = (describe(images_of(tmp_path / "teacher" / f"seed-{s}")) for s in (5, 6, 7))
-    assert result.reference == "the second seed of teacher"
+    assert result.reference == "pictures of teacher with another seed"
     teacher = result.models[0]
     assert teacher.numbers["fid"].value == pytest.approx(fid(first, second))
     # the reference itself is no sample of the spread: its distance to itself is 0

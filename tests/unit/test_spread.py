@@ -106,7 +106,7 @@ def test_a_limit_of_a_real_capture_of_texts_of_two_lengths(
     said = [line for line in capsys.readouterr().err.splitlines() if "wanted" in line]
     assert len(said) == 2  # once for each set
     assert said[0].startswith(f"train: {limit} states wanted, {limit} of {len(states)} taken: ")
-    assert f"{min(limit, 4)} timestep(s), 2 branch(s)" in said[0]
+    assert f"{min(limit, 4)} timesteps, 2 branches" in said[0]
 
 
 def test_branches_follow_from_the_order_of_calls_where_they_were_not_recorded(tmp_path: Path) -> None:

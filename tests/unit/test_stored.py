@@ -128,6 +128,7 @@ def test_what_is_no_pipeline_names_the_way(model: Path, tmp_path: Path) -> None:
         (folder / name).write_text("{}")
     ways = {
         alone / "diffusion_pytorch_model.safetensors": "--base PIPELINE --out DIR, and compress DIR",
+        empty / "notes.txt": "is a file that holds no weights; give the pipeline's folder",
         tmp_path / "x.gguf": "is one file, and a pipeline folder of plain weights is needed; put it into its pipeline",
         alone: f"is a model without its pipeline; put it into its pipeline once: ppcl teacher {alone} --base",
         model / "transformer": f"is the transformer of a pipeline; give its folder, {model}",
