@@ -48,7 +48,7 @@ def test_an_unknown_override_is_refused_too() -> None:
         ("fit.width=attention", "fit.width = 'attention': expected a list, e.g. [a,b]"),
         ("fit.width=[ffn,atention]", "fit.width = 'atention': expected .* (did you mean 'attention'?)"),
         ("distill.offload=dsk", "distill.offload = 'dsk': expected 'none', 'cpu' or 'disk' (did you mean 'disk'?)"),
-        ("plan.keep=60", "plan.keep = 60.0: expected less than or equal to 1"),
+        ("plan.keep=60", "plan.keep = 60: expected less than or equal to 1"),
     ],
 )
 def test_a_wrong_value_says_what_is_expected(override: str, said: str) -> None:
