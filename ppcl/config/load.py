@@ -46,7 +46,7 @@ def _explain(error: ValidationError) -> str:
         message = "expected a list, e.g. [a,b]"
     if problem["type"] == "literal_error":
         message += nearest(str(problem["input"]), _QUOTED.findall(problem["ctx"]["expected"]))
-    dotted = ".".join(part for part in location if not part.isdigit())  # not where in a list
+    dotted = ".".join([*location[:1], *(part for part in location[1:] if not part.isdigit())])  # not where in a list
     return f"{dotted} = {shortened(repr(problem['input']))}: {message}" if dotted else message
 
 

@@ -340,7 +340,7 @@ class RunConfig(Section):
         """
         alone = {"train": "substitutes", "shard": False, "keep_start": False, "sparsity": {}}
         stage = {f"{self.plan.recover_stage}_steps": steps}
-        return changed(self.distill, **{**UNTRAINED, **NOT_IN_TABLES, **alone, **stage})
+        return changed(self.distill, **{**UNTRAINED, **NOT_IN_TABLES["distill"], **alone, **stage})
 
     @model_validator(mode="after")
     def _one_width_of_what_is_measured(self) -> RunConfig:

@@ -55,7 +55,7 @@ def test_every_rung_is_scored_at_its_size(run, text):
     assert all(error > 0 for error in errors)
     assert "| keep 0.75 |" in text
     # a linear text network saves 7,296 at an error of 2e-4, a low rank (22 of 32) 2,432 at 1e-3: no plan needs it here
-    assert "txt_mlp -> linear in" in text
+    assert "txt_mlp: one affine map in" in text
 
 
 def test_what_is_measured_is_not_measured_again(run, text, monkeypatch):
