@@ -110,8 +110,8 @@ def check_trainable(folder: Path, component: str = TRANSFORMER) -> None:
     if settings := _read(place / "config.json").get(QUANTISED):
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
         raise ModelError(
-            f"{place} is stored quantised ({method}), and such weights cannot be trained; give the pipeline that it "
-            f"was made from, or multiply them out where {method} is installed: ppcl teacher {folder} --out DIR"
+            f"{place} is stored quantised ({method}), and such weights cannot be trained or converted; give the "
+            f"pipeline that it was made from, or multiply them out where {method} is installed: ppcl teacher {folder} --out DIR"
         )
 
 
