@@ -111,7 +111,8 @@ def check_trainable(folder: Path, component: str = TRANSFORMER) -> None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else "unknown"
         raise ModelError(
             f"{place} is stored quantised ({method}), and such weights cannot be trained or converted; give the "
-            f"pipeline that it was made from, or multiply them out where {method} is installed: ppcl teacher {folder} --out DIR"
+            f"pipeline that it was made from, or multiply them out where {method} is installed: "
+            f"ppcl teacher {folder} --out DIR"
         )
 
 
