@@ -19,6 +19,7 @@ from ppcl.eval.metrics import PSNR_CAP_DB
 CHUNK = 32
 LPIPS_MIN_SIDE = 32  # AlexNet's last pooling has nothing left of smaller ones
 SSIM_MIN_SIDE = 11
+PairMeasure = Callable[[Tensor, Tensor], tuple[float, ...]]  # of two (N, 3, H, W) uint8
 SSIM_SIGMA = 1.5  # torchmetrics makes the window 11 pixels wide for it
 
 
@@ -135,7 +136,7 @@ def lpips(images1: Tensor, images2: Tensor) -> Paired:
     return _compare(measure, images1, images2)
 
 
-def pair_measures(side: int) -> tuple[dict[str, Callable[[Tensor, Tensor], tuple[float, ...]]], list[str]]:
+def pair_measures(side: int) -> tuple[dict[str, PairMeasure], list[str]]:
     """What can be measured of pairs of pictures here, and notes on what cannot.
 
     Args:
@@ -144,7 +145,7 @@ def pair_measures(side: int) -> tuple[dict[str, Callable[[Tensor, Tensor], tuple
     Returns:
         Measures by name, each of two (N, 3, H, W) uint8, N numbers; and one line for each that is left out.
     """
-    measures: dict[str, Callable[[Tensor, Tensor], tuple[float, ...]]] = {"psnr": lambda a, b: psnr(a, b).values}
+    measures: dict[str, PairMeasure] = {"psnr": lambda a, b: psnr(a, b).values}
     notes = []
     if side >= SSIM_MIN_SIDE:
         measures["ssim"] = lambda a, b: ssim(a, b).values

@@ -11,6 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ppcl.eval.costs import Call, Costs, costs, denoiser_of, transformer_call
 from ppcl.eval.drawn import SETTINGS_FILE, set_of
 from ppcl.eval.features import FeatureExtractor, cut_texts
 from ppcl.eval.fid import FeatureStatistics
-from ppcl.eval.fidelity import pair_measures
+from ppcl.eval.fidelity import PairMeasure, pair_measures
 from ppcl.eval.generate import accepted_kwargs, generate, read_picture
 from ppcl.eval.intervals import Interval, interval
 from ppcl.eval.metrics import CAPTION_SCORES
@@ -46,7 +47,8 @@ from ppcl.eval.results import (
     of_measured,
     spread_of,
 )
-from ppcl.eval.scoring import Measured, Reference, differences, drop, measure, paired, reference_of
+from ppcl.eval.scoring import Measured, Reference, differences, drop, floor_of, measure, paired, reference_of
+from ppcl.eval.texture import TextureExtractor, num_levels, texture_distance
 from ppcl.eval.velocity import StateErrors, by_timestep, state_errors
 from ppcl.eval.verdict import MIN_PROMPTS, verdict
 from ppcl.pruning.sparsity import zeros_of
@@ -151,6 +153,7 @@ class Judge:
         drawn: Path | None = None,
     ) -> None:
         self.drawn = drawn
+        self._texture: dict[Path, Tensor | None] = {}  # by the first of the pictures
         self.pictures, self.prompts, self.config, self.settings = pictures, list(prompts), config, config.evaluate
         self.extractor, self.cache, self.statistics = extractor, cache, statistics
         self.notes: list[str] = []
@@ -189,12 +192,13 @@ class Judge:
             moments.update(features)
             moments.save(self.statistics)
 
-    def draw(self, entrant: Entrant, pipeline: Any, kwargs: dict[str, Any], seed: int) -> tuple[list[Path], Tensor]:
-        """Draw all prompts with a seed; return the pictures' paths and their (N, D) features."""
-        paths = generate(
+    def _generate(
+        self, entrant: Entrant, pipeline: Any, kwargs: dict[str, Any], seed: int, folder: str, prompts: Sequence[str]
+    ) -> list[Path]:
+        return generate(
             pipeline,
-            self.prompts,
-            self.pictures / entrant.label / f"seed-{seed}",
+            prompts,
+            self.pictures / entrant.label / f"{folder}-{seed}",
             seed=seed,
             num_inference_steps=self.settings.num_inference_steps,
             batch_size=self.settings.batch_size,
@@ -203,6 +207,10 @@ class Judge:
             model=entrant.identity,
             drawn=self.drawn,
         )
+
+    def draw(self, entrant: Entrant, pipeline: Any, kwargs: dict[str, Any], seed: int) -> tuple[list[Path], Tensor]:
+        """Draw all prompts with a seed; return the pictures' paths and their (N, D) features."""
+        paths = self._generate(entrant, pipeline, kwargs, seed, "seed", self.prompts)
         if set_of(self.drawn, read_json(paths[0].parent / SETTINGS_FILE)):
             self.note(
                 f"the {entrant.label}'s pictures come with ppcl: drawn once with these weights, prompts and noise"
@@ -238,21 +246,57 @@ class Judge:
             measure(of_seed, None if seed == self.reference_seed else self.reference, self.text)
             for seed, of_seed in zip(seeds, features, strict=True)
         ]
-        return Side(entrant, pipeline, kwargs, list(paths), list(features), measures, component)
+        side = Side(entrant, pipeline, kwargs, list(paths), list(features), measures, component)
+        if count := min(self.settings.diversity_prompts, len(self.prompts)):
+            other = partial(self._generate, entrant, pipeline, kwargs, self.config.seed + 1, "again")
+            measures[0] |= self._diversity(side, paths[1][:count] if num_seeds > 1 else other(self.prompts[:count]))
+        return side
+
+    def _diversity(self, side: Side, again: Sequence[Path]) -> dict[str, Measured]:
+        """How much pictures of a prompt differ, by the likeness of structure (Odena et al. 2017 have it of a class).
+
+        Args:
+            side: The model.
+            again: Its first prompts from other noise.
+        """
+        ssim = {name: call for name, call in self._pair_measures(side).items() if name == "ssim"}
+        likeness = compare_pairs(side.paths[0][: len(again)], again, ssim).get("ssim")
+        return paired({"diversity": [1 - value for value in likeness]}) if likeness else {}
+
+    def _pair_measures(self, side: Side) -> dict[str, PairMeasure]:
+        measures, notes = pair_measures(min(read_picture(side.paths[0][0]).shape[:2]))
+        for line in notes:
+            self.note(line)
+        return measures
+
+    def _textures(self, paths: Sequence[Path]) -> Tensor | None:
+        """Statistics of fine detail, one row a picture; None where sizes differ or are too small for it."""
+        key = paths[0]
+        if key not in self._texture:
+            shapes = {read_picture(path).shape[:2] for path in paths}
+            is_told = len(paths) > 1 and len(shapes) == 1 and num_levels(min(min(shapes))) > 0
+            self._texture[key] = describe(paths, TextureExtractor(), label="texture") if is_told else None
+        return self._texture[key]
+
+    def _texture_distance(self, paths: Sequence[Path], reference: Sequence[Path]) -> Measured | None:
+        ours, theirs = self._textures(paths), self._textures(reference)
+        if ours is None or theirs is None:
+            return None
+        found = texture_distance(ours, theirs)
+        return Measured(found.value, found.items.numpy())
 
     def fidelity(self, first: Side, second: Side) -> dict[str, Measured]:
         """Paired measures: pictures of one prompt, drawn from one noise."""
-        measures, notes = pair_measures(min(read_picture(first.paths[0][0]).shape[:2]))
-        for line in notes:
-            self.note(line)
-        pairs = compare_pairs(first.paths[0], second.paths[0], measures)
+        pairs = compare_pairs(first.paths[0], second.paths[0], self._pair_measures(first))
         if not pairs:
             self.note(
                 f"{second.label} draws pictures of another size than {first.label}: PSNR, SSIM and LPIPS are "
                 "left out; set capture.height and capture.width to compare them"
             )
         one, two = first.features[0].double(), second.features[0].double()
-        return paired({**pairs, "feature_cosine": torch.nn.functional.cosine_similarity(one, two, dim=1).tolist()})
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1).tolist()
+        texture = self._texture_distance(second.paths[0], first.paths[0]) if pairs else None
+        return paired(pairs) | ({"texture_distance": texture} if texture else {}) | paired({"feature_cosine": cosine})
 
     def velocity(self, first: Side, second: Side) -> StateErrors | None:
         """Velocity errors on states of the first model's trajectories, where the second takes them."""
@@ -330,14 +374,15 @@ class Judge:
         shown = "latency_end_to_end_ms" if steps else "latency_ms"
         both = [name for name in CAPTION_SCORES if name in measures and name in others]
         losses = {name: drop({name: measures[name]}, {name: others[name]}) for name in both}
-        fid_ratio = _fid_ratio(measures, others)
+        ratios = {name: _ratio_of(name, measures, others) for name in ("fid", "diversity")}
         comparison = Comparison(
             label=second.label,
             against=first.label,
             average_drop=of_interval(lost) if lost else None,
             average_drop_per_score={name: of_interval(loss) for name, loss in losses.items() if loss},
             differences={name: of_interval(entry) for name, entry in differences(measures, others).items()},
-            fid_ratio=of_interval(fid_ratio) if fid_ratio else None,
+            fid_ratio=of_interval(ratios["fid"]) if ratios["fid"] else None,
+            diversity_ratio=of_interval(ratios["diversity"]) if ratios["diversity"] else None,
             fidelity=fidelity,
             scale=self._scale(first, undistilled),
             velocity_error_by_timestep=[Step(**row) for row in by_timestep(errors)] if errors else [],
@@ -356,6 +401,8 @@ class Judge:
             values = compare_pairs(first.paths[0], first.paths[1], {"psnr": pair_measures(0)[0]["psnr"]}).get("psnr")
             if values:
                 scale["psnr"] = sum(values) / len(values)
+            if texture := self._texture_distance(first.paths[1], first.paths[0]):
+                scale["texture_distance"] = texture.value
         return scale
 
     def result(
@@ -369,6 +416,7 @@ class Judge:
             num_inference_steps=self.settings.num_inference_steps,
             reference=self.reference_name,
             reference_count=self.reference.count if self.reference else None,
+            floor=floor_of(self.reference, len(self.prompts), self.text is not None) if self.reference else {},
             memory_measure=memory_measure,
             notes=self.notes,
             models=list(models),
@@ -387,8 +435,8 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
 
 
-def _fid_ratio(first: dict[str, Measured], second: dict[str, Measured]) -> Interval | None:
-    above, below = (measures["fid"].items if "fid" in measures else None for measures in (second, first))
+def _ratio_of(name: str, first: dict[str, Measured], second: dict[str, Measured]) -> Interval | None:
+    above, below = (measures[name].items if name in measures else None for measures in (second, first))
     if above is None or below is None or below.mean() == 0:
         return None
     return interval([above, below], lambda a, b, axis: a.mean(axis) / b.mean(axis))

@@ -125,6 +125,7 @@ def report(result: Evaluation, plan: str = "", analysis: Analysis | None = None)
         level=f"{result.level:.0%}",
         seeds=max((len(spread.values) for spread in result.models[0].spread.values()), default=1),
         header=_header(result),
+        floor=", ".join(f"{METRICS[name].label} {number(value)}" for name, value in result.floor.items()),
         rows=[*score_rows(result), *cost_rows(result)],
         speed=_speed(_header(result)[1:], [model.speed for model in result.models]),
         timesteps=[(row, _timesteps(row)) for row in result.comparisons if row.velocity_error_by_timestep],

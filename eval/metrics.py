@@ -84,6 +84,12 @@ SCORES = {  # of one set of pictures
     "retrieval_at_5": Metric(
         "Retrieval at 5", "higher", "How often the picture's own prompt is among the first five.", "share"
     ),
+    "diversity": Metric(
+        "Diversity",
+        "higher",
+        "How much two pictures of one prompt differ when the noise is another: 1 - SSIM, averaged; 0 if all noise "
+        "becomes the same picture. A model that is more uniform than the first one has lost variety.",
+    ),
 }
 FIDELITY = {  # of pairs: a model's pictures or velocities against the first model's
     "velocity_error": Metric(
@@ -100,6 +106,13 @@ FIDELITY = {  # of pairs: a model's pictures or velocities against the first mod
     ),
     "ssim": Metric("SSIM", "higher", "Likeness of local structure; 1 is identical."),
     "lpips": Metric("LPIPS", "lower", "Learned perceptual distance; 0 is identical."),
+    "texture_distance": Metric(
+        "Texture distance",
+        "lower",
+        "Distance between the statistics of fine detail of both models' pictures: sharpness, grain, and where detail "
+        "sits. It sees blur and missing detail which the features behind FID overlook. For scale: the first model with "
+        "another seed.",
+    ),
     "feature_cosine": Metric("Feature cosine", "higher", "Likeness in the evaluator's embedding; 1 is identical."),
 }
 DROP = {

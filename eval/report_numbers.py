@@ -74,7 +74,9 @@ def _change(value: float | None, is_share: bool) -> str:
     return signed(shown, number(shown, 2))
 
 
-def _score_table(first: ModelResult, second: ModelResult, differences: Mapping[str, Number]) -> dict[str, Any]:
+def _score_table(
+    first: ModelResult, second: ModelResult, differences: Mapping[str, Number], floor: Mapping[str, float]
+) -> dict[str, Any]:
     """Scores of two models, one row each, with what they mean and what their difference says."""
     rows, explanations = [], []
     for key, metric in SCORES.items():
@@ -91,13 +93,14 @@ def _score_table(first: ModelResult, second: ModelResult, differences: Mapping[s
         spread = first.spread.get(key)
         deviation = spread.std if spread else None
         around = f"\N{PLUS-MINUS SIGN}{show(deviation) if is_share else number(deviation, 2)}" if deviation else ""
-        rows.append([metric.label, _shown(metric, before), _shown(metric, after), shift, around])
+        row = [metric.label, _shown(metric, before), _shown(metric, after), shift, around]
+        rows.append([*row, show(floor.get(key)) if key in floor else ""] if floor else row)
         better = {"lower": "Lower is better.", "higher": "Higher is better.", "neither": ""}[metric.better]
         judged = ""
         if change is not None and metric.better != "neither" and (limits or spread):
             judged = verdict(change, limits, spread.values if spread else (), metric)
         explanations.append(Markup("{} {} <span class=verdict>{}</span>").format(metric.meaning, better, judged))
-    header = ["", first.label, second.label, "change", f"spread of {first.label}"]
+    header = ["", first.label, second.label, "change", f"spread of {first.label}", *(["floor"] if floor else [])]
     return {"header": header, "rows": rows, "explanations": explanations}
 
 
@@ -151,7 +154,7 @@ def numbers_section(result: Evaluation) -> Markup:
     if len(result.models) == 2 and result.comparisons:
         row = result.comparisons[0]
         shown = {
-            "scores": _score_table(result.models[0], result.models[1], row.differences),
+            "scores": _score_table(result.models[0], result.models[1], row.differences, result.floor),
             "drop": _drop(row),
             "closeness": _fidelity_table(row),
         }

@@ -84,9 +84,11 @@ def _tiles(run: RunData) -> list[tuple[str, ...]]:
         start = f"{number(undistilled)} before distillation" if undistilled is not None else ""
         tiles.append(("Velocity error", number(error.value) if error else "not measured", start, planned))
     if row and row.average_drop is not None:
-        fid = f"FID {number(row.fid_ratio.value)}{TIMES} the teacher's" if row.fid_ratio else ""
+        ratios = (("FID", row.fid_ratio), ("diversity", row.diversity_ratio))
+        against = [f"{name} {number(ratio.value)}{TIMES}" for name, ratio in ratios if ratio]
+        beside = f"{', '.join(against)} the teacher's" if against else ""
         shown = f"{number(row.average_drop.value, 2)}%"
-        tiles.append(("Average drop", shown, "mean of CLIP score, retrieval at 1 and 5", fid))
+        tiles.append(("Average drop", shown, "mean of CLIP score, retrieval at 1 and 5", beside))
     return tiles
 
 

@@ -121,9 +121,12 @@ class Comparison(_Frozen):
     average_drop_per_score: dict[str, Number]
     differences: dict[str, Number] = Field(description="this model's number minus the first one's, paired by prompt")
     fid_ratio: Number | None = Field(default=None, description="this model's FID over the first one's")
+    diversity_ratio: Number | None = Field(default=None, description="this model's diversity over the first one's")
     fidelity: dict[str, Number]
     scale: dict[str, float] = Field(
-        default={}, description="for fidelity: PSNR of the first model's two seeds, velocity error before distillation"
+        default={},
+        description="for fidelity: PSNR and texture distance of the first model's two seeds, velocity error before "
+        "distillation",
     )
     velocity_error_by_timestep: list[Step]
     param_ratio: float
@@ -143,6 +146,9 @@ class Evaluation(_Frozen):
     num_inference_steps: int
     reference: str | None = Field(description="what FID and the like compare with")
     reference_count: int | None
+    floor: dict[str, float] = Field(
+        default={}, description="the same distances of as many pictures of the reference to its other ones"
+    )
     memory_measure: str = Field(default="", description="cuda (allocated tensors) or resident (the process)")
     level: float = LEVEL
     resamples: int = RESAMPLES

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppcl.common.streams import Stream, step_generator
 from ppcl.eval.clip import caption_ranks, clip_items
 from ppcl.eval.fid import FeatureStatistics, frechet_distance
 from ppcl.eval.intervals import Array, Interval, drop_interval, interval, share_interval
@@ -112,25 +113,58 @@ def set_measures(features: Tensor, reference: Reference, is_clip: bool) -> dict[
     Raises:
         UserError: There are too few pictures, or features are not finite.
     """
-    moments = FeatureStatistics()
-    moments.update(features)
-    value = frechet_distance(moments.mean, moments.covariance, reference.mu, reference.sigma)
-    measures = {"fid": Measured(value, _array(frechet_items(features, reference.mu, reference.sigma, value)))}
-    real = reference.features
+    measures, real = _distances(features, reference, is_clip), reference.features
     if real is None:
         return measures
-    distance = kid(features, real)
-    measures["kid"] = Measured(distance, _array(kid_items(features, real, distance)))
     if subsets := kid_subsets(features, real):
         measures["kid_std"] = Measured(subsets[1])
     if min(len(features), len(real)) > NEIGHBOURS:
         near = manifold(features, real)
         measures |= {name: _mean_of(name, getattr(near, name)) for name in ("precision", "density")}
         measures |= {name: _mean_of(name, getattr(near, name), "references") for name in ("recall", "coverage")}
-    if is_clip:
-        mmd = cmmd(features, real)
-        measures["cmmd"] = Measured(mmd.value, _array(mmd.items))
     return measures
+
+
+def _distances(features: Tensor, reference: Reference, is_clip: bool) -> dict[str, Measured]:
+    """FID and, where the reference's own features are known, KID and CMMD; for the arguments see ``set_measures``."""
+    moments = FeatureStatistics()
+    moments.update(features)
+    value = frechet_distance(moments.mean, moments.covariance, reference.mu, reference.sigma)
+    found = {"fid": Measured(value, _array(frechet_items(features, reference.mu, reference.sigma, value)))}
+    real = reference.features
+    if real is not None:
+        distance = kid(features, real)
+        found["kid"] = Measured(distance, _array(kid_items(features, real, distance)))
+        if is_clip:
+            mmd = cmmd(features, real)
+            found["cmmd"] = Measured(mmd.value, _array(mmd.items))
+    return found
+
+
+FLOOR_DRAWS = 5
+
+
+def floor_of(reference: Reference, count: int, is_clip: bool) -> dict[str, float]:
+    """The distances of so many of the reference's own pictures to its others: no model can be expected below.
+
+    Args:
+        reference: What others are compared with.
+        count: Pictures that a model draws, since FID depends on it.
+        is_clip: Whether the features are CLIP's.
+
+    Returns:
+        Means over several draws; empty where the reference's features are not known, or too few.
+    """
+    features = reference.features
+    if features is None or count < 2 or len(features) < 2 * count:
+        return {}
+    found: dict[str, list[float]] = {}
+    for draw in range(FLOOR_DRAWS):
+        order = torch.randperm(len(features), generator=step_generator(draw, 0, Stream.REFERENCE_HALVES))
+        rest = reference_of(features[order[count:]])
+        for name, entry in _distances(features[order[:count]], rest, is_clip).items():
+            found.setdefault(name, []).append(entry.value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def measure(features: Tensor, reference: Reference | None, text: Tensor | None) -> dict[str, Measured]:

@@ -46,6 +46,7 @@ class Stream(IntEnum):
     PRICE_SIGNS = 84  # signs that backward sweeps put in front of the velocity
     CONTIGUOUS_REMOVALS = 89  # runs of blocks that the study takes away
     SCATTERED_REMOVALS = 97  # blocks apart from each other that it takes away
+    REFERENCE_HALVES = 98  # pictures of a reference that are compared with its others
     PICTURE = 101  # noise of the evaluation's pictures
     SOURCE_PICTURES = 103  # the seed of pictures that are drawn to start from
 

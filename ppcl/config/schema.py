@@ -276,6 +276,9 @@ class EvaluateConfig(Section):
     picture_seeds: int = Field(
         3, ge=1, description="times that what compare, ablate and ladder tell apart draws every prompt; a run: once"
     )
+    diversity_prompts: int = Field(
+        32, ge=0, description="prompts drawn once more from other noise, to see how much pictures of a prompt differ"
+    )
     velocity_states: int = Field(64, ge=1)
     features: str = Field("auto", description="emoji, inception, or an open_clip name, e.g. ViT-B-32/openai")
     latency_runs: int = Field(10, ge=1, description="timed calls; another number draws all pictures again, too")

@@ -2,7 +2,8 @@
 
     python -m ppcl.emoji.teacher --start ppcl/assets/teacher --out runs/emoji-teacher --minutes 110
 
-Goes on from a teacher's weights, or from none (``--vae FOLDER``). Pictures are drawn anew in
+Goes on from a teacher's weights, or from none (``--vae FOLDER``); under ``python -m torch.distributed.run`` several
+processes share every batch. Pictures are drawn anew in
 every step, each another variation of its caption's picture (``variation.py``). Writes an
 ordinary QwenImagePipeline folder, ``OUT/pipeline``, with every checkpoint. Resumes when run
 again; ``--minutes`` ends this call, not the training. ``--steps`` may be changed on the way:
@@ -42,12 +43,15 @@ from ppcl.emoji.data import SIZE, Pair, load_pairs
 from ppcl.emoji.vae import single_frame_forward
 from ppcl.emoji.variation import Sprites, Variation
 from ppcl.training import stopping
+from ppcl.training.distributed import SINGLE, Group, connect
+from ppcl.training.launch import silence_others
 from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 NULL_PROMPT = " "  # what the pipelines use as the negative prompt
 DROPOUT = 0.1
 SAVE_SECONDS = 240
+EVERY = slice(None)
 TEXT_TOKENS = 12  # after the template's prefix: room for every caption, and one shape to compile
 
 
@@ -87,21 +91,34 @@ class Batches:
             if isinstance(conv, QwenImageCausalConv3d):
                 conv.forward = partial(single_frame_forward, conv)
 
-    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return token ids and mask, both (B, tokens), and clean latents, (B, SIZE / 8 squared, 16)."""
-        indices = torch.randint(len(self.sprites.tile), (size,), generator=generator)
-        dropped = torch.rand(size, generator=generator) < DROPOUT
-        pictures = self.sprites.draw(indices, Variation.draw(size, generator))
+    def draw(self, size: int, generator: torch.Generator, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token ids and mask, both (B, tokens), and clean latents, (B, places, 16), of B of ``size`` samples."""
+        indices = torch.randint(len(self.sprites.tile), (size,), generator=generator)[part]
+        dropped = torch.rand(size, generator=generator)[part] < DROPOUT
+        pictures = self.sprites.draw(indices, Variation.draw(size, generator)[part])
         latents = pack(encode_pictures(self.vae, pictures.unsqueeze(2)))
         ids, mask = self.prompts.batch(indices, dropped)
         return ids.to(self.device), mask.to(self.device), latents.to(self.device)
 
 
-def velocity_loss(pipeline: QwenImagePipeline, batches: Batches, size: int, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity at one noise level a sample, levels logit-normal."""
-    ids, mask, clean = batches.draw(size, generator)
-    sigma = torch.randn(size, generator=generator).sigmoid().to(clean.device)
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+def velocity_loss(
+    pipeline: QwenImagePipeline, batches: Batches, size: int, generator: torch.Generator, part: slice = EVERY
+) -> Tensor:
+    """Mean squared error of the velocity at one noise level a sample, levels logit-normal.
+
+    Args:
+        pipeline: The teacher.
+        batches: Where the samples come from.
+        size: Samples of a step.
+        generator: Source of all randomness of the step.
+        part: Which of the samples are looked at.
+
+    Returns:
+        Scalar.
+    """
+    ids, mask, clean = batches.draw(size, generator, part)
+    sigma = torch.randn(size, generator=generator)[part].sigmoid().to(clean.device)
+    noise = torch.randn((size, *clean.shape[1:]), generator=generator)[part].to(clean.device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     prefix, device = batches.prompts.prefix, clean.device.type
     # On a CPU, plain attention is a tenth faster than the fused kernel for sequences as short as these.
@@ -113,7 +130,7 @@ def velocity_loss(pipeline: QwenImagePipeline, batches: Batches, size: int, gene
             encoder_hidden_states=hidden,
             encoder_hidden_states_mask=mask[:, prefix:].bool(),
             timestep=sigma,
-            img_shapes=[[(1, SIZE // 8, SIZE // 8)]] * size,
+            img_shapes=[[(1, SIZE // 8, SIZE // 8)]] * len(clean),
             return_dict=False,
         )[0]
     return F.mse_loss(velocity.float(), noise - clean)
@@ -142,6 +159,7 @@ def train(
     minutes: float = float("inf"),
     device: str = "cpu",
     compiled: bool = True,
+    group: Group = SINGLE,
 ) -> bool:
     """Train a pipeline's text encoder and transformer, resuming what ``out`` holds.
 
@@ -152,11 +170,12 @@ def train(
         minutes: After so many the state is saved and the call ends.
         device: Where it is trained.
         compiled: Whether the blocks are compiled.
+        group: The processes that train, each on its part of every batch.
 
     Returns:
         Whether all steps are done.
     """
-    lock = lock_folder(out)
+    lock = lock_folder(out) if group.is_main else None
     text_encoder, transformer = pipeline.text_encoder.to(device).train(), pipeline.transformer.to(device).train()
     text_encoder.model.visual.requires_grad_(False)
     transformer.transformer_blocks[-1].txt_mlp.requires_grad_(False)  # its text half cannot reach the output
@@ -166,26 +185,29 @@ def train(
 
     modules = {"text_encoder": text_encoder, "transformer": transformer}
     fingerprint = f"teacher-{settings.batch_size}-{settings.seed}"
-    loop = TrainingLoop(modules, settings, out / "checkpoints", fingerprint, label="teacher")
+    loop = TrainingLoop(modules, settings, out / "checkpoints", fingerprint, label="teacher", group=group)
+    part = slice(group.rank, None, group.size)
+    share = len(range(settings.batch_size)[part]) / settings.batch_size
     end, saved = time.monotonic() + 60 * minutes, time.monotonic()
     try:
         for step in loop:
             generator = step_generator(settings.seed, step, Stream.EMOJI_BATCH)
-            loss = velocity_loss(pipeline, batches, settings.batch_size, generator)
+            loss = share * velocity_loss(pipeline, batches, settings.batch_size, generator, part)
             loss.backward()  # type: ignore[no-untyped-call]
             loop.add({"loss": loss.item()})
-            row, late = loop.step(), time.monotonic() > end
-            if step % 20 == 0:
+            row, late = loop.step(), group.any(time.monotonic() > end)
+            if step % 20 == 0 and group.is_main:
                 append_row(out / "log.jsonl", row)
-            if late or time.monotonic() > saved + SAVE_SECONDS:
+            if late or group.any(time.monotonic() > saved + SAVE_SECONDS):
                 loop.save(step + 1)
-                publish(pipeline, loop, out / "pipeline")
+                group.on_main(lambda: publish(pipeline, loop, out / "pipeline"))
                 saved = time.monotonic()
             if late and step + 1 < settings.steps:
                 return False
-        publish(pipeline, loop, out / "pipeline")
+        group.on_main(lambda: publish(pipeline, loop, out / "pipeline"))
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     return True
 
 
@@ -228,10 +250,13 @@ def main() -> None:
         pipeline = QwenImagePipeline.from_pretrained(given.start)
     else:
         pipeline = new_pipeline(AutoencoderKLQwenImage.from_pretrained(given.vae))
-    settings = loop_settings(given.steps, given.batch_size, given.learning_rate)
+    settings, group = loop_settings(given.steps, given.batch_size, given.learning_rate), connect(given.device == "cpu")
+    silence_others()
     with contextlib.suppress(stopping.Stopped), stopping.on_signals():
-        done = train(pipeline, given.out, settings, given.minutes, given.device)
+        device = str(group.place(torch.device(given.device)))
+        done = train(pipeline, given.out, settings, given.minutes, device, group=group)
         print("all steps are done" if done else "time is up; run the same command again to go on")
+    group.close()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Variation:
             tint=TINT * torch.randn(count, 3, generator=generator),
         )
 
+    def __getitem__(self, part: slice) -> Variation:
+        """The variation of some of the pictures."""
+        return Variation(*(getattr(self, field.name)[part] for field in fields(self)))
+
     @classmethod
     def of(cls, pairs: Sequence[Pair], seed: int) -> Variation:
         """Return the variation that a seed gives each pair, whatever the other pairs."""

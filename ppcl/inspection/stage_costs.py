@@ -292,12 +292,13 @@ def evaluate_cost(costs: Costs, before: float) -> StageCost:
     steps = sum(settings.speed_steps or [settings.num_inference_steps, settings.num_inference_steps // 2])
     device, ram = costs.drawing()
     work = Work(kept=settings.num_prompts * 2e6 * (settings.teacher_seeds + 1), ram=ram)
-    draws = max(0, settings.teacher_seeds - costs.drawn)
-    work.flops = pictures * (draws * flops + student)
+    again = min(settings.diversity_prompts, settings.num_prompts) / settings.num_prompts  # with a second seed
+    draws = max(0.0, max(settings.teacher_seeds, 1 + again) - costs.drawn)
+    work.flops = pictures * (draws * flops + (1 + again) * student)
     calls = settings.velocity_states + timed * (settings.latency_runs + steps * costs.branches)
     work.flops += calls * (flops + student)
     passes = costs.passes(settings.num_prompts, settings.batch_size, settings.num_inference_steps)
-    both = draws + costs.ratio
+    both = draws + (1 + again) * costs.ratio
     timing = len(settings.speed_batch_sizes) * (settings.latency_runs + steps * costs.branches) * (1 + costs.ratio)
     _read(costs, work, passes * both + timing, shapes.text + shapes.vae)
     largest = max(settings.batch_size, *settings.speed_batch_sizes)

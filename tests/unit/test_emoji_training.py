@@ -94,6 +94,18 @@ def tiny_pipeline():
     return make
 
 
+def test_processes_that_share_a_batch_have_its_loss_between_them(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    batches = teacher.Batches(pipeline, load_pairs("train"), "cpu")
+
+    def loss(part):
+        return teacher.velocity_loss(pipeline, batches, 4, torch.Generator().manual_seed(3), part).item()
+
+    parts = [loss(slice(rank, None, 2)) for rank in range(2)]
+    assert parts[0] != pytest.approx(parts[1], rel=0.01)
+    assert sum(parts) / 2 == pytest.approx(loss(slice(None)), rel=1e-3)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_training_that_was_interrupted_ends_with_the_same_bits(tiny_pipeline, tmp_path):
     settings = teacher.loop_settings(steps=3, batch_size=4, learning_rate=1e-3)

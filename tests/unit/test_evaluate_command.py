@@ -175,7 +175,7 @@ def test_an_interrupted_evaluation_ends_up_the_same(
     out = shutil.copytree(judged[0], tmp_path / "out")
     fake = install(patched := pytest.MonkeyPatch())
     before = json.loads((out / "metrics.json").read_text())
-    pictures = sorted((out / "pictures" / "model-2").rglob("*.png"))
+    pictures = sorted((out / "pictures" / "model-2").glob("seed-*/*.png"))
     assert [path.name for path in pictures] == [f"{index:04d}.png" for index in range(5)]
     kept = {path: path.read_bytes() for path in pictures}
     stamps = {path: path.stat().st_mtime_ns for path in pictures}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppcl.config import load_config
 from ppcl.errors import UserError
 from ppcl.eval.fid import fid
-from ppcl.eval.fidelity import psnr
+from ppcl.eval.fidelity import psnr, ssim
 from ppcl.eval.judge import Entrant, Judge, judge_all
 from ppcl.eval.results import Evaluation, finite, load_evaluation, save_evaluation, spread_of
 from ppcl.eval.scoring import reference_of
@@ -129,7 +129,7 @@ def test_metrics_file_and_its_numbers(tmp_path: Path) -> None:
     assert (result.schema_version, result.features, result.num_inference_steps) == (2, "blocks", 2)
     assert (result.prompts, result.reference, result.reference_count) == (12, "real pictures", 20)
     assert sorted(p.name for p in (tmp_path / "teacher").iterdir()) == ["seed-5", "seed-6", "seed-7"]
-    assert [p.name for p in (tmp_path / "student").iterdir()] == ["seed-5"]
+    assert sorted(p.name for p in (tmp_path / "student").iterdir()) == ["again-6", "seed-5"]
     first, second = images_of(tmp_path / "teacher" / "seed-5"), images_of(tmp_path / "student" / "seed-5")
     describe = BlockExtractor().image_features
     teacher, student = result.models
@@ -143,6 +143,12 @@ def test_metrics_file_and_its_numbers(tmp_path: Path) -> None:
     assert row.param_ratio == 0.5
     assert row.fid_ratio is not None
     assert row.fid_ratio.value == pytest.approx(student.numbers["fid"].value / teacher.numbers["fid"].value)
+    likeness = ssim(first, images_of(tmp_path / "teacher" / "seed-6")).mean
+    assert teacher.numbers["diversity"].value == pytest.approx(1 - likeness)
+    again = images_of(tmp_path / "student" / "again-6")
+    assert student.numbers["diversity"].value == pytest.approx(1 - ssim(second, again).mean)
+    assert row.diversity_ratio is not None
+    assert row.diversity_ratio.value == pytest.approx(student.numbers["diversity"].value / (1 - likeness))
     for name in ("clip_score", "retrieval_at_1", "retrieval_at_5"):
         expected = 100 * (1 - student.numbers[name].value / teacher.numbers[name].value)
         assert row.average_drop_per_score[name].value == pytest.approx(expected)
@@ -233,3 +239,40 @@ def test_spread_and_finite() -> None:
     assert (spread.mean, spread.std, spread.values) == (2.0, pytest.approx(2**0.5), [1.0, 3.0])
     assert spread_of([1.0]).std is None
     assert finite({"a": [math.inf, 1.0], "b": {"c": math.nan}}) == {"a": [None, 1.0], "b": {"c": None}}
+
+
+class OnePicturePipeline(BlockPipeline):
+    """Draws a prompt in one way, whatever the noise."""
+
+    def __call__(self, prompt: Any, **arguments: Any) -> Any:
+        arguments["generator"] = [torch.Generator().manual_seed(0) for _ in arguments["generator"]]
+        return super().__call__(prompt, **arguments)
+
+
+def test_a_student_that_collapses_shows(tmp_path: Path) -> None:
+    row = run(tmp_path, pipelines=(BlockPipeline(), OnePicturePipeline())).comparisons[0]
+    assert row.diversity_ratio is not None and row.diversity_ratio.value == pytest.approx(0, abs=1e-6)
+
+
+def test_diversity_is_drawn_of_so_many_prompts_and_can_be_left_out(tmp_path: Path) -> None:
+    result = run(tmp_path / "few", settings={"teacher_seeds": 1, "diversity_prompts": 3})
+    assert len(list((tmp_path / "few" / "teacher" / "again-6").glob("*.png"))) == 3
+    assert result.models[0].numbers["diversity"].count == 3
+    without = run(tmp_path / "none", settings={"diversity_prompts": 0})
+    assert "diversity" not in without.models[0].numbers
+    assert without.comparisons[0].diversity_ratio is None
+    assert not list((tmp_path / "none" / "student").glob("again-*"))
+
+
+def test_the_floor_is_what_real_pictures_have_to_each_other(tmp_path: Path) -> None:
+    assert run(tmp_path / "few").floor == {}  # 20 real pictures are not twice the 12 that are drawn
+    more = torch.cat([REAL, 255 - REAL])
+    floor = run(tmp_path / "more", references=more).floor
+    assert set(floor) == {"fid", "kid", "cmmd"}
+    assert 0 < floor["fid"] < run(tmp_path / "other", references=more // 8).models[0].numbers["fid"].value
+
+
+def test_texture_is_for_scale_that_of_another_seed(tmp_path: Path) -> None:
+    row = run(tmp_path).comparisons[0]
+    assert row.fidelity["texture_distance"].value > 0
+    assert row.scale["texture_distance"] > 0
