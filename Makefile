@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 IMPORTS = $(BIN)/python -c "import open_clip, peft, torchmetrics, ppcl.pipelines, ppcl.run"
 
-.PHONY: setup demo test test-all check docs clean
+.PHONY: setup demo test test-all check docs tables clean
 
 setup: $(VENV)/ready
 
@@ -40,6 +40,12 @@ test-all: check
 docs: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml --site-dir $(abspath $(SITE))
+
+# what is measured on the embedded teacher, hours of it; goes on where it was stopped
+TABLES = results metric_sanity ladder ablation study compare methods methods_units width prices predictions correction \
+	low_rank_steps
+tables: setup
+	$(BIN)/python benchmarks/tables.py $(TABLES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

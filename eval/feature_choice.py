@@ -10,6 +10,7 @@ from ppcl.errors import UserError
 from ppcl.eval.features import FeatureExtractor, load_extractor
 from ppcl.eval.scoring import Reference, reference_of
 
+REFERENCE_SEED = 2**20  # of the embedded data's variations: none that anything was trained or checked with
 DEFAULT_FEATURES = "ViT-B-32/openai"
 
 
@@ -27,12 +28,13 @@ def extractor_with_note(model: str, features: str, device: str) -> tuple[Feature
 
 
 def real_reference(model: str, extractor: FeatureExtractor) -> tuple[Reference, str] | None:
-    """The real pictures behind FID and their name: all of the embedded data set for the embedded model."""
+    """The real pictures behind FID and their name: for the embedded model a variation of each of its data set."""
     if model != "emoji":
         return None
-    from ppcl.emoji.data import load_pairs, load_pictures
+    from ppcl.emoji.data import load_pairs
+    from ppcl.emoji.variation import load_varied_pictures
 
-    pictures = torch.from_numpy(load_pictures(load_pairs())).permute(0, 3, 1, 2).contiguous()
+    pictures = torch.from_numpy(load_varied_pictures(load_pairs(), REFERENCE_SEED)).permute(0, 3, 1, 2).contiguous()
     return reference_of(extractor.image_features(pictures)), "real pictures"
 
 

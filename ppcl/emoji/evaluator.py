@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ppcl.training.loop import TrainingLoop
 from ppcl.training.settings import LoopSettings
 
 CONTEXT = 16
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 2048
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
@@ -71,6 +73,13 @@ def save_tokenizer(captions: list[str], folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", model_max_length=CONTEXT
     ).save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer that lies in a folder; of one that is trained again the rare tokens are in another order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, folder / name)
 
 
 def augment(sprites: Sprites, indices: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,7 +122,11 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
     train_pairs = pairs["train"]
     sprites = Sprites(train_pairs)
     captions = [pair.caption for pair in train_pairs]
-    save_tokenizer(captions, work / "tokenizer")
+    if not (work / "tokenizer" / TOKENIZER_FILES[0]).is_file():  # training one anew gives other ids
+        if start:
+            copy_tokenizer(start, work / "tokenizer")
+        else:
+            save_tokenizer(captions, work / "tokenizer")
     tokenize = open_clip.tokenizer.HFTokenizer(str(work / "tokenizer"), context_length=CONTEXT)
     tokens = tokenize(captions)
     torch.manual_seed(seed)
@@ -161,7 +174,7 @@ def train(out: Path, work: Path, steps: int, start: Path | None = None, batch_si
             name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()
         }
         write_tensors(temporary / "open_clip_model.safetensors", state)
-        save_tokenizer(captions, temporary)
+        copy_tokenizer(work / "tokenizer", temporary)
         write_json(temporary / "check.json", {name: round(value, 4) for name, value in check.items()})
 
 

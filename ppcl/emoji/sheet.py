@@ -6,12 +6,14 @@ Draws 32 fixed captions of the training split, 32 pairs that were never seen tog
 emoji that were never seen at all, each from several seeds, with the plain real picture beside
 them. Writes ``sheet-train.png``, ``sheet-new_pair.png``, ``sheet-new_emoji.png`` and
 ``sheet.json``: the rank of each picture's caption among all captions of the data set, by the
-evaluator, and the PSNR between the seeds of a caption (the lower, the more they differ).
+evaluator, and how much the seeds of a caption differ, beside as many variations of the real
+picture: their PSNR (the lower, the more) and their diversity (1 - SSIM; the higher, the more).
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image, ImageDraw
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ppcl.common.files import atomic_path, write_json
 from ppcl.emoji.data import ASSETS, SIZE, Pair, load_emoji, load_pairs, load_pictures
+from ppcl.emoji.variation import load_varied_pictures
 
 
 def fixed_pairs(split: str, count: int = 32) -> list[Pair]:
@@ -70,12 +74,22 @@ def ranks(pictures: np.ndarray, wanted: list[Pair], evaluator: Path) -> np.ndarr
     return rank
 
 
-def psnr_between_seeds(pictures: np.ndarray) -> float:
-    """Mean PSNR in dB over captions and pairs of seeds of (captions, seeds, H, W, 3) pictures."""
-    first, second = np.triu_indices(pictures.shape[1], 1)
-    values = pictures.astype(np.float64)
-    error = ((values[:, first] - values[:, second]) ** 2).mean((2, 3, 4))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-3))))
+def between_seeds(pictures: np.ndarray) -> dict[str, float]:
+    """How alike pictures of a caption are.
+
+    Args:
+        pictures: (captions, seeds, H, W, 3) uint8, two seeds at least.
+
+    Returns:
+        ``psnr_db`` and ``diversity`` (1 - SSIM), means over captions and pairs of seeds.
+    """
+    of_seeds = torch.from_numpy(pictures).permute(1, 0, 4, 2, 3).double() / 255
+    decibels, differences = [], []
+    for one, two in combinations(of_seeds, 2):
+        error = (one - two).square().mean((1, 2, 3)).clamp(min=1e-8)
+        decibels.append(float((-10 * error.log10()).mean()))
+        differences.append(1 - float(structural_similarity_index_measure(one, two, data_range=1.0)))  # type: ignore[arg-type]
+    return {"psnr_db": round(float(np.mean(decibels)), 2), "diversity": round(float(np.mean(differences)), 3)}
 
 
 def sheet(drawn: np.ndarray, real: np.ndarray, captions: list[str]) -> Image.Image:
@@ -121,7 +135,9 @@ def main() -> None:
             "rank": dict(zip(captions, ranks_of_captions.tolist(), strict=True)),
         }
         if given.seeds > 1:
-            record[name]["psnr_between_seeds_db"] = round(psnr_between_seeds(drawn), 2)
+            real = np.stack([load_varied_pictures(pairs, seed) for seed in range(given.seeds)], 1)
+            record[name]["between_seeds"] = between_seeds(drawn)
+            record[name]["between_real_variations"] = between_seeds(real)
         with atomic_path(given.out / f"sheet-{name}.png") as temporary:
             sheet(drawn, load_pictures(pairs), captions).save(temporary, format="PNG")
         print(split, {key: value for key, value in record[name].items() if key != "rank"})

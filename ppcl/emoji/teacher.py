@@ -147,7 +147,8 @@ def publish(pipeline: QwenImagePipeline, loop: TrainingLoop, folder: Path) -> No
     # encoder would not fit the rest when somebody loads the folder without naming a dtype
     parts["transformer"].half()
     vae = copy.deepcopy(pipeline.vae).half()
-    vae.register_to_config(_name_or_path="emoji")  # not the folder it happened to be loaded from
+    for part in (vae, parts["transformer"]):
+        part.register_to_config(_name_or_path="emoji")  # not the folder it happened to be loaded from
     with atomic_path(folder) as temporary:
         assemble(vae, pipeline.tokenizer, **parts).save_pretrained(temporary)
 

@@ -1,12 +1,14 @@
 """The benchmarks' own mains, as little as possible of each, on the tiny pipeline."""
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from tiny_models import flux_call, tiny_flux
 
 from ppcl.pruning.knapsack import Edge
@@ -188,3 +190,55 @@ def test_random_plans_hold_what_was_asked_for_and_nothing_twice(monkeypatch):
             assert (found, len(chosen) - found) == sizes
     with pytest.raises(AssertionError, match="no room"):
         predictions.random_route(runs[:1], 2, 0, generator)
+
+
+def test_every_table_of_make_tables_has_its_command(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = importlib.import_module("tables")
+    makefile = (BENCHMARKS.parent / "Makefile").read_text()
+    names = makefile.partition("TABLES = ")[2].partition("tables:")[0].replace("\\", " ").split()
+    assert "results" in names
+    for name in names:
+        command = tables.command_of(name)
+        assert any(f"docs/{name}.md" in argument for argument in command)
+        assert not any("RUN" in argument for argument in command)
+    with pytest.raises(SystemExit, match="names no command for nothing"):
+        tables.command_of("nothing")
+
+
+def test_tables_that_were_made_are_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = importlib.import_module("tables")
+    ran, codes = [], iter([0, 3, 0])
+
+    def run(command, **_):
+        ran.append(command[-1])
+        return tables.subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", ["tables.py", "ladder", "ablation", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        tables.main()
+    assert stopped.value.code == 3
+    tables.main()
+    assert ran == ["docs/ladder.md", "docs/ablation.md", "docs/ablation.md"]
+
+
+def test_results_put_runs_beside_each_other(monkeypatch, finished_run, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "finished", lambda name, out: finished_run)
+    written = ["--table", str(tmp_path / "results.md"), "--picture", str(tmp_path / "pictures.png")]
+    monkeypatch.setattr("sys.argv", ["results.py", *written])
+    results.main()
+    with Image.open(tmp_path / "pictures.png") as picture:
+        assert picture.width > 2 * 100
+    text = (tmp_path / "results.md").read_text()
+    held = json.loads((finished_run / "eval" / "metrics.json").read_text())
+    teacher, student = held["models"]
+    row = cells(text, "parameters of the transformer")
+    assert row[2] == f"{teacher['params']:,}"
+    assert row[3] == row[5] == f"{student['params']:,} ({student['params'] / teacher['params']:.1%})"
+    for start in ("Average drop", "Diversity", "Velocity error", "Texture distance", "seconds"):
+        assert float(cells(text, start)[3].split()[0]) or start == "Average drop"
+    assert "Device:" in text

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ppcl.common.tensor_files import read_tensors
-from ppcl.emoji import teacher
+from ppcl.emoji import evaluator, teacher
 from ppcl.emoji.components import assemble, new_text_encoder, new_tokenizer, new_transformer
-from ppcl.emoji.data import SIZE, load_pairs, load_pictures
+from ppcl.emoji.data import ASSETS, SIZE, load_pairs, load_pictures
 from ppcl.emoji.evaluator import augment
-from ppcl.emoji.sheet import psnr_between_seeds, sheet
+from ppcl.emoji.sheet import between_seeds, sheet
 from ppcl.emoji.vae import new_vae
 from ppcl.emoji.variation import Sprites, Variation, load_varied_pictures
 
@@ -74,11 +74,29 @@ def test_the_evaluator_is_trained_on_pictures_that_vary_more():
     assert (pictures[1:] - pictures[0]).abs().mean((1, 2, 3)).min() > 0.05
 
 
+@pytest.mark.parametrize("ways", ["from nothing", "on from another", "resumed"])
+def test_the_evaluator_is_written_with_the_tokenizer_that_it_was_trained_with(tmp_path, monkeypatch, ways):
+    kept = evaluator.load_pairs("train")[:8]
+    monkeypatch.setattr(evaluator, "load_pairs", lambda split: kept)
+    arguments = {"steps": 1, "batch_size": 4}
+    if ways == "on from another":
+        arguments["start"] = ASSETS / "evaluator"
+    evaluator.train(tmp_path / "out", tmp_path / "work", **arguments)
+    trained = (tmp_path / "work" / "tokenizer" / "tokenizer.json").read_bytes()
+    if ways == "resumed":
+        evaluator.train(tmp_path / "out", tmp_path / "work", **arguments)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == trained
+    if ways == "on from another":
+        assert trained == (ASSETS / "evaluator" / "tokenizer.json").read_bytes()
+
+
 def test_a_sheet_shows_every_seed_and_tells_how_far_they_are_apart():
     pictures = np.zeros((2, 3, SIZE, SIZE, 3), np.uint8)
     pictures[:, 1:] = 51  # 14 dB from the first, and the last two are the same
-    assert psnr_between_seeds(pictures[:, :2]) == pytest.approx(13.979, abs=0.001)
-    assert psnr_between_seeds(pictures) > 30
+    assert between_seeds(pictures[:, :2])["psnr_db"] == pytest.approx(13.98)
+    assert between_seeds(pictures[:, 1:]) == {"psnr_db": 80.0, "diversity": 0.0}
+    noise = np.random.default_rng(0).integers(0, 256, pictures.shape, np.uint8)
+    assert between_seeds(noise)["diversity"] > 0.9
     page = sheet(pictures, pictures[:, 0], ["one", "two"])
     assert page.height == 2 * (SIZE + 18)
     assert page.width >= 2 * 2 * 4 * SIZE
