@@ -15,15 +15,13 @@ import torch
 from torch import nn
 
 from ppcl.config import EvaluateConfig
-from ppcl.config.names import TRANSFORMER
+from ppcl.config.names import PICTURE_RUNS, TRANSFORMER, WARMUP
 from ppcl.eval.generate import draw, picture_generator, quiet, steps_of
 from ppcl.eval.results import Speed
 from ppcl.eval.speed import measure_memory, measure_pair, weight_bytes
 from ppcl.teacher.flops import count_flops
 from ppcl.teacher.pipeline_call import PicturedPrompt
 
-PICTURE_RUNS = 3  # a picture takes long next to one transformer call, and varies less
-WARMUP = 1
 Call = Callable[[], object]
 Part = Literal["transformer", "picture"]
 
@@ -214,24 +212,43 @@ def costs(
     """
     prompt = list(prompts[:1])
     steps = settings.num_inference_steps
-    draws = [
-        picture_call(pipeline, prompt, steps, extra, seed) for pipeline, extra in zip(pipelines, kwargs, strict=True)
-    ]
     transformer = measure_pair(*transformer_calls, runs=settings.latency_runs, warmup=WARMUP)
-    end_to_end = measure_pair(draws[0], draws[1], runs=min(PICTURE_RUNS, settings.latency_runs), warmup=WARMUP)
+    speed = sweep(pipelines, prompts, settings, kwargs, seed, component)
+    pictures = _one_picture(pipelines, prompt, settings, kwargs, seed, speed)
     rows: list[dict[str, float | None]] = []
-    measure = ""
     for index, pipeline in enumerate(pipelines):
-        peak, measure = peak_memory(pipeline, draws[index])
         call = transformer_call(pipeline, prompt, steps, kwargs[index], seed, component)
         rows.append(
             {
                 "latency_ms": transformer[index].median_ms,
                 "latency_p10_ms": transformer[index].p10_ms,
                 "latency_p90_ms": transformer[index].p90_ms,
-                "latency_end_to_end_ms": end_to_end[index].median_ms,
-                "peak_memory_bytes": peak,
+                "latency_end_to_end_ms": pictures[index].latency_ms,
+                "peak_memory_bytes": pictures[index].peak_memory_bytes,
                 "flops": flops_of(pipeline, call, component),
             }
         )
-    return Costs(rows[0], rows[1], measure, sweep(pipelines, prompts, settings, kwargs, seed, component))
+    measure = "cuda" if torch.device(_device(pipelines[0])).type == "cuda" else "resident"
+    return Costs(rows[0], rows[1], measure, speed)
+
+
+def _one_picture(
+    pipelines: tuple[Any, Any],
+    prompt: list[str],
+    settings: EvaluateConfig,
+    kwargs: tuple[dict[str, Any], dict[str, Any]],
+    seed: int,
+    speed: tuple[list[Speed], list[Speed]],
+) -> tuple[Speed, Speed]:
+    """Times of drawing one prompt in all steps: those of the sweep, if it has them."""
+    one, two = (int(extra.get("num_inference_steps") or settings.num_inference_steps) for extra in kwargs)
+    for first, second in zip(*speed, strict=True):
+        work = (first.part, first.batch_size, first.num_inference_steps, second.num_inference_steps)
+        if work == ("picture", 1, one, two):
+            return first, second
+    draw_one, draw_two = (
+        picture_call(pipeline, prompt, settings.num_inference_steps, extra, seed)
+        for pipeline, extra in zip(pipelines, kwargs, strict=True)
+    )
+    runs = min(PICTURE_RUNS, settings.latency_runs)
+    return _timed(pipelines, (draw_one, draw_two), 1, runs, (one, two))

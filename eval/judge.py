@@ -91,6 +91,7 @@ class Side:
         features: (N, D) of those, one a seed.
         measures: Numbers, one mapping a seed.
         component: The transformer that is looked at.
+        other_seed: How close its pictures of two seeds are, once that was asked for.
     """
 
     entrant: Entrant
@@ -100,6 +101,7 @@ class Side:
     features: list[Tensor]
     measures: list[dict[str, Measured]] = field(default_factory=list)
     component: str = TRANSFORMER
+    other_seed: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -287,15 +289,19 @@ class Judge:
 
     def fidelity(self, first: Side, second: Side) -> dict[str, Measured]:
         """Paired measures: pictures of one prompt, drawn from one noise."""
-        pairs = compare_pairs(first.paths[0], second.paths[0], self._pair_measures(first))
-        if not pairs:
+        found = self._alike(first, second.paths[0], second.features[0])
+        if "psnr" not in found:
             self.note(
                 f"{second.label} draws pictures of another size than {first.label}: PSNR, SSIM and LPIPS are "
                 "left out; set capture.height and capture.width to compare them"
             )
-        one, two = first.features[0].double(), second.features[0].double()
-        cosine = torch.nn.functional.cosine_similarity(one, two, dim=1).tolist()
-        texture = self._texture_distance(second.paths[0], first.paths[0]) if pairs else None
+        return found
+
+    def _alike(self, first: Side, paths: Sequence[Path], features: Tensor) -> dict[str, Measured]:
+        """How close pictures, with their (N, D) features, are to those of a model's first seed."""
+        pairs = compare_pairs(first.paths[0], paths, self._pair_measures(first))
+        texture = self._texture_distance(paths, first.paths[0]) if pairs else None
+        cosine = torch.nn.functional.cosine_similarity(first.features[0].double(), features.double(), dim=1).tolist()
         return paired(pairs) | ({"texture_distance": texture} if texture else {}) | paired({"feature_cosine": cosine})
 
     def velocity(self, first: Side, second: Side) -> StateErrors | None:
@@ -398,11 +404,10 @@ class Judge:
         """What fidelity is to be judged by: unrelated noise, and no distillation."""
         scale = {"velocity_error": undistilled} if undistilled is not None else {}
         if len(first.paths) > 1:
-            values = compare_pairs(first.paths[0], first.paths[1], {"psnr": pair_measures(0)[0]["psnr"]}).get("psnr")
-            if values:
-                scale["psnr"] = sum(values) / len(values)
-            if texture := self._texture_distance(first.paths[1], first.paths[0]):
-                scale["texture_distance"] = texture.value
+            if not first.other_seed:
+                found = self._alike(first, first.paths[1], first.features[1])
+                first.other_seed = {name: entry.value for name, entry in found.items()}
+            scale |= first.other_seed
         return scale
 
     def result(

@@ -101,8 +101,8 @@ FIDELITY = {  # of pairs: a model's pictures or velocities against the first mod
     "psnr": Metric(
         "PSNR, dB",
         "higher",
-        "Pixel by pixel likeness of pairs; higher is closer. For scale: the first model against its own picture of "
-        "the same prompt with another seed.",
+        "Pixel by pixel likeness of pairs; higher is closer. For scale, here and below: the first model against its "
+        "own picture of the same prompt with another seed.",
     ),
     "ssim": Metric("SSIM", "higher", "Likeness of local structure; 1 is identical."),
     "lpips": Metric("LPIPS", "lower", "Learned perceptual distance; 0 is identical."),
@@ -110,8 +110,7 @@ FIDELITY = {  # of pairs: a model's pictures or velocities against the first mod
         "Texture distance",
         "lower",
         "Distance between the statistics of fine detail of both models' pictures: sharpness, grain, and where detail "
-        "sits. It sees blur and missing detail which the features behind FID overlook. For scale: the first model with "
-        "another seed.",
+        "sits. It sees blur and missing detail which the features behind FID overlook.",
     ),
     "feature_cosine": Metric("Feature cosine", "higher", "Likeness in the evaluator's embedding; 1 is identical."),
 }

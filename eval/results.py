@@ -125,8 +125,7 @@ class Comparison(_Frozen):
     fidelity: dict[str, Number]
     scale: dict[str, float] = Field(
         default={},
-        description="for fidelity: PSNR and texture distance of the first model's two seeds, velocity error before "
-        "distillation",
+        description="for fidelity: the same numbers of the first model's two seeds, velocity error before distillation",
     )
     velocity_error_by_timestep: list[Step]
     param_ratio: float

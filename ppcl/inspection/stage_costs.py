@@ -20,7 +20,9 @@ from collections.abc import Iterator
 
 from ppcl.analysis.prices import BRANCHES
 from ppcl.analysis.sweep import ARGUMENTS
+from ppcl.config import EvaluateConfig
 from ppcl.config.memory import STEPS
+from ppcl.config.names import PICTURE_RUNS, WARMUP
 from ppcl.distill.correction import RIDGES, ROWS_PER_FEATURE
 from ppcl.distill.memory import FLOAT, optimizer_bytes
 from ppcl.inspection.costs import Costs, StageCost, Work
@@ -283,24 +285,42 @@ def export_cost(costs: Costs, before: float) -> StageCost:
     return costs.cost("export", work, shapes.outside, before)
 
 
+def timed_work(settings: EvaluateConfig, branches: int, joined: bool) -> tuple[int, int]:
+    """Samples and calls of a transformer behind the times, the memory and the FLOPs of a model.
+
+    Args:
+        settings: What is timed; the transformer alone with a whole batch, too.
+        branches: Samples of a prompt, with guidance two.
+        joined: All branches are one call.
+    """
+    whole, once = settings.num_inference_steps, settings.latency_runs + WARMUP + 1
+    picture = min(PICTURE_RUNS, settings.latency_runs) + WARMUP + 1
+    counts = {*(settings.speed_steps or (whole, max(1, whole // 2)))}
+    drawn = [(size, steps) for size in settings.speed_batch_sizes for steps in counts]
+    drawn += [] if (1, whole) in drawn else [(1, whole)]
+    batch = settings.latency_runs + WARMUP
+    sizes = settings.speed_batch_sizes
+    samples = batch * settings.batch_size + once * sum(sizes) + 1
+    calls = batch + once * len(sizes) + 1
+    samples += picture * branches * sum(size * steps for size, steps in drawn)
+    return samples, calls + picture * (1 if joined else branches) * sum(steps for _, steps in drawn)
+
+
 def evaluate_cost(costs: Costs, before: float) -> StageCost:
     """Pictures of both, and times."""
     shapes, settings = costs.shapes, costs.config.evaluate
     flops, student = shapes.info.flops, shapes.info.flops / max(1.0, costs.plan[1].speedup)
     pictures = settings.num_prompts * settings.num_inference_steps * costs.branches
-    timed = sum(settings.speed_batch_sizes)
-    steps = sum(settings.speed_steps or [settings.num_inference_steps, settings.num_inference_steps // 2])
+    timed, timed_calls = timed_work(settings, costs.branches, shapes.joined)
     device, ram = costs.drawing()
     work = Work(kept=settings.num_prompts * 2e6 * (settings.teacher_seeds + 1), ram=ram)
     again = min(settings.diversity_prompts, settings.num_prompts) / settings.num_prompts  # with a second seed
     draws = max(0.0, max(settings.teacher_seeds, 1 + again) - costs.drawn)
     work.flops = pictures * (draws * flops + (1 + again) * student)
-    calls = settings.velocity_states + timed * (settings.latency_runs + steps * costs.branches)
-    work.flops += calls * (flops + student)
+    work.flops += (settings.velocity_states + timed) * (flops + student)
     passes = costs.passes(settings.num_prompts, settings.batch_size, settings.num_inference_steps)
     both = draws + (1 + again) * costs.ratio
-    timing = len(settings.speed_batch_sizes) * (settings.latency_runs + steps * costs.branches) * (1 + costs.ratio)
-    _read(costs, work, passes * both + timing, shapes.text + shapes.vae)
+    _read(costs, work, passes * both + timed_calls * (1 + costs.ratio), shapes.text + shapes.vae)
     largest = max(settings.batch_size, *settings.speed_batch_sizes)
     states = max(costs.samples(largest), settings.velocity_states)
     work.device = device + max(states * shapes.forward, largest * shapes.decode)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from ppcl.config import EvaluateConfig
+from ppcl.eval.costs import costs
 from ppcl.eval.speed import measure_memory, measure_pair, summarize, weight_bytes
+from ppcl.inspection.stage_costs import timed_work
 
 
 def test_summary_of_times() -> None:
@@ -67,3 +74,29 @@ def test_counts() -> None:
     assert weight_bytes(norm) == 4 * 8 + 8
     assert weight_bytes(norm, "cpu") == weight_bytes(norm)
     assert weight_bytes(norm.to("meta"), "cpu") == 0
+
+
+class StepPipeline:
+    """Calls its network once a step for all prompts, and draws nothing."""
+
+    def __init__(self) -> None:
+        self.unet, self.device = nn.Linear(3, 1), torch.device("cpu")
+        self.batches: list[int] = []
+        self.unet.register_forward_hook(lambda _, args, __: self.batches.append(len(args[0])))
+
+    def __call__(self, prompt: list[str], generator: Any, num_inference_steps: int, output_type: str = "pil") -> Any:
+        for _ in range(num_inference_steps):
+            self.unet(torch.zeros(len(prompt), 3))
+        return SimpleNamespace(images=[Image.new("RGB", (4, 4))] * len(prompt))
+
+
+@pytest.mark.parametrize("asked", [{}, {"speed_steps": [6], "speed_batch_sizes": [1]}, {"speed_batch_sizes": [2, 3]}])
+def test_what_is_timed_is_what_the_estimate_counts_and_no_picture_twice(asked: dict[str, list[int]]) -> None:
+    settings = EvaluateConfig(num_prompts=4, num_inference_steps=6, batch_size=4, latency_runs=5, **asked)
+    pipelines = StepPipeline(), StepPipeline()
+    calls = tuple(partial(pipeline.unet, torch.zeros(settings.batch_size, 3)) for pipeline in pipelines)
+    found = costs(pipelines, ["a"] * 4, settings, ({}, {}), calls, 0)
+    for pipeline in pipelines:
+        assert (sum(pipeline.batches), len(pipeline.batches)) == timed_work(settings, 1, True)
+    same = [row for row in found.speed[0] if (row.part, row.batch_size, row.num_inference_steps) == ("picture", 1, 6)]
+    assert [row.latency_ms for row in same] in ([], [found.teacher["latency_end_to_end_ms"]])
