@@ -301,13 +301,7 @@ def convert_lora(
     if to not in TO:
         raise UserError(f"to is {to!r}; expected one of {', '.join(TO)}")
     if to == "teacher":
-        tensors, header = _read(Path(src))
-        adapter = _metadata(header, src) if METADATA_KEY in header else {}
-        if any(_FOREIGN.match(key) for key in tensors):
-            pipeline_record(pipe_or_kept_blocks, component)
-            tensors, found = _read_by_diffusers(pipe_or_kept_blocks, str(src), {})
-            adapter = found or {}
-        back, report = lora_for_teacher(tensors, adapter, pipe_or_kept_blocks, component)
+        back, report = _back(Path(src), pipe_or_kept_blocks, component)
         with atomic_path(dst) as temporary:
             save_file(_storable(back), temporary, {"format": "pt"})
         return report
@@ -327,6 +321,17 @@ def convert_lora(
     with atomic_path(dst) as temporary:
         save_file(_storable(out), temporary, header)
     return replace(report, strength=strength)
+
+
+def _back(src: Path, pipe: Any, component: str) -> tuple[dict[str, Tensor], MappingReport]:
+    """The tensors of a LoRA of the compressed pipeline under the teacher's names."""
+    tensors, header = _read(src)
+    adapter = _metadata(header, src) if METADATA_KEY in header else {}
+    if any(_FOREIGN.match(key) for key in tensors):
+        pipeline_record(pipe, component)
+        tensors, found = _read_by_diffusers(pipe, str(src), {})
+        adapter = found or {}
+    return lora_for_teacher(tensors, adapter, pipe, component)
 
 
 def _bridge(
