@@ -55,17 +55,17 @@ def seconds_of(folder: Path) -> float:
     return sum(float(ledger[stage]["seconds"]) for stage in ORDER if stage in ledger)
 
 
-def table(found: list[Evaluation], plans: list[CompressionPlan], seconds: list[float]) -> str:
+def table(evaluations: list[Evaluation], plans: list[CompressionPlan], seconds: list[float]) -> str:
     """A row a number, a column a run."""
-    teacher, students = found[0].models[0], [one.models[1] for one in found]
-    rows_of = [one.comparisons[0] for one in found]
+    teacher, students = evaluations[0].models[0], [one.models[1] for one in evaluations]
+    comparisons = [one.comparisons[0] for one in evaluations]
 
     def spread(name: str) -> str:
         entry = teacher.spread.get(name)
         return f" ± {number(entry.std, 2)}" if entry is not None and entry.std is not None else ""
 
-    def own(name: str) -> list[str]:
-        floor = number(found[0].floor.get(name))
+    def score_row(name: str) -> list[str]:
+        floor = number(evaluations[0].floor.get(name))
         first = teacher.numbers.get(name)
         return [
             METRICS[name].heading,
@@ -74,22 +74,26 @@ def table(found: list[Evaluation], plans: list[CompressionPlan], seconds: list[f
             *(str(s.numbers.get(name, "-")) for s in students),
         ]
 
-    def compared(label: str, teachers: str, value: list[str]) -> list[str]:
+    def comparison_row(label: str, teachers: str, value: list[str]) -> list[str]:
         return [label, "", teachers, *value]
 
     params = [f"{s.params:,} ({s.params / teacher.params:.1%})" for s in students]
     rows = [
-        compared("parameters of the transformer", f"{teacher.params:,}", params),
-        compared("transformer, measured in turn with the teacher", "1", [_times(row.speedup) for row in rows_of]),
-        compared("the same, predicted", "1", [_times(plan.predicted.speedup) for plan in plans]),
-        compared("a whole picture, measured", "1", [_times(row.speedup_end_to_end) for row in rows_of]),
-        compared(METRICS["average_drop"].heading, "0", [_text(row.average_drop) for row in rows_of]),
-        *(own(name) for name in SHOWN if name in teacher.numbers),
-        compared("FID by the teacher's", "1", [_text(row.fid_ratio) for row in rows_of]),
-        compared("diversity by the teacher's", "1", [_text(row.diversity_ratio) for row in rows_of]),
-        *(_close(name, rows_of) for name in CLOSENESS),
-        compared("velocity error before distillation", "", [number(r.scale.get("velocity_error")) for r in rows_of]),
-        compared("seconds of the run", "", [number(value) for value in seconds]),
+        comparison_row("parameters of the transformer", f"{teacher.params:,}", params),
+        comparison_row(
+            "transformer, measured in turn with the teacher", "1", [_times(row.speedup) for row in comparisons]
+        ),
+        comparison_row("the same, predicted", "1", [_times(plan.predicted.speedup) for plan in plans]),
+        comparison_row("a whole picture, measured", "1", [_times(row.speedup_end_to_end) for row in comparisons]),
+        comparison_row(METRICS["average_drop"].heading, "0", [_text(row.average_drop) for row in comparisons]),
+        *(score_row(name) for name in SHOWN if name in teacher.numbers),
+        comparison_row("FID by the teacher's", "1", [_text(row.fid_ratio) for row in comparisons]),
+        comparison_row("diversity by the teacher's", "1", [_text(row.diversity_ratio) for row in comparisons]),
+        *(_close(name, comparisons) for name in CLOSENESS),
+        comparison_row(
+            "velocity error before distillation", "", [number(r.scale.get("velocity_error")) for r in comparisons]
+        ),
+        comparison_row("seconds of the run", "", [number(value) for value in seconds]),
     ]
     header = ["", "floor", "teacher", *(f"`{' '.join(RUNS[name])}`" for name in RUNS)]
     return markdown_table(header, rows)
@@ -103,10 +107,10 @@ def _text(entry: Number | None) -> str:
     return str(entry) if entry is not None else "-"
 
 
-def _close(name: str, rows_of: list[Comparison]) -> list[str]:
-    scale = rows_of[0].scale.get(name) if name != "velocity_error" else None
+def _close(name: str, comparisons: list[Comparison]) -> list[str]:
+    scale = comparisons[0].scale.get(name) if name != "velocity_error" else None
     teacher = f"{number(scale)} (another seed)" if scale is not None else ""
-    return [METRICS[name].heading, "", teacher, *(_text(row.fidelity.get(name)) for row in rows_of)]
+    return [METRICS[name].heading, "", teacher, *(_text(row.fidelity.get(name)) for row in comparisons)]
 
 
 def _blocks(model: ModelResult) -> tuple[str, int]:
@@ -154,19 +158,19 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="also write pictures of the first run here")
     given = parser.parse_args()
     folders = [finished(name, given.out) for name in RUNS]
-    found = [load_evaluation(folder / "eval" / "metrics.json") for folder in folders]
+    evaluations = [load_evaluation(folder / "eval" / "metrics.json") for folder in folders]
     plans = [load_artifact(CompressionPlan, folder / "plan.json") for folder in folders]
-    of_blocks = {" ".join(RUNS[name]): _blocks(one.models[1]) for name, one in zip(RUNS, found, strict=True)}
+    of_blocks = {" ".join(RUNS[name]): _blocks(one.models[1]) for name, one in zip(RUNS, evaluations, strict=True)}
     smaller = "; ".join(f"{count} of `{name}`" for name, (_, count) in of_blocks.items())
-    teacher = found[0].models[0]
+    teacher = evaluations[0].models[0]
     text = (
         "# Results on the embedded teacher\n\n"
         "Three runs on the embedded teacher with its default settings; the first is what `make demo` does. "
-        f"{found[0].prompts} prompts: pairs of emoji and ground that neither teacher nor student has seen; features of "
-        "the embedded evaluator.\n\n"
-        f"{table(found, plans, [seconds_of(folder) for folder in folders])}\n"
+        f"{evaluations[0].prompts} prompts: pairs of emoji and ground that neither teacher nor student has seen; "
+        "features of the embedded evaluator.\n\n"
+        f"{table(evaluations, plans, [seconds_of(folder) for folder in folders])}\n"
         + AFTERWORD.format(
-            reference=f"{found[0].reference} ({found[0].reference_count})",
+            reference=f"{evaluations[0].reference} ({evaluations[0].reference_count})",
             seeds=max((len(entry.values) for entry in teacher.spread.values()), default=1),
             blocks="; ".join(f"`{name}`: {runs}" for name, (runs, _) in of_blocks.items()),
             smaller=f"Blocks with smaller modules: {smaller}.",
